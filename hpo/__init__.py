@@ -1,0 +1,1 @@
+"""Many training runs: studies of LSTM classifiers shared by many workers."""

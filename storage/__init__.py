@@ -1,0 +1,1 @@
+"""What Postgres and the artifact store remember: trials, leases, artifacts, promoted models."""
