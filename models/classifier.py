@@ -1,0 +1,245 @@
+"""The network: preprocessing, LSTM, pooling and head, as one module that maps padded sequences to logits.
+
+Letters: B sequences in a batch, T steps, F features, P patch length, S = ceil(T / P) patches, H hidden size,
+D directions (1 or 2), K classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+POOLINGS = ("last", "mean", "max", "attention", "flatten")
+NORMALIZATIONS = ("none", "channel", "sequence")
+EPSILON = 1e-5  # added to a standard deviation, so that a constant channel becomes 0 and not NaN
+
+
+class ClassifierError(ValueError):
+    """The classifier's configuration does not fit itself or the data."""
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """What fixes a network's shape and arithmetic. JSON-able."""
+
+    features: int  # F, channels of the data, >= 1
+    classes: int  # K, >= 2; two classes share one logit
+    steps: int  # T, the longest training sequence; `flatten` needs exactly this length
+    hidden_size: int = 64  # H, units a direction and layer, >= 1
+    layers: int = 1  # stacked LSTM layers, >= 1
+    dropout: float = 0.0  # in [0, 1): between layers, and inside a two-layer head
+    bidirectional: bool = False  # D = 2
+    pooling: str = "last"  # one of POOLINGS
+    head_size: int = 0  # 0: one linear layer; else linear, ReLU, dropout, linear of this width
+    patch_length: int = 1  # P, consecutive steps folded into the features, >= 1
+    sequence_length: int = 0  # keep only the last so many steps; 0: all
+    normalization: str = "none"  # one of NORMALIZATIONS
+
+    def __post_init__(self) -> None:
+        least = {"features": 1, "classes": 2, "steps": 1, "hidden_size": 1, "layers": 1, "patch_length": 1}
+        for name, low in (least | {"head_size": 0, "sequence_length": 0}).items():
+            if getattr(self, name) < low:
+                raise ClassifierError(f"{name} must be at least {low}, got {getattr(self, name)}")
+        if not 0 <= self.dropout < 1:
+            raise ClassifierError(f"dropout must be in [0, 1), got {self.dropout}")
+        for name, known in (("pooling", POOLINGS), ("normalization", NORMALIZATIONS)):
+            if getattr(self, name) not in known:
+                raise ClassifierError(
+                    f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
+                )
+
+    @property
+    def kept_steps(self) -> int:
+        """T after cropping to `sequence_length`."""
+        return min(self.steps, self.sequence_length) if self.sequence_length else self.steps
+
+    @property
+    def patches(self) -> int:
+        """S of the longest sequence: a last, partial patch counts."""
+        return -(-self.kept_steps // self.patch_length)
+
+    @property
+    def outputs(self) -> int:
+        """Logits a sequence: 1 when binary, else K."""
+        return 1 if self.classes == 2 else self.classes
+
+
+def valid(lengths: Tensor, steps: int) -> Tensor:
+    """(steps, B) bool: whether step t lies inside sequence b."""
+    return torch.arange(steps, device=lengths.device)[:, None] < lengths[None, :]
+
+
+def crop_last(values: Tensor, lengths: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+    """The last `keep` valid steps of each sequence, moved to the front: (B, min(T, keep), F) and lengths."""
+    start = (lengths - keep).clamp(min=0)
+    steps = torch.arange(keep, device=values.device)[: values.shape[1]]
+    index = (start[:, None] + steps[None, :]).clamp(max=values.shape[1] - 1)
+    cropped = values.gather(1, index[:, :, None].expand(-1, -1, values.shape[2]))
+    return cropped, lengths.clamp(max=keep)
+
+
+def fold_patches(values: Tensor, lengths: Tensor, patch: int) -> tuple[Tensor, Tensor]:
+    """(B, T, F) to (B, S, P*F); the last, partial patch is filled with zeros and counts as valid."""
+    padded = nn.functional.pad(values, (0, 0, 0, patch - 1))
+    patches = (values.shape[1] + patch - 1) // patch
+    folded = padded[:, : patches * patch].reshape(values.shape[0], patches, patch * values.shape[2])
+    return folded, (lengths + patch - 1) // patch
+
+
+def channel_statistics(values: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (F,) of each channel over all valid steps of (B, T, F)."""
+    inside = valid(lengths, values.shape[1]).T[:, :, None]
+    flat = values[inside.expand_as(values)].reshape(-1, values.shape[2]).double()
+    return flat.mean(0).float(), flat.std(0, correction=0).float()
+
+
+class Classifier(nn.Module):
+    """An LSTM classifier of padded sequences whose padding never changes an answer.
+
+    `lstm` carries nn.LSTM's own parameter names, so that its weights load into a plain `torch.nn.LSTM`.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, config: ClassifierConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.hidden_size * (2 if config.bidirectional else 1)
+        between = config.dropout if config.layers > 1 else 0.0
+        self.lstm = nn.LSTM(
+            config.features * config.patch_length,
+            config.hidden_size,
+            config.layers,
+            dropout=between,
+            bidirectional=config.bidirectional,
+        )
+        pooled = width * config.patches if config.pooling == "flatten" else width
+        self.attention = nn.Linear(width, 1) if config.pooling == "attention" else None
+        self.head = _head(pooled, config)
+        self.register_buffer("mean", torch.zeros(config.features))
+        self.register_buffer("deviation", torch.ones(config.features))
+
+    def fit_normalization(self, values: Tensor, lengths: Tensor) -> None:
+        """Take the channel statistics of the training part: values (N, T, F), lengths (N,)."""
+        if self.config.normalization == "channel":
+            mean, deviation = channel_statistics(values, lengths)
+            self.mean.copy_(mean)
+            self.deviation.copy_(deviation)
+
+    def forward(self, values: Tensor, lengths: Tensor) -> Tensor:
+        """values (B, T, F) float32 and lengths (B,) int64 to logits: (B,) when binary, else (B, K)."""
+        return self.logits(*self.prepare(values, lengths))
+
+    def probabilities(self, values: Tensor, lengths: Tensor) -> Tensor:
+        """values (B, T, F), lengths (B,) to class probabilities (B, K)."""
+        return to_probabilities(self.forward(values, lengths))
+
+    def prepare(self, values: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Crop, normalise and fold: (B, T, F) to time-major patches (S, B, P*F) and their lengths (B,).
+
+        It has no parameters to train, so a training run does it once for all its data.
+        """
+        if self.config.sequence_length:
+            values, lengths = crop_last(values, lengths, self.config.sequence_length)
+        inside = valid(lengths, values.shape[1]).T[:, :, None]
+        values = torch.where(inside, self._normalize(values, inside, lengths), 0.0)
+        patches, lengths = fold_patches(values, lengths, self.config.patch_length)
+        return patches.transpose(0, 1), lengths
+
+    def logits(self, patches: Tensor, lengths: Tensor | None) -> Tensor:
+        """Time-major patches (S, B, P*F) to logits; `lengths` None says that every sequence fills all S."""
+        if lengths is not None and self.config.bidirectional:
+            outputs = self._bidirectional(patches, lengths)
+        else:
+            outputs = self.lstm(patches)[0]
+        result: Tensor = self.head(self._pool(outputs, lengths))
+        return result.squeeze(-1) if self.config.classes == 2 else result
+
+    def _normalize(self, values: Tensor, inside: Tensor, lengths: Tensor) -> Tensor:
+        if self.config.normalization == "channel":
+            return (values - self.mean) / (self.deviation + EPSILON)
+        if self.config.normalization == "sequence":
+            count = lengths[:, None, None].to(values.dtype)
+            mean = torch.where(inside, values, 0.0).sum(1, keepdim=True) / count
+            centred = torch.where(inside, values - mean, 0.0)
+            return centred / ((centred.square().sum(1, keepdim=True) / count).sqrt() + EPSILON)
+        return values
+
+    def _bidirectional(self, patches: Tensor, lengths: Tensor) -> Tensor:
+        """Layer by layer, the reverse direction over each sequence flipped within its own length."""
+        steps = torch.arange(patches.shape[0], device=patches.device)[:, None]
+        flipped = torch.where(steps < lengths, lengths - 1 - steps, steps)[:, :, None]
+        for layer in range(self.config.layers):
+            forward = self._direction(patches, f"l{layer}")
+            backward = self._direction(_reorder(patches, flipped), f"l{layer}_reverse")
+            patches = torch.cat([forward, _reorder(backward, flipped)], 2)
+            if layer < self.config.layers - 1:
+                patches = nn.functional.dropout(patches, self.lstm.dropout, self.training)
+        return patches
+
+    def _direction(self, patches: Tensor, suffix: str) -> Tensor:
+        """One direction of one layer, (S, B, inputs) to (S, B, H), on the weights named `..._{suffix}`."""
+        kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        weights = [cast(Tensor, getattr(self.lstm, f"{kind}_{suffix}")) for kind in kinds]
+        zeros = patches.new_zeros(1, patches.shape[1], self.config.hidden_size)
+        outputs: Tensor = torch.lstm(  # type: ignore[call-overload]
+            patches, (zeros, zeros), weights, True, 1, 0.0, self.training, False, False
+        )[0]
+        return outputs
+
+    def _pool(self, outputs: Tensor, lengths: Tensor | None) -> Tensor:
+        """(S, B, D*H) to (B, D*H), or (B, S*D*H) for `flatten`; steps outside a sequence never count."""
+        pooling = self.config.pooling
+        if pooling == "last":
+            return self._last(outputs, lengths)
+        if pooling == "flatten":
+            return outputs.transpose(0, 1).flatten(1)
+        outside = None if lengths is None else ~valid(lengths, outputs.shape[0])[:, :, None]
+        if pooling == "mean":
+            if outside is None:
+                return outputs.mean(0)
+            return outputs.masked_fill(outside, 0.0).sum(0) / cast(Tensor, lengths)[:, None]
+        if pooling == "max":
+            return (outputs if outside is None else outputs.masked_fill(outside, -torch.inf)).amax(0)
+        scores = cast(nn.Linear, self.attention)(outputs)
+        scores = scores if outside is None else scores.masked_fill(outside, -torch.inf)
+        return (scores.softmax(0) * outputs).sum(0)
+
+    def _last(self, outputs: Tensor, lengths: Tensor | None) -> Tensor:
+        """The forward direction's last valid step and, when there are two, the reverse one's first step."""
+        if lengths is None:
+            last = outputs[-1]
+        else:
+            last = outputs.gather(0, (lengths - 1)[None, :, None].expand(1, -1, outputs.shape[2]))[0]
+        if not self.config.bidirectional:
+            return last
+        hidden = self.config.hidden_size
+        return torch.cat([last[:, :hidden], outputs[0, :, hidden:]], 1)
+
+
+def to_probabilities(logits: Tensor) -> Tensor:
+    """Logits (B,) or (B, K) to class probabilities (B, K) in float32."""
+    logits = logits.float()
+    if logits.dim() == 1:
+        positive = logits.sigmoid()
+        return torch.stack([1 - positive, positive], 1)
+    return logits.softmax(1)
+
+
+def _reorder(patches: Tensor, index: Tensor) -> Tensor:
+    return patches.gather(0, index.expand(-1, -1, patches.shape[2]))
+
+
+def _head(inputs: int, config: ClassifierConfig) -> nn.Module:
+    if not config.head_size:
+        return nn.Linear(inputs, config.outputs)
+    return nn.Sequential(
+        nn.Linear(inputs, config.head_size),
+        nn.ReLU(),
+        nn.Dropout(config.dropout),
+        nn.Linear(config.head_size, config.outputs),
+    )
