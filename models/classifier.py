@@ -186,7 +186,7 @@ class Classifier(nn.Module):
         kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
         weights = [cast(Tensor, getattr(self.lstm, f"{kind}_{suffix}")) for kind in kinds]
         zeros = patches.new_zeros(1, patches.shape[1], self.config.hidden_size)
-        outputs: Tensor = torch.lstm(  # type: ignore[call-overload]
+        outputs: Tensor = torch.lstm(
             patches, (zeros, zeros), weights, True, 1, 0.0, self.training, False, False
         )[0]
         return outputs
@@ -207,7 +207,8 @@ class Classifier(nn.Module):
             return (outputs if outside is None else outputs.masked_fill(outside, -torch.inf)).amax(0)
         scores = cast(nn.Linear, self.attention)(outputs)
         scores = scores if outside is None else scores.masked_fill(outside, -torch.inf)
-        return (scores.softmax(0) * outputs).sum(0)
+        pooled: Tensor = (scores.softmax(0) * outputs).sum(0)
+        return pooled
 
     def _last(self, outputs: Tensor, lengths: Tensor | None) -> Tensor:
         """The forward direction's last valid step and, when there are two, the reverse one's first step."""
