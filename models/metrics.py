@@ -11,6 +11,7 @@ weighting a call: 5 to 10 times longer for the score of an epoch, 20 to 50 times
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,10 +23,21 @@ Labels = NDArray[np.int64]
 METRICS = ("accuracy", "balanced_accuracy", "f1", "macro_f1", "auroc", "average_precision", "log_loss")
 BY_THRESHOLD = METRICS[:4]  # those that depend on the predicted class alone
 BY_RANK = ("auroc", "average_precision")
+CLIP = float(np.finfo(np.float32).eps)  # of log_loss: networks give float32, whatever type carries it here
 
 
 class MetricError(ValueError):
     """A metric is unknown, or undefined for these probabilities and labels."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a model is worth on one part of the data. JSON-able."""
+
+    sequences: int  # N
+    metrics: dict[str, float]  # see `evaluate`
+    intervals: dict[str, tuple[float, float]]  # 95 %, see `intervals`
+    confusion: tuple[tuple[int, ...], ...]  # (K, K), row = true class
 
 
 def direction(name: str) -> str:
@@ -40,7 +52,7 @@ def score(name: str, probabilities: NDArray[Any], labels: Labels, threshold: flo
     f1 is that of class 1 with two classes and the macro mean with more. Macro means (balanced_accuracy over
     true classes, macro_f1 over true or predicted ones; auroc and average_precision one against the rest over
     classes that have both positives and negatives here) leave out classes that do not occur. log_loss clips
-    probabilities at the float type's epsilon. Raises MetricError for probabilities that are not finite or do
+    probabilities at 1.2e-7, as scikit-learn does for float32. Raises MetricError for probabilities that are not finite or do
     not sum to 1, labels that are no class, and a ranking metric on a single class.
     """
     _known(name)
@@ -72,6 +84,17 @@ def intervals(
     drawn = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     bounds = {name: np.quantile(values, (0.025, 0.975)) for name, values in drawn.items()}
     return {name: (low.item(), high.item()) for name, (low, high) in bounds.items()}
+
+
+def measure(probabilities: NDArray[Any], labels: Labels, threshold: float = 0.5, seed: int = 0) -> Scores:
+    """Every metric with its interval, and the confusion counts."""
+    counts = confusion(probabilities, labels, threshold).tolist()
+    return Scores(
+        sequences=len(labels),
+        metrics=evaluate(probabilities, labels, threshold),
+        intervals=intervals(probabilities, labels, threshold, seed),
+        confusion=tuple(tuple(row) for row in counts),
+    )
 
 
 def predict_labels(probabilities: NDArray[Any], threshold: float = 0.5) -> Labels:
@@ -238,7 +261,6 @@ def _rank(scores: NDArray[Any], positive: NDArray[np.bool_], weights: Floats) ->
 
 
 def _losses(probabilities: NDArray[Any], labels: Labels) -> Floats:
-    """-log of each row's probability of its true class, (N,), clipped as scikit-learn's log_loss does."""
-    epsilon = float(np.finfo(probabilities.dtype).eps)
+    """-log of each row's probability of its true class, (N,)."""
     true = probabilities[np.arange(len(labels)), labels].astype(np.float64)
-    return np.asarray(-np.log(np.clip(true, epsilon, 1 - epsilon)))
+    return np.asarray(-np.log(np.clip(true, CLIP, 1 - CLIP)))

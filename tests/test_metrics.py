@@ -16,11 +16,10 @@ from models import metrics
 from models.metrics import METRICS, MetricError
 
 
-def drawn(N: int, K: int, seed: int, decimals: int = 2) -> tuple[NDArray[Any], NDArray[np.int64]]:
+def drawn(N: int, K: int, seed: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
     """Probabilities (N, K) with many ties and labels (N,) that lean towards them, every class present."""
     rng = np.random.default_rng(seed)
-    p = np.round(rng.dirichlet(np.ones(K), N), decimals)
-    p[:, -1] = 1 - p[:, :-1].sum(axis=1).clip(0, 1)
+    p = np.round(rng.dirichlet(np.ones(K), N), 2) + 0.01
     p /= p.sum(axis=1, keepdims=True)
     labels = np.where(rng.random(N) < 0.4, p.argmax(axis=1), rng.integers(K, size=N))
     labels[:K] = np.arange(K)
@@ -81,10 +80,10 @@ def test_every_metric_of_a_resample_equals_that_of_scikit_learn(K: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_log_loss_of_a_certain_mistake_is_clipped_like_that_of_scikit_learn(dtype: type) -> None:
+def test_log_loss_of_a_certain_mistake_is_clipped_whatever_type_carries_it(dtype: type) -> None:
     p: NDArray[Any] = np.array([[1, 0], [0.5, 0.5]], dtype)
     y = np.array([1, 0])
-    assert metrics.score("log_loss", p, y) == pytest.approx(sk.log_loss(y, p), rel=1e-6)
+    assert metrics.score("log_loss", p, y) == pytest.approx(sk.log_loss(y, p.astype(np.float32)), rel=1e-6)
 
 
 def test_macro_metrics_leave_out_classes_that_do_not_occur() -> None:
@@ -194,6 +193,14 @@ def test_intervals_are_as_wide_as_the_binomial_says() -> None:
     low, high = metrics.intervals(np.stack([1 - p1, p1], axis=1), y, samples=2000)["accuracy"]
     half = 1.96 * np.sqrt(0.9 * 0.1 / 1000)
     np.testing.assert_allclose((low, high), (0.9 - half, 0.9 + half), atol=0.004)
+
+
+def test_measure_holds_what_evaluate_intervals_and_confusion_give() -> None:
+    p, y = drawn(60, 2, seed=4)
+    scores = metrics.measure(p, y, 0.4, seed=5)
+    assert (scores.sequences, scores.metrics) == (60, metrics.evaluate(p, y, 0.4))
+    assert scores.intervals == metrics.intervals(p, y, 0.4, seed=5)
+    assert scores.confusion == tuple(map(tuple, metrics.confusion(p, y, 0.4).tolist()))
 
 
 def test_resamples_never_lose_a_class() -> None:
