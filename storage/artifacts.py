@@ -1,0 +1,308 @@
+"""The artifact store: a folder or an S3-style bucket, through Optuna's own store classes.
+
+Keys are flat (`[A-Za-z0-9][A-Za-z0-9._-]*`). What is stored under a key appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+from urllib.parse import unquote, urlsplit
+
+from optuna.artifacts.exceptions import ArtifactNotFound
+
+if TYPE_CHECKING:
+    from typing import Protocol
+
+    class _Backend(Protocol):  # Optuna's artifact store protocol
+        def open_reader(self, artifact_id: str) -> BinaryIO: ...
+        def write(self, artifact_id: str, content_body: BinaryIO) -> None: ...
+        def remove(self, artifact_id: str) -> None: ...
+
+
+KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+_S3_ATTEMPTS = 6
+_PART_LIFE_S = 24 * 3600.0  # a partial file older than this was left by a process that died
+
+
+class ArtifactError(RuntimeError):
+    """The artifact store could not be opened, read or written."""
+
+
+class MissingArtifactError(ArtifactError, ArtifactNotFound):
+    """There is nothing under this key. Also Optuna's own `ArtifactNotFound`."""
+
+
+class ArtifactStore:
+    """What both stores share; `open_reader`, `write` and `remove` are Optuna's artifact store protocol."""
+
+    url: str
+
+    def open_reader(self, artifact_id: str) -> BinaryIO:
+        """A binary reader of the whole artifact; MissingArtifactError where there is none."""
+        raise NotImplementedError
+
+    def write(self, artifact_id: str, content_body: BinaryIO) -> None:
+        """Store everything that `content_body` gives from its position on; replaces what was there."""
+        raise NotImplementedError
+
+    def remove(self, artifact_id: str) -> None:
+        """Delete one artifact; MissingArtifactError where the store can tell that there was none."""
+        raise NotImplementedError
+
+    def exists(self, key: str) -> bool:
+        raise NotImplementedError
+
+    def keys(self, prefix: str = "") -> list[str]:
+        """The keys that begin with `prefix`, sorted."""
+        raise NotImplementedError
+
+    def put(self, key: str, data: bytes | Path) -> None:
+        """Store bytes, or a file's bytes, under a key."""
+        with io.BytesIO(data) if isinstance(data, bytes) else data.open("rb") as source:
+            self.write(key, source)
+
+    def get(self, key: str) -> bytes:
+        return b"".join(self._blocks(key))
+
+    def fetch(self, key: str, path: Path) -> None:
+        """Copy an artifact to `path`, whole or not at all; the folder of `path` must exist."""
+        with _whole(path) as part, part.open("xb") as target:
+            for block in self._blocks(key):
+                target.write(block)
+
+    def delete(self, key: str) -> None:
+        """Delete one artifact; a missing one is fine."""
+        with suppress(MissingArtifactError):
+            self.remove(key)
+
+    def _blocks(self, key: str) -> Iterator[bytes]:
+        """An artifact's bytes in blocks; a reader that breaks off is an error, not a short artifact."""
+        with self.open_reader(key) as source:
+            try:
+                while block := source.read(2**20):
+                    yield block
+            except Exception as error:
+                raise ArtifactError(f"reading {key!r} from {self.url} broke off: {error}") from error
+
+
+class FolderStore(ArtifactStore):
+    """Artifacts as files of one folder (local, or shared between the workers' machines)."""
+
+    def __init__(self, folder: Path) -> None:
+        from optuna.artifacts import FileSystemArtifactStore
+
+        self.folder = folder.absolute()
+        self.url = str(self.folder)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ArtifactError(f"artifact folder {self.folder} cannot be made: {error.strerror}") from error
+        self._files: _Backend = FileSystemArtifactStore(self.folder)
+        self._sweep()
+
+    def open_reader(self, artifact_id: str) -> BinaryIO:
+        try:
+            return self._files.open_reader(_checked(artifact_id))
+        except ArtifactNotFound:
+            raise _missing(self.url, artifact_id) from None
+        except OSError as error:
+            raise ArtifactError(f"cannot read {artifact_id!r} in {self.url}: {error.strerror}") from error
+
+    def write(self, artifact_id: str, content_body: BinaryIO) -> None:
+        # Optuna's store copies straight to the name that it is given: give it the part's.
+        with _whole(self.folder / _checked(artifact_id)) as part:
+            self._files.write(part.name, content_body)
+
+    def remove(self, artifact_id: str) -> None:
+        try:
+            self._files.remove(_checked(artifact_id))
+        except ArtifactNotFound:
+            raise _missing(self.url, artifact_id) from None
+        except OSError as error:
+            raise ArtifactError(f"cannot delete {artifact_id!r} in {self.url}: {error.strerror}") from error
+
+    def exists(self, key: str) -> bool:
+        return (self.folder / _checked(key)).is_file()
+
+    def keys(self, prefix: str = "") -> list[str]:
+        names = (path.name for path in self.folder.iterdir() if path.is_file())
+        return sorted(name for name in names if name.startswith(prefix) and KEY.fullmatch(name))
+
+    def _sweep(self) -> None:
+        """Remove the partial files of processes that died a day ago or more."""
+        for part in self.folder.glob(".*.part"):
+            with suppress(OSError):
+                if time.time() - part.stat().st_mtime > _PART_LIFE_S:
+                    part.unlink()
+
+
+class BucketStore(ArtifactStore):
+    """Artifacts as objects of an S3-style bucket; credentials and AWS_ENDPOINT_URL from the environment."""
+
+    def __init__(self, bucket: str, prefix: str) -> None:
+        try:
+            import boto3
+        except ImportError as error:
+            raise ArtifactError("s3:// needs boto3; install it with: pip install 'hpo[s3]'") from error
+        from optuna.artifacts import Boto3ArtifactStore
+
+        self.bucket, self.prefix = bucket, f"{prefix}/" if prefix else ""
+        self.url = f"s3://{bucket}/{prefix}".rstrip("/")
+        self._client: Any = boto3.client("s3", config=_s3_config(), endpoint_url=_s3_endpoint())
+        self._objects: _Backend = Boto3ArtifactStore(bucket, client=self._client, avoid_buf_copy=True)
+
+    def open_reader(self, artifact_id: str) -> BinaryIO:
+        with self._calling(artifact_id):
+            return self._objects.open_reader(self._name(artifact_id))
+
+    def write(self, artifact_id: str, content_body: BinaryIO) -> None:
+        with self._calling(artifact_id):  # an object appears when its upload is complete, never in parts
+            self._objects.write(self._name(artifact_id), content_body)
+
+    def remove(self, artifact_id: str) -> None:
+        with self._calling(artifact_id):
+            self._objects.remove(self._name(artifact_id))
+
+    def exists(self, key: str) -> bool:
+        try:
+            with self._calling(key):
+                self._client.head_object(Bucket=self.bucket, Key=self._name(key))
+        except MissingArtifactError:
+            return False
+        return True
+
+    def keys(self, prefix: str = "") -> list[str]:
+        with self._calling(prefix):
+            pages = self._client.get_paginator("list_objects_v2").paginate(
+                Bucket=self.bucket, Prefix=self.prefix + prefix
+            )
+            names = [
+                entry["Key"].removeprefix(self.prefix) for page in pages for entry in page.get("Contents", [])
+            ]
+        return sorted(name for name in names if KEY.fullmatch(name))
+
+    def _name(self, key: str) -> str:
+        return self.prefix + _checked(key)
+
+    @contextmanager
+    def _calling(self, key: str) -> Iterator[None]:
+        """Turn the client's errors into ours."""
+        from boto3.exceptions import Boto3Error
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        try:
+            yield
+        except (ArtifactNotFound, ClientError) as error:
+            code = _error_code(error)
+            if code in ("NoSuchKey", "404"):
+                raise _missing(self.url, key) from None
+            raise ArtifactError(
+                f"{self.url} refused {key!r}: {code}; is the bucket there, and open to these credentials?"
+            ) from error
+        except (BotoCoreError, Boto3Error) as error:
+            raise ArtifactError(f"{self.url} cannot be used for {key!r}: {error}") from error
+
+
+def artifact_store(url: str | None = None) -> ArtifactStore:
+    """The artifact store at `url`: a folder, `file://…` or `s3://bucket/prefix`.
+
+    Without one: HPO_ARTIFACTS, else the folder `artifacts` beside the embedded database.
+    Raises ArtifactError where the URL is of another kind, or the folder cannot be made.
+    """
+    url = url or os.environ.get("HPO_ARTIFACTS")
+    if not url:
+        from storage.postgres import home
+
+        return FolderStore(home() / "artifacts")
+    parts = urlsplit(url) if "://" in url else None
+    if parts is None:
+        return FolderStore(Path(url).expanduser())
+    if parts.scheme == "file" and parts.netloc in ("", "localhost"):
+        return FolderStore(Path(unquote(parts.path)))
+    if parts.scheme == "s3" and re.fullmatch(r"[a-z0-9][a-z0-9.-]+", parts.netloc):
+        return BucketStore(parts.netloc, parts.path.strip("/"))
+    # Only the scheme is shown: a URL of another kind may carry a password.
+    raise ArtifactError(
+        f"an artifact store is a folder, file:///folder or s3://bucket/prefix, got {parts.scheme}://…"
+    )
+
+
+def _checked(key: str) -> str:
+    if not KEY.fullmatch(key):
+        raise ArtifactError(
+            f"an artifact key is 1 to 200 of A-Z a-z 0-9 . _ - and begins with a letter or digit, got {key!r}"
+        )
+    return key
+
+
+def _missing(url: str, key: str) -> MissingArtifactError:
+    return MissingArtifactError(f"no artifact {key!r} in {url}")
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to; it is flushed and takes the name `path` at the end, or vanishes."""
+    part = path.with_name(f".{uuid.uuid4().hex}.part")
+    try:
+        yield part
+        _flush(part)
+        part.replace(path)
+        _flush(path.parent)
+    except OSError as error:
+        raise ArtifactError(_write_failure(path, error)) from error
+    finally:
+        with suppress(OSError):
+            part.unlink()
+
+
+def _write_failure(path: Path, error: OSError) -> str:
+    try:
+        free = f"{shutil.disk_usage(path.parent).free / 2**20:.1f} MiB free"
+    except OSError:
+        free = "free space unknown"
+    return f"cannot write {path.name!r} in {path.parent} ({free}): {error.strerror or error}"
+
+
+def _flush(path: Path) -> None:
+    """fsync a file or a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _s3_endpoint() -> str | None:
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
+
+
+def _s3_config() -> Any:
+    """Patient retries; for a store that is not Amazon's the bucket in the path and no extra checksums."""
+    from botocore.config import Config
+
+    options: dict[str, Any] = {
+        "connect_timeout": 10,
+        "read_timeout": 60,
+        "retries": {"mode": "standard", "total_max_attempts": _S3_ATTEMPTS},
+    }
+    if _s3_endpoint():
+        options["s3"] = {"addressing_style": "path"}
+        options |= dict.fromkeys(
+            ("request_checksum_calculation", "response_checksum_validation"), "when_required"
+        )
+    return Config(**options)
+
+
+def _error_code(error: BaseException) -> str:
+    """The S3 error code of a client error, or of the client error behind Optuna's ArtifactNotFound."""
+    response = getattr(error, "response", None) or getattr(error.__cause__, "response", None) or {}
+    return str(response.get("Error", {}).get("Code", type(error).__name__))
