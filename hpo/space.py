@@ -1,0 +1,463 @@
+"""The search space: what may be tuned, its defaults, and the Optuna distributions for it.
+
+An entry of a space is a `Range`, `Choices`, or a constant. Names, types and admissible values are fixed in
+`PARAMETERS`; its order is the order in which `walk` draws. This is the only module that builds Optuna
+distributions.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+
+Value: TypeAlias = str | int | float | bool
+
+
+class SpaceError(ValueError):
+    """An entry or a value lies outside what a hyperparameter admits, or contradicts the data."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers from `low` to `high`, both included; whole numbers where both are int."""
+
+    low: float  # smallest value
+    high: float  # largest value, low + a whole number of steps
+    step: float | None = None  # distance between values; None: 1 for whole numbers, else continuous
+    log: bool = False  # draw uniformly in the logarithm; low > 0 and no step
+
+
+@dataclass(frozen=True)
+class Choices:
+    """A list of values without an order, all of the parameter's own type."""
+
+    values: tuple[Value, ...]  # at least one, no two alike
+
+
+Entry: TypeAlias = Range | Choices | Value
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """What a hyperparameter admits, whatever the study."""
+
+    kind: type  # int, float, str or bool
+    low: float = -math.inf  # smallest number
+    high: float = math.inf  # largest number
+    above: bool = False  # low itself is excluded
+    below: bool = False  # high itself is excluded
+    names: tuple[str, ...] = ()  # the admissible strings
+
+    def rule(self) -> str:
+        """What a value must be, as the middle of a sentence."""
+        if self.kind is bool:
+            return "true or false"
+        if self.kind is str:
+            return "one of " + ", ".join(map(show, self.names))
+        noun = "a whole number" if self.kind is int else "a finite number"
+        low = f" {'above' if self.above else 'of at least'} {self.low:g}" if self.low > -math.inf else ""
+        high = f" {'below' if self.below else 'at most'} {self.high:g}" if self.high < math.inf else ""
+        return noun + low + (" and" if low and high else "") + high
+
+    def admits(self, value: Value) -> bool:
+        """Whether a value of the right type is admissible."""
+        if isinstance(value, str):
+            return value in self.names
+        above = self.low < value or (value == self.low and not self.above)
+        return above and (value < self.high or (value == self.high and not self.below))
+
+
+PARAMETERS: dict[
+    str, Parameter
+] = {  # in the order of drawing: what decides an entry's activity comes before it
+    "normalization": Parameter(str, names=("none", "channel", "sequence")),
+    "sequence_length": Parameter(int, low=0),  # keep only the last k steps; 0: all
+    "patch_length": Parameter(int, low=1),  # consecutive steps folded into the features
+    "hidden_size": Parameter(int, low=1, high=4096),
+    "layers": Parameter(int, low=1, high=8),
+    "bidirectional": Parameter(bool),
+    "pooling": Parameter(str, names=("last", "mean", "max", "attention", "flatten")),
+    "head_size": Parameter(int, low=0, high=65536),  # 0: one linear layer; else a hidden layer of that width
+    "dropout": Parameter(float, low=0, high=1, below=True),  # between LSTM layers and in the hidden head
+    "batch_size": Parameter(int, low=1),
+    "optimizer": Parameter(str, names=("adamw", "adam", "rmsprop", "sgd")),
+    "learning_rate": Parameter(float, low=0, above=True),
+    "weight_decay": Parameter(float, low=0),
+    "gradient_clip": Parameter(float, low=0),  # largest gradient norm; 0: off
+    "schedule": Parameter(str, names=("constant", "cosine", "plateau")),
+    "class_weight": Parameter(str, names=("none", "balanced")),
+    "threshold": Parameter(
+        str, names=("half", "chosen")
+    ),  # of two classes: 0.5, or chosen on validation data
+}
+NEUTRAL: dict[str, Value] = {"dropout": 0.0}  # what an inactive entry is set to
+
+# --- defaults ---
+
+DEFAULTS: dict[str, Entry] = {  # whatever the data; patch_length and batch_size follow from it, below
+    "normalization": Choices(("none", "channel", "sequence")),
+    "sequence_length": 0,
+    "hidden_size": Range(8, 128, step=8),
+    "layers": Range(1, 3),
+    "bidirectional": Choices((False, True)),
+    "pooling": Choices(("last", "mean", "max", "attention")),
+    "head_size": Choices((0, 128)),
+    "dropout": Range(0.0, 0.5),
+    "optimizer": Choices(("adamw", "adam", "rmsprop", "sgd")),
+    "learning_rate": Range(1e-4, 3e-2, log=True),
+    "weight_decay": Range(1e-6, 1e-2, log=True),
+    "gradient_clip": 1.0,
+    "schedule": Choices(("constant", "cosine")),
+    "class_weight": "none",
+    "threshold": "half",
+}
+BATCH_SIZES = (  # training sequences up to, batch sizes
+    (200, (8, 16, 32)),
+    (1_000, (16, 32, 64)),
+    (10_000, (32, 64, 128)),
+    (100_000, (64, 128, 256)),
+    (math.inf, (128, 256, 512)),
+)
+PATCHES_LEAST = 6  # a default patch length leaves the LSTM at least this many steps …
+PATCHES_MOST = 128  # … and at most this many
+PATCH_CHOICES = 4  # default patch lengths at most
+PATCH_WIDTH = 2048  # features times patch length at most, beyond the shortest patch
+
+
+def default_space(*, n: int, steps: int, features: int, classes: int, variable: bool) -> dict[str, Entry]:
+    """A default for every parameter.
+
+    `n` training sequences (N) of at most `steps` (T) and `features` (F), `classes` (K) of them, lengths
+    `variable` or all alike. Only n, steps and features matter so far. One step leaves nothing to pool and
+    nothing to normalize within a sequence.
+    """
+    derived: dict[str, Entry] = {
+        "patch_length": _one_or_more(_patch_lengths(steps, features)),
+        "batch_size": _one_or_more(_batch_sizes(n)),
+    }
+    if steps == 1:
+        derived |= {"pooling": "last", "normalization": Choices(("none", "channel"))}
+    return {name: derived[name] if name in derived else DEFAULTS[name] for name in PARAMETERS}
+
+
+def _patch_lengths(steps: int, features: int) -> list[int]:
+    """Powers of two that leave a readable number of steps: T=24 -> 1, 2, 4; T=500 -> 4, 8, 16, 32."""
+    shortest = 1
+    while math.ceil(steps / shortest) > PATCHES_MOST:
+        shortest *= 2
+    longer = (shortest * 2**i for i in range(1, PATCH_CHOICES))
+    fits = [k for k in longer if math.ceil(steps / k) >= PATCHES_LEAST and k * features <= PATCH_WIDTH]
+    return [shortest, *fits]
+
+
+def _batch_sizes(n: int) -> list[int]:
+    """Those of the table that are no larger than the training part, or the training part whole."""
+    sizes = next(sizes for most, sizes in BATCH_SIZES if n <= most)
+    return [size for size in sizes if size <= n] or [n]
+
+
+def _one_or_more(values: list[int]) -> Entry:
+    return Choices(tuple(values)) if len(values) > 1 else values[0]
+
+
+def complete(
+    space: Mapping[str, Entry], *, n: int, steps: int, features: int, classes: int, variable: bool
+) -> dict[str, Entry]:
+    """The space with its defaults filled in, in drawing order, held against the training data.
+
+    `n` counts the training sequences before any are set aside for validation: a batch larger than what a
+    fold leaves is that fold whole. A default follows from the steps that `sequence_length` keeps.
+    Raises SpaceError where an entry cannot work with these data.
+    """
+    kept = _steps_kept(space.get("sequence_length", 0), steps)
+    defaults = default_space(n=n, steps=kept, features=features, classes=classes, variable=variable)
+    full = {name: space.get(name, defaults[name]) for name in PARAMETERS}
+    if _largest(full["patch_length"]) > kept:
+        raise SpaceError(
+            f"space.patch_length must be at most {kept}, the steps of the longest sequence that "
+            f"are kept, got {show(full['patch_length'])}"
+        )
+    if _largest(full["batch_size"]) > n:
+        raise SpaceError(
+            f"space.batch_size must be at most {n}, the number of training sequences, "
+            f"got {show(full['batch_size'])}"
+        )
+    if variable and contains(full["pooling"], "flatten"):
+        raise SpaceError(
+            'space.pooling must not hold "flatten" where sequences differ in length; use '
+            f'"last", "mean", "max" or "attention", got {show(full["pooling"])}'
+        )
+    if classes > 2 and contains(full["threshold"], "chosen"):
+        raise SpaceError(
+            f'space.threshold must be "half" with more than two classes ({classes} here), '
+            f"got {show(full['threshold'])}"
+        )
+    return full
+
+
+def _steps_kept(entry: Entry, steps: int) -> int:
+    """Steps of the longest sequence that the longest crop of `sequence_length` keeps."""
+    if _largest(entry) > steps:
+        raise SpaceError(
+            f"space.sequence_length must be at most {steps}, the steps of the longest sequence "
+            f"(0 keeps all), got {show(entry)}"
+        )
+    return steps if contains(entry, 0) else int(_largest(entry))
+
+
+def _largest(entry: Any) -> float:
+    """The largest value of a numeric entry."""
+    if isinstance(entry, Range):
+        return entry.high
+    return float(max(entry.values) if isinstance(entry, Choices) else entry)
+
+
+# --- from and to the study file ---
+
+
+def parse(name: str, written: object) -> Entry:
+    """One entry of [space] as TOML or JSON gives it; raises SpaceError with the rule that it breaks."""
+    key = f"space.{name}"
+    if isinstance(written, dict):
+        return _parse_range(name, written)
+    if not isinstance(written, list):
+        return check_value(name, written, key)
+    if not written:
+        raise SpaceError(f"{key} must list at least one value, got []")
+    values = tuple(check_value(name, value, key) for value in written)
+    if len(set(values)) < len(values):
+        raise SpaceError(f"{key} must not list a value twice, got {show(written)}")
+    return Choices(values)
+
+
+def _parse_range(name: str, table: dict[str, object]) -> Range:
+    key, kind = f"space.{name}", PARAMETERS[name].kind
+    if kind in (str, bool):
+        raise SpaceError(f"{key} must be {PARAMETERS[name].rule()}, or a list of these, got {show(table)}")
+    for part in table:
+        if part not in ("low", "high", "step", "log"):
+            raise SpaceError(unknown(key, part, ("low", "high", "step", "log")))
+    if "low" not in table or "high" not in table:
+        raise SpaceError(f"{key} must have both low and high, got {show(table)}")
+    low, high = (check_value(name, table[end], f"{key}.{end}") for end in ("low", "high"))
+    log, step = table.get("log", False), table.get("step")
+    if not isinstance(log, bool):
+        raise SpaceError(f"{key}.log must be true or false, got {show(log)}")
+    assert not isinstance(low, str)  # the kind is int or float
+    assert not isinstance(high, str)
+    return _checked_range(Range(low, high, _parse_step(key, step, kind), log), key, table)
+
+
+def _parse_step(key: str, step: object, kind: type) -> float | None:
+    if step is None:
+        return None
+    value = _of_kind(step, kind)
+    if value is None or value <= 0:
+        noun = "a whole number of at least 1" if kind is int else "a finite number above 0"
+        raise SpaceError(f"{key}.step must be {noun}, got {show(step)}")
+    return None if kind is int and value == 1 else value
+
+
+def _checked_range(entry: Range, key: str, written: dict[str, object]) -> Range:
+    if entry.low > entry.high:
+        raise SpaceError(f"{key}.low must be at most high, got {show(written)}")
+    if entry.log and entry.step is not None:
+        raise SpaceError(f"{key} must have either a step or log = true, got {show(written)}")
+    if entry.log and entry.low <= 0:
+        raise SpaceError(f"{key}.low must be above 0 where log = true, got {show(written)}")
+    if entry.step is not None and (rest := _exact(entry.high, entry.low) % Decimal(str(entry.step))):
+        high = float(Decimal(str(entry.high)) - rest)
+        raise SpaceError(
+            f"{key}.high must be low plus a whole number of steps, such as {high:g}, got {show(written)}"
+        )
+    return entry
+
+
+def _exact(high: float, low: float) -> Decimal:
+    """high - low in the decimals that were written, not in binary."""
+    return Decimal(str(high)) - Decimal(str(low))
+
+
+def check_value(name: str, value: object, key: str) -> Value:
+    """The value in its parameter's type (a whole number written for a float becomes one).
+
+    Raises SpaceError, with `key` for the name, where it is of another type or out of range.
+    """
+    parameter = PARAMETERS[name]
+    typed: Value | None = _of_kind(value, parameter.kind)
+    if typed is None or not parameter.admits(typed):
+        raise SpaceError(f"{key} must be {parameter.rule()}, got {show(value)}")
+    return typed
+
+
+def _of_kind(value: Any, kind: type) -> Any:
+    """The value as this type, None where it is of another: a bool is no number, 1.0 no int, inf no float."""
+    if kind is float and type(value) in (int, float) and abs(value) < 1e308:
+        return float(value)
+    return value if kind is not float and type(value) is kind else None
+
+
+def unparse(entry: Entry) -> Any:
+    """The entry as TOML or JSON holds it; `parse` is its inverse."""
+    if isinstance(entry, Choices):
+        return list(entry.values)
+    if not isinstance(entry, Range):
+        return entry
+    step = {} if entry.step is None else {"step": entry.step}
+    return {"low": entry.low, "high": entry.high, **step, **({"log": True} if entry.log else {})}
+
+
+def show(value: object) -> str:
+    """A value as TOML writes it, on one line."""
+    if isinstance(value, Range | Choices):
+        return show(unparse(value))
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{_key(key)} = {show(item)}" for key, item in value.items()) + " }"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(show, value)) + "]"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _key(key: str) -> str:
+    bare = key.isascii() and key.replace("_", "").replace("-", "").isalnum()
+    return key if bare else show(key)
+
+
+def unknown(table: str, key: str, known: Iterable[str]) -> str:
+    """The error for a key of a table that is not known, naming the nearest that is."""
+    prefix = f"{table}." if table else ""
+    known = list(known)
+    close = difflib.get_close_matches(key, known, n=1)
+    hint = f"did you mean {prefix}{close[0]}?" if close else "known are " + ", ".join(known)
+    return f"unknown key {prefix}{key}; {hint}"
+
+
+# --- drawing ---
+
+
+def distribution(entry: Entry) -> BaseDistribution | None:
+    """The Optuna distribution of an entry; None for a constant, which is not drawn."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    if isinstance(entry, Choices):
+        return CategoricalDistribution(entry.values)
+    if not isinstance(entry, Range):
+        return None
+    if isinstance(entry.low, int) and isinstance(entry.high, int):
+        return IntDistribution(entry.low, entry.high, log=entry.log, step=int(entry.step or 1))
+    return FloatDistribution(entry.low, entry.high, log=entry.log, step=entry.step)
+
+
+def distributions(space: Mapping[str, Entry]) -> dict[str, BaseDistribution]:
+    """The distributions of all entries that are no constants, in drawing order."""
+    pairs = ((name, distribution(space[name])) for name in PARAMETERS if name in space)
+    return {name: found for name, found in pairs if found is not None}
+
+
+def is_active(name: str, params: Mapping[str, Any]) -> bool:
+    """Whether a parameter has any effect: dropout needs two LSTM layers or a hidden layer in the head.
+
+    `params` must hold `layers` and `head_size` where `name` is dropout.
+    """
+    return name != "dropout" or params["layers"] >= 2 or params["head_size"] > 0
+
+
+def walk(space: Mapping[str, Entry], draw: Callable[[str, BaseDistribution], Any]) -> dict[str, Any]:
+    """One value for every parameter of a completed space.
+
+    `draw` is called for the active entries that are no constants, in the order of `PARAMETERS`; an inactive
+    one gets its neutral value.
+    """
+    params: dict[str, Any] = {}
+    for name in PARAMETERS:
+        if not is_active(name, params):
+            params[name] = NEUTRAL[name]
+        else:
+            found = distribution(space[name])
+            params[name] = space[name] if found is None else draw(name, found)
+    return params
+
+
+def values(entry: Entry) -> list[Value] | None:
+    """All values of an entry in order, None for a continuous range."""
+    if isinstance(entry, Choices):
+        return list(entry.values)
+    if not isinstance(entry, Range):
+        return [entry]
+    count = size(entry)
+    if count is None or count == 1:
+        return None if count is None else [entry.low]
+    low, step, kind = Decimal(str(entry.low)), Decimal(str(entry.step or 1)), type(entry.low)
+    return [kind(low + i * step) for i in range(count)]
+
+
+def size(entry: Entry) -> int | None:
+    """The number of values of an entry, None for a continuous range."""
+    if not isinstance(entry, Range):
+        return len(entry.values) if isinstance(entry, Choices) else 1
+    if entry.low == entry.high:
+        return 1
+    step = entry.step or (1 if isinstance(entry.low, int) else None)
+    return None if step is None else int(_exact(entry.high, entry.low) / Decimal(str(step))) + 1
+
+
+def cardinality(space: Mapping[str, Entry]) -> int | None:
+    """How many distinct configurations `walk` can give over a completed space; None: no end of them.
+
+    Dropout is inactive for exactly one pair, one layer and no hidden head, and counts once there.
+    """
+    sizes = {name: size(entry) for name, entry in space.items()}
+    inactive = int(contains(space["layers"], 1) and contains(space["head_size"], 0))
+    active = (sizes.pop("layers") or 0) * (sizes.pop("head_size") or 0) - inactive
+    dropout = sizes.pop("dropout") if active else 1
+    if dropout is None or None in sizes.values():
+        return None
+    return (active * dropout + inactive) * math.prod(count for count in sizes.values() if count)
+
+
+def contains(entry: Entry, value: Value) -> bool:
+    """Whether an entry holds a value of its parameter's type."""
+    if not isinstance(entry, Range):
+        return value in entry.values if isinstance(entry, Choices) else value == entry
+    if isinstance(value, str) or not entry.low <= value <= entry.high:
+        return False
+    steps = (value - entry.low) / entry.step if entry.step else 0.0
+    return abs(steps - round(steps)) < 1e-8
+
+
+def check_params(
+    space: Mapping[str, Entry], params: Mapping[str, Any], where: str = "enqueue"
+) -> dict[str, Value]:
+    """A known-good configuration in its parameters' types; names may be missing from it.
+
+    Raises SpaceError for an unknown name and for a value that its entry in `space` does not hold; a name that
+    the space has no entry for is checked for type and admissible values alone. An inactive parameter may
+    have its neutral value, whatever its entry.
+    """
+    checked: dict[str, Value] = {}
+    for name, value in params.items():
+        if name not in PARAMETERS:
+            raise SpaceError(unknown(where, name, PARAMETERS))
+        checked[name] = check_value(name, value, f"{where}.{name}")
+    for name, value in checked.items():
+        if name in space and not contains(space[name], value) and not _idle(name, value, checked):
+            raise SpaceError(
+                f"{where}.{name} must lie in space.{name} = {show(space[name])}, got {show(value)}; "
+                f"widen space.{name} or leave it out"
+            )
+    return checked
+
+
+def _idle(name: str, value: Value, params: Mapping[str, Any]) -> bool:
+    known = {"layers", "head_size"} <= params.keys()
+    return name in NEUTRAL and value == NEUTRAL[name] and known and not is_active(name, params)
