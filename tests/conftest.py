@@ -1,0 +1,116 @@
+"""A real PostgreSQL for the whole test session, and a fresh database on it for each test."""
+
+import importlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from uuid import uuid4
+
+import psycopg2
+import pytest
+
+from storage import postgres
+
+Cli = Callable[..., subprocess.CompletedProcess[str]]
+TEMPLATE = "hpo_template"
+
+
+@pytest.fixture(scope="session")
+def short_folder() -> Iterator[Path]:
+    """A folder with a short path that every user may enter, removed at the end."""
+    folder = Path(tempfile.mkdtemp(prefix="hpo-"))
+    folder.chmod(0o711)
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def server(short_folder: Path) -> Iterator[str]:
+    """URL of an embedded server in a home of its own, stopped at the end of the session."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HPO_HOME", str(short_folder / "server"))
+        url = postgres.start()
+    execute(url, "ALTER SYSTEM SET fsync = off", "SELECT pg_reload_conf()")
+    yield url
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HPO_HOME", str(short_folder / "server"))
+        postgres.stop()
+
+
+def execute(url: str, *statements: str) -> None:
+    """Run each statement in a transaction of its own."""
+    with closing(psycopg2.connect(url.replace("+psycopg2", ""))) as connection:
+        connection.autocommit = True
+        for statement in statements:
+            connection.cursor().execute(statement)
+
+
+@pytest.fixture(scope="session")
+def template(server: str) -> str:
+    """Name of a database with the project's tables, made once."""
+    execute(server, f"CREATE DATABASE {TEMPLATE}")
+    if importlib.util.find_spec("storage.tables"):
+        importlib.import_module("storage.tables").migrate(_database(server, TEMPLATE))
+    execute(server, f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{TEMPLATE}'")
+    return TEMPLATE
+
+
+def _database(server: str, name: str) -> str:
+    """The server's URL with another database."""
+    return server.rsplit("/", 1)[0] + "/" + name
+
+
+def _fresh(server: str, template: str) -> Iterator[str]:
+    """URL of a copy of the template, dropped afterwards, live connections or not."""
+    name = f"test_{uuid4().hex[:12]}"
+    execute(server, f"CREATE DATABASE {name} TEMPLATE {template}")
+    yield _database(server, name)
+    execute(server, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture
+def database_url(server: str, template: str) -> Iterator[str]:
+    """URL of a fresh database with the project's tables."""
+    yield from _fresh(server, template)
+
+
+@pytest.fixture
+def empty_database_url(server: str) -> Iterator[str]:
+    """URL of a fresh database without tables."""
+    yield from _fresh(server, "template0")
+
+
+@pytest.fixture
+def environment(tmp_path: Path, database_url: str) -> dict[str, str]:
+    """Environment of a command: this test's database, home and artifacts; one thread a process."""
+    outside = ("HPO_", "PG", "COV", "PYTEST_", "XDG_")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(outside)}
+    return {
+        **kept,
+        "HPO_HOME": str(tmp_path / "home"),
+        "HPO_DATABASE_URL": database_url,
+        "HPO_ARTIFACTS": str(tmp_path / "artifacts"),
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+@pytest.fixture
+def cli(environment: dict[str, str], tmp_path: Path) -> Cli:
+    """cli("launch", "study.toml", …) runs the command in tmp_path; cwd, env and timeout_s may be given."""
+
+    def run(
+        *args: object, timeout_s: float = 120, cwd: Path = tmp_path, env: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-P", "-m", "hpo", *map(str, args)]
+        settings = environment if env is None else env
+        return subprocess.run(
+            command, cwd=cwd, env=settings, capture_output=True, text=True, timeout=timeout_s
+        )
+
+    return run
