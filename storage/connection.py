@@ -1,0 +1,155 @@
+"""The process's connection to Postgres: made when first used, renewed after a loss or a fork."""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import psycopg2
+from psycopg2 import extensions
+from sqlalchemy import make_url
+from sqlalchemy.dialects.postgresql.psycopg2 import PGDialect_psycopg2
+
+T = TypeVar("T")
+Row = tuple[Any, ...]
+
+# A stopped or cut-off process must not keep others waiting for its locks, nor its socket for hours.
+SESSION = "-c idle_in_transaction_session_timeout=10s -c timezone=UTC"
+KEEPALIVE = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 4, "connect_timeout": 10}
+# Deadlock, serialisation, server shutting down or starting, too many connections, a standby during failover.
+TRANSIENT = {"40P01", "40001", "57P01", "57P02", "57P03", "53300", "25006", "25P03"}
+REFUSALS = ("authentication failed", "does not exist", "no pg_hba.conf entry", "no password supplied")
+
+
+class DatabaseUnavailable(RuntimeError):
+    """The database refuses us, or stayed out of reach for the whole of `retry_s`."""
+
+
+def connect_arguments(url: str) -> dict[str, Any]:
+    """psycopg2's arguments for a SQLAlchemy or libpq URL of PostgreSQL."""
+    parsed = make_url(url)
+    if parsed.get_backend_name() not in ("postgresql", "postgres"):
+        raise ValueError(
+            f"studies live in PostgreSQL: a postgresql:// URL is needed, got {parsed.drivername}://…"
+        )
+    arguments = PGDialect_psycopg2().create_connect_args(parsed)[1]  # type: ignore[no-untyped-call]
+    options = f"{SESSION} {arguments.pop('options', '')}".strip()
+    return {**KEEPALIVE, **arguments, "options": options}
+
+
+class Connection:
+    """One psycopg2 connection in autocommit mode, one caller at a time.
+
+    `do` and `run` repeat their work after a lost connection, with backoff, for `retry_s` seconds, so what
+    they are given must be safe to repeat. `generation` counts connections made: a change means that commits
+    made with synchronous_commit=off may be gone.
+    """
+
+    def __init__(self, url: str, retry_s: float = 60.0) -> None:
+        self.url, self.retry_s = url, retry_s
+        self.lock = threading.RLock()
+        self.generation = 0
+        self.trips = 0  # statements sent, for the benchmarks
+        self._arguments = connect_arguments(url)
+        self._connection: extensions.connection | None = None
+        _OPEN.add(self)
+
+    @property
+    def address(self) -> str:
+        """Host, port and database, without user and password."""
+        get = self._arguments.get
+        return f"{get('host', 'localhost')}:{get('port', 5432)}/{get('dbname', '')}"
+
+    def run(self, sql: str, parameters: Sequence[Any] | dict[str, Any] | None = None) -> list[Row]:
+        """Execute one round trip (one or more statements) and return the rows of its last statement."""
+        return self.do(lambda cursor: self.execute(cursor, sql, parameters))
+
+    def execute(self, cursor: extensions.cursor, sql: str, parameters: Any = None) -> list[Row]:
+        """`run` on a cursor at hand: inside `do` or `transaction`."""
+        self.trips += 1
+        cursor.execute(sql, parameters)
+        return cursor.fetchall() if cursor.description else []
+
+    def transaction(self, work: Callable[[extensions.cursor], T]) -> T:
+        """`do` inside BEGIN and COMMIT."""
+
+        def committed(cursor: extensions.cursor) -> T:
+            cursor.execute("BEGIN")
+            try:
+                result = work(cursor)
+                cursor.execute("COMMIT")
+            except BaseException:
+                if not cursor.connection.closed:
+                    cursor.execute("ROLLBACK")
+                raise
+            self.trips += 2
+            return result
+
+        return self.do(committed)
+
+    def do(self, work: Callable[[extensions.cursor], T]) -> T:
+        """Call `work(cursor)`, again after each loss of the connection."""
+        deadline, pause = time.monotonic() + self.retry_s, 0.05
+        with self.lock:
+            while True:
+                try:
+                    with self._connected().cursor() as cursor:
+                        return work(cursor)
+                except (psycopg2.OperationalError, psycopg2.InterfaceError, psycopg2.InternalError) as error:
+                    if not self._transient(error):
+                        raise
+                    if time.monotonic() + pause > deadline:
+                        raise DatabaseUnavailable(self._explain(error)) from error
+                time.sleep(pause * random.uniform(0.5, 1.0))
+                pause = min(2 * pause, 2.0)
+
+    def close(self) -> None:
+        """Close the connection; the next use opens another."""
+        with self.lock:
+            if self._connection is not None:
+                self._connection.close()
+                self._connection = None
+
+    def _connected(self) -> extensions.connection:
+        if self._connection is None or self._connection.closed:
+            self._connection = psycopg2.connect(**self._arguments)
+            self._connection.autocommit = True
+            self.generation += 1
+        return self._connection
+
+    def _transient(self, error: psycopg2.Error) -> bool:
+        if self._connection is None or self._connection.closed:
+            return not any(refusal in str(error) for refusal in REFUSALS)
+        if error.pgcode in TRANSIENT:
+            if error.pgcode not in ("40P01", "40001"):
+                self.close()
+            return True
+        return False
+
+    def _explain(self, error: Exception) -> str:
+        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+        return (
+            f"the database at {self.address} did not answer for {self.retry_s:g} s ({reason}); "
+            "start it again or check HPO_DATABASE_URL"
+        )
+
+    def after_fork(self) -> None:
+        """In the child: the parent's socket and lock are not ours."""
+        self.lock = threading.RLock()
+        self._connection = None  # psycopg2 closes a connection only in the process that made it
+
+
+_OPEN: weakref.WeakSet[Connection] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for connection in list(_OPEN):
+        connection.after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork)

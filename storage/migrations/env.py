@@ -1,0 +1,13 @@
+"""Alembic's entry: runs the migrations on the connection that storage/tables.py hands over."""
+
+from alembic import context
+from sqlalchemy import text
+
+from storage.tables import metadata
+
+connection = context.config.attributes["connection"]
+connection.execute(text("CREATE SCHEMA IF NOT EXISTS hpo"))
+context.configure(connection=connection, target_metadata=metadata, version_table_schema="hpo")
+with context.begin_transaction():
+    context.run_migrations()
+connection.commit()
