@@ -1,4 +1,7 @@
-"""Our own tables, in the schema `hpo` beside Optuna's, and the migration that creates both."""
+"""Our own tables, in the schema `hpo` beside Optuna's, and the migration that creates both.
+
+No name of ours is one of Optuna's: for a database user called hpo PostgreSQL looks into the schema `hpo` first.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +31,8 @@ def _study(primary_key: bool = False) -> sa.Column[int]:
     return sa.Column("study_id", sa.Integer, to, primary_key=primary_key, autoincrement=False, nullable=False)
 
 
-studies = sa.Table(
-    "studies",
+terms = sa.Table(
+    "terms",
     metadata,
     _study(primary_key=True),
     sa.Column("config", JSONB, nullable=False),
@@ -153,7 +156,7 @@ def ensure(connection: Connection) -> None:
 def _revision(connection: Connection) -> str | None:
     """The revision of our tables, None where there are none: one query."""
     try:
-        rows = connection.run("SELECT version_num FROM hpo.alembic_version")
+        rows = connection.run("SELECT version_num FROM hpo.revision")
     except psycopg2.errors.UndefinedTable:
         return None
     return str(rows[0][0]) if rows else None

@@ -1,4 +1,4 @@
-"""First tables: studies, leases, workers, calls, models, aliases; indexes on Optuna's trials."""
+"""First tables: terms, leases, workers, calls, models, aliases; indexes on Optuna's trials."""
 
 from alembic import op
 
@@ -6,7 +6,7 @@ revision = "0001"
 down_revision = None
 
 TABLES = """
-CREATE TABLE hpo.studies (
+CREATE TABLE hpo.terms (
     study_id integer PRIMARY KEY REFERENCES studies ON DELETE CASCADE,
     config jsonb NOT NULL,
     budget integer NOT NULL,
@@ -95,4 +95,4 @@ def upgrade() -> None:
 
 def downgrade() -> None:
     op.execute("DROP INDEX ix_hpo_trials_number, ix_hpo_trials_waiting")
-    op.execute("DROP TABLE hpo.aliases, hpo.models, hpo.calls, hpo.workers, hpo.leases, hpo.studies")
+    op.execute("DROP TABLE hpo.aliases, hpo.models, hpo.calls, hpo.workers, hpo.leases, hpo.terms")
