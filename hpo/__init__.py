@@ -1,1 +1,27 @@
-"""Many training runs: studies of LSTM classifiers shared by many workers."""
+"""Many training runs: studies of LSTM classifiers shared by many workers.
+
+import hpo
+summary = hpo.launch("study.toml", workers=4)
+predictions = hpo.load(summary["model"]["path"]).predict(sequences)
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from hpo.launch import (
+    launch,  # after this line `hpo.launch` is the function; the module stays importable from
+)
+
+if TYPE_CHECKING:
+    from models.bundle import Bundle
+
+__all__ = ["launch", "load"]
+
+
+def load(folder: str | os.PathLike[str], device: str = "cpu") -> Bundle:
+    """A saved model folder, ready to predict. Needs no database."""
+    from models.bundle import load as load_bundle
+
+    return load_bundle(folder, device)

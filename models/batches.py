@@ -34,9 +34,7 @@ class Batches:
         self.values = values.contiguous()
         self.lengths = lengths
         self.labels = labels
-        self._lengths = (
-            lengths.cpu().numpy()
-        )  # on the host, so that cutting a batch never waits for the device
+        self._lengths = lengths.cpu().numpy()  # on the host, so that cutting a batch never waits for the device
 
     def __len__(self) -> int:
         return len(self._lengths)

@@ -47,9 +47,7 @@ class ClassifierConfig:
             raise ClassifierError(f"dropout must be in [0, 1), got {self.dropout}")
         for name, known in (("pooling", POOLINGS), ("normalization", NORMALIZATIONS)):
             if getattr(self, name) not in known:
-                raise ClassifierError(
-                    f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
-                )
+                raise ClassifierError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
 
     @property
     def kept_steps(self) -> int:
@@ -83,9 +81,9 @@ def crop_last(values: Tensor, lengths: Tensor, keep: int) -> tuple[Tensor, Tenso
 
 def fold_patches(values: Tensor, lengths: Tensor, patch: int) -> tuple[Tensor, Tensor]:
     """(B, T, F) to (B, S, P*F); the last, partial patch is filled with zeros and counts as valid."""
-    padded = nn.functional.pad(values, (0, 0, 0, patch - 1))
     patches = (values.shape[1] + patch - 1) // patch
-    folded = padded[:, : patches * patch].reshape(values.shape[0], patches, patch * values.shape[2])
+    padded = nn.functional.pad(values, (0, 0, 0, patches * patch - values.shape[1]))
+    folded = padded.reshape(values.shape[0], patches, patch * values.shape[2])
     return folded, (lengths + patch - 1) // patch
 
 
@@ -156,6 +154,10 @@ class Classifier(nn.Module):
             outputs = self._bidirectional(patches, lengths)
         else:
             outputs = self.lstm(patches)[0]
+        return self.classify(outputs, lengths)
+
+    def classify(self, outputs: Tensor, lengths: Tensor | None) -> Tensor:
+        """The last layer's outputs (S, B, D*H) to logits: pooling and head."""
         result: Tensor = self.head(self._pool(outputs, lengths))
         return result.squeeze(-1) if self.config.classes == 2 else result
 
@@ -186,9 +188,7 @@ class Classifier(nn.Module):
         kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
         weights = [cast(Tensor, getattr(self.lstm, f"{kind}_{suffix}")) for kind in kinds]
         zeros = patches.new_zeros(1, patches.shape[1], self.config.hidden_size)
-        outputs: Tensor = torch.lstm(
-            patches, (zeros, zeros), weights, True, 1, 0.0, self.training, False, False
-        )[0]
+        outputs: Tensor = torch.lstm(patches, (zeros, zeros), weights, True, 1, 0.0, self.training, False, False)[0]
         return outputs
 
     def _pool(self, outputs: Tensor, lengths: Tensor | None) -> Tensor:

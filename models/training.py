@@ -60,9 +60,7 @@ class TrainingConfig:
     gradient_clip: float = 1.0  # largest norm of a step's gradients; 0: no limit
     schedule: str = "constant"  # one of SCHEDULES: of the learning rate
     class_weight: str = "none"  # none | balanced: weigh each class by the inverse of its share
-    threshold: str = (
-        "half"  # half | chosen: the binary decision threshold, 0.5 or the best on validation data
-    )
+    threshold: str = "half"  # half | chosen: the binary decision threshold, 0.5 or the best on validation data
     precision: str = "float32"  # float32 | bfloat16 (autocast)
     seed: int = 0
 
@@ -157,6 +155,11 @@ class Training:
         """Each member's probabilities (rows of its validation part, K), pooled in the order of the folds."""
         return np.concatenate([member.validate() for member in self.members])
 
+    def load(self, members: Sequence[Weights]) -> None:
+        """Put these weights into the members, to `validate` them."""
+        for member, weights in zip(self.members, members, strict=True):
+            member.model.load_state_dict(weights)
+
     def state(self) -> bytes:
         """A checkpoint: everything that the next epoch depends on."""
         content = {
@@ -183,9 +186,7 @@ class Training:
         for member in self.members:
             torch.manual_seed(derive("dropout", self.config.seed, member.index, number))
             member.begin_epoch()
-            for batch in member.train.training(
-                self.config.batch_size, self.config.seed, member.index, number
-            ):
+            for batch in member.train.training(self.config.batch_size, self.config.seed, member.index, number):
                 if interrupted():
                     raise Interrupted
                 member.step(batch)
@@ -228,9 +229,7 @@ class _Member:
         assert sequences.labels is not None
         labels = torch.from_numpy(sequences.labels)
         self.train = _resident(self.model, values[train], lengths[train], labels[train], device)
-        self.validation = _resident(
-            self.model, values[validation], lengths[validation], labels[validation], device
-        )
+        self.validation = _resident(self.model, values[validation], lengths[validation], labels[validation], device)
         self.loss = _loss(labels[train], classifier, config).to(device)
         self.optimizer, self.fused = _optimizer(self.model, config)
         self.schedule = _schedule(self.optimizer, config)
@@ -285,9 +284,7 @@ class _Member:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
 
 
-def _resident(
-    model: Classifier, values: Tensor, lengths: Tensor, labels: Tensor, device: torch.device
-) -> Batches:
+def _resident(model: Classifier, values: Tensor, lengths: Tensor, labels: Tensor, device: torch.device) -> Batches:
     with torch.no_grad():
         patches, counts = model.prepare(values.to(device), lengths.to(device))
     return Batches(patches, counts, labels.to(device))
@@ -319,7 +316,5 @@ def _schedule(
     if config.schedule == "cosine":
         return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.epochs)
     if config.schedule == "plateau":
-        return torch.optim.lr_scheduler.ReduceLROnPlateau(
-            optimizer, factor=PLATEAU_FACTOR, patience=PLATEAU_PATIENCE
-        )
+        return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=PLATEAU_FACTOR, patience=PLATEAU_PATIENCE)
     return None

@@ -1,0 +1,292 @@
+"""The commands. With `hpo/progress.py` the only place that prints, and the only one that turns errors into lines."""
+
+from __future__ import annotations
+
+import json
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Tune LSTM classifiers of sequences: Optuna studies in Postgres, many workers, exact results.",
+)
+db = typer.Typer(no_args_is_help=True, help="The embedded PostgreSQL server.")
+app.add_typer(db, name="db")
+
+OURS = ("hpo", "models", "storage")  # packages whose exceptions are answers and not defects
+INTERRUPTED = 130
+
+StudyName = Annotated[str, typer.Argument(help="Name of a study.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON as the last line.")]
+
+
+class Format(StrEnum):
+    safetensors = "safetensors"
+    onnx = "onnx"
+    pt2 = "pt2"
+
+
+class Place(StrEnum):
+    local = "local"
+    ray = "ray"
+
+
+def main() -> None:
+    """Run a command; an error of ours becomes one line and exit status 1, an interruption 130."""
+    try:
+        app()
+    except Exception as error:
+        if type(error).__module__.split(".")[0] not in OURS:
+            raise
+        from storage.postgres import mask
+
+        typer.echo(f"hpo: {mask(str(error))}", err=True)
+        sys.exit(INTERRUPTED if type(error).__name__ == "Interrupted" else 1)
+
+
+@app.command()
+def launch(
+    study: Annotated[Path, typer.Argument(help="Study file (TOML), or a data file to tune with defaults.")],
+    workers: Annotated[str, typer.Option(help="Worker processes: a number, or auto (one a core or GPU).")] = "auto",
+    on: Annotated[Place, typer.Option(help="Where workers run.")] = Place.local,
+    detach: Annotated[bool, typer.Option(help="Create the study for standing workers and return.")] = False,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Override, as in space.hidden_size=64.")] = None,
+    trials: Annotated[int | None, typer.Option(help="The budget, also of a study that exists.", min=1)] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Create or resume a study, run workers, show progress, promote the best model."""
+    from hpo.launch import LaunchError
+    from hpo.launch import launch as run
+    from hpo.progress import Progress, show_summary
+
+    if on is Place.ray:
+        raise LaunchError("--on ray is not built yet; start `hpo worker` on each machine instead")
+    with Progress(quiet=quiet) as progress:
+        summary = run(
+            study,
+            workers=_workers(workers),
+            overrides=set_ or (),
+            trials=trials,
+            detach=detach,
+            show=progress.update,
+        )
+    if detach:
+        typer.echo(f"study {summary['study']} is open for {summary['trials']} trials; `hpo worker` serves it")
+    elif not quiet and not as_json:
+        show_summary(summary)
+    if as_json:
+        typer.echo(json.dumps(summary))
+
+
+@app.command()
+def worker(
+    study: Annotated[str | None, typer.Option(help="Serve this study only, until it is over.")] = None,
+) -> None:
+    """One standing worker: take trials of that study, or of any open study, until told to stop."""
+    from hpo.worker import work
+
+    work(study)
+
+
+@app.command()
+def status(
+    name: Annotated[str | None, typer.Argument(help="Name of a study; all of them without it.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Studies with their trials by state, best value, workers, rate and time left."""
+    from hpo.progress import show_status, status_rows
+
+    with _opened() as (storage, leases):
+        rows = status_rows(storage, leases, name)
+    if as_json:
+        typer.echo(json.dumps(rows))
+    else:
+        show_status(rows, detailed=name is not None)
+
+
+@app.command()
+def stop(name: StudyName) -> None:
+    """End a study for all its workers; a later launch goes on with it."""
+    from hpo.study import study_id_of
+
+    with _opened() as (storage, leases):
+        leases.stop(study_id_of(storage, name))
+    typer.echo(f"study {name} is stopped: its workers end within an epoch")
+
+
+@app.command()
+def delete(
+    name: StudyName,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Remove a study with its trials and checkpoints. Promoted models stay."""
+    from hpo.study import delete_study
+    from storage.artifacts import artifact_store
+
+    if not yes:
+        typer.confirm(f"Delete study {name} with all its trials?", abort=True)
+    with _opened() as (storage, _):
+        delete_study(storage, artifact_store(), name)
+    typer.echo(f"study {name} is deleted; its promoted models stay")
+
+
+@app.command()
+def dashboard(
+    host: Annotated[str, typer.Option(help="Address to listen on; off loopback a password is needed.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 8080,
+    allow_delete: Annotated[bool, typer.Option(help="Let visitors delete studies.")] = False,
+) -> None:
+    """optuna-dashboard over the studies. The password comes from HPO_DASHBOARD_PASSWORD (or ..._FILE)."""
+    from hpo.dashboard import serve
+    from storage.artifacts import artifact_store
+    from storage.postgres import database_url
+
+    serve(
+        database_url(),
+        artifact_store(),
+        host,
+        port,
+        allow_delete=allow_delete,
+        ready=lambda url: typer.echo(f"dashboard at {url} (Ctrl-C ends it)"),
+    )
+
+
+@app.command()
+def promote(
+    name: StudyName,
+    trial: Annotated[int | None, typer.Option(help="Number of a completed trial; the best without it.")] = None,
+) -> None:
+    """Make a trial's model a new version."""
+    from hpo.progress import show_models
+    from hpo.promote import promote_trial
+
+    with _opened() as (storage, _):
+        model = promote_trial(storage, name, trial)
+    show_models([model])
+
+
+@app.command()
+def models(as_json: Json = False) -> None:
+    """Promoted versions with their scores."""
+    from storage.registry import Registry
+
+    from hpo.progress import model_row, show_models
+    from storage.postgres import database_url
+
+    found = Registry(database_url()).models()
+    if as_json:
+        typer.echo(json.dumps([model_row(model) for model in found]))
+    else:
+        show_models(found)
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="Name of a promoted model, or a saved model folder.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    version: Annotated[int | None, typer.Option(help="Version; the latest without it.")] = None,
+    format_: Annotated[Format, typer.Option("--format", help="What to add to the folder.")] = Format.safetensors,
+) -> None:
+    """Write a folder that works without the database."""
+    from models.export import export as write
+
+    from hpo.promote import model_folder
+
+    write(model_folder(model, version), out, format_.value)
+    typer.echo(f"exported to {out}")
+
+
+@app.command()
+def predict(
+    model: Annotated[str, typer.Argument(help="A saved model folder, or the name of a promoted model.")],
+    data: Annotated[Path, typer.Argument(help="Sequences: npz, csv, parquet or .ts; labels are not needed.")],
+    out: Annotated[Path | None, typer.Option(help="CSV file to write; printed without it.")] = None,
+    version: Annotated[int | None, typer.Option(help="Version of a promoted model.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Sequences in a batch.", min=1)] = 256,
+) -> None:
+    """Class and probabilities of each sequence."""
+    from models.bundle import load
+
+    from hpo.progress import counting, show_predictions
+    from hpo.promote import model_folder, read_for
+
+    bundle = load(model_folder(model, version))
+    sequences = read_for(bundle, data)
+    with counting(sequences.n, "predicting") as advance:
+        predictions = bundle.predict(sequences, batch_size=batch_size, progress=advance)
+    if out is None:
+        show_predictions(predictions)
+    else:
+        predictions.to_csv(out)
+        typer.echo(f"{sequences.n} predictions in {out}")
+
+
+@app.command()
+def demo(
+    workers: Annotated[str, typer.Option(help="Worker processes: a number, or auto.")] = "2",
+    trials: Annotated[int, typer.Option(help="Trials of the study.", min=1)] = 40,
+) -> None:
+    """The main job on real data that ships with the project."""
+    from hpo.demo import run
+
+    run(_workers(workers), trials)
+
+
+@db.command("url")
+def db_url(show_password: Annotated[bool, typer.Option(help="Print the password too.")] = False) -> None:
+    """The database's address; starts the embedded server if that is the one in use."""
+    from storage.postgres import database_url, mask
+
+    url = database_url()
+    typer.echo(url if show_password else mask(url))
+
+
+@db.command("start")
+def db_start() -> None:
+    """Start the embedded server, or find it running."""
+    from storage.postgres import mask, start
+
+    typer.echo(f"running: {mask(start())}")
+
+
+@db.command("stop")
+def db_stop() -> None:
+    """Stop the embedded server; its data stay."""
+    from storage.postgres import stop as stop_server
+
+    typer.echo("stopped" if stop_server() else "it was not running")
+
+
+def _workers(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise typer.BadParameter(f"--workers must be auto or a number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _opened() -> Any:
+    """The storage and the leases of the configured database, closed after the block."""
+    from contextlib import contextmanager
+
+    from storage.leases import Leases
+    from storage.trials import trial_storage
+
+    from storage.postgres import database_url
+
+    @contextmanager
+    def opened() -> Any:
+        storage = trial_storage(database_url())
+        try:
+            yield storage, Leases(storage)
+        finally:
+            storage.close()
+
+    return opened()

@@ -1,0 +1,255 @@
+"""One trial from its parameters to its outcome: the only place that decides complete, pruned or failed."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from optuna.trial import TrialState
+from storage.leases import Lease, LeaseLost
+
+from hpo.config import Folds
+from hpo.curves import curve_svg
+from hpo.dashboard import attach_artifact
+from hpo.provenance import device_name, provenance
+from hpo.study import OpenStudy, Plan, ask, order, ranked
+from models.classifier import ClassifierConfig, ClassifierError
+from models.data import Sequences, split_folds, split_share
+from models.seeds import derive
+from models.training import Diverged, Epoch, Interrupted, Training, TrainingConfig, TrainingError, Weights
+from storage.artifacts import ArtifactError, ArtifactStore
+from storage.postgres import PostgresError
+
+if TYPE_CHECKING:
+    from hpo.worker import Attention
+
+log = logging.getLogger("hpo")
+
+EAGER_CHECKPOINTS = 3  # the first epochs are checkpointed each, then one every CHECKPOINT_S
+CHECKPOINT_S = 10.0
+PATIENT_EPOCH_S = 5.0  # asked to stop, a worker still finishes an epoch that takes no longer than this
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What a worker brings to a trial."""
+
+    worker: str
+    device: str
+    store: ArtifactStore
+    sequences: Sequences  # the training part
+
+
+def build(plan: Plan, params: Mapping[str, Any], seed: int, sequences: Sequences, device: str) -> Training:
+    """The training of one configuration: parameters, seed and data are all that it depends on."""
+    given = dict(params)
+    classifier = ClassifierConfig(
+        features=len(plan.features),
+        classes=len(plan.classes),
+        steps=plan.steps,
+        **_take(given, ClassifierConfig),
+    )
+    train = plan.config.train
+    config = TrainingConfig(
+        metric=plan.metric,
+        epochs=train.epochs,
+        patience=train.patience,
+        precision=train.precision,
+        seed=seed,
+        **_take(given, TrainingConfig),
+    )
+    return Training(sequences, folds(plan, sequences), classifier, config, device)
+
+
+def folds(plan: Plan, sequences: Sequences) -> list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
+    """The study's validation parts: a function of its seed, the same for every trial."""
+    seed = derive(plan.config.study.seed, "validation") % 2**32
+    validation = plan.config.data.validation
+    if isinstance(validation, Folds):
+        return split_folds(sequences, validation.folds, seed)
+    assert validation is not None
+    return split_share(sequences, validation, seed)
+
+
+def trial_seed(plan: Plan, number: int) -> int:
+    return derive(plan.config.study.seed, "trial", number)
+
+
+def run_trial(opened: OpenStudy, lease: Lease, bench: Bench, attention: Attention) -> TrialState | None:
+    """Train one leased trial to its end and record it.
+
+    Returns its final state, or None when the trial was given back unfinished (asked to stop) or taken away (the
+    lease was lost): another worker goes on with it.
+    """
+    opened.storage.attach(lease)
+    try:
+        return _run(opened, lease, bench, attention)
+    except LeaseLost as lost:
+        log.warning("trial %d: %s", lease.number, lost)
+        return None
+    except Interrupted:
+        log.info("trial %d: given back, to go on from its last checkpoint", lease.number)
+        return None
+    except (ArtifactError, PostgresError):
+        raise  # not the trial's fault: it goes on when the store or the database is back
+    except (Diverged, ClassifierError, TrainingError, RuntimeError, ValueError, MemoryError) as error:
+        log.exception("trial %d failed", lease.number)
+        reason = f"{type(error).__name__}: {error}"
+        opened.storage.finish_trial(lease.trial_id, TrialState.FAIL, None, {"failure": reason})
+        return TrialState.FAIL
+    finally:
+        opened.storage.detach(lease)
+
+
+def _run(opened: OpenStudy, lease: Lease, bench: Bench, attention: Attention) -> TrialState:
+    params = ask(opened, lease)
+    seed = trial_seed(opened.plan, lease.number)
+    training = build(opened.plan, params, seed, bench.sequences, bench.device)
+    if lease.checkpoint_key is not None:
+        training.restore(bench.store.get(lease.checkpoint_key))
+    log.info("trial %d: epoch %d, %s", lease.number, len(training.history) + 1, params)
+    checkpoints = _Checkpoints(opened, lease, bench.store)
+    last_s = 0.0
+    state = TrialState.COMPLETE
+    while not training.finished:
+        attention.watch(lease, training, patient=last_s < PATIENT_EPOCH_S)
+        epoch = training.advance(attention.interrupted)
+        last_s = epoch.seconds
+        opened.storage.set_trial_intermediate_value(lease.trial_id, epoch.number, epoch.value)
+        if attention.out_of_time:
+            break
+        if not training.finished and _prune(opened, lease):
+            state = TrialState.PRUNED
+            break
+        checkpoints.after(training, attention)
+    _finish(opened, lease, bench, training, state, {"seed": seed, "params": params})
+    checkpoints.drop()
+    return state
+
+
+def _prune(opened: OpenStudy, lease: Lease) -> bool:
+    return opened.study.pruner.prune(opened.study, opened.storage.get_trial(lease.trial_id))
+
+
+class _Checkpoints:
+    """The trial's checkpoints in the artifact store: at most one current, named by the database."""
+
+    def __init__(self, opened: OpenStudy, lease: Lease, store: ArtifactStore) -> None:
+        self.opened, self.lease, self.store = opened, lease, store
+        self.current = lease.checkpoint_key
+        self.written_at = time.monotonic()
+
+    def after(self, training: Training, attention: Attention) -> None:
+        """Checkpoint where one is due. Raises Interrupted after it when the worker was asked to stop."""
+        number = training.history[-1].number
+        if training.finished:
+            return
+        asked = attention.asked_to_stop
+        if asked or number <= EAGER_CHECKPOINTS or time.monotonic() - self.written_at >= CHECKPOINT_S:
+            self._write(training.state(), number)
+        if asked:
+            raise Interrupted
+
+    def drop(self) -> None:
+        if self.current is not None:
+            self.store.delete(self.current)
+
+    def _write(self, state: bytes, epoch: int) -> None:
+        lease = self.lease
+        key = f"checkpoint-{lease.study_id}-{lease.number}-{lease.attempt}-{epoch}"
+        self.store.put(key, state)
+        try:
+            replaced = self.opened.leases.checkpoint(lease, key, epoch)
+        except LeaseLost:
+            self.store.delete(key)
+            raise
+        if replaced is not None and replaced != key:
+            self.store.delete(replaced)
+        self.current, self.written_at = key, time.monotonic()
+
+
+def _finish(
+    opened: OpenStudy,
+    lease: Lease,
+    bench: Bench,
+    training: Training,
+    state: TrialState,
+    recorded: dict[str, Any],
+) -> None:
+    """Record all that is known of the trial and end it, in one transaction."""
+    best = training.best
+    assert best is not None
+    curve = {name: [getattr(epoch, name) for epoch in training.history] for name in ("value", "train_loss", "log_loss")}
+    key = f"curve-{opened.study_id}-{lease.number}.svg"
+    bench.store.put(key, curve_svg(curve, best.number, opened.plan.metric).encode())
+    attributes = recorded | {
+        "best_epoch": best.number,
+        "epochs": training.history[-1].number,
+        "log_loss": best.log_loss,
+        "threshold": best.threshold,
+        "curve": curve,
+        "parameters": training.parameters,
+        "training_seconds": round(sum(epoch.seconds for epoch in training.history), 3),
+        "device": device_name(bench.device),
+        "worker": bench.worker,
+        "attempt": lease.attempt,
+        "fused_optimizer": training.fused,
+        "provenance": provenance(),
+    }
+    attach_artifact(opened.storage, opened.study_id, lease.trial_id, key, "curve.svg", "image/svg+xml")
+    if state == TrialState.PRUNED:
+        opened.storage.finish_trial(lease.trial_id, state, [training.history[-1].value], attributes)
+        return
+    dropped = displaced(opened, lease.number, best)
+    if dropped is not None:
+        attributes["weights"] = weights_key(opened.study_id, lease.number)
+        bench.store.put(attributes["weights"], pack(training.best_weights))
+    opened.storage.finish_trial(lease.trial_id, state, [best.value], attributes)
+    for key in dropped or ():
+        bench.store.delete(key)
+
+
+def weights_key(study_id: int, number: int) -> str:
+    return f"weights-{study_id}-{number}.safetensors"
+
+
+def displaced(opened: OpenStudy, number: int, best: Epoch) -> list[str] | None:
+    """Weights to drop once this trial is complete, or None where it is not among the best `train.keep_best`."""
+    keep = opened.plan.config.train.keep_best
+    mine = order(opened.plan, best.value, best.log_loss, number)
+    others = [
+        (
+            order(opened.plan, trial.value, trial.user_attrs.get("log_loss"), trial.number),
+            trial.user_attrs.get("weights"),
+        )
+        for trial in ranked(opened)
+    ]
+    if sum(other < mine for other, _ in others) >= keep:
+        return None
+    return [key for _, key in others[keep - 1 :] if key is not None]
+
+
+def pack(members: list[Weights]) -> bytes:
+    from safetensors.torch import save
+
+    return save({f"member.{i}.{name}": tensor for i, weights in enumerate(members) for name, tensor in weights.items()})
+
+
+def unpack(content: bytes) -> list[Weights]:
+    from safetensors.torch import load
+
+    tensors = load(content)
+    members: dict[int, Weights] = {}
+    for name, tensor in tensors.items():
+        _, index, rest = name.split(".", 2)
+        members.setdefault(int(index), {})[rest] = tensor
+    return [members[index] for index in sorted(members)]
+
+
+def _take(params: dict[str, Any], kind: type) -> dict[str, Any]:
+    names = {item.name for item in fields(kind)}
+    return {name: value for name, value in params.items() if name in names}

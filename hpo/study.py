@@ -1,0 +1,433 @@
+"""A study: created or opened, its plan, its sampler and pruner, and the drawing of a trial's parameters."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from storage.leases import Lease, Leases, Terms
+from storage.trials import TrialStorage
+
+from hpo.config import StudyConfig, complete, differences, from_dict, to_dict
+from hpo.space import Value, cardinality, distribution, values, walk
+from models.data import Sequences, check_trainable, fingerprint, holdout, read, save
+from models.metrics import direction
+from models.seeds import derive
+from storage.artifacts import ArtifactStore
+
+if TYPE_CHECKING:
+    import optuna
+    from optuna.distributions import BaseDistribution
+
+ASKS = 10  # times that a sampler is asked again for a configuration that the study has already had
+RANDOM_ASKS = 100  # random draws after that
+
+
+class StudyError(ValueError):
+    """The study does not exist, or the study file contradicts it."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a worker must know of a study. Kept as JSON in the database, written once."""
+
+    config: StudyConfig  # with metric, validation and every entry of the search space filled in from the data
+    written: StudyConfig  # as in the file: what a later file is compared with
+    train: str  # artifact key of the training part
+    test: str | None  # artifact key of the test part
+    classes: tuple[str, ...]
+    features: tuple[str, ...]
+    steps: int  # T of the training part
+    sequences: int  # N of the training part
+
+    @property
+    def metric(self) -> str:
+        assert self.config.study.metric is not None
+        return self.config.study.metric
+
+    def to_json(self) -> dict[str, Any]:
+        return vars(self) | {"config": to_dict(self.config), "written": to_dict(self.written)}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Plan:
+        lists = {name: tuple(content[name]) for name in ("classes", "features")}
+        configs = {name: from_dict(content[name]) for name in ("config", "written")}
+        return cls(**{**content, **lists, **configs})
+
+
+@dataclass(frozen=True)
+class OpenStudy:
+    """A study with the handles to work on it."""
+
+    study: optuna.Study
+    plan: Plan
+    storage: TrialStorage
+    leases: Leases
+
+    @property
+    def study_id(self) -> int:
+        return self.study._study_id
+
+    @property
+    def name(self) -> str:
+        return self.study.study_name
+
+
+# ------------------------------------------------------------------------------------------------ create or open
+
+
+def create_or_open(config: StudyConfig, storage: TrialStorage, store: ArtifactStore) -> OpenStudy:
+    """The study of this file: a new one, or the one of that name if nothing contradicts it.
+
+    Raises StudyError with the differences, and DataError for data that cannot be trained on.
+    """
+    import optuna
+    from optuna.exceptions import DuplicatedStudyError
+
+    from hpo.dashboard import describe_study
+
+    plan, train, test = _plan(config)
+    leases = Leases(storage)
+    try:
+        study_id = storage.get_study_id_from_name(config.study.name)
+    except KeyError:
+        study_id = None
+    stored = leases.study(study_id) if study_id is not None else None
+    if stored is not None:
+        _check_same(Plan.from_json(stored.config), plan)
+    else:
+        for key, part in ((plan.train, train), (plan.test, test)):
+            _publish(store, key, part)
+        try:
+            optuna.create_study(study_name=config.study.name, storage=storage, direction=direction(plan.metric))
+        except DuplicatedStudyError:
+            study_id = storage.get_study_id_from_name(config.study.name)
+            if study_id is not None and leases.study(study_id) is None and _trials(storage, study_id):
+                raise StudyError(
+                    f"the database already has a study named {config.study.name!r} that was not made by "
+                    "`hpo launch`; choose another [study] name"
+                ) from None
+        study_id = storage.get_study_id_from_name(config.study.name)
+        leases.open_study(study_id, _terms(config), plan.to_json())
+        row = leases.study(study_id)
+        assert row is not None
+        _check_same(Plan.from_json(row.config), plan)  # another launch may have been first
+        describe_study(storage, study_id, plan.metric, _note(plan))
+        _enqueue(storage, study_id, plan)
+    opened = open_study(config.study.name, storage)
+    _refresh_terms(opened, config)
+    return opened
+
+
+def open_study(name: str, storage: TrialStorage) -> OpenStudy:
+    """The study of that name. Raises StudyError when there is none that `hpo launch` made."""
+    import optuna
+
+    leases = Leases(storage)
+    row = leases.study(study_id_of(storage, name))
+    if row is None:
+        raise StudyError(f"study {name!r} was not made by `hpo launch`, so it has no plan to work from")
+    plan = Plan.from_json(row.config)
+    study = optuna.load_study(
+        study_name=name, storage=storage, sampler=optuna.samplers.RandomSampler(), pruner=make_pruner(plan)
+    )
+    return OpenStudy(study, plan, storage, leases)
+
+
+def study_id_of(storage: TrialStorage, name: str) -> int:
+    """Raises StudyError, naming those that there are, when there is no study of that name."""
+    try:
+        return storage.get_study_id_from_name(name)
+    except KeyError:
+        known = ", ".join(sorted(study.study_name for study in storage.get_all_studies())) or "none yet"
+        raise StudyError(f"there is no study named {name!r}; known: {known}") from None
+
+
+def delete_study(storage: TrialStorage, store: ArtifactStore, name: str) -> None:
+    """Remove a study and its trials, checkpoints, weights and curves. Data sets and promoted models stay."""
+    study_id = study_id_of(storage, name)
+    storage.delete_study(study_id)
+    for kind in ("checkpoint", "weights", "curve"):
+        for key in store.keys(f"{kind}-{study_id}-"):
+            store.delete(key)
+
+
+def _plan(config: StudyConfig) -> tuple[Plan, Sequences, Sequences | None]:
+    """What the file says about the data that it names."""
+    data = config.data
+    names = {"label": data.label, "id": data.id, "step": data.step, "group": data.group}
+    train = read(Path(data.train), labeled=True, **names)
+    check_trainable(train)
+    test = None
+    if data.test is not None:
+        test = read(Path(data.test), labeled=True, classes=train.classes, **names)
+        if test.features != train.features:
+            raise StudyError(
+                f"training and test data must have the same features: {data.train} has "
+                f"{', '.join(train.features)}, {data.test} has {', '.join(test.features)}"
+            )
+    elif data.holdout is not None:
+        train, test = holdout(train, data.holdout, derive(config.study.seed, "holdout") % 2**32)
+    completed = complete(
+        config,
+        n=train.n,
+        steps=train.steps,
+        features=train.n_features,
+        classes=len(train.classes),
+        variable=bool(train.lengths.min() < train.lengths.max()),
+    )
+    plan = Plan(
+        config=completed,
+        written=config,
+        train=data_key(train),
+        test=None if test is None else data_key(test),
+        classes=train.classes,
+        features=train.features,
+        steps=train.steps,
+        sequences=train.n,
+    )
+    return plan, train, test
+
+
+def data_key(sequences: Sequences) -> str:
+    return f"data-{fingerprint(sequences)}.safetensors"
+
+
+def _publish(store: ArtifactStore, key: str | None, part: Sequences | None) -> None:
+    if key is None or part is None or store.exists(key):
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "data"
+        save(part, path)
+        store.put(key, path)
+
+
+def _check_same(stored: Plan, plan: Plan) -> None:
+    lines = differences(stored.written, plan.written)
+    for name in ("train", "test"):
+        if getattr(stored, name) != getattr(plan, name):
+            lines.append(f"data.{name}: the content of the file differs from the one that the study began with")
+    if lines:
+        raise StudyError(
+            f"the study file contradicts the study {stored.config.study.name!r} in the database:\n  "
+            + "\n  ".join(lines)
+            + "\nchange it back, choose another [study] name, or `hpo delete` the study"
+        )
+
+
+def _terms(config: StudyConfig) -> Terms:
+    study = config.study
+    return Terms(study.trials, study.timeout_s, study.lease_s, max_attempts=study.attempts)
+
+
+def _refresh_terms(opened: OpenStudy, config: StudyConfig) -> None:
+    """A launch opens a stopped study again and may raise its budget."""
+    opened.leases.reopen(opened.study_id, trials=config.study.trials, timeout_s=config.study.timeout_s)
+
+
+def _enqueue(storage: TrialStorage, study_id: int, plan: Plan) -> None:
+    """Copy the trials of `warm_start`, then queue the [[enqueue]] tables."""
+    import optuna
+
+    study = optuna.load_study(study_name=storage.get_study_name_from_id(study_id), storage=storage)
+    if plan.config.study.warm_start is not None:
+        study.add_trials(_warm_trials(storage, plan))
+    for table in plan.config.enqueue:
+        drawn = {name: value for name, value in table.items() if distribution(plan.config.space[name])}
+        study.enqueue_trial(drawn, skip_if_exists=True)
+
+
+def _warm_trials(storage: TrialStorage, plan: Plan) -> list[optuna.trial.FrozenTrial]:
+    """The other study's finished trials whose every parameter lies in this study's space."""
+    from optuna.trial import TrialState
+
+    name = plan.config.study.warm_start
+    assert name is not None
+    try:
+        other = storage.get_study_id_from_name(name)
+    except KeyError:
+        raise StudyError(f"study.warm_start names the study {name!r}, which does not exist") from None
+    kept = []
+    for trial in storage.get_all_trials(other, deepcopy=True, states=(TrialState.COMPLETE,)):
+        spaces = {key: distribution(plan.config.space[key]) for key in trial.params if key in plan.config.space}
+        fitting = {key: item for key, item in spaces.items() if item is not None}
+        if fitting.keys() == trial.params.keys() and all(
+            item._contains(item.to_internal_repr(trial.params[key])) for key, item in fitting.items()
+        ):
+            trial.distributions = fitting
+            trial.user_attrs = {"copied_from": f"{name}/{trial.number}"}
+            trial.system_attrs = {}
+            kept.append(trial)
+    return kept
+
+
+def _trials(storage: TrialStorage, study_id: int) -> list[optuna.trial.FrozenTrial]:
+    return storage.get_all_trials(study_id, deepcopy=False)
+
+
+def _note(plan: Plan) -> str:
+    """The dashboard's note: what is tuned, on what."""
+    text = json.dumps(to_dict(plan.config), indent=1)
+    return (
+        f"**{plan.metric}** over {plan.sequences} sequences of at most {plan.steps} steps, "
+        f"{len(plan.features)} features, {len(plan.classes)} classes\n\n```json\n{text}\n```"
+    )
+
+
+# --------------------------------------------------------------------------------------------- sampler and pruner
+
+
+def make_sampler(plan: Plan, *seed_parts: int) -> optuna.samplers.BaseSampler:
+    """The sampler for one draw, seeded by the study's seed and the parts: with one worker a study repeats itself."""
+    import optuna
+
+    study = plan.config.study
+    seed = derive(study.seed, "sampler", *seed_parts) % 2**32
+    name = study.sampler
+    if name == "tpe":
+        return optuna.samplers.TPESampler(seed=seed, multivariate=True, warn_independent_sampling=False)
+    if name == "gp":
+        return optuna.samplers.GPSampler(seed=seed, deterministic_objective=True)
+    if name == "cmaes":
+        return optuna.samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False)
+    if name == "qmc":
+        return optuna.samplers.QMCSampler(
+            seed=study.seed, warn_independent_sampling=False, warn_asynchronous_seeding=False
+        )
+    if name == "grid":
+        return optuna.samplers.GridSampler(_grid(plan), seed=study.seed)
+    return optuna.samplers.RandomSampler(seed=seed)
+
+
+def _grid(plan: Plan) -> dict[str, list[Any]]:
+    """Every value of every entry. Raises StudyError for a continuous range."""
+    grid = {}
+    for name, entry in plan.config.space.items():
+        if distribution(entry) is None:
+            continue
+        found = values(entry)
+        if found is None:
+            raise StudyError(
+                f'sampler "grid" needs finite entries, but space.{name} is a continuous range; give it a step or a list'
+            )
+        grid[name] = list(found)
+    return grid
+
+
+def make_pruner(plan: Plan) -> optuna.pruners.BasePruner:
+    import optuna
+
+    epochs = plan.config.train.epochs
+    name = plan.config.study.pruner
+    least = max(1, min(epochs // 10, 5))  # epochs before a curve says anything
+    if name == "hyperband":
+        return optuna.pruners.HyperbandPruner(min_resource=least, max_resource=epochs, reduction_factor=3)
+    if name == "halving":
+        return optuna.pruners.SuccessiveHalvingPruner(min_resource=least, reduction_factor=3)
+    if name == "median":
+        return optuna.pruners.MedianPruner(n_warmup_steps=least)
+    return optuna.pruners.NopPruner()
+
+
+# ---------------------------------------------------------------------------------------------------------- asking
+
+
+def ask(opened: OpenStudy, lease: Lease) -> dict[str, Value]:
+    """Draw and record the parameters of a new trial, or read those of an adopted one.
+
+    All are written in one statement, so that an adopted trial always has all of them or none. A configuration
+    that the study has had is asked for again, then drawn at random. Returns every value of the space, constants
+    included.
+    """
+    storage, space = opened.storage, opened.plan.config.space
+    frozen = storage.get_trial(lease.trial_id)
+    recorded = frozen.params
+    if recorded:
+        return walk(space, lambda name, _: recorded[name])
+    fixed = frozen.system_attrs.get("fixed_params", {})
+    had = _configurations(opened)
+    for attempt in range(ASKS + RANDOM_ASKS):
+        drawn = _draw(opened, frozen, fixed, random=attempt >= ASKS, attempt=attempt)
+        found = {name: value for name, (value, _) in drawn.items()}
+        if fixed or _signature(found) not in had:
+            break
+    storage.set_trial_params(
+        lease.trial_id, {name: (item.to_internal_repr(value), item) for name, (value, item) in drawn.items()}
+    )
+    return walk(space, lambda name, _: found[name])
+
+
+def exhausted(opened: OpenStudy) -> bool:
+    """Whether a finite space has no configuration left that the study has not had."""
+    size = cardinality(opened.plan.config.space)
+    return size is not None and len(_configurations(opened)) >= size
+
+
+def _draw(
+    opened: OpenStudy,
+    frozen: optuna.trial.FrozenTrial,
+    fixed: Mapping[str, Value],
+    *,
+    random: bool,
+    attempt: int,
+) -> dict[str, tuple[Value, BaseDistribution]]:
+    """One proposal. The sampler sees all trials, not only those of its Hyperband bracket: a study of some
+    dozens of trials is too small to be cut into four."""
+    import optuna
+
+    study, plan = opened.study, opened.plan
+    if random:
+        seed = derive(plan.config.study.seed, "random", frozen.number, attempt) % 2**32
+        study.sampler = optuna.samplers.RandomSampler(seed=seed)
+    else:
+        study.sampler = make_sampler(plan, frozen.number, attempt)
+    sampler = study.sampler
+    sampler.before_trial(study, frozen)
+    relative_space = sampler.infer_relative_search_space(study, frozen)
+    relative = sampler.sample_relative(study, frozen, relative_space)
+    drawn: dict[str, tuple[Value, BaseDistribution]] = {}
+
+    def draw(name: str, item: BaseDistribution) -> Value:
+        value: Value
+        if name in fixed:
+            value = fixed[name]
+        elif relative_space.get(name) == item and name in relative:
+            value = relative[name]
+        else:
+            value = sampler.sample_independent(study, frozen, name, item)
+        drawn[name] = (value, item)
+        return value
+
+    walk(plan.config.space, draw)
+    return drawn
+
+
+def ranked(opened: OpenStudy) -> list[optuna.trial.FrozenTrial]:
+    """The completed trials of the study, best first: by value, then the lower log-loss, then number."""
+    from optuna.trial import TrialState
+
+    trials = opened.storage.get_all_trials(opened.study_id, deepcopy=False, states=(TrialState.COMPLETE,))
+    return sorted(
+        trials,
+        key=lambda trial: order(opened.plan, trial.value, trial.user_attrs.get("log_loss"), trial.number),
+    )
+
+
+def order(plan: Plan, value: float | None, log_loss: float | None, number: int) -> tuple[float, float, int]:
+    """The sort key of a completed trial, least for the best."""
+    assert value is not None
+    sign = -1.0 if direction(plan.metric) == "maximize" else 1.0
+    return sign * value, math.inf if log_loss is None else log_loss, number
+
+
+def _configurations(opened: OpenStudy) -> set[str]:
+    return {_signature(trial.params) for trial in _trials(opened.storage, opened.study_id) if trial.params}
+
+
+def _signature(params: Mapping[str, Any]) -> str:
+    return json.dumps(params, sort_keys=True)

@@ -1,0 +1,239 @@
+"""One worker process: take a trial, run it, take the next, until the study is over or somebody says stop."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from storage.leases import Beat, Lease, Leases, StudyOver
+from storage.trials import trial_storage
+
+from models.data import Sequences, load
+from storage.artifacts import ArtifactStore, artifact_store
+from storage.postgres import database_url, home
+
+if TYPE_CHECKING:
+    from hpo.objective import Bench
+    from hpo.study import OpenStudy
+    from models.training import Training
+
+log = logging.getLogger("hpo")
+
+IDLE_S = 0.5  # between two looks for work when there is none
+BEATS = 4  # renewals within the time of a lease
+
+
+class Attention:
+    """What a worker in training keeps an ear on: its lease, its study, its signals.
+
+    A thread renews the lease and takes in the news; the training asks between two batches.
+    """
+
+    def __init__(self, leases: Leases, worker: str) -> None:
+        self.leases, self.worker = leases, worker
+        self.asked_to_stop = False  # by a signal, or because somebody stopped the study
+        self.out_of_time = False  # the study's wall-clock budget is spent
+        self._told = threading.Event()
+        self._lost = False
+        self._patient = True
+        self._lease: Lease | None = None
+        self._training: Training | None = None
+
+    def stop(self) -> None:
+        """A signal: finish what is short, give the trial back, end."""
+        self.asked_to_stop = True
+        self._told.set()
+
+    def rest(self) -> None:
+        """Wait a moment for work, or for a signal."""
+        self._told.wait(IDLE_S)
+
+    def watch(self, lease: Lease, training: Training, *, patient: bool) -> None:
+        """The training that the lease is renewed for; `patient`: its epochs are short enough to be finished."""
+        self._lease, self._training, self._patient = lease, training, patient
+
+    def interrupted(self) -> bool:
+        """Whether the running epoch should be given up between two batches."""
+        return self._lost or ((self.asked_to_stop or self.out_of_time) and not self._patient)
+
+    @contextmanager
+    def holding(self, lease: Lease, lease_s: float) -> Iterator[None]:
+        """Renew the lease from a thread for as long as the block runs."""
+        self._lease, self._training, self._lost, self.out_of_time = lease, None, False, False
+        done = threading.Event()
+        thread = threading.Thread(target=self._renew, args=(done, lease_s / BEATS), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+            self._lease = self._training = None
+
+    def _renew(self, done: threading.Event, interval_s: float) -> None:
+        while not done.wait(interval_s):
+            lease, training = self._lease, self._training
+            assert lease is not None
+            try:
+                news = self.leases.renew(self.worker, {lease: _beat(training)})
+            except Exception:
+                log.exception("the lease of trial %d could not be renewed", lease.number)
+                continue
+            self._lost = self._lost or lease in news.lost
+            self.asked_to_stop = self.asked_to_stop or lease.study_id in news.stopped
+            self.out_of_time = self.out_of_time or lease.study_id in news.out_of_time
+
+
+def _beat(training: Training | None) -> Beat:
+    """Progress counted in batches: a hung training makes none, a long epoch does."""
+    if training is None:
+        return Beat(0, None, None)
+    last = training.history[-1] if training.history else None
+    return Beat(training.batches, last and last.number, last and last.value)
+
+
+class Worker:
+    """One process at work on one study, or on any open one."""
+
+    def __init__(self, study: str | None, device: str | None = None) -> None:
+        self.only = study
+        self.url = database_url()
+        self.storage = trial_storage(self.url)
+        self.leases = Leases(self.storage)
+        self.store = artifact_store()
+        self.name = f"{socket.gethostname()}-{os.getpid()}"
+        self.device = device or choose_device()
+        self.attention = Attention(self.leases, self.name)
+        self._studies: dict[str, OpenStudy] = {}
+        self._sequences: dict[str, Sequences] = {}
+
+    def run(self) -> None:
+        """Work until the named study is over and promoted, or, without a name, until told to stop."""
+        signal.signal(signal.SIGTERM, lambda *_: self.attention.stop())
+        signal.signal(signal.SIGINT, lambda *_: self.attention.stop())
+        log_path = os.environ.get("HPO_LOG")
+        self.leases.register(self.name, None, socket.gethostname(), os.getpid(), self.device, log_path)
+        try:
+            while not self.attention.asked_to_stop:
+                if not self._work() and self.only is not None:
+                    return
+        finally:
+            self.leases.retire(self.name)
+            self.storage.close()
+
+    def _work(self) -> bool:
+        """Run one trial or promote one model. False: the one study that this worker serves needs nothing more."""
+        names = [self.only] if self.only is not None else [row.name for row in self.leases.open_studies()]
+        over = 0
+        for name in names:
+            opened = self._open(name)
+            try:
+                lease = self._take(opened)
+            except StudyOver as ended:
+                over += self._promote(opened, ended)
+                continue
+            if lease is not None:
+                self._run_trial(opened, lease)
+                return True
+        if not names or over < len(names):
+            self.attention.rest()
+            return True
+        if self.only is None:
+            self.attention.rest()
+        return False
+
+    def _take(self, opened: OpenStudy) -> Lease | None:
+        from hpo.study import exhausted
+
+        if exhausted(opened):
+            self.leases.exhaust(opened.study_id)
+        return self.leases.take(opened.study_id, self.name, self.device)
+
+    def _run_trial(self, opened: OpenStudy, lease: Lease) -> None:
+        from hpo.objective import run_trial
+
+        row = self.leases.study(opened.study_id)
+        assert row is not None
+        try:
+            with self.attention.holding(lease, row.lease_s):
+                state = run_trial(opened, lease, self._bench(opened), self.attention)
+            log.info("trial %d: %s", lease.number, "left" if state is None else state.name.lower())
+        finally:
+            self.leases.release(lease)  # does nothing to a trial that has ended or was taken away
+            stopped = self.leases.study(opened.study_id)
+            if self.only is None and stopped is not None and stopped.status == "stopped":
+                self.attention.asked_to_stop = False
+
+    def _promote(self, opened: OpenStudy, ended: StudyOver) -> bool:
+        """Whether nothing is left to do for this study, here or in another worker's hands."""
+        from hpo.promote import promote_once
+
+        log.info("study %s is over: %s", opened.name, ended.reason)
+        return promote_once(opened, self.store, self.name, self._sequences_of(opened.plan.train))
+
+    def _open(self, name: str) -> OpenStudy:
+        from hpo.study import open_study
+
+        if name not in self._studies:
+            self._studies[name] = open_study(name, self.storage)
+        return self._studies[name]
+
+    def _bench(self, opened: OpenStudy) -> Bench:
+        from hpo.objective import Bench
+
+        return Bench(self.name, self.device, self.store, self._sequences_of(opened.plan.train))
+
+    def _sequences_of(self, key: str) -> Sequences:
+        if key not in self._sequences:
+            self._sequences[key] = fetch_sequences(self.store, key)
+        return self._sequences[key]
+
+
+def fetch_sequences(store: ArtifactStore, key: str) -> Sequences:
+    """A data set by its artifact key, from this machine's cache if it is there whole."""
+    path = home() / "cache" / key
+    if not path.exists() or _digest(path) != key:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        store.fetch(key, path)
+        if _digest(path) != key:
+            path.unlink()
+            raise ValueError(f"artifact {key} does not have the content that its name says; store it again")
+    return load(path)
+
+
+def _digest(path: Path) -> str:
+    return f"data-{hashlib.sha256(path.read_bytes()).hexdigest()}.safetensors"
+
+
+def choose_device() -> str:
+    """The GPU that falls to this worker (HPO_WORKER_INDEX modulo the number of GPUs), else the CPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{int(os.environ.get('HPO_WORKER_INDEX', '0')) % torch.cuda.device_count()}"
+
+
+def work(study: str | None) -> None:
+    """The `hpo worker` command: one thread, logging to the standard error."""
+    import torch
+
+    logging.basicConfig(
+        level=logging.INFO,
+        format="%(asctime)s %(process)d %(levelname)s %(message)s",
+        datefmt="%Y-%m-%d %H:%M:%S",
+    )
+    started = time.monotonic()
+    torch.set_num_threads(1)
+    worker = Worker(study)
+    log.info("worker %s on %s ready after %.2f s", worker.name, worker.device, time.monotonic() - started)
+    worker.run()
