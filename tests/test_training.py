@@ -34,8 +34,8 @@ def training(data: Sequences, folds: int = 0, device: str = "cpu", **given: Any)
         features=data.n_features, classes=len(data.classes), steps=data.steps, **({"hidden_size": 6} | shape)
     )
     parts = split_folds(data, folds, 0) if folds else split_share(data, 0.25, 0)
-    given = {"metric": "accuracy", "epochs": 6, "batch_size": 8, "learning_rate": 0.02, "seed": 3} | given
-    return Training(data, parts, config, TrainingConfig(**given), device)
+    settings: dict[str, Any] = {"metric": "accuracy", "epochs": 6, "batch_size": 8, "learning_rate": 0.02, "seed": 3}
+    return Training(data, parts, config, TrainingConfig(**(settings | given)), device)
 
 
 def run(subject: Training, epochs: int) -> Training:
@@ -58,7 +58,13 @@ def assert_same(one: Training, other: Training) -> None:
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "plateau"])
 @pytest.mark.parametrize("folds", [0, 3])
 def test_a_resumed_training_ends_in_the_same_bits(optimizer: str, schedule: str, folds: int) -> None:
-    given = {"optimizer": optimizer, "schedule": schedule, "layers": 2, "dropout": 0.3, "weight_decay": 1e-3}
+    given: dict[str, Any] = {
+        "optimizer": optimizer,
+        "schedule": schedule,
+        "layers": 2,
+        "dropout": 0.3,
+        "weight_decay": 1e-3,
+    }
     data = sequences()
     whole = run(training(data, folds, **given), 6)
     checkpoint = run(training(data, folds, **given), 3).state()
