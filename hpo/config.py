@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 from hpo import space as spaces
 from hpo.space import Entry, SpaceError, Value, show, unknown
 
-METRICS = ("accuracy", "balanced_accuracy", "f1", "macro_f1", "auroc", "average_precision", "log_loss")
 SAMPLERS = ("tpe", "gp", "cmaes", "random", "qmc", "grid")
 PRUNERS = ("hyperband", "halving", "median", "none")
 PRECISIONS = ("float32", "bfloat16")
@@ -37,11 +36,9 @@ class StudySection:
     """[study]: what is sought, how, and for how long."""
 
     name: str  # unique in the database; letters, digits, ".", "_", "-"
-    metric: str | None = None  # one of METRICS; None: auroc for two classes, macro_f1 for more
+    metric: str | None = None  # one of models.metrics.METRICS; None: auroc for two classes, macro_f1 for more
     trials: int = 60  # trials over all workers, at least 1
-    timeout_s: float | None = (
-        None  # seconds that the study may take, above 0; None: no end; file key `timeout`
-    )
+    timeout_s: float | None = None  # seconds that the study may take, above 0; None: no end; file key `timeout`
     sampler: str = "tpe"  # one of SAMPLERS
     pruner: str = "hyperband"  # one of PRUNERS
     seed: int = 0  # 0 to 2**32 - 1
@@ -63,12 +60,8 @@ class DataSection:
 
     train: str  # path of the training file
     test: str | None = None  # path of the test file
-    holdout: float | None = (
-        None  # share of train set aside as the test part, in (0, 1); 0.2 without a test file
-    )
-    validation: float | Folds | None = (
-        None  # share of train in (0, 1), or folds; None: by the size of the data
-    )
+    holdout: float | None = None  # share of train set aside as the test part, in (0, 1); 0.2 without a test file
+    validation: float | Folds | None = None  # share of train in (0, 1), or folds; None: by the size of the data
     label: str = "label"  # column of the class
     id: str = "id"  # column that tells sequences apart
     step: str = "step"  # column that orders a sequence's rows
@@ -84,9 +77,7 @@ class TrainSection:
     """[train]: one trial's training, as far as it is not tuned."""
 
     epochs: int = 50  # at least 1
-    patience: int | None = (
-        10  # epochs without a better metric before a trial ends; None (in the file 0): never
-    )
+    patience: int | None = 10  # epochs without a better metric before a trial ends; None (in the file 0): never
     precision: str = "float32"  # one of PRECISIONS
     keep_best: int = 5  # trials whose weights are kept, at least 1
 
@@ -127,6 +118,12 @@ def _one_of(names: Sequence[str]) -> Check:
     return check
 
 
+def _metric(value: Any) -> str:
+    from models.metrics import METRICS  # with it comes numpy, which `hpo --help` does without
+
+    return str(_one_of(METRICS)(value))
+
+
 def _text(value: Any) -> str:
     if not isinstance(value, str) or not value.strip() or "\0" in value:
         raise ValueError("must be a string in quotes that is not empty")
@@ -136,8 +133,7 @@ def _text(value: Any) -> str:
 def _name(value: Any) -> str:
     if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", value):
         raise ValueError(
-            "must be 1 to 100 letters, digits, dots, dashes or underscores in quotes, "
-            "the first a letter or digit"
+            "must be 1 to 100 letters, digits, dots, dashes or underscores in quotes, the first a letter or digit"
         )
     return value
 
@@ -169,7 +165,7 @@ def _duration(value: Any) -> float:
 CHECKS: dict[str, dict[str, Check]] = {  # section -> key in the file -> check
     "study": {
         "name": _name,
-        "metric": _one_of(METRICS),
+        "metric": _metric,
         "trials": _whole(1),
         "timeout": _duration,
         "sampler": _one_of(SAMPLERS),
@@ -395,9 +391,7 @@ def default_name(train: str) -> str:
 # --- what follows from the data ---
 
 
-def complete(
-    config: StudyConfig, *, n: int, steps: int, features: int, classes: int, variable: bool
-) -> StudyConfig:
+def complete(config: StudyConfig, *, n: int, steps: int, features: int, classes: int, variable: bool) -> StudyConfig:
     """The configuration with metric, validation and every entry of the space filled in from the data.
 
     `n` training sequences (without the test part) of at most `steps` and `features`. Raises ConfigError where
@@ -409,9 +403,7 @@ def complete(
     facts: dict[str, Any] = {"n": n, "steps": steps, "features": features, "classes": classes}
     try:
         space = spaces.complete(config.space, **facts, variable=variable)
-        enqueue = tuple(
-            spaces.check_params(space, params, f"enqueue[{i}]") for i, params in enumerate(config.enqueue)
-        )
+        enqueue = tuple(spaces.check_params(space, params, f"enqueue[{i}]") for i, params in enumerate(config.enqueue))
     except SpaceError as error:
         raise ConfigError(f"{error} (study {config.study.name})") from None
     return replace(
@@ -448,10 +440,7 @@ def to_toml(config: StudyConfig) -> str:
     tables = to_dict(config)
     headed = [(f"[{name}]", tables[name]) for name in (*CHECKS, "space")]
     headed += [("[[enqueue]]", params) for params in tables["enqueue"]]
-    blocks = [
-        "\n".join([head, *(f"{key} = {show(value)}" for key, value in table.items())])
-        for head, table in headed
-    ]
+    blocks = ["\n".join([head, *(f"{key} = {show(value)}" for key, value in table.items())]) for head, table in headed]
     return "\n\n".join(blocks) + "\n"
 
 

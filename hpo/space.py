@@ -75,9 +75,7 @@ class Parameter:
         return above and (value < self.high or (value == self.high and not self.below))
 
 
-PARAMETERS: dict[
-    str, Parameter
-] = {  # in the order of drawing: what decides an entry's activity comes before it
+PARAMETERS: dict[str, Parameter] = {  # in the order of drawing: what decides an entry's activity comes before it
     "normalization": Parameter(str, names=("none", "channel", "sequence")),
     "sequence_length": Parameter(int, low=0),  # keep only the last k steps; 0: all
     "patch_length": Parameter(int, low=1),  # consecutive steps folded into the features
@@ -94,9 +92,7 @@ PARAMETERS: dict[
     "gradient_clip": Parameter(float, low=0),  # largest gradient norm; 0: off
     "schedule": Parameter(str, names=("constant", "cosine", "plateau")),
     "class_weight": Parameter(str, names=("none", "balanced")),
-    "threshold": Parameter(
-        str, names=("half", "chosen")
-    ),  # of two classes: 0.5, or chosen on validation data
+    "threshold": Parameter(str, names=("half", "chosen")),  # of two classes: 0.5, or chosen on validation data
 }
 NEUTRAL: dict[str, Value] = {"dropout": 0.0}  # what an inactive entry is set to
 
@@ -187,8 +183,7 @@ def complete(
         )
     if _largest(full["batch_size"]) > n:
         raise SpaceError(
-            f"space.batch_size must be at most {n}, the number of training sequences, "
-            f"got {show(full['batch_size'])}"
+            f"space.batch_size must be at most {n}, the number of training sequences, got {show(full['batch_size'])}"
         )
     if variable and contains(full["pooling"], "flatten"):
         raise SpaceError(
@@ -197,8 +192,7 @@ def complete(
         )
     if classes > 2 and contains(full["threshold"], "chosen"):
         raise SpaceError(
-            f'space.threshold must be "half" with more than two classes ({classes} here), '
-            f"got {show(full['threshold'])}"
+            f'space.threshold must be "half" with more than two classes ({classes} here), got {show(full["threshold"])}'
         )
     return full
 
@@ -275,9 +269,7 @@ def _checked_range(entry: Range, key: str, written: dict[str, object]) -> Range:
         raise SpaceError(f"{key}.low must be above 0 where log = true, got {show(written)}")
     if entry.step is not None and (rest := _exact(entry.high, entry.low) % Decimal(str(entry.step))):
         high = float(Decimal(str(entry.high)) - rest)
-        raise SpaceError(
-            f"{key}.high must be low plus a whole number of steps, such as {high:g}, got {show(written)}"
-        )
+        raise SpaceError(f"{key}.high must be low plus a whole number of steps, such as {high:g}, got {show(written)}")
     return entry
 
 
@@ -346,20 +338,20 @@ def unknown(table: str, key: str, known: Iterable[str]) -> str:
 
 
 def distribution(entry: Entry) -> BaseDistribution | None:
-    """The Optuna distribution of an entry; None for a constant, which is not drawn."""
+    """The Optuna distribution of an entry; None where there is nothing to draw, an entry of one value."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
+    if not isinstance(entry, Range | Choices) or size(entry) == 1:
+        return None
     if isinstance(entry, Choices):
         return CategoricalDistribution(entry.values)
-    if not isinstance(entry, Range):
-        return None
     if isinstance(entry.low, int) and isinstance(entry.high, int):
         return IntDistribution(entry.low, entry.high, log=entry.log, step=int(entry.step or 1))
     return FloatDistribution(entry.low, entry.high, log=entry.log, step=entry.step)
 
 
 def distributions(space: Mapping[str, Entry]) -> dict[str, BaseDistribution]:
-    """The distributions of all entries that are no constants, in drawing order."""
+    """The distributions of all entries of more than one value, in drawing order."""
     pairs = ((name, distribution(space[name])) for name in PARAMETERS if name in space)
     return {name: found for name, found in pairs if found is not None}
 
@@ -375,7 +367,7 @@ def is_active(name: str, params: Mapping[str, Any]) -> bool:
 def walk(space: Mapping[str, Entry], draw: Callable[[str, BaseDistribution], Any]) -> dict[str, Any]:
     """One value for every parameter of a completed space.
 
-    `draw` is called for the active entries that are no constants, in the order of `PARAMETERS`; an inactive
+    `draw` is called for the active entries of more than one value, in the order of `PARAMETERS`; an inactive
     one gets its neutral value.
     """
     params: dict[str, Any] = {}
@@ -384,19 +376,25 @@ def walk(space: Mapping[str, Entry], draw: Callable[[str, BaseDistribution], Any
             params[name] = NEUTRAL[name]
         else:
             found = distribution(space[name])
-            params[name] = space[name] if found is None else draw(name, found)
+            params[name] = _only(space[name]) if found is None else draw(name, found)
     return params
+
+
+def _only(entry: Entry) -> Value:
+    """The value of an entry that has one alone."""
+    if isinstance(entry, Range):
+        return entry.low
+    return entry.values[0] if isinstance(entry, Choices) else entry
 
 
 def values(entry: Entry) -> list[Value] | None:
     """All values of an entry in order, None for a continuous range."""
     if isinstance(entry, Choices):
         return list(entry.values)
-    if not isinstance(entry, Range):
-        return [entry]
-    count = size(entry)
-    if count is None or count == 1:
-        return None if count is None else [entry.low]
+    if (count := size(entry)) is None:
+        return None
+    if not isinstance(entry, Range) or count == 1:
+        return [_only(entry)]
     low, step, kind = Decimal(str(entry.low)), Decimal(str(entry.step or 1)), type(entry.low)
     return [kind(low + i * step) for i in range(count)]
 
@@ -419,7 +417,8 @@ def cardinality(space: Mapping[str, Entry]) -> int | None:
     sizes = {name: size(entry) for name, entry in space.items()}
     inactive = int(contains(space["layers"], 1) and contains(space["head_size"], 0))
     active = (sizes.pop("layers") or 0) * (sizes.pop("head_size") or 0) - inactive
-    dropout = sizes.pop("dropout") if active else 1
+    dropout = sizes.pop("dropout")
+    dropout = dropout if active else 1
     if dropout is None or None in sizes.values():
         return None
     return (active * dropout + inactive) * math.prod(count for count in sizes.values() if count)
@@ -435,9 +434,7 @@ def contains(entry: Entry, value: Value) -> bool:
     return abs(steps - round(steps)) < 1e-8
 
 
-def check_params(
-    space: Mapping[str, Entry], params: Mapping[str, Any], where: str = "enqueue"
-) -> dict[str, Value]:
+def check_params(space: Mapping[str, Entry], params: Mapping[str, Any], where: str = "enqueue") -> dict[str, Value]:
     """A known-good configuration in its parameters' types; names may be missing from it.
 
     Raises SpaceError for an unknown name and for a value that its entry in `space` does not hold; a name that
