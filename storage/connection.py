@@ -34,9 +34,7 @@ def connect_arguments(url: str) -> dict[str, Any]:
     """psycopg2's arguments for a SQLAlchemy or libpq URL of PostgreSQL."""
     parsed = make_url(url)
     if parsed.get_backend_name() not in ("postgresql", "postgres"):
-        raise ValueError(
-            f"studies live in PostgreSQL: a postgresql:// URL is needed, got {parsed.drivername}://…"
-        )
+        raise ValueError(f"studies live in PostgreSQL: a postgresql:// URL is needed, got {parsed.drivername}://…")
     arguments = PGDialect_psycopg2().create_connect_args(parsed)[1]  # type: ignore[no-untyped-call]
     options = f"{SESSION} {arguments.pop('options', '')}".strip()
     return {**KEEPALIVE, **arguments, "options": options}
@@ -69,7 +67,7 @@ class Connection:
         """Execute one round trip (one or more statements) and return the rows of its last statement."""
         return self.do(lambda cursor: self.execute(cursor, sql, parameters))
 
-    def execute(self, cursor: extensions.cursor, sql: str, parameters: Any = None) -> list[Row]:
+    def execute(self, cursor: extensions.cursor, sql: str | bytes, parameters: Any = None) -> list[Row]:
         """`run` on a cursor at hand: inside `do` or `transaction`."""
         self.trips += 1
         cursor.execute(sql, parameters)
@@ -92,9 +90,10 @@ class Connection:
 
         return self.do(committed)
 
-    def do(self, work: Callable[[extensions.cursor], T]) -> T:
+    def do(self, work: Callable[[extensions.cursor], T], retry_s: float | None = None) -> T:
         """Call `work(cursor)`, again after each loss of the connection."""
-        deadline, pause = time.monotonic() + self.retry_s, 0.05
+        deadline = time.monotonic() + (self.retry_s if retry_s is None else retry_s)
+        pause = 0.05
         with self.lock:
             while True:
                 try:

@@ -1,6 +1,6 @@
 """Our own tables, in the schema `hpo` beside Optuna's, and the migration that creates both.
 
-No name of ours is one of Optuna's: for a database user called hpo PostgreSQL looks into the schema `hpo` first.
+No name of ours is one of Optuna's: for a database user called hpo, PostgreSQL looks into schema `hpo` first.
 """
 
 from __future__ import annotations
@@ -173,9 +173,7 @@ def _create(connection: Connection) -> None:
         if revision == HEAD:
             return
         if revision is not None and revision > HEAD:
-            raise SchemaError(
-                f"the database's tables are at revision {revision}, this code knows {HEAD}: upgrade hpo"
-            )
+            raise SchemaError(f"the database's tables are at revision {revision}, this code knows {HEAD}: upgrade hpo")
         _optuna_tables(url.render_as_string(hide_password=False))
         _upgrade(locked)
 
