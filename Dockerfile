@@ -1,0 +1,37 @@
+# One image for every role: `hpo worker`, `hpo dashboard`, `hpo launch`.
+#   docker build -t hpo .                          CPU
+#   docker build -t hpo:cuda --build-arg TORCH=cuda .    NVIDIA GPUs (run with --gpus all)
+# CUDA's libraries come with torch itself, so both start from the same base. pip's default source has no CPU builds
+# for Linux on x86-64: name one that has, and the image is a fifth of the size:
+#   docker build --build-arg PIP_EXTRA_INDEX_URL=… .
+ARG PYTHON_IMAGE=python:3.13.7-slim-bookworm
+FROM ${PYTHON_IMAGE}
+
+ARG TORCH=cpu
+ARG PIP_INDEX_URL
+ARG PIP_EXTRA_INDEX_URL
+ARG PIP_FIND_LINKS
+
+# A plain user; what it may write: its home and the artifact store's mount point.
+RUN useradd --create-home --uid 10001 hpo && install --directory --owner=hpo --group=hpo /artifacts
+
+# The packages first: a change of the code does not install them again.
+WORKDIR /app
+COPY pyproject.toml README.md LICENSE ./
+COPY tools/setup.sh tools/
+RUN mkdir hpo models storage && PIP_NO_CACHE_DIR=1 HPO_TORCH=${TORCH} sh tools/setup.sh s3,parquet,onnx
+COPY hpo hpo
+COPY models models
+COPY storage storage
+COPY examples examples
+RUN .venv/bin/python -m compileall -q hpo models storage
+
+ENV PATH=/app/.venv/bin:$PATH \
+    PYTHONUNBUFFERED=1
+USER 10001
+WORKDIR /home/hpo
+ENTRYPOINT ["hpo"]
+CMD ["worker"]
+# Healthy: the packages load and the database answers.
+HEALTHCHECK --interval=60s --timeout=10s --start-period=30s --retries=3 \
+    CMD ["python", "-P", "-c", "from storage.postgres import database_url, wait_ready; wait_ready(database_url(), 5)"]

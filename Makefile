@@ -1,0 +1,33 @@
+# `make demo` and `make test` do all their own set-up in .venv (tools/setup.sh); a second run starts at once.
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test format clean
+
+PY := .venv/bin/python
+
+help:
+	@echo 'make demo     set up .venv, then tune, promote, export and use a model on real data'
+	@echo 'make test     set up .venv, then check format, lint and types, and run all tests'
+	@echo 'make format   rewrite the code as the format check wants it'
+	@echo 'make clean    remove .venv and what builds and tools left'
+	@echo 'Options: PYTHON=/path/to/python3.12, HPO_TORCH=cpu|cuda, TESTS="tests/test_data.py -k csv"'
+
+demo:
+	@sh tools/setup.sh
+	$(PY) -P -m hpo demo
+
+test:
+	@sh tools/setup.sh dev
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+	$(PY) -m pytest $(TESTS)
+
+format:
+	@sh tools/setup.sh dev
+	$(PY) -m ruff check --fix-only .
+	$(PY) -m ruff format .
+
+clean:
+	rm -rf .venv build dist hpo.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
