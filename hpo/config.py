@@ -194,13 +194,8 @@ CHECKS: dict[str, dict[str, Check]] = {  # section -> key in the file -> check
 }
 FIELDS = {"timeout": "timeout_s", "lease": "lease_s"}  # key in the file -> field, where they differ
 TABLES = (*CHECKS, "space", "enqueue")
-CHANGEABLE = {
-    "study.name",
-    "study.trials",
-    "study.timeout",
-    "data.train",
-    "data.test",
-}  # of an existing study
+# What may change in an existing study; data files are compared by their content.
+CHANGEABLE = {"study.name", "study.trials", "study.timeout", "data.train", "data.test"}
 
 
 # --- reading ---

@@ -331,6 +331,13 @@ def test_a_configuration_survives_toml_and_json(shared: Path, tables: dict[str, 
     assert configs.differences(config, read) == []
 
 
+def test_any_string_survives_toml(folder: Path) -> None:
+    config = load(folder, DESIGN)
+    strange = 'a "study"\\ of\x7f\x01\ttabs\nand\r\nlines, ünd 🜁'
+    config = replace(config, study=replace(config.study, warm_start=strange))
+    assert load(folder, configs.to_toml(config)) == config
+
+
 # --- what follows from the data ---
 
 
