@@ -20,7 +20,7 @@ import os
 import threading
 import uuid
 import weakref
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -162,10 +162,11 @@ FROM studies s LEFT JOIN LATERAL (
 ) t ON true
 WHERE s.study_id = %(study)s ORDER BY t.number"""
 
+# What a float reads as in JSON, and its type where it is not finite.
 ODD_FLOATS = {"INF_POS": float("inf"), "INF_NEG": float("-inf"), "NAN": float("nan")}
 
 
-def _float(value: float | str) -> float:
+def stored_float(value: float | str) -> float:
     return ODD_FLOATS[value] if value in ODD_FLOATS else float(value)
 
 
@@ -190,14 +191,14 @@ def _frozen(row: Row) -> FrozenTrial:
         number=number,
         state=TrialState[state],
         value=None,
-        values=[_float(value) for value in values] if values else None,
+        values=[stored_float(value) for value in values] if values else None,
         datetime_start=_local(started),
         datetime_complete=_local(completed),
         params={name: distributions[name].to_external_repr(float(value)) for name, value, _ in params or ()},
         distributions=distributions,
         user_attrs={key: json.loads(text) for key, text in (user or {}).items()},
         system_attrs={key: json.loads(text) for key, text in (system or {}).items()},
-        intermediate_values={int(step): _float(value) for step, value in (reports or {}).items()},
+        intermediate_values={int(step): stored_float(value) for step, value in (reports or {}).items()},
         trial_id=trial_id,
     )
 
@@ -284,6 +285,9 @@ CALLED = ";\nSELECT result FROM hpo.calls WHERE client = %(client)s AND call = %
 CLAIM = """
     ON CONFLICT (client) DO UPDATE SET call = excluded.call, result = excluded.result, called_at = now()
     WHERE calls.call < excluded.call"""
+
+CLAIM_RESULT = f"""
+INSERT INTO hpo.calls (client, call, result) VALUES (%(client)s, %(call)s, %(result)s) {CLAIM} RETURNING result"""
 
 CREATE_STUDY = f"""
 WITH claim AS (INSERT INTO hpo.calls (client, call, result)
@@ -511,6 +515,27 @@ class TrialStorage(BaseStorage):
             rows = self.connection.do(work)
             return rows[0][0] if rows else None
 
+    def once_in_transaction(self, work: Callable[[Cursor], int | None]) -> int | None:
+        """Run `work`, which returns the id of the trial that it took, if any, in one transaction, exactly once."""
+        with self.connection.lock:
+            self._call += 1
+            given = {"client": self._client, "call": self._call}
+            tries = 0
+
+            def claimed(cursor: Cursor) -> int | None:
+                nonlocal tries
+                tries += 1
+                done = tries > 1 and self.connection.execute(cursor, CALLED.lstrip(";\n"), given)
+                result = done[0][0] if done else work(cursor)
+                if result is not None and not done:
+                    rows = self.connection.execute(cursor, CLAIM_RESULT, {**given, "result": result})
+                    if not rows:  # an earlier try was still on its way through the server
+                        again = self.connection.execute(cursor, "ROLLBACK; BEGIN" + CALLED, given)
+                        result = again[0][0]
+                return result
+
+            return self.connection.transaction(claimed)
+
     def _hold_back(self, trial_id: int) -> _Writes:
         """The writes of a trial that wait for the next statement, HELD_BACK_S at the longest."""
         if self._timer is None:
@@ -533,6 +558,8 @@ class TrialStorage(BaseStorage):
     def attach(self, lease: Lease) -> None:
         """Fence every write of this storage to the lease's trial: LeaseLost instead, once the lease is lost."""
         with self.connection.lock:
+            if self._leases.get(lease.trial_id) != lease:
+                self._give_up(lease.trial_id)  # nothing of an earlier lease may pass under this one
             self._leases[lease.trial_id] = lease
             self._own[lease.trial_id] = lease.study_id
             self._lost.discard(lease.trial_id)
