@@ -175,10 +175,9 @@ def promote(
 @app.command()
 def models(as_json: Json = False) -> None:
     """Promoted versions with their scores."""
-    from storage.registry import Registry
-
     from hpo.progress import model_row, show_models
     from storage.postgres import database_url
+    from storage.registry import Registry
 
     found = Registry(database_url()).models()
     if as_json:
@@ -195,9 +194,8 @@ def export(
     format_: Annotated[Format, typer.Option("--format", help="What to add to the folder.")] = Format.safetensors,
 ) -> None:
     """Write a folder that works without the database."""
-    from models.export import export as write
-
     from hpo.promote import model_folder
+    from models.export import export as write
 
     write(model_folder(model, version), out, format_.value)
     typer.echo(f"exported to {out}")
@@ -212,13 +210,12 @@ def predict(
     batch_size: Annotated[int, typer.Option(help="Sequences in a batch.", min=1)] = 256,
 ) -> None:
     """Class and probabilities of each sequence."""
+    from hpo.progress import counting, show_predictions
+    from hpo.promote import model_folder
     from models.bundle import load
 
-    from hpo.progress import counting, show_predictions
-    from hpo.promote import model_folder, read_for
-
     bundle = load(model_folder(model, version))
-    sequences = read_for(bundle, data)
+    sequences = bundle.read(data)
     with counting(sequences.n, "predicting") as advance:
         predictions = bundle.predict(sequences, batch_size=batch_size, progress=advance)
     if out is None:
@@ -277,9 +274,8 @@ def _opened() -> Any:
     from contextlib import contextmanager
 
     from storage.leases import Leases
-    from storage.trials import trial_storage
-
     from storage.postgres import database_url
+    from storage.trials import trial_storage
 
     @contextmanager
     def opened() -> Any:

@@ -18,14 +18,14 @@ class DemoError(RuntimeError):
 
 def run(workers: int | None, trials: int) -> None:
     """Tune ItalyPowerDemand in a new study, then export its best model and predict with the exported folder."""
-    from models.bundle import load as load_bundle
-    from models.export import export
     from rich.console import Console
 
     from hpo.config import load
     from hpo.launch import launch
     from hpo.progress import Progress, show_predictions, show_summary
+    from models.bundle import load as load_bundle
     from models.data import read
+    from models.export import export
 
     study_file = EXAMPLES / "italy.toml"
     if not study_file.exists():

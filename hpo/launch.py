@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Any
 from storage.postgres import database_url, home
 
 if TYPE_CHECKING:
-    from storage.leases import Snapshot
-
     from hpo.config import StudyConfig
     from hpo.study import OpenStudy
+    from storage.leases import Snapshot
 
 LOOK_S = 0.25  # between two looks at the study
 RESTARTS = 5  # of one worker that ends with an error, before it is left alone
@@ -117,10 +116,9 @@ def launch(
     starting anything. show: called with the state of the study a few times a second.
     Raises ConfigError, DataError, StudyError, LaunchError, and Interrupted after a Ctrl-C or SIGTERM.
     """
-    from storage.trials import trial_storage
-
     from hpo.study import create_or_open
     from storage.artifacts import artifact_store
+    from storage.trials import trial_storage
 
     started = time.monotonic()
     config = _config(study, overrides, trials)
@@ -166,6 +164,11 @@ def _wait(opened: OpenStudy, workers: int, show: Callable[[Snapshot], None]) -> 
                 raise Interrupted(
                     f"study {opened.name!r} was interrupted; trials in flight are kept: the same command goes on"
                 )
+            if ended and state.status == "stopped":
+                raise Interrupted(
+                    f"study {opened.name!r} was stopped; launch it again to go on, or `hpo promote {opened.name}` "
+                    "makes its best trial so far a model"
+                )
             group.tend()
             if ended and not group.running():
                 raise LaunchError(f"the workers ended before study {opened.name!r} did; see {group.folder}")
@@ -196,9 +199,8 @@ class _Signals:
 
 def summary(opened: OpenStudy, seconds: float) -> dict[str, Any]:
     """What `hpo launch --json` prints in its last line. Raises LaunchError where no trial completed."""
-    from storage.registry import Registry
-
     from hpo.promote import materialise_model
+    from storage.registry import Registry
 
     state = opened.leases.snapshot(opened.study_id)
     if state.promoted_version is None:

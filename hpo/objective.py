@@ -10,19 +10,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from optuna.trial import TrialState
-from storage.leases import Lease, LeaseLost
 
 from hpo.config import Folds
 from hpo.curves import curve_svg
 from hpo.dashboard import attach_artifact
 from hpo.provenance import device_name, provenance
 from hpo.study import OpenStudy, Plan, ask, order, ranked
+from models.bundle import pack
 from models.classifier import ClassifierConfig, ClassifierError
 from models.data import Sequences, split_folds, split_share
 from models.seeds import derive
-from models.training import Diverged, Epoch, Interrupted, Training, TrainingConfig, TrainingError, Weights
+from models.training import Diverged, Epoch, Interrupted, Training, TrainingConfig, TrainingError
 from storage.artifacts import ArtifactError, ArtifactStore
+from storage.connection import DatabaseUnavailable
+from storage.leases import Lease
 from storage.postgres import PostgresError
+from storage.trials import LeaseLost
 
 if TYPE_CHECKING:
     from hpo.worker import Attention
@@ -94,7 +97,7 @@ def run_trial(opened: OpenStudy, lease: Lease, bench: Bench, attention: Attentio
     except Interrupted:
         log.info("trial %d: given back, to go on from its last checkpoint", lease.number)
         return None
-    except (ArtifactError, PostgresError):
+    except (ArtifactError, DatabaseUnavailable, PostgresError):
         raise  # not the trial's fault: it goes on when the store or the database is back
     except (Diverged, ClassifierError, TrainingError, RuntimeError, ValueError, MemoryError) as error:
         log.exception("trial %d failed", lease.number)
@@ -231,23 +234,6 @@ def displaced(opened: OpenStudy, number: int, best: Epoch) -> list[str] | None:
     if sum(other < mine for other, _ in others) >= keep:
         return None
     return [key for _, key in others[keep - 1 :] if key is not None]
-
-
-def pack(members: list[Weights]) -> bytes:
-    from safetensors.torch import save
-
-    return save({f"member.{i}.{name}": tensor for i, weights in enumerate(members) for name, tensor in weights.items()})
-
-
-def unpack(content: bytes) -> list[Weights]:
-    from safetensors.torch import load
-
-    tensors = load(content)
-    members: dict[int, Weights] = {}
-    for name, tensor in tensors.items():
-        _, index, rest = name.split(".", 2)
-        members.setdefault(int(index), {})[rest] = tensor
-    return [members[index] for index in sorted(members)]
 
 
 def _take(params: dict[str, Any], kind: type) -> dict[str, Any]:

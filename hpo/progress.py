@@ -15,6 +15,8 @@ from rich.progress import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from models.metrics import METRICS
+
 if TYPE_CHECKING:
     from models.bundle import Predictions
     from storage.leases import Leases, Snapshot
@@ -96,8 +98,8 @@ def status_rows(storage: TrialStorage, leases: Leases, name: str | None) -> list
 def _status_row(state: Snapshot) -> dict[str, Any]:
     ended = sum(state.counts.get(name, 0) for name in ("complete", "pruned", "failed"))
     left_s = None
-    if state.per_hour and state.status == "open":
-        left_s = round(3600 * max(state.budget - ended, 0) / state.per_hour)
+    if state.rate_per_hour and state.status == "open":
+        left_s = round(3600 * max(state.budget - ended, 0) / state.rate_per_hour)
     return {
         "study": state.name,
         "status": state.status,
@@ -105,13 +107,15 @@ def _status_row(state: Snapshot) -> dict[str, Any]:
         "budget": state.budget,
         "best": None if state.best_value is None else {"number": state.best_number, "value": state.best_value},
         "version": state.promoted_version,
-        "per_hour": None if state.per_hour is None else round(state.per_hour, 1),
+        "per_hour": None if state.rate_per_hour is None else round(state.rate_per_hour, 1),
         "seconds_left": left_s,
-        "workers": [{"worker": item.worker, "host": item.host, "device": item.device} for item in state.workers],
+        "workers": state.workers,
         "in_flight": [
             {
                 "trial": item.number,
                 "worker": item.worker,
+                "host": item.host,
+                "device": item.device,
                 "epoch": item.epoch,
                 "metric": item.metric,
                 "attempt": item.attempt,
@@ -138,7 +142,7 @@ def show_status(rows: Sequence[dict[str, Any]], *, detailed: bool) -> None:
             *(str(counts.get(name, 0)) for name in ("complete", "pruned", "failed", "running")),
             str(row["budget"]),
             "" if best is None else f"{best['value']:.4f} (trial {best['number']})",
-            str(len(row["workers"])),
+            str(row["workers"]),
             "" if row["per_hour"] is None else f"{row['per_hour']:.0f}",
             "" if row["seconds_left"] is None else _duration(row["seconds_left"]),
         )
@@ -148,14 +152,12 @@ def show_status(rows: Sequence[dict[str, Any]], *, detailed: bool) -> None:
 
 
 def _show_in_flight(console: Console, row: dict[str, Any]) -> None:
-    flying = Table("trial", "epoch", "metric", "worker", "attempt", title="in flight")
+    flying = Table("trial", "epoch", "metric", "worker", "host", "device", "attempt", title="in flight")
     for item in row["in_flight"]:
-        cells = (item["trial"], item["epoch"], item["metric"], item["worker"], item["attempt"])
+        cells = (item[name] for name in ("trial", "epoch", "metric", "worker", "host", "device", "attempt"))
         flying.add_row(*("" if cell is None else str(cell) for cell in cells))
     if row["in_flight"]:
         console.print(flying)
-    for item in row["workers"]:
-        console.print(f"worker {item['worker']} on {item['host']}, {item['device']}", highlight=False)
 
 
 def _duration(seconds: float) -> str:
@@ -211,7 +213,9 @@ def show_summary(summary: dict[str, Any]) -> None:
         highlight=False,
     )
     table = Table("metric", "validation", "test")
-    for name, value in summary["validation"].items():
+    for name in METRICS:
+        if (value := summary["validation"].get(name)) is None:
+            continue
         test = (summary["test"] or {}).get(name)
         table.add_row(name, f"{value:.4f}", "" if test is None else f"{test:.4f}")
     console.print(table)

@@ -8,22 +8,24 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from storage.registry import ModelVersion, Registry, materialise, publish
-
+from hpo.config import to_dict
 from hpo.study import OpenStudy, open_study, ranked
-from models.data import Sequences, read
+from models.data import Sequences
 from storage.artifacts import ArtifactStore, MissingArtifactError, artifact_store
 from storage.postgres import database_url, home
+from storage.registry import ModelVersion, Registry, materialise, publish
 
 if TYPE_CHECKING:
-    from models.bundle import Bundle
     from optuna.trial import FrozenTrial
-    from storage.trials import TrialStorage
 
+    from models.bundle import BundleConfig
+    from models.metrics import Scores
     from models.training import Training, Weights
+    from storage.trials import TrialStorage
 
 log = logging.getLogger("hpo")
 
@@ -101,26 +103,32 @@ def promote(opened: OpenStudy, store: ArtifactStore, trial: FrozenTrial, sequenc
     """
     from hpo.objective import build
     from hpo.worker import choose_device
+    from models.bundle import save
 
     attributes = trial.user_attrs
-    device = choose_device()
-    training = build(opened.plan, attributes["params"], attributes["seed"], sequences, device)
-    members = _weights(store, attributes, training)
-    training.load(members)
+    training = build(opened.plan, attributes["params"], attributes["seed"], sequences, choose_device())
+    training.load(_weights(store, attributes, training))
     validation = _check_score(opened, trial, training)
-    registry = Registry(database_url())
+    config = _bundle_config(opened, trial, training)
+    test = _test_scores(opened, store, config, training)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / opened.name
-        scores = _save(opened, store, trial, training, members, validation, folder)
+        scored = replace(config, validation=validation, test=test)
+        save(folder, [member.weights() for member in training.members], scored, attributes["curve"])
         artifacts = publish(store, folder, f"model-{opened.study_id}-{trial.number}")
-    config = {"params": attributes["params"], "study": opened.name, "trial": trial.number}
-    model = registry.promote(
+    model = Registry(database_url()).promote(
         name=opened.name,
         study_id=opened.study_id,
         study_name=opened.name,
         trial_number=trial.number,
-        scores=scores,
-        config=config,
+        scores={
+            "metric": opened.plan.metric,
+            "value": trial.value,
+            "validation": validation.metrics,
+            "test": None if test is None else test.metrics,
+            "intervals": None if test is None else test.intervals,
+        },
+        config={"params": attributes["params"]},
         artifacts=artifacts,
     )
     _show(opened, trial, artifacts)
@@ -130,7 +138,7 @@ def promote(opened: OpenStudy, store: ArtifactStore, trial: FrozenTrial, sequenc
 
 def _weights(store: ArtifactStore, attributes: dict[str, Any], training: Training) -> list[Weights]:
     """The best epoch's weights: as kept, else trained again (training is exact)."""
-    from hpo.objective import unpack
+    from models.bundle import unpack
 
     key = attributes.get("weights")
     if key is not None:
@@ -143,36 +151,64 @@ def _weights(store: ArtifactStore, attributes: dict[str, Any], training: Trainin
     return training.best_weights
 
 
-def _check_score(opened: OpenStudy, trial: FrozenTrial, training: Training) -> dict[str, float]:
-    """Every validation metric; the study's must be the recorded one, to the bit where it ran on this device."""
+def _check_score(opened: OpenStudy, trial: FrozenTrial, training: Training) -> Scores:
+    """The scores on validation; the study's metric must be the recorded value, to the bit on the same device."""
     from hpo.provenance import device_name, provenance
-    from models.metrics import evaluate
+    from models.metrics import measure
 
-    threshold = trial.user_attrs["threshold"]
-    scores = evaluate(training.validate(), training.labels, threshold)
-    value, metric = scores[opened.plan.metric], opened.plan.metric
-    same = trial.user_attrs["device"] == device_name(str(training.device))
-    same = same and trial.user_attrs["provenance"]["torch"] == provenance()["torch"]
+    probabilities = training.validate()
+    scores = measure(probabilities, training.labels, trial.user_attrs["threshold"], trial.user_attrs["seed"])
+    value, recorded = scores.metrics[opened.plan.metric], trial.user_attrs
+    same = recorded["device"] == device_name(str(training.device))
+    same = same and recorded["provenance"]["torch"] == provenance()["torch"]
     if value != trial.value and (same or not math.isclose(value, trial.value or 0.0, abs_tol=TOLERANCE)):
         raise PromotionError(
-            f"the promoted weights must give the recorded validation {metric} {trial.value!r}, they give "
-            f"{value!r}; trial {trial.number} was trained on {trial.user_attrs['device']} with torch "
-            f"{trial.user_attrs['provenance']['torch']}"
+            f"the promoted weights must give the recorded validation {opened.plan.metric} {trial.value!r}, they "
+            f"give {value!r}; trial {trial.number} was trained on {recorded['device']} with torch "
+            f"{recorded['provenance']['torch']}"
         )
     return scores
 
 
-def _save(
-    opened: OpenStudy,
-    store: ArtifactStore,
-    trial: FrozenTrial,
-    training: Training,
-    members: list[Weights],
-    validation: dict[str, float],
-    folder: Path,
-) -> dict[str, Any]:
-    """Write the bundle, evaluate it on the test part, and write the scores into it. Returns the scores."""
-    raise NotImplementedError
+def _bundle_config(opened: OpenStudy, trial: FrozenTrial, training: Training) -> BundleConfig:
+    from models.bundle import BundleConfig
+
+    plan, attributes = opened.plan, trial.user_attrs
+    data = plan.config.data
+    kept = ("params", "seed", "parameters", "training_seconds", "device", "worker", "fused_optimizer")
+    return BundleConfig(
+        classifier=training.members[0].model.config,
+        classes=plan.classes,
+        features=plan.features,
+        metric=plan.metric,
+        members=len(training.members),
+        threshold=attributes["threshold"],
+        best_epoch=attributes["best_epoch"],
+        columns={"label": data.label, "id": data.id, "step": data.step, "group": data.group},
+        provenance={
+            "study": opened.name,
+            "trial": trial.number,
+            "data": plan.train,
+            "test_data": plan.test,
+            "config": to_dict(plan.config),
+            **{name: attributes[name] for name in kept},
+            **attributes["provenance"],
+        },
+    )
+
+
+def _test_scores(opened: OpenStudy, store: ArtifactStore, config: BundleConfig, training: Training) -> Scores | None:
+    """The members together on the test part: the only time that it is touched."""
+    from hpo.worker import fetch_sequences
+    from models.bundle import assemble
+    from models.metrics import measure
+
+    if opened.plan.test is None:
+        return None
+    test = fetch_sequences(store, opened.plan.test)
+    assert test.labels is not None
+    bundle = assemble(config, [member.weights() for member in training.members], str(training.device))
+    return measure(bundle.predict(test).probabilities, test.labels, config.threshold, opened.plan.config.study.seed)
 
 
 def _show(opened: OpenStudy, trial: FrozenTrial, artifacts: dict[str, str]) -> None:
@@ -196,8 +232,3 @@ def model_folder(model: str, version: int | None) -> Path:
     if Path(model).is_dir():
         return Path(model)
     return materialise_model(Registry(database_url()).get(model, version))
-
-
-def read_for(bundle: Bundle, path: Path) -> Sequences:
-    """Sequences to predict, labels ignored, columns as the model was trained on."""
-    return read(path, labeled=False, **bundle.config.columns)

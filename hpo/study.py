@@ -10,15 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from storage.leases import Lease, Leases, Terms
-from storage.trials import TrialStorage
-
 from hpo.config import StudyConfig, complete, differences, from_dict, to_dict
 from hpo.space import Value, cardinality, distribution, values, walk
 from models.data import Sequences, check_trainable, fingerprint, holdout, read, save
 from models.metrics import direction
 from models.seeds import derive
 from storage.artifacts import ArtifactStore
+from storage.leases import Lease, Leases, Terms
+from storage.trials import TrialStorage
 
 if TYPE_CHECKING:
     import optuna

@@ -14,12 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from storage.leases import Beat, Lease, Leases, StudyOver
-from storage.trials import trial_storage
-
 from models.data import Sequences, load
 from storage.artifacts import ArtifactStore, artifact_store
+from storage.leases import Beat, Lease, Leases, StudyOver
 from storage.postgres import database_url, home
+from storage.trials import trial_storage
 
 if TYPE_CHECKING:
     from hpo.objective import Bench
@@ -114,6 +113,7 @@ class Worker:
         self.device = device or choose_device()
         self.attention = Attention(self.leases, self.name)
         self._studies: dict[str, OpenStudy] = {}
+        self._over: set[str] = set()  # studies whose end is in the log
         self._sequences: dict[str, Sequences] = {}
 
     def run(self) -> None:
@@ -177,7 +177,11 @@ class Worker:
         """Whether nothing is left to do for this study, here or in another worker's hands."""
         from hpo.promote import promote_once
 
-        log.info("study %s is over: %s", opened.name, ended.reason)
+        if opened.name not in self._over:
+            log.info("study %s is over: %s", opened.name, ended.reason)
+            self._over.add(opened.name)
+        if ended.reason == "stopped":
+            return True
         return promote_once(opened, self.store, self.name, self._sequences_of(opened.plan.train))
 
     def _open(self, name: str) -> OpenStudy:

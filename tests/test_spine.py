@@ -1,0 +1,324 @@
+"""The main job through the real command line: real workers, a real Postgres, real interruptions."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from optuna.trial import FrozenTrial, TrialState
+
+from models.bundle import load
+from models.data import read
+from models.metrics import score
+from storage.artifacts import artifact_store
+from storage.leases import Leases
+from storage.trials import TrialStorage, trial_storage
+from tests.conftest import Cli
+
+SMALL = """
+hidden_size = { low = 4, high = 12, step = 4 }
+layers = 1
+head_size = 0
+batch_size = 16
+"""
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """60 noisy sines of two frequencies, 8 to 12 steps, two features; labels are words."""
+    random = np.random.default_rng(0)
+    lengths = random.integers(8, 13, 60)
+    steps = np.arange(12)[None, :, None]
+    labels = np.arange(60) % 2
+    X = np.sin(steps * (1 + labels[:, None, None])) + random.normal(0, 0.4, (60, 12, 2))
+    np.savez(tmp_path / "waves.npz", X=X, y=np.array(["slow", "fast"])[labels], lengths=lengths)
+    return tmp_path / "waves.npz"
+
+
+@pytest.fixture
+def study_file(data: Path) -> Callable[..., Path]:
+    """study_file(trials=6, epochs=4, space=…, more=…) writes waves.toml beside the data."""
+
+    def write(trials: int = 6, epochs: int = 4, space: str = SMALL, more: str = "", study: str = "") -> Path:
+        path = data.parent / "waves.toml"
+        path.write_text(
+            f'[study]\nname = "waves"\ntrials = {trials}\n{study}\n[data]\ntrain = "waves.npz"\n'
+            f"[train]\nepochs = {epochs}\n[space]\n{space}\n{more}\n"
+        )
+        return path
+
+    return write
+
+
+@pytest.fixture
+def trials(database_url: str) -> Callable[[str], list[FrozenTrial]]:
+    def read_trials(name: str = "waves") -> list[FrozenTrial]:
+        storage = trial_storage(database_url)
+        try:
+            return storage.get_all_trials(storage.get_study_id_from_name(name))
+        finally:
+            storage.close()
+
+    return read_trials
+
+
+def summary_of(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
+    """A guard against hanging, no measurement."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.05)
+
+
+def assert_exact(found: list[FrozenTrial], count: int) -> None:
+    """`count` trials, numbered without a gap, each ended."""
+    assert sorted(trial.number for trial in found) == list(range(count))
+    assert all(trial.state.is_finished() for trial in found)
+
+
+def test_a_data_file_alone_becomes_a_promoted_model(cli: Cli, data: Path, environment: dict[str, str]) -> None:
+    settings = ["--set", "study.trials=4", "--set", "train.epochs=3", "--set", "space.hidden_size=6"]
+    summary = summary_of(cli("launch", "waves.npz", "--workers", 2, "--json", *settings))
+    assert summary["study"] == "waves"
+    assert sum(summary["trials"].values()) == 4
+    assert summary["best"]["params"]["hidden_size"] == 6
+    assert summary["validation"]["auroc"] == summary["best"]["value"]
+    folder = Path(summary["model"]["path"])
+    names = {"model.safetensors", "config.json", "README.md", "curves.png", "confusion.png"}
+    assert names <= {path.name for path in folder.iterdir()}
+    assert load(folder).predict(read(data)).classes == ("fast", "slow")
+    leftover = artifact_store(environment["HPO_ARTIFACTS"]).keys("checkpoint-")
+    assert leftover == []
+
+
+def test_the_main_job_from_study_file_to_predictions(
+    cli: Cli, study_file: Callable[..., Path], trials: Callable[..., list[FrozenTrial]], tmp_path: Path
+) -> None:
+    summary = summary_of(cli("launch", study_file(), "--workers", 2, "--json"))
+    found = trials()
+    assert_exact(found, 6)
+    best = max((t for t in found if t.state == TrialState.COMPLETE), key=lambda t: (t.value, -t.user_attrs["log_loss"]))
+    assert summary["best"] == {"number": best.number, "value": best.value, "params": best.user_attrs["params"]}
+    for trial in found:
+        names = {"seed", "device", "parameters", "worker", "provenance", "curve", "training_seconds"}
+        assert names <= trial.user_attrs.keys()
+        assert {"torch", "commit"} <= trial.user_attrs["provenance"].keys()
+        assert list(trial.intermediate_values) == list(range(1, trial.user_attrs["epochs"] + 1))
+
+    assert "waves" in cli("models").stdout
+    row = json.loads(cli("status", "waves", "--json").stdout)[0]
+    assert (row["status"], row["version"], row["budget"]) == ("finished", 1, 6)
+    assert cli("export", "waves", "--out", "out").returncode == 0
+    done = cli("predict", "out", "waves.npz", "--out", "predictions.csv")
+    assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "predictions.csv").read_text().splitlines()
+    assert lines[0] == "id,predicted,probability_fast,probability_slow"
+    assert len(lines) == 61
+    assert cli("predict", "waves", "waves.npz").stdout.count("fast") > 1
+    other = next(t.number for t in found if t.state == TrialState.COMPLETE and t.number != best.number)
+    assert cli("promote", "waves", "--trial", other).returncode == 0
+    assert len(json.loads(cli("models", "--json").stdout)) == 2
+    assert cli("delete", "waves", "--yes").returncode == 0
+    assert "waves" in cli("models").stdout
+    gone = cli("status", "waves")
+    assert gone.returncode == 1
+    assert "there is no study named 'waves'" in gone.stderr
+
+
+def test_a_relaunch_goes_on_to_a_raised_budget(
+    cli: Cli, study_file: Callable[..., Path], trials: Callable[..., list[FrozenTrial]]
+) -> None:
+    file = study_file(trials=2, epochs=2)
+    first = summary_of(cli("launch", file, "--workers", 1, "--json"))
+    again = summary_of(cli("launch", file, "--workers", 1, "--json"))
+    assert again["model"] == first["model"]
+    assert_exact(trials(), 2)
+    more = summary_of(cli("launch", file, "--workers", 2, "--json", "--trials", 5))
+    assert_exact(trials(), 5)
+    assert sum(more["trials"].values()) == 5
+
+
+def test_a_contradicting_file_is_refused_with_the_difference(cli: Cli, study_file: Callable[..., Path]) -> None:
+    file = study_file(trials=1, epochs=1)
+    assert cli("launch", file, "--workers", 1).returncode == 0
+    done = cli("launch", file, "--workers", 1, "--set", "space.layers=2")
+    assert done.returncode == 1
+    assert "space.layers: stored 1, file 2" in done.stderr
+
+
+def test_interrupted_and_launched_again_it_ends_exactly(
+    cli: Cli,
+    study_file: Callable[..., Path],
+    environment: dict[str, str],
+    tmp_path: Path,
+    trials: Callable[..., list[FrozenTrial]],
+) -> None:
+    file = study_file(trials=5, epochs=40, space=SMALL + "\n", study='pruner = "none"')
+    command = [sys.executable, "-P", "-m", "hpo", "launch", str(file), "--workers", "2"]
+    running = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: any(t.intermediate_values for t in _trials_or_none(trials)))
+    running.send_signal(signal.SIGINT)
+    _, errors = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert "the same command goes on" in errors
+    in_flight = [t for t in trials() if t.state == TrialState.RUNNING]
+    summary_of(cli("launch", file, "--workers", 2, "--json"))
+    found = trials()
+    assert_exact(found, 5)
+    for trial in in_flight:
+        assert found[trial.number].params == trial.params
+        assert list(found[trial.number].intermediate_values) == list(
+            range(1, found[trial.number].user_attrs["epochs"] + 1)
+        )
+
+
+def _trials_or_none(trials: Callable[..., list[FrozenTrial]]) -> list[FrozenTrial]:
+    try:
+        return trials()
+    except KeyError:
+        return []
+
+
+def test_a_killed_worker_loses_nothing_and_changes_no_value(
+    cli: Cli,
+    study_file: Callable[..., Path],
+    environment: dict[str, str],
+    tmp_path: Path,
+    trials: Callable[..., list[FrozenTrial]],
+    database_url: str,
+) -> None:
+    file = study_file(trials=4, epochs=30, study='sampler = "random"\npruner = "none"\nlease = 2')
+    command = [sys.executable, "-P", "-m", "hpo", "launch", str(file), "--workers", "2", "--json"]
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as running:
+        wait_for(lambda: any(t.intermediate_values for t in _trials_or_none(trials)))
+        storage = trial_storage(database_url)
+        os.kill(_a_busy_worker(storage), signal.SIGKILL)
+        storage.close()
+        output, _ = running.communicate(timeout=120)
+    assert json.loads(output.splitlines()[-1])["trials"]["complete"] == 4
+    found = trials()
+    assert_exact(found, 4)
+    summary_of(cli("launch", file, "--workers", 1, "--json", "--set", 'study.name="calm"'))
+    calm = trials("calm")
+    assert [t.params for t in found] == [t.params for t in calm]
+    assert [t.value for t in found] == [t.value for t in calm]
+    assert [t.user_attrs["curve"] for t in found] == [t.user_attrs["curve"] for t in calm]
+
+
+def _a_busy_worker(storage: TrialStorage) -> int:
+    """Process id of a worker that holds a trial."""
+    leases = Leases(storage)
+    state = leases.snapshot(storage.get_study_id_from_name("waves"))
+    return int(state.in_flight[0].worker.rsplit("-", 1)[1])
+
+
+def test_enqueued_configurations_come_first(
+    cli: Cli, study_file: Callable[..., Path], trials: Callable[..., list[FrozenTrial]]
+) -> None:
+    file = study_file(trials=3, epochs=1, more="[[enqueue]]\nhidden_size = 12\nlearning_rate = 0.01\n")
+    summary_of(cli("launch", file, "--workers", 1, "--json"))
+    first = trials()[0]
+    assert (first.params["hidden_size"], first.params["learning_rate"]) == (12, 0.01)
+
+
+def test_a_study_learns_from_another(
+    cli: Cli, study_file: Callable[..., Path], trials: Callable[..., list[FrozenTrial]]
+) -> None:
+    file = study_file(trials=3, epochs=1, study='pruner = "none"')
+    summary_of(cli("launch", file, "--workers", 1, "--json"))
+    summary_of(
+        cli("launch", file, "--workers", 1, "--json", "--set", "study.name=heir", "--set", "study.warm_start=waves")
+    )
+    copied = [t for t in trials("heir") if "copied_from" in t.user_attrs]
+    own = [t for t in trials("heir") if "copied_from" not in t.user_attrs]
+    assert [t.value for t in copied] == [t.value for t in trials("waves")]
+    assert len(own) == 3
+
+
+def test_a_finite_space_ends_the_study_early(
+    cli: Cli, study_file: Callable[..., Path], trials: Callable[..., list[FrozenTrial]]
+) -> None:
+    constants = "\n".join(
+        [
+            "layers = 1\nhead_size = 0\nbatch_size = 16\nlearning_rate = 0.01\nweight_decay = 0.0",
+            'optimizer = "adamw"\nbidirectional = false\npooling = "mean"\npatch_length = 1',
+            'normalization = "none"\nschedule = "constant"\nhidden_size = [4, 8, 12]',
+        ]
+    )
+    done = cli("launch", study_file(trials=9, epochs=1, space=constants), "--workers", 1, "--json")
+    assert sum(summary_of(done)["trials"].values()) == 3
+    assert "exhausted" in done.stderr
+    assert {t.params["hidden_size"] for t in trials()} == {4, 8, 12}
+
+
+def test_one_worker_and_one_seed_repeat_a_study(
+    cli: Cli, study_file: Callable[..., Path], trials: Callable[..., list[FrozenTrial]]
+) -> None:
+    file = study_file(trials=12, epochs=2, space="hidden_size = { low = 4, high = 12 }\nlayers = { low = 1, high = 2 }")
+    for name in ("one", "two"):
+        summary_of(cli("launch", file, "--workers", 1, "--json", "--set", f"study.name={name}"))
+    one, two = trials("one"), trials("two")
+    assert [(t.params, t.value) for t in one] == [(t.params, t.value) for t in two]
+
+
+def test_a_trial_that_diverges_fails_with_its_reason_and_the_study_goes_on(
+    cli: Cli, study_file: Callable[..., Path], trials: Callable[..., list[FrozenTrial]]
+) -> None:
+    wild = SMALL + 'optimizer = "sgd"\ngradient_clip = 0.0\nlearning_rate = [0.01, 1e38]\n'
+    more = "[[enqueue]]\nlearning_rate = 1e38\n[[enqueue]]\nlearning_rate = 0.01\n"
+    summary_of(cli("launch", study_file(trials=2, space=wild, more=more), "--workers", 1, "--json"))
+    failed, fine = trials()
+    assert failed.state == TrialState.FAIL
+    assert failed.user_attrs["failure"].startswith("Diverged: ")
+    assert fine.state == TrialState.COMPLETE
+
+
+def test_the_test_score_is_that_of_the_saved_model(
+    cli: Cli, data: Path, study_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    arrays = dict(np.load(data))
+    np.savez(tmp_path / "test.npz", **{name: value[:30] for name, value in arrays.items()})
+    file = study_file(trials=2, epochs=2)
+    file.write_text(file.read_text().replace('train = "waves.npz"', 'train = "waves.npz"\ntest = "test.npz"'))
+    summary = summary_of(cli("launch", file, "--workers", 1, "--json"))
+    test = read(tmp_path / "test.npz")
+    predictions = load(summary["model"]["path"]).predict(test)
+    assert test.labels is not None
+    assert score("auroc", predictions.probabilities, test.labels) == pytest.approx(summary["test"]["auroc"], abs=1e-6)
+
+
+def test_the_library_needs_no_main_guard(
+    environment: dict[str, str], tmp_path: Path, study_file: Callable[..., Path]
+) -> None:
+    study_file(trials=2, epochs=1)
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import hpo\nfrom models.data import read\n"
+        'summary = hpo.launch("waves.toml", workers=2)\n'
+        'model = hpo.load(summary["model"]["path"])\n'
+        'print(len(model.predict(read("waves.npz")).labels))\n'
+    )
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["60"]
+
+
+def test_help_does_not_import_torch() -> None:
+    code = "import sys, hpo.cli, hpo.launch, hpo.config, hpo.progress; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
