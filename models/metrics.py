@@ -52,8 +52,8 @@ def score(name: str, probabilities: NDArray[Any], labels: Labels, threshold: flo
     f1 is that of class 1 with two classes and the macro mean with more. Macro means (balanced_accuracy over
     true classes, macro_f1 over true or predicted ones; auroc and average_precision one against the rest over
     classes that have both positives and negatives here) leave out classes that do not occur. log_loss clips
-    probabilities at 1.2e-7, as scikit-learn does for float32. Raises MetricError for probabilities that are not finite or do
-    not sum to 1, labels that are no class, and a ranking metric on a single class.
+    probabilities at 1.2e-7, as scikit-learn does for float32. Raises MetricError for probabilities that are not
+    finite or do not sum to 1, labels that are no class, and a ranking metric on a single class.
     """
     _known(name)
     _check(probabilities, labels)
@@ -122,9 +122,7 @@ def choose_threshold(probabilities: NDArray[Any], labels: Labels, metric: str) -
     if probabilities.shape[1] != 2:
         return 0.5
     if len(np.unique(labels)) < 2:
-        raise MetricError(
-            "choosing a threshold needs rows of both classes, got one; keep 0.5 or use more rows"
-        )
+        raise MetricError("choosing a threshold needs rows of both classes, got one; keep 0.5 or use more rows")
     p = probabilities[:, 1].astype(np.float64)
     edges = np.concatenate([[0.0], np.unique(p), [1.0]])
     thresholds = np.append((edges[1:] + edges[:-1]) / 2, 0.5)
@@ -162,16 +160,12 @@ def _defined(labels: Labels) -> tuple[str, ...]:
 def _check(probabilities: NDArray[Any], labels: Labels) -> None:
     if probabilities.ndim != 2 or labels.shape != probabilities.shape[:1] or not len(labels):
         shapes = f"{probabilities.shape} and {labels.shape}"
-        raise MetricError(
-            f"metrics need probabilities (N, K) and labels (N,) with N at least 1, got {shapes}"
-        )
+        raise MetricError(f"metrics need probabilities (N, K) and labels (N,) with N at least 1, got {shapes}")
     if not np.isfinite(probabilities).all():
         row = int(np.flatnonzero(~np.isfinite(probabilities).all(axis=1))[0])
         raise MetricError(f"probabilities must be finite, got {probabilities[row].tolist()} in row {row}")
     if probabilities.min() < 0 or np.abs(probabilities.sum(axis=1) - 1).max() > 1e-3:
-        raise MetricError(
-            "each row of probabilities must be at least 0 and sum to 1; pass probabilities, not logits"
-        )
+        raise MetricError("each row of probabilities must be at least 0 and sum to 1; pass probabilities, not logits")
     if labels.min() < 0 or labels.max() >= probabilities.shape[1]:
         found = f"{labels.min()} to {labels.max()}"
         raise MetricError(f"labels must lie in 0 to {probabilities.shape[1] - 1}, got {found}")

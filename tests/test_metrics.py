@@ -48,9 +48,7 @@ def reference(
             y, predicted, labels=np.unique(y), average="macro", zero_division=0.0, sample_weight=weights
         ),
         "f1": lambda: sk.f1_score(y, predicted, sample_weight=weights, **average),
-        "macro_f1": lambda: sk.f1_score(
-            y, predicted, average="macro", zero_division=0.0, sample_weight=weights
-        ),
+        "macro_f1": lambda: sk.f1_score(y, predicted, average="macro", zero_division=0.0, sample_weight=weights),
         "auroc": lambda: one_against_rest(sk.roc_auc_score),
         "average_precision": lambda: one_against_rest(sk.average_precision_score),
         "log_loss": lambda: sk.log_loss(y, p, labels=np.arange(K), sample_weight=weights),
@@ -59,12 +57,8 @@ def reference(
 
 
 @pytest.mark.parametrize("name", METRICS)
-@given(
-    N=st.integers(9, 60), K=st.integers(2, 6), seed=st.integers(0, 2**32 - 1), threshold=st.floats(0.1, 0.9)
-)
-def test_every_metric_equals_that_of_scikit_learn(
-    name: str, N: int, K: int, seed: int, threshold: float
-) -> None:
+@given(N=st.integers(9, 60), K=st.integers(2, 6), seed=st.integers(0, 2**32 - 1), threshold=st.floats(0.1, 0.9))
+def test_every_metric_equals_that_of_scikit_learn(name: str, N: int, K: int, seed: int, threshold: float) -> None:
     p, y = drawn(N, K, seed)
     assert metrics.score(name, p, y, threshold) == pytest.approx(reference(name, p, y, threshold), abs=1e-12)
 
@@ -179,9 +173,7 @@ def test_a_threshold_needs_both_classes_and_is_not_used_with_more() -> None:
 def test_intervals_hold_the_score_and_follow_from_the_seed(K: int) -> None:
     p, y = drawn(200, K, seed=2)
     found = metrics.intervals(p, y, seed=1, samples=300)
-    assert (
-        found == metrics.intervals(p, y, seed=1, samples=300) != metrics.intervals(p, y, seed=2, samples=300)
-    )
+    assert found == metrics.intervals(p, y, seed=1, samples=300) != metrics.intervals(p, y, seed=2, samples=300)
     for name, value in metrics.evaluate(p, y).items():
         assert found[name][0] < value < found[name][1], name
 
