@@ -160,7 +160,7 @@ def _given_password() -> str | None:
 
 def mask(text: str) -> str:
     """The text, a URL or one with URLs in it, with every password replaced by ***."""
-    text = re.sub(r"(\b[\w+.-]+://[^\s:/@]*:)\S*@", r"\1***@", text)
+    text = re.sub(r"(\b[\w+.-]+://[^:/@\n]*:)(\S*|[^@\n]*)@", r"\1***@", text)  # SQLAlchemy leaves spaces
     return re.sub(r"""(?i)(password["']?\s*[=:]\s*)("[^"]*"|'[^']*'|[^\s&,}]+)""", r"\1***", text)
 
 
@@ -567,10 +567,9 @@ def _initialize(programs: Path, folder: Path, place: Path) -> None:
     """initdb and our database, beside `data` and then renamed: `data` is whole or not there."""
     if not (folder / "password").exists():
         _write(folder / "password", secrets.token_urlsafe(24))
-    staged, secret = place / "data.new", place / "password.new"
-    if staged.exists():  # of a start that was killed
-        shutil.rmtree(staged)
-    staged.mkdir(mode=0o700)
+    for left in place.glob("data.new-*"):  # by a start that was killed; its initdb may still be at it
+        shutil.rmtree(left, ignore_errors=True)
+    staged, secret = Path(tempfile.mkdtemp(dir=place, prefix="data.new-")), place / "password.new"
     _write(secret, _password(folder))
     if server := _unprivileged():
         for path in (staged, secret):
