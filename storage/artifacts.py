@@ -185,9 +185,7 @@ class BucketStore(ArtifactStore):
             pages = self._client.get_paginator("list_objects_v2").paginate(
                 Bucket=self.bucket, Prefix=self.prefix + prefix
             )
-            names = [
-                entry["Key"].removeprefix(self.prefix) for page in pages for entry in page.get("Contents", [])
-            ]
+            names = [entry["Key"].removeprefix(self.prefix) for page in pages for entry in page.get("Contents", [])]
         return sorted(name for name in names if KEY.fullmatch(name))
 
     def _name(self, key: str) -> str:
@@ -231,9 +229,7 @@ def artifact_store(url: str | None = None) -> ArtifactStore:
     if parts.scheme == "s3" and re.fullmatch(r"[a-z0-9][a-z0-9.-]+", parts.netloc):
         return BucketStore(parts.netloc, parts.path.strip("/"))
     # Only the scheme is shown: a URL of another kind may carry a password.
-    raise ArtifactError(
-        f"an artifact store is a folder, file:///folder or s3://bucket/prefix, got {parts.scheme}://…"
-    )
+    raise ArtifactError(f"an artifact store is a folder, file:///folder or s3://bucket/prefix, got {parts.scheme}://…")
 
 
 def _checked(key: str) -> str:
@@ -296,9 +292,7 @@ def _s3_config() -> Any:
     }
     if _s3_endpoint():
         options["s3"] = {"addressing_style": "path"}
-        options |= dict.fromkeys(
-            ("request_checksum_calculation", "response_checksum_validation"), "when_required"
-        )
+        options |= dict.fromkeys(("request_checksum_calculation", "response_checksum_validation"), "when_required")
     return Config(**options)
 
 
