@@ -7,7 +7,7 @@ import random
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import psycopg2
@@ -18,8 +18,12 @@ from sqlalchemy.dialects.postgresql.psycopg2 import PGDialect_psycopg2
 T = TypeVar("T")
 Row = tuple[Any, ...]
 
-# A stopped or cut-off process must not keep others waiting for its locks, nor its socket for hours.
-SESSION = "-c idle_in_transaction_session_timeout=10s -c timezone=UTC"
+# A stopped or cut-off process must not keep others waiting for its locks, nor its socket for hours. Plans are kept
+# while tables grow from nothing, so they must go by an index from the start.
+SESSION = (
+    "-c idle_in_transaction_session_timeout=10s -c timezone=UTC "
+    "-c plan_cache_mode=force_generic_plan -c enable_seqscan=off -c jit=off"
+)
 KEEPALIVE = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 4, "connect_timeout": 10}
 # Deadlock, serialisation, server shutting down or starting, too many connections, a standby during failover.
 TRANSIENT = {"40P01", "40001", "57P01", "57P02", "57P03", "53300", "25006", "25P03"}
@@ -40,6 +44,19 @@ def connect_arguments(url: str) -> dict[str, Any]:
     return {**KEEPALIVE, **arguments, "options": options}
 
 
+class Prepared:
+    """A statement that the server plans once in a connection. `types`: those of the %(parameters)s, by name."""
+
+    def __init__(self, name: str, text: str, **types: str) -> None:
+        places = {parameter: f"${place}" for place, parameter in enumerate(types, 1)}
+        self.prepare = f"PREPARE {name} ({', '.join(types.values())}) AS {text % places}"
+        given = (f"%({parameter})s::{kind}" for parameter, kind in types.items())
+        self.execute = f"EXECUTE {name} ({', '.join(given)})"
+
+
+Part = tuple[str | Prepared, Any]  # statements and their parameters
+
+
 class Connection:
     """One psycopg2 connection in autocommit mode, one caller at a time.
 
@@ -55,6 +72,7 @@ class Connection:
         self.trips = 0  # statements sent, for the benchmarks
         self._arguments = connect_arguments(url)
         self._connection: extensions.connection | None = None
+        self._prepared: set[Prepared] = set()  # on this connection
         _OPEN.add(self)
 
     @property
@@ -63,14 +81,26 @@ class Connection:
         get = self._arguments.get
         return f"{get('host', 'localhost')}:{get('port', 5432)}/{get('dbname', '')}"
 
-    def run(self, sql: str, parameters: Sequence[Any] | dict[str, Any] | None = None) -> list[Row]:
+    def run(self, sql: str | Prepared, parameters: Any = None) -> list[Row]:
         """Execute one round trip (one or more statements) and return the rows of its last statement."""
-        return self.do(lambda cursor: self.execute(cursor, sql, parameters))
+        return self.do(lambda cursor: self.execute(cursor, (sql, parameters)))
 
-    def execute(self, cursor: extensions.cursor, sql: str | bytes, parameters: Any = None) -> list[Row]:
-        """`run` on a cursor at hand: inside `do` or `transaction`."""
+    def execute(self, cursor: extensions.cursor, *parts: Part) -> list[Row]:
+        """`run` on a cursor at hand: inside `do` or `transaction`. The parts go together in one round trip."""
+        new = [part for part, _ in parts if isinstance(part, Prepared) and part not in self._prepared]
+        texts = [statement.prepare.encode() for statement in new]
+        for part, parameters in parts:
+            text = part.execute if isinstance(part, Prepared) else part
+            texts.append(cursor.mogrify(text, parameters))
         self.trips += 1
-        cursor.execute(sql, parameters)
+        self._prepared.update(new)
+        try:
+            cursor.execute(b";\n".join(texts))
+        except psycopg2.Error:
+            if new and not cursor.connection.closed:  # which of them the server got to is not known
+                self._prepared.clear()
+                cursor.execute("DEALLOCATE ALL")
+            raise
         return cursor.fetchall() if cursor.description else []
 
     def transaction(self, work: Callable[[extensions.cursor], T]) -> T:
@@ -118,6 +148,7 @@ class Connection:
         if self._connection is None or self._connection.closed:
             self._connection = psycopg2.connect(**self._arguments)
             self._connection.autocommit = True
+            self._prepared.clear()
             self.generation += 1
         return self._connection
 

@@ -403,7 +403,7 @@ class Leases:
 
     def _take(self, cursor: Cursor, given: dict[str, Any]) -> int | None:
         def run(sql: str) -> list[Row]:
-            return self.storage.connection.execute(cursor, sql, given)
+            return self.storage.connection.execute(cursor, (sql, given))
 
         locked = run(LOCK)
         if not locked:
@@ -498,7 +498,8 @@ class Leases:
         named = {name: (counts or {}).get(state, 0) for state, name in STATES.items()}
         value, number = (stored_float(best[0]), best[1]) if best else (None, None)
         trials = tuple(InFlight(*row) for row in in_flight or ())
-        return Snapshot(*known, *(named, value, number, trials), *rest)
+        fields: Row = (*known, named, value, number, trials, *rest)
+        return Snapshot(*fields)
 
 
 def _not_opened(study_id: int) -> KeyError:

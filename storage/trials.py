@@ -40,7 +40,7 @@ from optuna.study._frozen import FrozenStudy
 from optuna.trial import FrozenTrial, TrialState
 from psycopg2.extensions import cursor as Cursor  # noqa: N812
 
-from storage.connection import Connection, Row
+from storage.connection import Connection, Part, Prepared, Row
 from storage.tables import ensure
 
 if TYPE_CHECKING:
@@ -150,17 +150,27 @@ DETAILS = f"""json_build_array(
      FROM trial_intermediate_values d WHERE d.trial_id = t.trial_id))"""
 COLUMNS = "t.trial_id, t.number, t.state, t.datetime_start, t.datetime_complete"
 
-GET_TRIAL = f"SELECT {COLUMNS}, {DETAILS}, t.study_id FROM trials t WHERE t.trial_id = %s"
+GET_TRIAL = Prepared(
+    "hpo_trial", f"SELECT {COLUMNS}, {DETAILS}, t.study_id FROM trials t WHERE t.trial_id = %(trial)s", trial="int"
+)
 
 # New trials, and those known as unfinished that now have one of the states: details for these states only.
-NEWS = f"""
-SELECT {COLUMNS}, CASE WHEN t.state = ANY(%(states)s::trialstate[]) THEN {DETAILS} END
+NEWS = Prepared(
+    "hpo_news",
+    f"""
+SELECT {COLUMNS}, CASE WHEN t.state = ANY(%(states)s) THEN {DETAILS} END
 FROM studies s LEFT JOIN LATERAL (
-    SELECT * FROM trials WHERE study_id = s.study_id AND number >= %(next)s AND trial_id <> ALL(%(ahead)s::int[])
+    SELECT * FROM trials WHERE study_id = s.study_id AND number >= %(next)s AND trial_id <> ALL(%(ahead)s)
     UNION ALL
-    SELECT * FROM trials WHERE trial_id = ANY(%(unfinished)s::int[]) AND state = ANY(%(states)s::trialstate[])
+    SELECT * FROM trials WHERE trial_id = ANY(%(unfinished)s) AND state = ANY(%(states)s)
 ) t ON true
-WHERE s.study_id = %(study)s ORDER BY t.number"""
+WHERE s.study_id = %(study)s ORDER BY t.number""",
+    study="int",
+    next="int",
+    unfinished="int[]",
+    ahead="int[]",
+    states="trialstate[]",
+)
 
 # What a float reads as in JSON, and its type where it is not finite.
 ODD_FLOATS = {"INF_POS": float("inf"), "INF_NEG": float("-inf"), "NAN": float("nan")}
@@ -238,7 +248,17 @@ reports AS (INSERT INTO trial_intermediate_values
         intermediate_value_type = excluded.intermediate_value_type)"""
 # All or nothing: where a trial of the batch may not be written to, the division by zero undoes the whole.
 ALL_ALIVE = "\nSELECT 1 / (count(*) = %(count)s)::int FROM alive"
-NO_WAIT = "SET LOCAL synchronous_commit = off;\n"
+ONLY_REPORTS = {
+    "trials": "int[]",
+    "attempts": "int[]",
+    "count": "int",
+    "r_trial": "int[]",
+    "r_step": "int[]",
+    "r_value": "float8[]",
+    "r_type": "text[]",
+}
+REPORTS = Prepared("hpo_reports", ALIVE + WRITE_REPORTS + ALL_ALIVE, **ONLY_REPORTS)
+NO_WAIT: Part = ("SET LOCAL synchronous_commit = off", None)
 
 
 def _stored(value: float) -> tuple[float | None, str]:
@@ -254,7 +274,7 @@ def _columns(rows: list[Row], *names: str) -> dict[str, list[Any]]:
     return {name: [row[i] for row in rows] for i, name in enumerate(names)}
 
 
-def _write(batch: Mapping[int, _Writes], attempts: Mapping[int, int]) -> tuple[str, dict[str, Any]]:
+def _write(batch: Mapping[int, _Writes], attempts: Mapping[int, int]) -> Part:
     """The one statement that writes a batch, with its parameters."""
     sql = ALIVE
     given: dict[str, Any] = {
@@ -275,13 +295,14 @@ def _write(batch: Mapping[int, _Writes], attempts: Mapping[int, int]) -> tuple[s
     if reports:
         sql += WRITE_REPORTS
         given |= _columns(reports, "r_trial", "r_step", "r_value", "r_type")
-    return sql + ALL_ALIVE, given
+    hot = len(given) == len(ONLY_REPORTS)
+    return REPORTS if hot and reports else sql + ALL_ALIVE, given
 
 
 # ------------------------------------------------------------------------------------------- what must happen once
 
 # Each statement below leaves its result in `hpo.calls` under (client, call), in its own transaction.
-CALLED = ";\nSELECT result FROM hpo.calls WHERE client = %(client)s AND call = %(call)s"
+CALLED = "SELECT result FROM hpo.calls WHERE client = %(client)s AND call = %(call)s"
 CLAIM = """
     ON CONFLICT (client) DO UPDATE SET call = excluded.call, result = excluded.result, called_at = now()
     WHERE calls.call < excluded.call"""
@@ -297,15 +318,26 @@ INSERT INTO study_directions (study_id, objective, direction)
 SELECT result, n - 1, d::studydirection FROM claim, unnest(%(directions)s::text[]) WITH ORDINALITY AS d (d, n)"""
 
 # The lock is a statement of its own, so that the next one sees the trials committed while it waited.
-LOCK_STUDY = "SELECT FROM studies WHERE study_id = %(study)s FOR NO KEY UPDATE;"
-CREATE_TRIAL = f"""{LOCK_STUDY}
+LOCK_STUDY = "SELECT FROM studies WHERE study_id = %(study)s FOR NO KEY UPDATE"
+CREATE_TRIAL = f"""
 WITH claim AS (INSERT INTO hpo.calls (client, call, result)
     SELECT %(client)s, %(call)s, nextval('trials_trial_id_seq') FROM studies WHERE study_id = %(study)s {CLAIM}
     RETURNING result AS trial_id),
 trial AS (INSERT INTO trials (trial_id, study_id, number, state, datetime_start, datetime_complete)
     SELECT trial_id, %(study)s, coalesce((SELECT max(number) + 1 FROM trials WHERE study_id = %(study)s), 0),
         %(state)s::trialstate, {{start}}, %(complete)s FROM claim RETURNING trial_id)"""
-COPY_TRIAL = """,
+NEW_TRIAL = Prepared(
+    "hpo_new_trial",
+    CREATE_TRIAL.format(start=UTC_NOW) + "\nSELECT FROM trial",
+    study="int",
+    client="uuid",
+    call="bigint",
+    state="text",
+    complete="timestamp",
+)
+COPY_TRIAL = (
+    CREATE_TRIAL.format(start="%(start)s")
+    + """,
 alive AS (TABLE trial),
 trial_value AS (INSERT INTO trial_values (trial_id, objective, value, value_type)
     SELECT trial_id, n - 1, value, type::trialvaluetype FROM alive,
@@ -322,18 +354,22 @@ systems AS (INSERT INTO trial_system_attributes (trial_id, key, value_json)
 reports AS (INSERT INTO trial_intermediate_values
         (trial_id, step, intermediate_value, intermediate_value_type)
     SELECT trial_id, step, value, type::trialintermediatevaluetype FROM alive,
-        unnest(%(r_step)s::int[], %(r_value)s::float8[], %(r_type)s::text[]) AS r (step, value, type))"""
+        unnest(%(r_step)s::int[], %(r_value)s::float8[], %(r_type)s::text[]) AS r (step, value, type))
+SELECT FROM trial"""
+)
 
 # With a fence: only under that lease, locked against an adopter.
 FENCE = """fence AS (SELECT trial_id FROM hpo.leases WHERE trial_id = %(trial)s
     AND (%(attempt)s IS NULL OR attempt = %(attempt)s AND ended_at IS NULL AND expires_at > clock_timestamp())
     FOR UPDATE),"""
-SET_STATE = f"""
+SET_STATE = Prepared(
+    "hpo_set_state",
+    f"""
 WITH {FENCE}
 changed AS (UPDATE trials SET state = %(state)s::trialstate,
         datetime_start = CASE WHEN %(state)s = 'RUNNING' THEN {UTC_NOW} ELSE datetime_start END,
         datetime_complete = CASE WHEN %(finished)s THEN {UTC_NOW} ELSE datetime_complete END
-    WHERE trial_id = %(trial)s AND state = ANY(%(from)s::trialstate[])
+    WHERE trial_id = %(trial)s AND state = ANY(%(earlier)s)
     AND (%(attempt)s IS NULL OR EXISTS (TABLE fence)) RETURNING trial_id),
 result AS (INSERT INTO trial_values (trial_id, objective, value, value_type)
     SELECT trial_id, n - 1, value, type::trialvaluetype
@@ -341,7 +377,17 @@ result AS (INSERT INTO trial_values (trial_id, objective, value, value_type)
     ON CONFLICT (trial_id, objective) DO UPDATE SET value = excluded.value, value_type = excluded.value_type),
 lease AS (UPDATE hpo.leases l SET ended_at = clock_timestamp() FROM changed c
     WHERE l.trial_id = c.trial_id AND %(finished)s)
-INSERT INTO hpo.calls (client, call, result) SELECT %(client)s, %(call)s, trial_id FROM changed {CLAIM}"""
+INSERT INTO hpo.calls (client, call, result) SELECT %(client)s, %(call)s, trial_id FROM changed {CLAIM}""",
+    trial="int",
+    attempt="int",
+    state="text",
+    finished="bool",
+    earlier="trialstate[]",
+    v_value="float8[]",
+    v_type="text[]",
+    client="uuid",
+    call="bigint",
+)
 
 DELETE_STUDY = f"""
 SELECT FROM studies WHERE study_id = %(study)s FOR UPDATE;
@@ -437,24 +483,23 @@ class TrialStorage(BaseStorage):
             if self._pending:
                 self.connection.do(self._flush)
 
-    def ask(self, sql: str, parameters: Any = None, *, durable: bool = False) -> list[Row]:
+    def ask(self, sql: str | Prepared, parameters: Any = None, *, durable: bool = False) -> list[Row]:
         """One round trip: what is held back, then this. durable: its commit waits for the disk."""
-        return self.connection.do(lambda cursor: self.execute(cursor, sql, parameters, durable=durable))
+        return self.connection.do(lambda cursor: self.execute(cursor, (sql, parameters), durable=durable))
 
-    def execute(self, cursor: Cursor, sql: str, parameters: Any = None, *, durable: bool = False) -> list[Row]:
+    def execute(self, cursor: Cursor, *parts: Part, durable: bool = False) -> list[Row]:
         """`ask` on a cursor at hand. Must be safe to repeat."""
         self._recall()
         if not self._pending:
-            rows = self.connection.execute(cursor, sql, parameters)
+            rows = self.connection.execute(cursor, *parts)
         else:
             batch = dict(self._pending)
-            ahead = cursor.mogrify(*_write(batch, self._attempts()))
-            together = ahead + b";\n" + cursor.mogrify(sql, parameters)
+            ahead = [_write(batch, self._attempts())] if durable else [NO_WAIT, _write(batch, self._attempts())]
             try:
-                rows = self.connection.execute(cursor, together if durable else NO_WAIT.encode() + together)
+                rows = self.connection.execute(cursor, *ahead, *parts)
             except psycopg2.DataError:  # a trial that is not alive, or a value that the tables cannot hold
                 self._flush(cursor)
-                return self.execute(cursor, sql, parameters, durable=durable)
+                return self.execute(cursor, *parts, durable=durable)
             self._sent(batch)
         if durable:
             self._unsure.clear()
@@ -464,9 +509,8 @@ class TrialStorage(BaseStorage):
         """Write trial by trial, so that one lost trial does not hold up the others."""
         self._recall()
         for trial_id, writes in list(self._pending.items()):
-            sql, given = _write({trial_id: writes}, self._attempts())
             try:
-                self.connection.execute(cursor, NO_WAIT + sql, given)
+                self.connection.execute(cursor, NO_WAIT, _write({trial_id: writes}, self._attempts()))
                 self._sent({trial_id: writes})
             except psycopg2.errors.DivisionByZero:
                 self._give_up(trial_id)
@@ -499,18 +543,18 @@ class TrialStorage(BaseStorage):
     def _attempts(self) -> dict[int, int]:
         return {trial_id: lease.attempt for trial_id, lease in self._leases.items()}
 
-    def once(self, sql: str, parameters: dict[str, Any]) -> int | None:
-        """Run a statement that claims this call, durably and exactly once; its result, None where it did nothing."""
+    def once(self, *statements: str | Prepared, given: dict[str, Any]) -> int | None:
+        """Run statements of which the last claims this call, durably and exactly once; its result, if any."""
         with self.connection.lock:
-            self._call += 1
-            given = {**parameters, "client": self._client, "call": self._call}
+            given = {**given, **self._next_call()}
+            parts = [(statement, given) for statement in (*statements, CALLED)]
             tries = 0
 
             def work(cursor: Cursor) -> list[Row]:
                 nonlocal tries
                 tries += 1
-                done = tries > 1 and self.connection.execute(cursor, CALLED.lstrip(";\n"), given)
-                return done or self.execute(cursor, sql + CALLED, given, durable=True)
+                done = tries > 1 and self.connection.execute(cursor, (CALLED, given))
+                return done or self.execute(cursor, *parts, durable=True)
 
             rows = self.connection.do(work)
             return rows[0][0] if rows else None
@@ -518,23 +562,26 @@ class TrialStorage(BaseStorage):
     def once_in_transaction(self, work: Callable[[Cursor], int | None]) -> int | None:
         """Run `work`, which returns the id of the trial that it took, if any, in one transaction, exactly once."""
         with self.connection.lock:
-            self._call += 1
-            given = {"client": self._client, "call": self._call}
+            given = self._next_call()
             tries = 0
 
             def claimed(cursor: Cursor) -> int | None:
                 nonlocal tries
                 tries += 1
-                done = tries > 1 and self.connection.execute(cursor, CALLED.lstrip(";\n"), given)
+                done = tries > 1 and self.connection.execute(cursor, (CALLED, given))
                 result = done[0][0] if done else work(cursor)
                 if result is not None and not done:
-                    rows = self.connection.execute(cursor, CLAIM_RESULT, {**given, "result": result})
+                    rows = self.connection.execute(cursor, (CLAIM_RESULT, {**given, "result": result}))
                     if not rows:  # an earlier try was still on its way through the server
-                        again = self.connection.execute(cursor, "ROLLBACK; BEGIN" + CALLED, given)
-                        result = again[0][0]
+                        cursor.execute("ROLLBACK; BEGIN")
+                        result = self.connection.execute(cursor, (CALLED, given))[0][0]
                 return result
 
             return self.connection.transaction(claimed)
+
+    def _next_call(self) -> dict[str, Any]:
+        self._call += 1
+        return {"client": self._client, "call": self._call}
 
     def _hold_back(self, trial_id: int) -> _Writes:
         """The writes of a trial that wait for the next statement, HELD_BACK_S at the longest."""
@@ -605,7 +652,7 @@ class TrialStorage(BaseStorage):
     def create_new_study(self, directions: Sequence[StudyDirection], study_name: str | None = None) -> int:
         name = f"no-name-{uuid.uuid4()}" if study_name is None else study_name
         try:
-            study_id = self.once(CREATE_STUDY, {"name": name, "directions": [d.name for d in directions]})
+            study_id = self.once(CREATE_STUDY, given={"name": name, "directions": [d.name for d in directions]})
         except psycopg2.errors.UniqueViolation:
             raise DuplicatedStudyError(
                 f"Another study with name {name!r} already exists. Please specify a different name, or reuse "
@@ -616,7 +663,7 @@ class TrialStorage(BaseStorage):
         return study_id
 
     def delete_study(self, study_id: int) -> None:
-        if self.once(DELETE_STUDY, {"study": study_id}) is None:
+        if self.once(DELETE_STUDY, given={"study": study_id}) is None:
             raise _no_study(study_id)
         with self.connection.lock:
             known = self._studies.pop(study_id, _Study())
@@ -702,7 +749,7 @@ class TrialStorage(BaseStorage):
     def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
         sql, given = _creation(template_trial)
         with self.connection.lock:
-            trial_id = self.once(sql, {**given, "study": study_id})
+            trial_id = self.once(LOCK_STUDY, sql, given={**given, "study": study_id})
             if trial_id is None:
                 raise _no_study(study_id)
             if given["state"] == "RUNNING":
@@ -738,10 +785,10 @@ class TrialStorage(BaseStorage):
             "attempt": lease and lease.attempt,
             "state": state.name,
             "finished": state.is_finished(),
-            "from": ["WAITING"] if state == TrialState.RUNNING else ["WAITING", "RUNNING"],
+            "earlier": ["WAITING"] if state == TrialState.RUNNING else ["WAITING", "RUNNING"],
             **_columns(stored, "v_value", "v_type"),
         }
-        if self.once(SET_STATE, given) is None:
+        if self.once(SET_STATE, given=given) is None:
             return False
         if state.is_finished():
             self._forget(trial_id)
@@ -823,7 +870,7 @@ class TrialStorage(BaseStorage):
         with self.connection.lock:
             if trial_id in self._finished:
                 return self._finished[trial_id]
-            rows = self.ask(GET_TRIAL, (trial_id,))
+            rows = self.ask(GET_TRIAL, {"trial": trial_id})
             self._check(trial_id)
             if not rows:
                 raise KeyError(f"no trial has the id {trial_id}")
@@ -902,11 +949,10 @@ def _no_study(study_id: int) -> KeyError:
     return KeyError(f"no study has the id {study_id}")
 
 
-def _creation(template: FrozenTrial | None) -> tuple[str, dict[str, Any]]:
+def _creation(template: FrozenTrial | None) -> Part:
     """The statement that makes a trial, RUNNING or like a template, and its parameters but the study."""
     if template is None:
-        sql = CREATE_TRIAL.format(start=UTC_NOW) + "\nSELECT FROM trial"
-        return sql, {"state": "RUNNING", "complete": None}
+        return NEW_TRIAL, {"state": "RUNNING", "complete": None}
     params = [(name, template.distributions[name].to_internal_repr(value)) for name, value in template.params.items()]
     texts = [(name, value, distribution_to_json(template.distributions[name])) for name, value in params]
     given = {
@@ -924,7 +970,7 @@ def _creation(template: FrozenTrial | None) -> tuple[str, dict[str, Any]]:
             "r_type",
         ),
     }
-    return CREATE_TRIAL.format(start="%(start)s") + COPY_TRIAL + "\nSELECT FROM trial", given
+    return COPY_TRIAL, given
 
 
 _OPEN: weakref.WeakSet[TrialStorage] = weakref.WeakSet()
