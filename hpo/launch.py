@@ -205,10 +205,13 @@ def summary(opened: OpenStudy, seconds: float) -> dict[str, Any]:
     state = opened.leases.snapshot(opened.study_id)
     if state.promoted_version is None:
         raise LaunchError(no_model(opened))
+    row = opened.leases.study(opened.study_id)
+    out_of_time = row is not None and row.out_of_time
     model = Registry(database_url()).get(opened.name, state.promoted_version)
     scores = model.scores
     return {
         "study": opened.name,
+        "ended_by": "budget" if state.started >= state.budget else "timeout" if out_of_time else "exhausted space",
         "trials": {name: state.counts.get(name, 0) for name in ("complete", "pruned", "failed")},
         "best": {
             "number": model.trial_number,

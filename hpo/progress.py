@@ -209,7 +209,7 @@ def show_summary(summary: dict[str, Any]) -> None:
     trials, model, best = summary["trials"], summary["model"], summary["best"]
     console.print(
         f"{summary['study']}: {trials['complete']} complete, {trials['pruned']} pruned, {trials['failed']} failed "
-        f"in {summary['seconds']:.1f} s; best is trial {best['number']}",
+        f"in {summary['seconds']:.1f} s, ended by {summary['ended_by']}; best is trial {best['number']}",
         highlight=False,
     )
     table = Table("metric", "validation", "test")

@@ -289,15 +289,13 @@ def make_sampler(plan: Plan, *seed_parts: int) -> optuna.samplers.BaseSampler:
     seed = derive(study.seed, "sampler", *seed_parts) % 2**32
     name = study.sampler
     if name == "tpe":
-        return optuna.samplers.TPESampler(seed=seed, multivariate=True, warn_independent_sampling=False)
+        return optuna.samplers.TPESampler(seed=seed, multivariate=True)
     if name == "gp":
         return optuna.samplers.GPSampler(seed=seed, deterministic_objective=True)
     if name == "cmaes":
-        return optuna.samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False)
+        return optuna.samplers.CmaEsSampler(seed=seed)
     if name == "qmc":
-        return optuna.samplers.QMCSampler(
-            seed=study.seed, warn_independent_sampling=False, warn_asynchronous_seeding=False
-        )
+        return optuna.samplers.QMCSampler(seed=study.seed)
     if name == "grid":
         return optuna.samplers.GridSampler(_grid(plan), seed=study.seed)
     return optuna.samplers.RandomSampler(seed=seed)

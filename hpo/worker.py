@@ -229,6 +229,7 @@ def choose_device() -> str:
 
 def work(study: str | None) -> None:
     """The `hpo worker` command: one thread, logging to the standard error."""
+    import optuna
     import torch
 
     logging.basicConfig(
@@ -236,6 +237,7 @@ def work(study: str | None) -> None:
         format="%(asctime)s %(process)d %(levelname)s %(message)s",
         datefmt="%Y-%m-%d %H:%M:%S",
     )
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # samplers comment on conditional parameters at each trial
     started = time.monotonic()
     torch.set_num_threads(1)
     worker = Worker(study)

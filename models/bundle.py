@@ -103,7 +103,7 @@ class Bundle:
         is told after each batch how many sequences it had. Raises DataError where features or lengths do not
         fit the model.
         """
-        sequences = self._conform(data)
+        sequences = self.conform(data)
         probabilities = self._probabilities(sequences, batch_size, progress)
         labels = np.array(self.config.classes)[predict_labels(probabilities, self.config.threshold)]
         return Predictions(self.config.classes, probabilities, labels, sequences.ids)
@@ -114,7 +114,7 @@ class Bundle:
         columns: dict[str, Any] = self.config.columns
         return read(path, labeled=False, features=features, **columns)
 
-    def _conform(self, data: Any) -> Sequences:
+    def conform(self, data: Any) -> Sequences:
         """`data` with the model's features in the model's order, and lengths that it can take."""
         sequences = data if isinstance(data, Sequences) else from_arrays(data)
         names, wanted = sequences.features, self.config.features
@@ -137,7 +137,7 @@ class Bundle:
             return
         kept = np.minimum(sequences.lengths, config.sequence_length or sequences.steps)
         for row in np.flatnonzero(kept != config.kept_steps)[:1].tolist():
-            needed = f"exactly {config.steps}" if config.kept_steps == config.steps else f"{config.kept_steps} or more"
+            needed = f"exactly {config.steps}" if config.fixed_length else f"{config.kept_steps} or more"
             found = f"sequence {sequences.ids[row]!r} has {sequences.lengths[row]}"
             raise DataError(f"a model with flatten pooling needs {needed} steps, {found}")
 

@@ -161,7 +161,8 @@ def _torch_example(config: BundleConfig) -> str:
 
 def _exported(config: BundleConfig, exported: str) -> list[str]:
     """How to run the exported graph: heading and code."""
-    inputs = f"values (N, T, {config.classifier.features}) float32, zeros after each end; lengths (N,) int64"
+    steps = config.classifier.steps if config.classifier.fixed_length else "T"
+    inputs = f"values (N, {steps}, {config.classifier.features}) float32, zeros after each end; lengths (N,) int64"
     if exported == "onnx":
         lines = ["import numpy as np", "import onnxruntime", ""]
         lines += ['session = onnxruntime.InferenceSession("model.onnx")', "", ""]

@@ -55,6 +55,11 @@ class ClassifierConfig:
         return min(self.steps, self.sequence_length) if self.sequence_length else self.steps
 
     @property
+    def fixed_length(self) -> bool:
+        """Whether every sequence must have exactly `steps` steps: `flatten` without a crop to fewer."""
+        return self.pooling == "flatten" and self.kept_steps == self.steps
+
+    @property
     def patches(self) -> int:
         """S of the longest sequence: a last, partial patch counts."""
         return -(-self.kept_steps // self.patch_length)

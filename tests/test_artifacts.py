@@ -77,9 +77,7 @@ def test_a_later_put_replaces_an_earlier_one(store: ArtifactStore) -> None:
 def test_a_missing_artifact_is_named_and_is_optunas_own_error(store: ArtifactStore, tmp_path: Path) -> None:
     assert not store.exists("nothing")
     for read in (store.get, store.open_reader, lambda key: store.fetch(key, tmp_path / "copy")):
-        with pytest.raises(
-            MissingArtifactError, match=r"no artifact 'nothing' in .*(artifacts|s3://studies/here)"
-        ):
+        with pytest.raises(MissingArtifactError, match=r"no artifact 'nothing' in .*(artifacts|s3://studies/here)"):
             read("nothing")
     with pytest.raises(ArtifactNotFound):
         store.open_reader("nothing")
@@ -126,9 +124,7 @@ def test_two_prefixes_of_a_bucket_do_not_see_each_other(s3_client: Any) -> None:
 def test_a_missing_bucket_says_so_and_shows_no_secret(s3_client: Any) -> None:
     store = artifact_store("s3://no-such-bucket")
     for use in (store.get, lambda key: store.put(key, b""), store.keys):
-        with pytest.raises(
-            ArtifactError, match=r"s3://no-such-bucket .*NoSuchBucket.*is the bucket there"
-        ) as error:
+        with pytest.raises(ArtifactError, match=r"s3://no-such-bucket .*NoSuchBucket.*is the bucket there") as error:
             use("key")
         assert not isinstance(error.value, MissingArtifactError)
         assert "a-secret" not in str(error.value)
@@ -173,9 +169,7 @@ artifact_store(sys.argv[1]).write("key", sys.stdin.buffer)
 def test_a_writer_killed_in_the_middle_leaves_no_artifact(tmp_path: Path) -> None:
     store = artifact_store(str(tmp_path))
     store.put("key", b"before")
-    with subprocess.Popen(
-        [sys.executable, "-c", _COPY_INPUT, str(tmp_path)], stdin=subprocess.PIPE
-    ) as writer:
+    with subprocess.Popen([sys.executable, "-c", _COPY_INPUT, str(tmp_path)], stdin=subprocess.PIPE) as writer:
         assert writer.stdin is not None
         writer.stdin.write(b"x" * 2**20)
         writer.stdin.flush()
@@ -256,10 +250,7 @@ def test_a_full_disk_is_an_error_with_folder_and_free_space_and_leaves_nothing(t
         "-c",
         'mount -t tmpfs -o size=256k none "$0" && "$@"',
     ]
-    if (
-        shutil.which("unshare")
-        and subprocess.run([*mount, str(folder), "true"], capture_output=True).returncode == 0
-    ):
+    if shutil.which("unshare") and subprocess.run([*mount, str(folder), "true"], capture_output=True).returncode == 0:
         command = [*mount, str(folder), *script, "", str(large)]
     else:
         command = [*script, str(2**16), str(large)]

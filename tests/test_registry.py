@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import FrozenInstanceError
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -78,37 +77,23 @@ def test_promoting_the_same_trial_with_the_same_files_again_keeps_its_version(re
     assert promote(registry, artifacts={"model.safetensors": "other weights"}).version == 3
 
 
-_PROMOTER = """
-import sys
-from storage.registry import Registry
-registry = Registry(sys.argv[1])
-print("ready", flush=True)
-sys.stdin.readline()
-for i in range(10):
-    registry.promote("power", study_id=7, study_name="power", trial_number=int(sys.argv[2]) + i,
-                     scores={}, config={}, artifacts={})
-registry.promote("power", study_id=7, study_name="power", trial_number=999, scores={}, config={}, artifacts={})
-"""
+def test_promoters_at_once_get_numbers_without_gap_and_one_version_for_one_trial(database_url: str) -> None:
+    registries = [Registry(database_url) for _ in range(6)]
+    barrier = threading.Barrier(len(registries))
 
+    def work(index: int) -> None:
+        for round_ in range(5):
+            barrier.wait(60)
+            promote(registries[index], trial=100 * index + round_)
+            promote(registries[index], trial=1000 + round_)  # everybody's
 
-def test_promoters_at_once_get_numbers_without_gap_and_one_version_for_one_trial(
-    registry: Registry, database_url: str
-) -> None:
-    def start(first: int) -> subprocess.Popen[str]:
-        command = [sys.executable, "-c", _PROMOTER, database_url, str(first)]
-        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    with start(0) as one, start(100) as other:
-        for promoter in (one, other):
-            assert promoter.stdout is not None
-            assert promoter.stdout.readline() == "ready\n"
-        for promoter in (one, other):
-            promoter.communicate("go\n", timeout=60)
-    assert (one.returncode, other.returncode) == (0, 0)
-    found = registry.models()
-    assert [model.version for model in found] == list(range(1, 22))
-    assert sorted(model.trial_number or 0 for model in found) == [*range(10), *range(100, 110), 999]
-    assert registry.get("power").version == 21
+    with ThreadPoolExecutor(len(registries)) as pool:
+        list(pool.map(work, range(len(registries))))
+    found = registries[0].models()
+    trials = [100 * index + round_ for index in range(6) for round_ in range(5)] + [1000 + i for i in range(5)]
+    assert [model.version for model in found] == list(range(1, 36))
+    assert sorted(model.trial_number or 0 for model in found) == trials
+    assert found[-1].aliases == ("latest",)
 
 
 def test_an_alias_names_one_version_at_a_time(registry: Registry) -> None:

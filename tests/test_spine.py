@@ -260,9 +260,9 @@ def test_a_finite_space_ends_the_study_early(
             'normalization = "none"\nschedule = "constant"\nhidden_size = [4, 8, 12]',
         ]
     )
-    done = cli("launch", study_file(trials=9, epochs=1, space=constants), "--workers", 1, "--json")
-    assert sum(summary_of(done)["trials"].values()) == 3
-    assert "exhausted" in done.stderr
+    summary = summary_of(cli("launch", study_file(trials=9, epochs=1, space=constants), "--workers", 1, "--json"))
+    assert sum(summary["trials"].values()) == 3
+    assert summary["ended_by"] == "exhausted space"
     assert {t.params["hidden_size"] for t in trials()} == {4, 8, 12}
 
 

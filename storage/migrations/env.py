@@ -7,9 +7,7 @@ from storage.tables import metadata
 
 connection = context.config.attributes["connection"]
 connection.execute(text("CREATE SCHEMA IF NOT EXISTS hpo"))
-context.configure(
-    connection=connection, target_metadata=metadata, version_table="revision", version_table_schema="hpo"
-)
+context.configure(connection=connection, target_metadata=metadata, version_table="revision", version_table_schema="hpo")
 with context.begin_transaction():
     context.run_migrations()
 connection.commit()
