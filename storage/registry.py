@@ -82,6 +82,7 @@ class Registry:
         }
         identity = ("study_id", "trial_number", "artifacts")
         with self._engine.begin() as connection:
+            _lock(connection, name)
             same = sa.and_(_models.c.name == name, *(_models.c[column] == row[column] for column in identity))
             found = connection.scalar(sa.select(sa.func.max(_models.c.version)).where(same))
             version = found or 1 + (_newest(connection, name) or 0)
