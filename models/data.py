@@ -748,7 +748,7 @@ def to_bytes(sequences: Sequences) -> bytes:
     arrays = {"values": sequences.values, "lengths": sequences.lengths}
     arrays |= {name: array for name, array in optional.items() if array is not None}
     names = {"classes": sequences.classes, "ids": sequences.ids, "features": sequences.features}
-    meta = json.dumps({**names, "filled": sequences.filled}, sort_keys=True, separators=(",", ":"))
+    meta = json.dumps({**names, "filled": sequences.filled}, separators=(",", ":"))
     # one metadata key only: safetensors writes several in any order
     return serialize({k: np.ascontiguousarray(v) for k, v in arrays.items()}, {"sequences": meta})
 

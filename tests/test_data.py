@@ -357,11 +357,11 @@ class TestNpz:
             (np.array([b"x", b"y"]), ("x", "y")),
             (np.array([0.5, 1.0]), ("0.5", "1")),
             (np.array([" a", "b "]), ("a", "b")),
-            (np.array(["nan", "1"]), ("1", "nan")),
+            (np.array(["3", "nan", "10", "2", "0"]), ("0", "10", "2", "3", "nan")),
         ],
     )
     def test_labels_of_any_type_are_named(self, labels: Any, classes: tuple[str, ...], tmp_path: Path) -> None:
-        assert read(self.save(tmp_path, X=np.ones((2, 3)), y=labels)).classes == classes
+        assert read(self.save(tmp_path, X=np.ones((len(labels), 3)), y=labels)).classes == classes
 
     def test_a_missing_label_among_others_is_refused_and_all_missing_are_none(self, tmp_path: Path) -> None:
         with pytest.raises(DataError, match=r"sequence 1 has no label: label every sequence or none"):
@@ -388,6 +388,12 @@ class TestNpz:
         content[5000] ^= 255
         path.write_bytes(content)
         with pytest.raises(DataError, match="is damaged: Bad CRC"):
+            read(path)
+        np.savez_compressed(path, X=np.arange(5000.0)[:, None])
+        content = bytearray(path.read_bytes())
+        content[100:300] = bytes(200)
+        path.write_bytes(content)
+        with pytest.raises(DataError, match="is damaged: Error -3"):
             read(path)
 
 
@@ -516,8 +522,9 @@ class TestCsv:
         assert data.filled == 1
 
     def test_quotes_spaces_blank_lines_and_a_byte_order_mark_are_understood(self, tmp_path: Path) -> None:
-        path = text(tmp_path, "a.csv", '\ufefft0, t1, "label"', '1, 2, "a, b"', "", "3, 4, c")
+        path = text(tmp_path, "a.csv", '\ufeffid, t0, t1, "label"', 'p, 1, 2, "a, b"', "", "q, 3, 4, c")
         data = read(path)
+        assert data.ids == ("p", "q")
         assert data.classes == ("a, b", "c")
         assert data.values[:, :, 0].tolist() == [[1, 2], [3, 4]]
 

@@ -139,6 +139,21 @@ def test_groups_of_one_class_each_leave_every_class_in_every_training_part() -> 
             assert set(sequences.labels[train]) == set(range(8))
 
 
+def test_grouped_folds_are_drawn_again_where_a_class_would_be_lost() -> None:
+    """Groups with classes 00, 11 and 01: only 00 and 11 together leave both classes to train on."""
+    sequences = labeled([0, 0, 1, 1, 0, 1], [0, 0, 1, 1, 2, 2])
+    for seed in range(20):
+        assert {tuple(validation) for _, validation in split_folds(sequences, 2, seed)} == {(0, 1, 2, 3), (4, 5)}
+
+
+def test_a_grouped_share_rather_misses_its_size_than_a_class() -> None:
+    """Six sequences, of which class 0 has one: it trains, though its group would have the right size."""
+    sequences = labeled([0, 1, 2, 1, 2, 1], [0, 0, 1, 1, 2, 3])
+    for seed in range(20):
+        ((train, _),) = split_share(sequences, 0.25, seed)
+        assert 0 in train
+
+
 def test_a_grouped_share_is_the_nearest_that_whole_groups_allow() -> None:
     sequences = labeled([0, 1] * 50, np.repeat(range(20), 5).tolist())
     for share in (0.1, 0.2, 0.25, 0.5, 0.75, 0.9):
