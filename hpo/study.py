@@ -384,6 +384,7 @@ def _draw(
     else:
         study.sampler = make_sampler(plan, frozen.number, attempt)
     sampler = study.sampler
+    study._thread_local.cached_all_trials = None  # what samplers read; only Study.ask and tell empty it
     sampler.before_trial(study, frozen)
     relative_space = sampler.infer_relative_search_space(study, frozen)
     relative = sampler.sample_relative(study, frozen, relative_space)
