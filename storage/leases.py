@@ -16,7 +16,7 @@ from typing import Any, Literal
 from psycopg2.extensions import cursor as Cursor  # noqa: N812
 
 from storage.connection import Row
-from storage.trials import UTC_NOW, LeaseLost, TrialStorage, stored_float
+from storage.trials import LOCK_STUDY, UTC_NOW, LeaseLost, TrialStorage, stored_float
 
 __all__ = ["Beat", "InFlight", "Lease", "LeaseLost", "Leases", "News", "Snapshot", "StudyOver", "StudyRow", "Terms"]
 
@@ -159,16 +159,17 @@ SET_STATUS = "UPDATE hpo.terms SET status = %s WHERE study_id = %s AND status = 
 # -------------------------------------------------------------------------------------------------------------- taking
 
 SEEN = "UPDATE hpo.workers SET seen_at = clock_timestamp() WHERE worker = %(worker)s"
-LOCK = f"""
-SELECT budget, started, status, {OUT_OF_TIME}, lease_s, max_attempts
-FROM studies JOIN hpo.terms USING (study_id) WHERE study_id = %(study)s FOR NO KEY UPDATE OF studies"""
+# The lock is a statement of its own: the next one sees what was committed while it waited.
+LOCK = f"""{LOCK_STUDY};
+SELECT budget, started, status, {OUT_OF_TIME}, lease_s, max_attempts FROM hpo.terms WHERE study_id = %(study)s"""
+# Whether a lease has run out is asked as of the transaction's begin, now(), so that all statements agree.
 # Somebody else ended the trial: a plain script, a dashboard.
 END_FOREIGN = """
 UPDATE hpo.leases l SET ended_at = clock_timestamp() FROM trials t
 WHERE l.study_id = %(study)s AND l.ended_at IS NULL AND l.trial_id = t.trial_id AND t.state <> 'RUNNING'"""
 FAIL_SPENT = f"""
 WITH spent AS (UPDATE hpo.leases SET ended_at = clock_timestamp(), lost = lost + 1
-    WHERE study_id = %(study)s AND ended_at IS NULL AND expires_at <= clock_timestamp() AND NOT released
+    WHERE study_id = %(study)s AND ended_at IS NULL AND expires_at <= now() AND NOT released
     AND lost + 1 >= %(max_attempts)s RETURNING trial_id, worker, lost, epoch),
 failed AS (UPDATE trials t SET state = 'FAIL', datetime_complete = {UTC_NOW} FROM spent s
     WHERE t.trial_id = s.trial_id AND t.state = 'RUNNING' RETURNING t.trial_id)
@@ -182,12 +183,14 @@ UPDATE hpo.leases l SET attempt = attempt + 1, lost = lost + (NOT released)::int
     worker = %(worker)s, device = %(device)s, progress = 0, progress_at = clock_timestamp(), epoch = checkpoint_epoch,
     metric = NULL, expires_at = clock_timestamp() + %(lease_s)s * interval '1 s'
 WHERE trial_id = (SELECT trial_id FROM hpo.leases WHERE study_id = %(study)s AND ended_at IS NULL
-    AND expires_at <= clock_timestamp() ORDER BY expires_at LIMIT 1 FOR UPDATE SKIP LOCKED)
+    AND expires_at <= now() ORDER BY expires_at LIMIT 1 FOR UPDATE SKIP LOCKED)
 RETURNING trial_id"""
 FORGET_REPORTS = """
 DELETE FROM trial_intermediate_values i USING hpo.leases l
 WHERE l.trial_id = %(trial)s AND i.trial_id = l.trial_id AND i.step > coalesce(l.checkpoint_epoch, -1)"""
-COUNT = "UPDATE hpo.terms SET started = started + 1 WHERE study_id = %(study)s AND started < budget"
+COUNT = """
+UPDATE hpo.terms SET started = started + 1
+WHERE study_id = %(study)s AND status = 'open' AND started < budget RETURNING started"""
 POP = f"""
 UPDATE trials SET state = 'RUNNING', datetime_start = {UTC_NOW}
 WHERE trial_id = (SELECT trial_id FROM trials WHERE study_id = %(study)s AND state = 'WAITING'
@@ -203,7 +206,7 @@ VALUES (%(trial)s, %(study)s, %(worker)s, %(device)s,
     clock_timestamp() + %(lease_s)s * interval '1 s', clock_timestamp())"""
 IN_FLIGHT = """
 SELECT 1 FROM hpo.leases
-WHERE study_id = %(study)s AND ended_at IS NULL AND expires_at > clock_timestamp() LIMIT 1"""
+WHERE study_id = %(study)s AND ended_at IS NULL AND expires_at > now() LIMIT 1"""
 TAKEN = """
 SELECT l.study_id, l.trial_id, t.number, l.worker, l.attempt, l.attempt > 1, l.checkpoint_key, l.checkpoint_epoch
 FROM hpo.leases l JOIN trials t USING (trial_id) WHERE l.trial_id = %(trial)s"""
@@ -410,16 +413,17 @@ class Leases:
             raise _not_opened(given["study"])
         budget, started, status, out_of_time, given["lease_s"], given["max_attempts"] = locked[0]
         going_on = status in ("open", "exhausted") and not out_of_time
-        orphans = run(f"{SEEN};{END_FOREIGN};{FAIL_SPENT};{ADOPT if going_on else IN_FLIGHT}")
-        if going_on and orphans:
+        run(f"{SEEN};{END_FOREIGN};{FAIL_SPENT}")
+        orphans = going_on and run(ADOPT)
+        if orphans:
             trial_id: int = orphans[0][0]
             given["trial"] = trial_id
             run(FORGET_REPORTS)
             return trial_id
-        if going_on and status == "open" and started < budget:
+        if going_on and run(COUNT):
             trial_id = (run(POP) or run(NEW))[0][0]
             given["trial"] = trial_id
-            run(f"{GRANT};{COUNT}")
+            run(GRANT)
             return trial_id
         given["over"] = None if run(IN_FLIGHT) else _reason(status, out_of_time, started >= budget)
         return None
