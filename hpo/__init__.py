@@ -7,7 +7,7 @@ predictions = hpo.load(summary["model"]["path"]).predict(sequences)
 
 from __future__ import annotations
 
-import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hpo.launch import (
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["launch", "load"]
 
 
-def load(folder: str | os.PathLike[str], device: str = "cpu") -> Bundle:
+def load(folder: str | Path, device: str = "cpu") -> Bundle:
     """A saved model folder, ready to predict. Needs no database."""
     from models.bundle import load as load_bundle
 

@@ -46,7 +46,7 @@ def run(workers: int | None, trials: int) -> None:
     test = read(Path(str(config.data.test)), labeled=False)
     console.print(f"\nThe first of {test.n} days of the test part, predicted by the exported folder alone:")
     show_predictions(bundle.predict(test.take(range(5))), rows=5)
-    console.print(_next_steps(name, folder, str(config.data.test), summary["test"]["auroc"]))
+    console.print(_next_steps(name, folder, str(config.data.test), summary["test"]["auroc"]), markup=False)
 
 
 def _new_name(name: str) -> str:

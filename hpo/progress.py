@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import Progress as Bars
-from rich.progress import ProgressBar
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
@@ -211,6 +211,7 @@ def show_summary(summary: dict[str, Any]) -> None:
         f"{summary['study']}: {trials['complete']} complete, {trials['pruned']} pruned, {trials['failed']} failed "
         f"in {summary['seconds']:.1f} s, ended by {summary['ended_by']}; best is trial {best['number']}",
         highlight=False,
+        soft_wrap=True,
     )
     table = Table("metric", "validation", "test")
     for name in METRICS:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("hpo")
 
-RENEW_S = 10.0  # between two renewals of the promotion's lease
+RENEWALS = 4  # of the promotion's lease within its time
 MIMETYPES = {".png": "image/png", ".json": "application/json", ".md": "text/markdown"}
 TOLERANCE = 1e-5  # between the recorded score and the one of the same weights on another device or version
 
@@ -49,7 +49,7 @@ def promote_once(opened: OpenStudy, store: ArtifactStore, worker: str, sequences
         return True
     if not leases.take_promotion(study_id, worker):
         return False
-    with _renewing(opened, worker):
+    with _renewing(opened, worker, row.lease_s / RENEWALS):
         own = own_trials(opened)
         version = None
         if own:
@@ -59,12 +59,12 @@ def promote_once(opened: OpenStudy, store: ArtifactStore, worker: str, sequences
 
 
 @contextmanager
-def _renewing(opened: OpenStudy, worker: str) -> Iterator[None]:
+def _renewing(opened: OpenStudy, worker: str, interval_s: float) -> Iterator[None]:
     """Keep the promotion's lease for as long as the block runs."""
     done = threading.Event()
 
     def renew() -> None:
-        while not done.wait(RENEW_S):
+        while not done.wait(interval_s):
             opened.leases.take_promotion(opened.study_id, worker)
 
     thread = threading.Thread(target=renew, daemon=True)

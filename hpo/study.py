@@ -159,17 +159,12 @@ def delete_study(storage: TrialStorage, store: ArtifactStore, name: str) -> None
 def _plan(config: StudyConfig) -> tuple[Plan, Sequences, Sequences | None]:
     """What the file says about the data that it names."""
     data = config.data
-    names = {"label": data.label, "id": data.id, "step": data.step, "group": data.group}
+    names: dict[str, Any] = {"label": data.label, "id": data.id, "step": data.step, "group": data.group}
     train = read(Path(data.train), labeled=True, **names)
     check_trainable(train)
     test = None
     if data.test is not None:
-        test = read(Path(data.test), labeled=True, classes=train.classes, **names)
-        if test.features != train.features:
-            raise StudyError(
-                f"training and test data must have the same features: {data.train} has "
-                f"{', '.join(train.features)}, {data.test} has {', '.join(test.features)}"
-            )
+        test = read(Path(data.test), labeled=True, classes=train.classes, features=train.features, **names)
     elif data.holdout is not None:
         train, test = holdout(train, data.holdout, derive(config.study.seed, "holdout") % 2**32)
     completed = complete(

@@ -95,9 +95,11 @@ class Attention:
 def _beat(training: Training | None) -> Beat:
     """Progress counted in batches: a hung training makes none, a long epoch does."""
     if training is None:
-        return Beat(0, None, None)
-    last = training.history[-1] if training.history else None
-    return Beat(training.batches, last and last.number, last and last.value)
+        return Beat(0)
+    if not training.history:
+        return Beat(training.batches)
+    last = training.history[-1]
+    return Beat(training.batches, last.number, last.value)
 
 
 class Worker:

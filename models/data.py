@@ -594,28 +594,6 @@ READERS = {".npz": _read_npz, ".csv": _read_csv, ".parquet": _read_parquet, ".ts
 # ------------------------------------------------------------------ splits
 
 
-@dataclass(frozen=True)
-class Validation:
-    """How training data is split to validate: one share of it, or k folds."""
-
-    share: float | None = None  # in (0, 1)
-    folds: int | None = None  # at least 2
-
-    def __post_init__(self) -> None:
-        if (self.share is None) == (self.folds is None):
-            raise DataError("validation is a share or a number of folds: 0.2 or { folds = 5 }")
-
-    def split(self, sequences: Sequences, seed: int) -> list[Split]:
-        if self.share is not None:
-            return split_share(sequences, self.share, seed)
-        return split_folds(sequences, self.folds or 0, seed)
-
-
-def default_validation(n: int) -> Validation:
-    """A share of 0.2 where that holds at least 200 of n sequences (or groups), else 5 folds (n, if fewer)."""
-    return Validation(share=0.2) if n >= 1000 else Validation(folds=max(2, min(5, n)))
-
-
 def check_trainable(sequences: Sequences, source: str = "the training data") -> None:
     """Raise DataError unless there are labels, two classes or more, and a class of two sequences or more."""
     if sequences.labels is None:

@@ -12,7 +12,7 @@ weighting a call: 5 to 10 times longer for the score of an epoch, 20 to 50 times
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,7 +40,7 @@ class Scores:
     confusion: tuple[tuple[int, ...], ...]  # (K, K), row = true class
 
 
-def direction(name: str) -> str:
+def direction(name: str) -> Literal["maximize", "minimize"]:
     """ "maximize" or "minimize", as Optuna spells it."""
     _known(name)
     return "minimize" if name == "log_loss" else "maximize"

@@ -11,8 +11,6 @@ from models.data import (
     DataError,
     Sequences,
     Split,
-    Validation,
-    default_validation,
     from_arrays,
     holdout,
     split_folds,
@@ -221,20 +219,3 @@ def test_a_holdout_gives_both_parts() -> None:
     assert train.values.ravel().tolist() == train_at.tolist()
     assert test.values.ravel().tolist() == test_at.tolist()
     assert test.ids == tuple(map(str, test_at))
-
-
-@pytest.mark.parametrize(("n", "folds"), [(2, 2), (4, 4), (5, 5), (67, 5), (999, 5), (1000, None), (10**6, None)])
-def test_small_data_is_validated_in_folds(n: int, folds: int | None) -> None:
-    assert default_validation(n) == (Validation(folds=folds) if folds else Validation(share=0.2))
-
-
-def test_validation_splits_by_share_or_by_folds() -> None:
-    sequences = labeled([0, 1] * 20)
-    np.testing.assert_equal(Validation(share=0.3).split(sequences, 4), split_share(sequences, 0.3, 4))
-    np.testing.assert_equal(Validation(folds=4).split(sequences, 4), split_folds(sequences, 4, 4))
-
-
-@pytest.mark.parametrize(("share", "folds"), [(0.2, 5), (None, None)])
-def test_validation_is_one_of_the_two(share: float | None, folds: int | None) -> None:
-    with pytest.raises(DataError, match="validation is a share or a number of folds"):
-        Validation(share, folds)
