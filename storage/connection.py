@@ -25,8 +25,9 @@ SESSION = (
     "-c plan_cache_mode=force_generic_plan -c enable_seqscan=off -c jit=off"
 )
 KEEPALIVE = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 4, "connect_timeout": 10}
-# Deadlock, serialisation, server shutting down or starting, too many connections, a standby during failover.
-TRANSIENT = {"40P01", "40001", "57P01", "57P02", "57P03", "53300", "25006", "25P03"}
+DEADLOCK = {"40P01", "40001"}
+# Besides: server shutting down or starting, too many connections, a standby during failover, idle too long.
+TRANSIENT = DEADLOCK | {"57P01", "57P02", "57P03", "53300", "25006", "25P03"}
 REFUSALS = ("authentication failed", "does not exist", "no pg_hba.conf entry", "no password supplied")
 
 
@@ -130,10 +131,7 @@ class Connection:
                     with self._connected().cursor() as cursor:
                         return work(cursor)
                 except (psycopg2.OperationalError, psycopg2.InterfaceError, psycopg2.InternalError) as error:
-                    if not self._transient(error):
-                        raise
-                    if time.monotonic() + pause > deadline:
-                        raise DatabaseUnavailable(self._explain(error)) from error
+                    self._wait_or_raise(error, time.monotonic() + pause > deadline)
                 time.sleep(pause * random.uniform(0.5, 1.0))
                 pause = min(2 * pause, 2.0)
 
@@ -152,21 +150,22 @@ class Connection:
             self.generation += 1
         return self._connection
 
-    def _transient(self, error: psycopg2.Error) -> bool:
-        if self._connection is None or self._connection.closed:
-            return not any(refusal in str(error) for refusal in REFUSALS)
-        if error.pgcode in TRANSIENT:
-            if error.pgcode not in ("40P01", "40001"):
+    def _wait_or_raise(self, error: psycopg2.Error, too_late: bool) -> None:
+        """Return where another try may help."""
+        reason = str(error).strip() or type(error).__name__
+        refused = any(refusal in reason for refusal in REFUSALS)
+        if self._connection is not None and not self._connection.closed:
+            if error.pgcode not in TRANSIENT:
+                raise error
+            if error.pgcode not in DEADLOCK:
                 self.close()
-            return True
-        return False
-
-    def _explain(self, error: Exception) -> str:
-        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-        return (
-            f"the database at {self.address} did not answer for {self.retry_s:g} s ({reason}); "
-            "start it again or check HPO_DATABASE_URL"
-        )
+        elif refused:
+            raise DatabaseUnavailable(f"the database at {self.address} refuses us: {reason}") from error
+        if too_late:
+            raise DatabaseUnavailable(
+                f"the database at {self.address} did not answer for {self.retry_s:g} s ({reason.splitlines()[-1]}); "
+                "start it again or check HPO_DATABASE_URL"
+            ) from error
 
     def after_fork(self) -> None:
         """In the child: the parent's socket and lock are not ours."""

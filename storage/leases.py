@@ -183,7 +183,7 @@ UPDATE hpo.leases l SET attempt = attempt + 1, lost = lost + (NOT released)::int
     worker = %(worker)s, device = %(device)s, progress = 0, progress_at = clock_timestamp(), epoch = checkpoint_epoch,
     metric = NULL, expires_at = clock_timestamp() + %(lease_s)s * interval '1 s'
 WHERE trial_id = (SELECT trial_id FROM hpo.leases WHERE study_id = %(study)s AND ended_at IS NULL
-    AND expires_at <= now() ORDER BY expires_at LIMIT 1 FOR UPDATE SKIP LOCKED)
+    AND expires_at <= now() ORDER BY expires_at LIMIT 1 FOR UPDATE)
 RETURNING trial_id"""
 FORGET_REPORTS = """
 DELETE FROM trial_intermediate_values i USING hpo.leases l
@@ -206,7 +206,7 @@ VALUES (%(trial)s, %(study)s, %(worker)s, %(device)s,
     clock_timestamp() + %(lease_s)s * interval '1 s', clock_timestamp())"""
 IN_FLIGHT = """
 SELECT 1 FROM hpo.leases
-WHERE study_id = %(study)s AND ended_at IS NULL AND expires_at > now() LIMIT 1"""
+WHERE study_id = %(study)s AND ended_at IS NULL AND (expires_at > now() OR %(going_on)s) LIMIT 1"""
 TAKEN = """
 SELECT l.study_id, l.trial_id, t.number, l.worker, l.attempt, l.attempt > 1, l.checkpoint_key, l.checkpoint_epoch
 FROM hpo.leases l JOIN trials t USING (trial_id) WHERE l.trial_id = %(trial)s"""
@@ -412,7 +412,7 @@ class Leases:
         if not locked:
             raise _not_opened(given["study"])
         budget, started, status, out_of_time, given["lease_s"], given["max_attempts"] = locked[0]
-        going_on = status in ("open", "exhausted") and not out_of_time
+        given["going_on"] = going_on = status in ("open", "exhausted") and not out_of_time
         run(f"{SEEN};{END_FOREIGN};{FAIL_SPENT}")
         orphans = going_on and run(ADOPT)
         if orphans:

@@ -20,7 +20,8 @@ QUICK = ["--set", "train.epochs=2", "--set", "study.trials=3", "--set", "space.h
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    found = re.findall(r"^```(\w*)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+    return [text for name, text in found if name == language]
 
 
 def commands() -> list[list[str]]:
