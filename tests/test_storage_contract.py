@@ -17,3 +17,10 @@ class TestTrialStorage(StorageTestCase):
         made = trial_storage(database_url)
         yield made
         made.close()
+
+
+def test_the_contract_holds_in_a_time_zone_far_from_utc() -> None:
+    command = [sys.executable, "-m", "pytest", __file__, "-k", "TestTrialStorage"]
+    tokyo = {**os.environ, "TZ": "JST-9"}  # as Asia/Tokyo, but needs no time zone files
+    run = subprocess.run(command, env=tokyo, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-4000:]
