@@ -284,9 +284,9 @@ def test_a_continuous_range_has_no_cardinality_unless_it_is_never_active() -> No
         (10, 1),
         (24, [1, 2, 4]),
         (29, [1, 2, 4]),
-        (140, [2, 4, 8, 16]),
-        (500, [4, 8, 16, 32]),
-        (2000, [16, 32, 64, 128]),
+        (140, [4, 8, 16]),
+        (500, [8, 16, 32, 64]),
+        (2000, [32, 64, 128, 256]),
     ],
 )
 def test_default_patches_follow_from_the_length(steps: int, patches: Any) -> None:
@@ -368,7 +368,7 @@ def test_what_contradicts_other_data_only_is_accepted() -> None:
         ({"hidden_size": "8"}, "enqueue.hidden_size must be a whole number of"),
         (
             {"hidden_size": 12},
-            "enqueue.hidden_size must lie in space.hidden_size = { low = 8, high = 128, step = 8 }, "
+            "enqueue.hidden_size must lie in space.hidden_size = { low = 16, high = 128, log = true }, "
             "got 12; widen space.hidden_size or leave it out",
         ),
         ({"optimizer": "sgd"}, 'must lie in space.optimizer = ["adam", "adamw"], got "sgd"'),
