@@ -166,10 +166,32 @@ def promote(
     """Make a trial's model a new version."""
     from hpo.progress import show_models
     from hpo.promote import promote_trial
+    from hpo.worker import one_thread
 
+    one_thread()
     with _opened() as (storage, _):
         model = promote_trial(storage, name, trial)
     show_models([model])
+
+
+@app.command()
+def reproduce(
+    name: StudyName,
+    trial: Annotated[int, typer.Option(help="Number of a complete or pruned trial.")],
+) -> None:
+    """Train a finished trial again from what is recorded; exit status 1 where a bit differs."""
+    from hpo.reproduce import reproduce as again
+    from hpo.worker import one_thread
+
+    one_thread()
+    with _opened() as (storage, _):
+        found = again(storage, name, trial)
+    if found.equal:
+        typer.echo(f"trial {trial}: bit-equal over {found.epochs} epochs")
+        return
+    typer.echo(f"trial {trial} differs; {found.first_difference}")
+    typer.echo("likely causes:\n  " + ("\n  ".join(found.causes) or "none recorded: not the same code?"))
+    raise typer.Exit(1)
 
 
 @app.command()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 import tempfile
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpo.config import StudyConfig, complete, differences, from_dict, to_dict
-from hpo.space import Value, cardinality, distribution, values, walk
+from hpo.space import Entry, Value, cardinality, distribution, values, walk
 from models.data import Sequences, check_trainable, fingerprint, holdout, read, save
 from models.metrics import direction
 from models.seeds import derive
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 ASKS = 10  # times that a sampler is asked again for a configuration that the study has already had
 RANDOM_ASKS = 100  # random draws after that
+GRID_MOST = 100_000  # points that sampler "grid" can hold in memory
 
 
 class StudyError(ValueError):
@@ -92,6 +94,7 @@ def create_or_open(config: StudyConfig, storage: TrialStorage, store: ArtifactSt
 
     plan, train, test = _plan(config)
     leases = Leases(storage)
+    _check_warm_start(storage, config)
     try:
         study_id = storage.get_study_id_from_name(config.study.name)
     except KeyError:
@@ -175,6 +178,8 @@ def _plan(config: StudyConfig) -> tuple[Plan, Sequences, Sequences | None]:
         classes=len(train.classes),
         variable=bool(train.lengths.min() < train.lengths.max()),
     )
+    if config.study.sampler == "grid":
+        grid(completed.space)
     plan = Plan(
         config=completed,
         written=config,
@@ -236,16 +241,21 @@ def _enqueue(storage: TrialStorage, study_id: int, plan: Plan) -> None:
         study.enqueue_trial(drawn, skip_if_exists=True)
 
 
+def _check_warm_start(storage: TrialStorage, config: StudyConfig) -> None:
+    name = config.study.warm_start
+    if name is not None and name not in (known := sorted(study.study_name for study in storage.get_all_studies())):
+        raise StudyError(
+            f"study.warm_start names the study {name!r}, which does not exist; known: {', '.join(known) or 'none yet'}"
+        )
+
+
 def _warm_trials(storage: TrialStorage, plan: Plan) -> list[optuna.trial.FrozenTrial]:
     """The other study's finished trials whose every parameter lies in this study's space."""
     from optuna.trial import TrialState
 
     name = plan.config.study.warm_start
     assert name is not None
-    try:
-        other = storage.get_study_id_from_name(name)
-    except KeyError:
-        raise StudyError(f"study.warm_start names the study {name!r}, which does not exist") from None
+    other = storage.get_study_id_from_name(name)
     kept = []
     for trial in storage.get_all_trials(other, deepcopy=True, states=(TrialState.COMPLETE,)):
         spaces = {key: distribution(plan.config.space[key]) for key in trial.params if key in plan.config.space}
@@ -286,29 +296,32 @@ def make_sampler(plan: Plan, *seed_parts: int) -> optuna.samplers.BaseSampler:
     if name == "tpe":
         return optuna.samplers.TPESampler(seed=seed, multivariate=True)
     if name == "gp":
-        return optuna.samplers.GPSampler(seed=seed, deterministic_objective=True)
+        return optuna.samplers.GPSampler(seed=seed)
     if name == "cmaes":
         return optuna.samplers.CmaEsSampler(seed=seed)
     if name == "qmc":
-        return optuna.samplers.QMCSampler(seed=study.seed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            return optuna.samplers.QMCSampler(seed=study.seed)
     if name == "grid":
-        return optuna.samplers.GridSampler(_grid(plan), seed=study.seed)
+        return optuna.samplers.GridSampler(grid(plan.config.space), seed=study.seed)
     return optuna.samplers.RandomSampler(seed=seed)
 
 
-def _grid(plan: Plan) -> dict[str, list[Any]]:
-    """Every value of every entry. Raises StudyError for a continuous range."""
-    grid = {}
-    for name, entry in plan.config.space.items():
+def grid(space: Mapping[str, Entry]) -> dict[str, list[Any]]:
+    """Every value of every entry. Raises StudyError for a continuous range, and for more than GRID_MOST points."""
+    found: dict[str, list[Any]] = {}
+    for name, entry in space.items():
         if distribution(entry) is None:
             continue
-        found = values(entry)
-        if found is None:
-            raise StudyError(
-                f'sampler "grid" needs finite entries, but space.{name} is a continuous range; give it a step or a list'
-            )
-        grid[name] = list(found)
-    return grid
+        every = values(entry)
+        if every is None:
+            raise StudyError(f'sampler "grid" needs finite entries, but space.{name} is continuous; list its values')
+        found[name] = list(every)
+    points = math.prod(map(len, found.values()))
+    if points > GRID_MOST:
+        raise StudyError(f'sampler "grid" takes at most {GRID_MOST} points, this space has {points}; fix some entries')
+    return found
 
 
 def make_pruner(plan: Plan) -> optuna.pruners.BasePruner:
@@ -381,6 +394,7 @@ def _draw(
     sampler = study.sampler
     study._thread_local.cached_all_trials = None  # what samplers read; only Study.ask and tell empty it
     sampler.before_trial(study, frozen)
+    frozen = opened.storage.get_trial(frozen._trial_id)  # with what the sampler noted on it
     relative_space = sampler.infer_relative_search_space(study, frozen)
     relative = sampler.sample_relative(study, frozen, relative_space)
     drawn: dict[str, tuple[Value, BaseDistribution]] = {}

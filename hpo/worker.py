@@ -229,10 +229,16 @@ def choose_device() -> str:
     return f"cuda:{int(os.environ.get('HPO_WORKER_INDEX', '0')) % torch.cuda.device_count()}"
 
 
+def one_thread() -> None:
+    """One thread for torch in this process: more would change the bits, and slow other workers down."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
 def work(study: str | None) -> None:
     """The `hpo worker` command: one thread, logging to the standard error."""
     import optuna
-    import torch
 
     logging.basicConfig(
         level=logging.INFO,
@@ -241,7 +247,7 @@ def work(study: str | None) -> None:
     )
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # samplers comment on conditional parameters at each trial
     started = time.monotonic()
-    torch.set_num_threads(1)
+    one_thread()
     worker = Worker(study)
     log.info("worker %s on %s ready after %.2f s", worker.name, worker.device, time.monotonic() - started)
     worker.run()

@@ -129,10 +129,14 @@ def test_the_main_job_from_study_file_to_predictions(
     lines = (tmp_path / "predictions.csv").read_text().splitlines()
     assert lines[0] == "id,predicted,probability_fast,probability_slow"
     assert len(lines) == 61
-    assert cli("predict", "waves", "waves.npz").stdout.count("fast") > 1
+    assert "10 of 60 rows" in cli("predict", "waves", "waves.npz").stdout
     other = next(t.number for t in found if t.state == TrialState.COMPLETE and t.number != best.number)
     assert cli("promote", "waves", "--trial", other).returncode == 0
     assert len(json.loads(cli("models", "--json").stdout)) == 2
+    for number in (0, 5):
+        again = cli("reproduce", "waves", "--trial", number)
+        assert again.returncode == 0, again.stdout + again.stderr
+        assert "bit-equal" in again.stdout
     assert cli("delete", "waves", "--yes").returncode == 0
     assert "waves" in cli("models").stdout
     gone = cli("status", "waves")
@@ -286,6 +290,36 @@ def test_a_trial_that_diverges_fails_with_its_reason_and_the_study_goes_on(
     assert failed.state == TrialState.FAIL
     assert failed.user_attrs["failure"].startswith("Diverged: ")
     assert fine.state == TrialState.COMPLETE
+
+
+def test_a_stopped_study_ends_at_once_and_goes_on_at_the_next_launch(
+    cli: Cli,
+    study_file: Callable[..., Path],
+    environment: dict[str, str],
+    tmp_path: Path,
+    trials: Callable[..., list[FrozenTrial]],
+) -> None:
+    file = study_file(trials=3, epochs=60, study='pruner = "none"\nlease = 2')
+    command = [sys.executable, "-P", "-m", "hpo", "launch", str(file), "--workers", "1"]
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as running:
+        wait_for(lambda: any(t.intermediate_values for t in _trials_or_none(trials)))
+        assert cli("stop", "waves").returncode == 0
+        _, errors = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert "was stopped" in errors
+    assert any(trial.state == TrialState.RUNNING for trial in trials())
+    summary_of(cli("launch", file, "--workers", 2, "--json"))
+    assert_exact(trials(), 3)
+
+
+def test_a_study_out_of_time_promotes_what_it_has(
+    cli: Cli, study_file: Callable[..., Path], trials: Callable[..., list[FrozenTrial]]
+) -> None:
+    file = study_file(trials=500, epochs=100000, study='pruner = "none"\ntimeout = 8\nlease = 2')
+    file.write_text(file.read_text().replace("[train]", "[train]\npatience = 0"))
+    summary = summary_of(cli("launch", file, "--workers", 1, "--json"))
+    assert summary["ended_by"] == "timeout"
+    assert summary["trials"]["complete"] == len(trials()) == 1
 
 
 def test_the_test_score_is_that_of_the_saved_model(

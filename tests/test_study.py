@@ -1,0 +1,178 @@
+"""Studies without training: what is drawn, by which sampler, what is repeated, what contradicts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from optuna.trial import TrialState
+
+from hpo.config import SAMPLERS, StudyConfig, load
+from hpo.study import OpenStudy, Plan, StudyError, ask, create_or_open, exhausted, make_pruner, open_study, ranked
+from models.data import DataError
+from storage.artifacts import artifact_store
+from storage.leases import StudyOver
+from storage.trials import TrialStorage, trial_storage
+
+FINITE = """
+normalization = "none"
+bidirectional = false
+pooling = "mean"
+patch_length = 1
+head_size = 0
+dropout = [0.1, 0.2]
+batch_size = 16
+optimizer = "adamw"
+learning_rate = [0.001, 0.01]
+weight_decay = 0.0
+schedule = "constant"
+hidden_size = [4, 8]
+layers = [1, 2]
+"""
+
+
+@pytest.fixture
+def storage(database_url: str) -> Iterator[TrialStorage]:
+    made = trial_storage(database_url)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Callable[..., StudyConfig]:
+    """config(study="…", space="…") over a small npz file."""
+    random = np.random.default_rng(0)
+    np.savez(tmp_path / "waves.npz", X=random.normal(size=(60, 8, 2)), y=np.arange(60) % 2)
+
+    def made(study: str = "", space: str = "", data: str = "") -> StudyConfig:
+        text = f'[study]\nname = "waves"\n{study}\n[data]\ntrain = "waves.npz"\n{data}\n[space]\n{space}\n'
+        (tmp_path / "waves.toml").write_text(text)
+        return load(tmp_path / "waves.toml")
+
+    return made
+
+
+@pytest.fixture
+def opened(config: Callable[..., StudyConfig], storage: TrialStorage, tmp_path: Path) -> Callable[..., OpenStudy]:
+    return lambda **given: create_or_open(config(**given), storage, artifact_store(str(tmp_path / "artifacts")))
+
+
+def run(study: OpenStudy, count: int) -> list[dict[str, Any]]:
+    """Take, ask and complete `count` trials, each worth its hidden size."""
+    drawn = []
+    for _ in range(count):
+        lease = study.leases.take(study.study_id, "tester", "cpu")
+        assert lease is not None
+        params = ask(study, lease)
+        study.storage.finish_trial(lease.trial_id, TrialState.COMPLETE, [float(params["hidden_size"])])
+        drawn.append(params)
+    return drawn
+
+
+@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "grid"])
+def test_every_sampler_draws_from_the_space_and_repeats_itself(
+    opened: Callable[..., OpenStudy], sampler: str, storage: TrialStorage
+) -> None:
+    study = opened(study=f'sampler = "{sampler}"\ntrials = 14')
+    first = run(study, 14)
+    for params in first:
+        assert 8 <= params["hidden_size"] <= 128
+        assert (params["dropout"] == 0) == (params["layers"] == 1 and params["head_size"] == 0)
+    storage.delete_study(study.study_id)
+    again = run(opened(study=f'sampler = "{sampler}"\ntrials = 14'), 14)
+    assert again == first
+
+
+def test_the_grid_covers_a_finite_space_once_and_no_dropout_twice(opened: Callable[..., OpenStudy]) -> None:
+    """One layer leaves dropout without effect: 2 rates x 2 sizes x (1 + 2) configurations."""
+    study = opened(study='sampler = "grid"\ntrials = 50', space=FINITE)
+    drawn = run(study, 12)
+    assert len({tuple(params.items()) for params in drawn}) == 12
+    assert exhausted(study)
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+def test_a_small_space_is_drawn_without_repetition(opened: Callable[..., OpenStudy], sampler: str) -> None:
+    study = opened(study=f'sampler = "{sampler}"\ntrials = 50', space=FINITE)
+    drawn = run(study, 12)
+    assert len({tuple(params.items()) for params in drawn}) == 12
+    assert exhausted(study)
+    study.leases.exhaust(study.study_id)
+    with pytest.raises(StudyOver, match="exhausted"):
+        study.leases.take(study.study_id, "tester", "cpu")
+
+
+def test_a_continuous_range_has_no_grid(opened: Callable[..., OpenStudy]) -> None:
+    with pytest.raises(StudyError, match=r'"grid" needs finite entries, but space.\w+ is continuous; list its values'):
+        opened(study='sampler = "grid"')
+
+
+def test_an_adopted_trial_keeps_its_parameters(opened: Callable[..., OpenStudy]) -> None:
+    study = opened(study="trials = 1")
+    lease = study.leases.take(study.study_id, "one", "cpu")
+    assert lease is not None
+    params = ask(study, lease)
+    study.leases.release(lease)
+    adopted = study.leases.take(study.study_id, "two", "cpu")
+    assert adopted is not None
+    assert adopted.number == lease.number
+    assert ask(study, adopted) == params
+
+
+def test_ties_go_to_the_lower_log_loss(opened: Callable[..., OpenStudy]) -> None:
+    study = opened(study="trials = 3")
+    for log_loss in (0.7, 0.3, 0.5):
+        lease = study.leases.take(study.study_id, "tester", "cpu")
+        assert lease is not None
+        ask(study, lease)
+        study.storage.finish_trial(lease.trial_id, TrialState.COMPLETE, [0.9], {"log_loss": log_loss})
+    assert [trial.number for trial in ranked(study)] == [1, 2, 0]
+
+
+def test_a_plan_survives_the_database(opened: Callable[..., OpenStudy], storage: TrialStorage) -> None:
+    study = opened(study='sampler = "gp"\ntimeout = "2h"', space="layers = [1, 2]", data="validation = { folds = 3 }")
+    assert open_study("waves", storage).plan == study.plan
+    assert Plan.from_json(study.plan.to_json()) == study.plan
+
+
+@pytest.mark.parametrize("pruner", ["hyperband", "halving", "median", "none"])
+def test_every_pruner_is_made_for_the_epochs_of_the_study(opened: Callable[..., OpenStudy], pruner: str) -> None:
+    study = opened(study=f'pruner = "{pruner}"')
+    lease = study.leases.take(study.study_id, "tester", "cpu")
+    assert lease is not None
+    ask(study, lease)
+    for epoch in range(1, 51):
+        study.storage.set_trial_intermediate_value(lease.trial_id, epoch, epoch / 50)
+        trial = study.storage.get_trial(lease.trial_id)
+        assert not make_pruner(study.plan).prune(study.study, trial)  # a first trial has nobody to lose against
+
+
+def test_other_data_under_the_same_name_are_refused(
+    opened: Callable[..., OpenStudy], tmp_path: Path, config: Callable[..., StudyConfig]
+) -> None:
+    opened()
+    np.savez(tmp_path / "waves.npz", X=np.ones((60, 8, 2)), y=np.arange(60) % 2)
+    with pytest.raises(StudyError, match=r"data.train: the content of the file differs"):
+        opened()
+
+
+def test_a_missing_study_names_the_known_ones(opened: Callable[..., OpenStudy], storage: TrialStorage) -> None:
+    opened()
+    with pytest.raises(StudyError, match="there is no study named 'wave'; known: waves"):
+        open_study("wave", storage)
+
+
+def test_an_unknown_warm_start_leaves_no_study_behind(opened: Callable[..., OpenStudy], storage: TrialStorage) -> None:
+    with pytest.raises(StudyError, match=r"study.warm_start names the study 'ghost', which does not exist"):
+        opened(study='warm_start = "ghost"')
+    assert storage.get_all_studies() == []
+
+
+def test_a_class_of_one_is_refused(opened: Callable[..., OpenStudy], tmp_path: Path) -> None:
+    opened()
+    np.savez(tmp_path / "waves.npz", X=np.ones((20, 8, 2)), y=np.zeros(20))
+    with pytest.raises(DataError, match="one class"):
+        opened(study="seed = 1")
