@@ -1,0 +1,224 @@
+"""Kill everything and count: no trial lost, none doubled, no bit changed.
+
+    python benchmarks/chaos.py [--trials 100] [--workers 4] [--every 2]
+
+A study of real trials on an embedded server of its own. Every few seconds a random worker is killed with SIGKILL and
+started again; once the server is stopped with `immediate`, once its postmaster is killed with kill -9, each time it
+is started again. Then every trial must have ended exactly once, and every curve must be, bit for bit, that of the
+same configuration trained undisturbed. tests/test_chaos.py runs it in a small form.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+STUDY = """
+[study]
+name = "chaos"
+trials = {trials}
+sampler = "random"
+pruner = "{pruner}"
+lease = 3
+attempts = 100
+[data]
+train = "waves.npz"
+validation = {{ folds = 3 }}
+[train]
+epochs = {epochs}
+[space]
+hidden_size = {{ low = 8, high = 32 }}
+"""
+
+
+@dataclass
+class Chaos:
+    """What was done, and what came of it."""
+
+    trials: int  # asked for
+    kills: int = 0  # of workers
+    stops: int = 0  # of the server, with `immediate`
+    crashes: int = 0  # of the postmaster, with kill -9
+    states: dict[str, int] | None = None
+    numbers: list[int] | None = None
+    adopted: int = 0  # trials that ended under a second lease or a later one
+    started: int = 0  # counted against the budget
+    differing: list[str] | None = None  # trials whose curve is not that of an undisturbed training
+    leftovers: list[str] | None = None  # checkpoints that nobody deleted
+    seconds: float = 0.0
+
+    def faults(self) -> list[str]:
+        """What must not be."""
+        found = []
+        if self.numbers != list(range(self.trials)) or self.started != self.trials:
+            found.append(f"{self.trials} trials asked for, {self.started} started, numbered {self.numbers}")
+        if not self.states or set(self.states) - {"COMPLETE", "PRUNED"}:
+            found.append(f"every trial must end complete or pruned, got {self.states}")
+        found += [f"not the bits of an undisturbed training: {text}" for text in self.differing or ()]
+        found += [f"left in the artifact store: {key}" for key in self.leftovers or ()]
+        return found
+
+
+def write_study(folder: Path, trials: int, epochs: int, pruner: str) -> Path:
+    """Noisy waves of two frequencies in folder/waves.npz, and a study file over them."""
+    noise = np.random.default_rng(0)
+    labels = np.arange(120) % 2
+    steps = np.arange(30)[None, :, None]
+    X = np.sin(steps * (0.5 + 0.3 * labels[:, None, None])) + noise.normal(0, 1.0, (120, 30, 2))
+    np.savez(folder / "waves.npz", X=X, y=labels, lengths=noise.integers(15, 31, 120))
+    path = folder / "chaos.toml"
+    path.write_text(STUDY.format(trials=trials, epochs=epochs, pruner=pruner))
+    return path
+
+
+@contextmanager
+def workers(count: int, folder: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Worker processes of the study, each started again by `revive`; ended at the end of the block."""
+    running = [start_worker(folder) for _ in range(count)]
+    try:
+        yield running
+    finally:
+        for worker in running:
+            worker.kill()
+            worker.wait()
+
+
+def start_worker(folder: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-P", "-m", "hpo", "worker", "--study", "chaos"]
+    with (folder / "workers.log").open("ab") as log:
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+
+
+def revive(running: list[subprocess.Popen[bytes]], folder: Path) -> None:
+    """Start those again that were killed or ended with an error."""
+    for index, worker in enumerate(running):
+        if worker.poll() not in (None, 0):
+            running[index] = start_worker(folder)
+
+
+def crash_postmaster() -> None:
+    """kill -9 to the embedded server's first process."""
+    from storage import postgres
+
+    data = postgres.status().data
+    assert data is not None
+    os.kill(int((data / "postmaster.pid").read_text().split()[0]), signal.SIGKILL)
+
+
+def stop_immediately() -> None:
+    """What `pg_ctl stop -m immediate` does: SIGQUIT to the postmaster."""
+    from storage import postgres
+
+    data = postgres.status().data
+    assert data is not None
+    os.kill(int((data / "postmaster.pid").read_text().split()[0]), signal.SIGQUIT)
+
+
+def run(
+    folder: Path,
+    *,
+    trials: int,
+    count: int,
+    every_s: float,
+    epochs: int = 12,
+    pruner: str = "median",
+    seed: int = 0,
+    tell: Callable[[str], None] = lambda _: None,
+) -> Chaos:
+    """One study under chaos. HPO_HOME and HPO_ARTIFACTS must name folders of this run's own."""
+    from hpo.config import load
+    from hpo.study import create_or_open
+    from storage import postgres
+    from storage.artifacts import artifact_store
+    from storage.trials import trial_storage
+
+    chance, report, started = random.Random(seed), Chaos(trials), time.monotonic()
+    config = load(write_study(folder, trials, epochs, pruner))
+    storage = trial_storage(postgres.database_url())
+    opened = create_or_open(config, storage, artifact_store())
+    attacks: list[Callable[[], None]] = [stop_immediately, crash_postmaster]
+    with workers(count, folder) as running:
+        last = time.monotonic()
+        while (state := opened.leases.snapshot(opened.study_id)).status != "finished":
+            time.sleep(0.2)
+            revive(running, folder)
+            ended = sum(state.counts[name] for name in ("complete", "pruned", "failed"))
+            if time.monotonic() - last < every_s or ended == trials:
+                continue
+            last = time.monotonic()
+            victim = chance.choice(running)
+            if victim.poll() is None:
+                os.kill(victim.pid, signal.SIGKILL)
+                report.kills += 1
+            if attacks and ended >= trials * (3 - len(attacks)) / 3:
+                attacks.pop(0)()
+                time.sleep(0.5)
+                postgres.start()
+                report.stops, report.crashes = report.stops + (len(attacks) == 1), report.crashes + (not attacks)
+            tell(f"{ended}/{trials} trials ended, {report.kills} workers killed")
+    _judge(report, opened)
+    storage.close()
+    report.seconds = time.monotonic() - started
+    return report
+
+
+def _judge(report: Chaos, opened: Any) -> None:
+    """Train every configuration again, undisturbed, in this process."""
+    from hpo.reproduce import reproduce
+    from hpo.worker import one_thread
+    from storage.artifacts import artifact_store
+
+    one_thread()
+    found = opened.study.get_trials(deepcopy=False)
+    report.numbers = sorted(trial.number for trial in found)
+    report.states = dict(Counter(trial.state.name for trial in found))
+    report.adopted = sum(trial.user_attrs.get("attempt", 1) > 1 for trial in found)
+    report.started = opened.leases.study(opened.study_id).started
+    again = (reproduce(opened.storage, opened.name, trial.number) for trial in found if "curve" in trial.user_attrs)
+    report.differing = [f"trial {item.number}, {item.first_difference}" for item in again if not item.equal]
+    report.leftovers = artifact_store().keys("checkpoint-")
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--trials", type=int, default=100)
+    options.add_argument("--workers", type=int, default=4)
+    options.add_argument("--every", type=float, default=2.0, help="seconds between two kills")
+    given = options.parse_args()
+    with tempfile.TemporaryDirectory(prefix="chaos-") as scratch:
+        folder = Path(scratch)
+        folder.chmod(0o711)  # root's server runs as another user
+        os.environ |= {"HPO_HOME": str(folder / "home"), "HPO_ARTIFACTS": str(folder / "artifacts")}
+        os.environ |= {"OMP_NUM_THREADS": "1"}
+        os.environ.pop("HPO_DATABASE_URL", None)
+        from storage import postgres
+
+        try:
+            report = run(folder, trials=given.trials, count=given.workers, every_s=given.every, tell=print)
+        finally:
+            postgres.stop()
+    print(
+        f"{report.trials} trials on {given.workers} workers in {report.seconds:.0f} s: {report.kills} workers killed, "
+        f"server stopped {report.stops} and crashed {report.crashes} time(s); {report.states}, {report.adopted} adopted"
+    )
+    faults = report.faults()
+    print("\n".join(faults) or "every trial ended exactly once, every curve is that of an undisturbed training")
+    sys.exit(bool(faults))
+
+
+if __name__ == "__main__":
+    main()
