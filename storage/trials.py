@@ -335,27 +335,45 @@ NEW_TRIAL = Prepared(
     state="text",
     complete="timestamp",
 )
-COPY_TRIAL = (
+COPY_TRIAL = Prepared(
+    "hpo_copy_trial",
     CREATE_TRIAL.format(start="%(start)s")
     + """,
-alive AS (TABLE trial),
 trial_value AS (INSERT INTO trial_values (trial_id, objective, value, value_type)
-    SELECT trial_id, n - 1, value, type::trialvaluetype FROM alive,
-        unnest(%(v_value)s::float8[], %(v_type)s::text[]) WITH ORDINALITY AS v (value, type, n)),
+    SELECT trial_id, n - 1, value, type::trialvaluetype FROM trial,
+        unnest(%(v_value)s, %(v_type)s) WITH ORDINALITY AS v (value, type, n)),
 params AS (INSERT INTO trial_params (trial_id, param_name, param_value, distribution_json)
-    SELECT trial_id, name, value, text FROM alive,
-        unnest(%(p_name)s::text[], %(p_value)s::float8[], %(p_text)s::text[])
+    SELECT trial_id, name, value, text FROM trial,
+        unnest(%(p_name)s, %(p_value)s, %(p_text)s)
         WITH ORDINALITY AS p (name, value, text, n) ORDER BY n),
 users AS (INSERT INTO trial_user_attributes (trial_id, key, value_json)
-    SELECT trial_id, key, text FROM alive, unnest(%(user_key)s::text[], %(user_text)s::text[]) AS a (key, text)),
+    SELECT trial_id, key, text FROM trial, unnest(%(user_key)s, %(user_text)s) AS a (key, text)),
 systems AS (INSERT INTO trial_system_attributes (trial_id, key, value_json)
-    SELECT trial_id, key, text FROM alive,
-        unnest(%(system_key)s::text[], %(system_text)s::text[]) AS a (key, text)),
+    SELECT trial_id, key, text FROM trial,
+        unnest(%(system_key)s, %(system_text)s) AS a (key, text)),
 reports AS (INSERT INTO trial_intermediate_values
         (trial_id, step, intermediate_value, intermediate_value_type)
-    SELECT trial_id, step, value, type::trialintermediatevaluetype FROM alive,
-        unnest(%(r_step)s::int[], %(r_value)s::float8[], %(r_type)s::text[]) AS r (step, value, type))
-SELECT FROM trial"""
+    SELECT trial_id, step, value, type::trialintermediatevaluetype FROM trial,
+        unnest(%(r_step)s, %(r_value)s, %(r_type)s) AS r (step, value, type))
+SELECT FROM trial""",
+    study="int",
+    client="uuid",
+    call="bigint",
+    state="text",
+    start="timestamp",
+    complete="timestamp",
+    v_value="float8[]",
+    v_type="text[]",
+    p_name="text[]",
+    p_value="float8[]",
+    p_text="text[]",
+    user_key="text[]",
+    user_text="text[]",
+    system_key="text[]",
+    system_text="text[]",
+    r_step="int[]",
+    r_value="float8[]",
+    r_type="text[]",
 )
 
 # With a fence: only under that lease, locked against an adopter.
