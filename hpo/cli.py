@@ -216,10 +216,12 @@ def export(
     format_: Annotated[Format, typer.Option("--format", help="What to add to the folder.")] = Format.safetensors,
 ) -> None:
     """Write a folder that works without the database."""
-    from hpo.promote import model_folder
+    from hpo.promote import model_folder, training_part
     from models.export import export as write
 
-    write(model_folder(model, version), out, format_.value)
+    folder = model_folder(model, version)
+    real = None if Path(model).is_dir() or format_ is Format.safetensors else training_part(folder)
+    write(folder, out, format_.value, sequences=real)
     typer.echo(f"exported to {out}")
 
 

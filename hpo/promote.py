@@ -232,3 +232,14 @@ def model_folder(model: str, version: int | None) -> Path:
     if Path(model).is_dir():
         return Path(model)
     return materialise_model(Registry(database_url()).get(model, version))
+
+
+def training_part(folder: Path) -> Sequences | None:
+    """The data that a saved model was trained on, where the artifact store still has them."""
+    from hpo.worker import fetch_sequences
+    from models.bundle import load
+
+    try:
+        return fetch_sequences(artifact_store(), load(folder).config.provenance["data"])
+    except (KeyError, MissingArtifactError):
+        return None
