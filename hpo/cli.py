@@ -214,6 +214,7 @@ def export(
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     version: Annotated[int | None, typer.Option(help="Version; the latest without it.")] = None,
     format_: Annotated[Format, typer.Option("--format", help="What to add to the folder.")] = Format.safetensors,
+    overwrite: Annotated[bool, typer.Option(help="Replace a saved model in that folder.")] = False,
 ) -> None:
     """Write a folder that works without the database."""
     from hpo.promote import model_folder, training_part
@@ -221,7 +222,7 @@ def export(
 
     folder = model_folder(model, version)
     real = None if Path(model).is_dir() or format_ is Format.safetensors else training_part(folder)
-    write(folder, out, format_.value, sequences=real)
+    write(folder, out, format_.value, sequences=real, overwrite=overwrite)
     typer.echo(f"exported to {out}")
 
 

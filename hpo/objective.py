@@ -21,7 +21,7 @@ from models.classifier import ClassifierConfig, ClassifierError
 from models.data import Sequences, split_folds, split_share
 from models.seeds import derive
 from models.training import Diverged, Epoch, Interrupted, Training, TrainingConfig, TrainingError
-from storage.artifacts import ArtifactError, ArtifactStore
+from storage.artifacts import ArtifactError, ArtifactStore, MissingArtifactError
 from storage.connection import DatabaseUnavailable
 from storage.leases import Lease
 from storage.postgres import PostgresError
@@ -112,8 +112,7 @@ def _run(opened: OpenStudy, lease: Lease, bench: Bench, attention: Attention) ->
     params = ask(opened, lease)
     seed = trial_seed(opened.plan, lease.number)
     training = build(opened.plan, params, seed, bench.sequences, bench.device)
-    if lease.checkpoint_key is not None:
-        training.restore(bench.store.get(lease.checkpoint_key))
+    _restore(training, lease, bench.store)
     log.info("trial %d: epoch %d, %s", lease.number, len(training.history) + 1, params)
     checkpoints = _Checkpoints(opened, lease, bench.store)
     last_s = 0.0
@@ -132,6 +131,16 @@ def _run(opened: OpenStudy, lease: Lease, bench: Bench, attention: Attention) ->
     _finish(opened, lease, bench, training, state, {"seed": seed, "params": params})
     checkpoints.drop()
     return state
+
+
+def _restore(training: Training, lease: Lease, store: ArtifactStore) -> None:
+    """Go on from the lease's checkpoint. Without it from the start: the same epochs then give the same values."""
+    if lease.checkpoint_key is None:
+        return
+    try:
+        training.restore(store.get(lease.checkpoint_key))
+    except MissingArtifactError as missing:
+        log.warning("trial %d starts again from its first epoch: %s", lease.number, missing)
 
 
 def _prune(opened: OpenStudy, lease: Lease) -> bool:

@@ -7,11 +7,13 @@ import math
 import tempfile
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpo.config import StudyConfig, complete, differences, from_dict, to_dict
+from hpo.dashboard import describe_study
 from hpo.space import Entry, Value, cardinality, distribution, values, walk
 from models.data import Sequences, check_trainable, fingerprint, holdout, read, save
 from models.metrics import direction
@@ -87,43 +89,44 @@ def create_or_open(config: StudyConfig, storage: TrialStorage, store: ArtifactSt
 
     Raises StudyError with the differences, and DataError for data that cannot be trained on.
     """
-    import optuna
-    from optuna.exceptions import DuplicatedStudyError
-
-    from hpo.dashboard import describe_study
-
     plan, train, test = _plan(config)
     leases = Leases(storage)
     _check_warm_start(storage, config)
-    try:
-        study_id = storage.get_study_id_from_name(config.study.name)
-    except KeyError:
-        study_id = None
-    stored = leases.study(study_id) if study_id is not None else None
+    study_id = _find_or_create(storage, plan)
+    stored = leases.study(study_id)
     if stored is not None:
         _check_same(Plan.from_json(stored.config), plan)
-    else:
-        for key, part in ((plan.train, train), (plan.test, test)):
-            _publish(store, key, part)
-        try:
-            optuna.create_study(study_name=config.study.name, storage=storage, direction=direction(plan.metric))
-        except DuplicatedStudyError:
-            study_id = storage.get_study_id_from_name(config.study.name)
-            if study_id is not None and leases.study(study_id) is None and _trials(storage, study_id):
-                raise StudyError(
-                    f"the database already has a study named {config.study.name!r} that was not made by "
-                    "`hpo launch`; choose another [study] name"
-                ) from None
-        study_id = storage.get_study_id_from_name(config.study.name)
-        leases.open_study(study_id, _terms(config), plan.to_json())
-        row = leases.study(study_id)
-        assert row is not None
-        _check_same(Plan.from_json(row.config), plan)  # another launch may have been first
-        describe_study(storage, study_id, plan.metric, _note(plan))
-        _enqueue(storage, study_id, plan)
-    opened = open_study(config.study.name, storage)
-    _refresh_terms(opened, config)
-    return opened
+    for key, part in ((plan.train, train), (plan.test, test)):
+        _publish(store, key, part)  # also where somebody emptied the artifact store
+    if stored is None:
+        _begin(storage, leases, study_id, plan)
+    leases.reopen(study_id, trials=config.study.trials, timeout_s=config.study.timeout_s)
+    return open_study(config.study.name, storage)
+
+
+def _find_or_create(storage: TrialStorage, plan: Plan) -> int:
+    """The id of the study of that name, made if there is none."""
+    import optuna
+    from optuna.exceptions import DuplicatedStudyError
+
+    name = plan.config.study.name
+    with suppress(DuplicatedStudyError):
+        optuna.create_study(study_name=name, storage=storage, direction=direction(plan.metric))
+    return storage.get_study_id_from_name(name)
+
+
+def _begin(storage: TrialStorage, leases: Leases, study_id: int, plan: Plan) -> None:
+    """Store the plan; of several launches at once the first one's is the study's."""
+    if _trials(storage, study_id):
+        raise StudyError(
+            f"the database already has a study named {plan.config.study.name!r} that was not made by `hpo launch`; "
+            "choose another [study] name"
+        )
+    describe_study(storage, study_id, plan.metric, _note(plan))
+    row = leases.open_study(study_id, _terms(plan.config), plan.to_json())
+    stored = Plan.from_json(row.config)
+    _check_same(stored, plan)
+    _enqueue(storage, study_id, plan)
 
 
 def open_study(name: str, storage: TrialStorage) -> OpenStudy:
@@ -222,11 +225,6 @@ def _check_same(stored: Plan, plan: Plan) -> None:
 def _terms(config: StudyConfig) -> Terms:
     study = config.study
     return Terms(study.trials, study.timeout_s, study.lease_s, max_attempts=study.attempts)
-
-
-def _refresh_terms(opened: OpenStudy, config: StudyConfig) -> None:
-    """A launch opens a stopped study again and may raise its budget."""
-    opened.leases.reopen(opened.study_id, trials=config.study.trials, timeout_s=config.study.timeout_s)
 
 
 def _enqueue(storage: TrialStorage, study_id: int, plan: Plan) -> None:

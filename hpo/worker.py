@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("hpo")
 
 IDLE_S = 0.5  # between two looks for work when there is none
-BEATS = 4  # renewals within the time of a lease
+BEATS = 4  # renewals within the time of a lease …
+BEAT_S = 2.0  # … and at least one in so long: a renewal also brings the news that a study was stopped
 
 
 class Attention:
@@ -69,7 +70,7 @@ class Attention:
         """Renew the lease from a thread for as long as the block runs."""
         self._lease, self._training, self._lost, self.out_of_time = lease, None, False, False
         done = threading.Event()
-        thread = threading.Thread(target=self._renew, args=(done, lease_s / BEATS), daemon=True)
+        thread = threading.Thread(target=self._renew, args=(done, min(lease_s / BEATS, BEAT_S)), daemon=True)
         thread.start()
         try:
             yield

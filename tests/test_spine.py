@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -310,6 +311,34 @@ def test_a_stopped_study_ends_at_once_and_goes_on_at_the_next_launch(
     assert any(trial.state == TrialState.RUNNING for trial in trials())
     summary_of(cli("launch", file, "--workers", 2, "--json"))
     assert_exact(trials(), 3)
+
+
+def test_a_full_disk_is_a_clear_error_and_loses_no_finished_trial(
+    cli: Cli,
+    study_file: Callable[..., Path],
+    environment: dict[str, str],
+    tmp_path: Path,
+    trials: Callable[..., list[FrozenTrial]],
+) -> None:
+    artifacts = Path(environment["HPO_ARTIFACTS"])
+    artifacts.mkdir()
+    mount = ["unshare", "--map-root-user", "--mount", "sh", "-c", 'mount -t tmpfs -o size=600k none "$0" && "$@"']
+    if not shutil.which("unshare") or subprocess.run([*mount, str(artifacts), "true"], capture_output=True).returncode:
+        pytest.skip("a full file system needs user namespaces, which this machine does not allow")
+    space = SMALL.replace("hidden_size = { low = 4, high = 12, step = 4 }", "hidden_size = [4, 256]")
+    more = "[[enqueue]]\nhidden_size = 4\n[[enqueue]]\nhidden_size = 256\n"
+    file = study_file(trials=2, epochs=2, space=space, more=more)
+    command = [*mount, str(artifacts), sys.executable, "-P", "-m", "hpo", "launch", str(file), "--workers", "1"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "cannot write 'checkpoint-" in done.stderr
+    assert "MiB free" in done.stderr
+    finished, waiting = trials()
+    assert (finished.state, waiting.state) == (TrialState.COMPLETE, TrialState.RUNNING)
+    summary_of(cli("launch", file, "--workers", 1, "--json"))  # on another disk, with an empty artifact store
+    again = trials()
+    assert_exact(again, 2)
+    assert again[0].value == finished.value
 
 
 def test_a_study_out_of_time_promotes_what_it_has(
