@@ -2,14 +2,12 @@
 
 A `Training` holds the trial's members: one model for a single validation part, k in lockstep for k folds.
 Each epoch trains every member on its own training part, and the metric is taken over the pooled validation
-predictions. A member's moving average of its weights is what is validated and kept. Nothing random is kept
-between epochs: initial weights, the order of batches and dropout are functions of (seed, member, epoch), so a
-checkpoint of both weights, optimiser and schedule resumes exactly.
+predictions. Nothing random is kept between epochs: initial weights, the order of batches and dropout are
+functions of (seed, member, epoch), so a checkpoint of weights, optimiser and schedule resumes exactly.
 """
 
 from __future__ import annotations
 
-import copy
 import io
 import math
 import time
@@ -31,8 +29,6 @@ from models.seeds import derive
 OPTIMIZERS = ("adamw", "adam", "rmsprop", "sgd")
 SCHEDULES = ("constant", "cosine", "plateau")
 MOMENTUM = 0.9  # of SGD
-AVERAGE_EPOCHS = 2  # the weights are averaged over about the steps of so many epochs …
-AVERAGE_WARMUP = 9  # … and over less at first: step t keeps at most t / (t + 9) of the average so far
 PLATEAU_PATIENCE, PLATEAU_FACTOR = 3, 0.5  # epochs without a better validation loss, then this factor
 Part = NDArray[np.int64]  # rows of a data set
 Weights = dict[str, Tensor]
@@ -162,7 +158,7 @@ class Training:
     def load(self, members: Sequence[Weights]) -> None:
         """Put these weights into the members, to `validate` them."""
         for member, weights in zip(self.members, members, strict=True):
-            member.average.load_state_dict(weights)
+            member.model.load_state_dict(weights)
 
     def state(self) -> bytes:
         """A checkpoint: everything that the next epoch depends on."""
@@ -229,9 +225,7 @@ class _Member:
         self.model = Classifier(classifier)
         values, lengths = torch.from_numpy(sequences.values), torch.from_numpy(sequences.lengths)
         self.model.fit_normalization(values[train], lengths[train])
-        self.average = copy.deepcopy(self.model).to(device)  # the moving average of the weights
         self.model.to(device)
-        self.steps = 0  # of the optimiser, over all epochs
         assert sequences.labels is not None
         labels = torch.from_numpy(sequences.labels)
         self.train = _resident(self.model, values[train], lengths[train], labels[train], device)
@@ -255,16 +249,7 @@ class _Member:
         if self.config.gradient_clip:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.gradient_clip)
         self.optimizer.step()
-        self._move_average()
         self.loss_sum += loss.detach() * len(batch.indices)
-
-    def _move_average(self) -> None:
-        """Exponential moving average: less noise from the last steps (Polyak and Juditsky 1992)."""
-        self.steps += 1
-        epoch_steps = -(-len(self.train) // self.config.batch_size)
-        keep = min(1 - 1 / (AVERAGE_EPOCHS * epoch_steps), self.steps / (self.steps + AVERAGE_WARMUP))
-        update = torch.optim.swa_utils.get_ema_multi_avg_fn(keep)  # type: ignore[no-untyped-call]
-        update(list(self.average.parameters()), list(self.model.parameters()), self.steps)
 
     def end_epoch(self, log_loss: float) -> None:
         if isinstance(self.schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
@@ -274,37 +259,29 @@ class _Member:
 
     @torch.inference_mode()
     def validate(self) -> NDArray[np.float64]:
-        self.average.eval()
+        self.model.eval()
         result = np.empty((len(self.validation), self.model.config.classes))
         for batch in self.validation.evaluation():
             with self._autocast():
-                logits = self.average.logits(batch.values, batch.lengths)
+                logits = self.model.logits(batch.values, batch.lengths)
             result[batch.indices] = to_probabilities(logits).cpu().numpy()
         return result
 
     def weights(self) -> Weights:
-        """The averaged weights."""
-        return _copy(self.average)
+        return {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}
 
     def state(self) -> dict[str, Any]:
         schedule = None if self.schedule is None else self.schedule.state_dict()
-        models = {"model": _copy(self.model), "average": self.weights(), "steps": self.steps}
-        return {**models, "optimizer": self.optimizer.state_dict(), "schedule": schedule}
+        return {"model": self.weights(), "optimizer": self.optimizer.state_dict(), "schedule": schedule}
 
     def restore(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
-        self.average.load_state_dict(state["average"])
-        self.steps = state["steps"]
         self.optimizer.load_state_dict(state["optimizer"])
         if self.schedule is not None:
             self.schedule.load_state_dict(state["schedule"])
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
-
-
-def _copy(model: Classifier) -> Weights:
-    return {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
 
 
 def _resident(model: Classifier, values: Tensor, lengths: Tensor, labels: Tensor, device: torch.device) -> Batches:
