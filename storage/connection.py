@@ -15,23 +15,32 @@ from psycopg2 import extensions
 from sqlalchemy import make_url
 from sqlalchemy.dialects.postgresql.psycopg2 import PGDialect_psycopg2
 
+from storage.postgres import PostgresError
+
 T = TypeVar("T")
 Row = tuple[Any, ...]
 
 # A stopped or cut-off process must not keep others waiting for its locks, nor its socket for hours. Plans are kept
 # while tables grow from nothing, so they must go by an index from the start.
 SESSION = (
-    "-c idle_in_transaction_session_timeout=10s -c timezone=UTC "
+    "-c idle_in_transaction_session_timeout=10s -c lock_timeout=10s -c timezone=UTC "
     "-c plan_cache_mode=force_generic_plan -c enable_seqscan=off -c jit=off"
 )
-KEEPALIVE = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 4, "connect_timeout": 10}
-DEADLOCK = {"40P01", "40001"}
-# Besides: server shutting down or starting, too many connections, a standby during failover, idle too long.
-TRANSIENT = DEADLOCK | {"57P01", "57P02", "57P03", "53300", "25006", "25P03"}
+KEEPALIVE = {
+    "connect_timeout": 10,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 4,
+    "tcp_user_timeout": 30_000,
+}
+# Errors that another try may get past: on the same connection (deadlock, lock timeout, full disk or memory) …
+PATIENCE = ("40P01", "40001", "55P03", "53100", "53200")
+# … or on a new one (shutting down, starting up, too many connections, a standby during failover, idle too long).
+TRANSIENT = (*PATIENCE, "57P01", "57P02", "57P03", "53300", "25006", "25P03")
 REFUSALS = ("authentication failed", "does not exist", "no pg_hba.conf entry", "no password supplied")
 
 
-class DatabaseUnavailable(RuntimeError):
+class DatabaseUnavailable(PostgresError):
     """The database refuses us, or stayed out of reach for the whole of `retry_s`."""
 
 
@@ -157,7 +166,7 @@ class Connection:
         if self._connection is not None and not self._connection.closed:
             if error.pgcode not in TRANSIENT:
                 raise error
-            if error.pgcode not in DEADLOCK:
+            if error.pgcode not in PATIENCE:
                 self.close()
         elif refused:
             raise DatabaseUnavailable(f"the database at {self.address} refuses us: {reason}") from error

@@ -8,7 +8,7 @@ without such a row belongs to somebody else (a plain Optuna script): not counted
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
@@ -235,6 +235,14 @@ CHECKPOINT = f"""
 UPDATE hpo.leases SET checkpoint_key = %(key)s, checkpoint_epoch = %(epoch)s,
     replaced_key = CASE WHEN checkpoint_key = %(key)s THEN replaced_key ELSE checkpoint_key END {HELD}
 RETURNING replaced_key"""
+SPENT = """
+SELECT key FROM hpo.leases, unnest(ARRAY[checkpoint_key, replaced_key]) AS key
+WHERE study_id = %(study)s AND ended_at IS NOT NULL AND key IS NOT NULL"""
+FORGET = """
+UPDATE hpo.leases SET checkpoint_key = CASE WHEN checkpoint_key <> ALL(%(keys)s) THEN checkpoint_key END,
+    replaced_key = CASE WHEN replaced_key <> ALL(%(keys)s) THEN replaced_key END
+WHERE study_id = %(study)s AND ended_at IS NOT NULL
+AND (checkpoint_key = ANY(%(keys)s) OR replaced_key = ANY(%(keys)s))"""
 RELEASE = f"UPDATE hpo.leases SET expires_at = clock_timestamp(), released = true {HELD}"
 
 REGISTER = """
@@ -433,7 +441,8 @@ class Leases:
     def renew(self, worker: str, progress: Mapping[Lease, Beat]) -> News:
         """Renew all of a worker's leases in one statement, and say that the worker lives.
 
-        A lease that has run out is not revived, one without new batches for `stall_s` is left to run out.
+        Over a connection of its own: nothing else that the process does can hold it up. A lease that has run
+        out is not revived, one without new batches for `stall_s` is left to run out.
         """
         given = {
             "worker": worker,
@@ -443,7 +452,7 @@ class Leases:
             "epochs": [beat.epoch for beat in progress.values()],
             "metrics": [beat.metric for beat in progress.values()],
         }
-        rows = self.storage.ask(RENEW, given, durable=True)
+        rows = self.storage.heart.run(RENEW, given)
         held = {(trial_id, attempt) for trial_id, attempt, _, _, _, held in rows if held}
         return News(
             lost=frozenset(lease for lease in progress if (lease.trial_id, lease.attempt) not in held),
@@ -463,6 +472,15 @@ class Leases:
             raise LeaseLost(f"trial {lease.number} has left worker {lease.worker} (attempt {lease.attempt})")
         replaced: str | None = rows[0][0]
         return replaced
+
+    def spent_checkpoints(self, study_id: int) -> list[str]:
+        """Keys of the checkpoints of ended trials that nobody has reported as deleted: by a worker that was killed
+        before it could, or of a trial that failed because its workers were lost."""
+        return [key for (key,) in self.storage.ask(SPENT, {"study": study_id})]
+
+    def forget_checkpoints(self, study_id: int, keys: Sequence[str]) -> None:
+        """These checkpoints of ended trials have been deleted."""
+        self.storage.ask(FORGET, {"study": study_id, "keys": list(keys)}, durable=True)
 
     def release(self, lease: Lease) -> None:
         """Give the trial back at once, to be adopted from its last checkpoint; this does not count as lost.

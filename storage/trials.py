@@ -455,11 +455,14 @@ WHERE t.trial_id = %s"""
 
 
 class TrialStorage(BaseStorage):
-    """See the module. One connection; may be shared by threads, forked and pickled."""
+    """See the module. May be shared by threads, forked and pickled.
+
+    All of it goes over one connection, so that `heart`, the other one, is free for a thread that renews leases.
+    """
 
     def __init__(self, url: str, retry_s: float = 60.0) -> None:
         self.url, self.retry_s = url, retry_s
-        self.connection = Connection(url, retry_s)
+        self.connection, self.heart = Connection(url, retry_s), Connection(url, retry_s)
         ensure(self.connection)
         self._studies: dict[int, _Study] = {}
         self._finished: dict[int, FrozenTrial] = {}
@@ -485,9 +488,10 @@ class TrialStorage(BaseStorage):
         TrialStorage.__init__(self, *state)
 
     def close(self) -> None:
-        """Write what is held back and close the connection; the next use opens another."""
+        """Write what is held back and close the connections; the next use opens others."""
         self.flush()
         self.connection.close()
+        self.heart.close()
 
     def remove_session(self) -> None:
         """Write what is held back. The connection belongs to all threads and stays."""

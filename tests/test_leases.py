@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -292,6 +293,27 @@ def test_a_lease_without_progress_runs_out_and_a_slow_one_with_progress_does_not
     assert take(leases, study_id, "w").trial_id == hung.trial_id
 
 
+def test_a_lease_is_renewed_while_everything_else_waits(leases: Leases, elsewhere: Leases) -> None:
+    study_id = open_study(leases, Terms(budget=2, lease_s=SHORT_S))
+    lease = take(leases, study_id, "w")
+    lock = elsewhere.storage.connection
+    lock.run("SELECT pg_advisory_lock(7)")
+    wait = "SELECT pg_advisory_lock(7)"
+    stuck = threading.Thread(target=leases.storage.connection.run, args=(wait,))
+    stuck.start()
+    expired = "SELECT clock_timestamp() > taken + interval '2 s' FROM (SELECT %s::timestamptz AS taken) t"
+    taken = lock.run("SELECT clock_timestamp()")[0][0]
+    batches = 0
+    while not lock.run(expired, (taken,))[0][0]:
+        batches += 1
+        assert leases.renew("w", {lease: Beat(batches)}).lost == frozenset()
+        time.sleep(0.05)
+    assert stuck.is_alive()
+    lock.run("SELECT pg_advisory_unlock(7)")
+    stuck.join(60)
+    leases.storage.set_trial_params(lease.trial_id, PARAMS)
+
+
 def test_a_released_trial_is_adopted_at_once_and_does_not_count_as_lost(leases: Leases) -> None:
     study_id = open_study(leases, Terms(budget=1, max_attempts=1))
     for attempt in range(1, 5):
@@ -376,6 +398,20 @@ def test_a_checkpoint_names_the_one_that_it_replaces(leases: Leases, elsewhere: 
     adopted = take(elsewhere, study_id, "other")
     assert (adopted.checkpoint_key, adopted.checkpoint_epoch) == ("two", 1)
     assert elsewhere.checkpoint(adopted, "three", 2) == "two"
+
+
+def test_the_checkpoints_of_ended_trials_are_known_until_they_are_deleted(leases: Leases) -> None:
+    study_id = open_study(leases, Terms(budget=2))
+    ended, running = (take(leases, study_id, "w") for _ in range(2))
+    for key in ("a", "b"):
+        leases.checkpoint(ended, key, 0)
+    leases.checkpoint(running, "c", 0)
+    finish(leases, ended)
+    assert sorted(leases.spent_checkpoints(study_id)) == ["a", "b"]
+    leases.forget_checkpoints(study_id, ["a", "c"])
+    assert leases.spent_checkpoints(study_id) == ["b"]
+    leases.release(running)
+    assert take(leases, study_id, "w").checkpoint_key == "c"
 
 
 # ------------------------------------------------------------------------------------------------- the end of a study
