@@ -27,6 +27,10 @@ from typing import Any
 
 import numpy as np
 
+sys.path[:] = [
+    path for path in sys.path if Path(path or ".").resolve() != Path(__file__).resolve().parent
+]  # storage.py
+
 STUDY = """
 [study]
 name = "chaos"

@@ -8,13 +8,13 @@ import tempfile
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpo.config import StudyConfig, complete, differences, from_dict, to_dict
 from hpo.dashboard import describe_study
-from hpo.space import Entry, Value, cardinality, distribution, values, walk
+from hpo.space import NEUTRAL, Entry, Value, cardinality, distribution, distributions, values, walk
 from models.data import Sequences, check_trainable, fingerprint, holdout, read, save
 from models.metrics import direction
 from models.seeds import derive
@@ -71,6 +71,7 @@ class OpenStudy:
     plan: Plan
     storage: TrialStorage
     leases: Leases
+    signatures: dict[int, str] = field(default_factory=dict)  # of the configurations seen so far, by trial number
 
     @property
     def study_id(self) -> int:
@@ -353,6 +354,7 @@ def ask(opened: OpenStudy, lease: Lease) -> dict[str, Value]:
     if recorded:
         return walk(space, lambda name, _: recorded[name])
     fixed = frozen.system_attrs.get("fixed_params", {})
+    opened.study._thread_local.cached_all_trials = None  # what samplers read; only Study.ask and tell empty it
     had = _configurations(opened)
     for attempt in range(ASKS + RANDOM_ASKS):
         drawn = _draw(opened, frozen, fixed, random=attempt >= ASKS, attempt=attempt)
@@ -368,6 +370,7 @@ def ask(opened: OpenStudy, lease: Lease) -> dict[str, Value]:
 def exhausted(opened: OpenStudy) -> bool:
     """Whether a finite space has no configuration left that the study has not had."""
     size = cardinality(opened.plan.config.space)
+    opened.study._thread_local.cached_all_trials = None
     return size is not None and len(_configurations(opened)) >= size
 
 
@@ -390,10 +393,9 @@ def _draw(
     else:
         study.sampler = make_sampler(plan, frozen.number, attempt)
     sampler = study.sampler
-    study._thread_local.cached_all_trials = None  # what samplers read; only Study.ask and tell empty it
     sampler.before_trial(study, frozen)
     frozen = opened.storage.get_trial(frozen._trial_id)  # with what the sampler noted on it
-    relative_space = sampler.infer_relative_search_space(study, frozen)
+    relative_space = _relative_space(plan, sampler) or sampler.infer_relative_search_space(study, frozen)
     relative = sampler.sample_relative(study, frozen, relative_space)
     drawn: dict[str, tuple[Value, BaseDistribution]] = {}
 
@@ -410,6 +412,16 @@ def _draw(
 
     walk(plan.config.space, draw)
     return drawn
+
+
+def _relative_space(plan: Plan, sampler: optuna.samplers.BaseSampler) -> dict[str, BaseDistribution] | None:
+    """What TPE would infer from all trials, at a cost that grows with them: the parameters that are always active."""
+    import optuna
+
+    if not isinstance(sampler, optuna.samplers.TPESampler):
+        return None
+    found = distributions(plan.config.space)
+    return {name: found[name] for name in sorted(found.keys() - NEUTRAL.keys())}
 
 
 def ranked(opened: OpenStudy) -> list[optuna.trial.FrozenTrial]:
@@ -431,7 +443,12 @@ def order(plan: Plan, value: float | None, log_loss: float | None, number: int) 
 
 
 def _configurations(opened: OpenStudy) -> set[str]:
-    return {_signature(trial.params) for trial in _trials(opened.storage, opened.study_id) if trial.params}
+    """The signatures of all configurations that the study has had. A trial's parameters never change."""
+    signatures = opened.signatures
+    for trial in opened.study._get_trials(deepcopy=False, use_cache=True):
+        if trial.params and trial.number not in signatures:
+            signatures[trial.number] = _signature(trial.params)
+    return set(signatures.values())
 
 
 def _signature(params: Mapping[str, Any]) -> str:
