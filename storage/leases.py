@@ -1,8 +1,9 @@
 """Who works on which trial: budget, leases, adoption of orphans, and the right to promote.
 
 A lease is one row of `hpo.leases` for each trial started under it; the database's clock decides whether it is alive.
-Its `attempt` is the fencing token: an adopter raises it, and what carries an older one is refused. A RUNNING trial
-without such a row belongs to somebody else (a plain Optuna script): not counted, never adopted.
+Its `attempt` is the fencing token: an adopter raises it, and what carries an older one is refused; the worker's name
+goes with it, for a database that comes back without its last commits. A RUNNING trial without such a row belongs to
+somebody else (a plain Optuna script): not counted, never adopted.
 """
 
 from __future__ import annotations
@@ -224,13 +225,14 @@ renewed AS (UPDATE hpo.leases l SET epoch = b.epoch, metric = b.metric, progress
             OR l.progress_at > clock_timestamp() - s.stall_s * interval '1 s'
             THEN clock_timestamp() + s.lease_s * interval '1 s' ELSE l.expires_at END
     FROM beats b, hpo.terms s
-    WHERE l.trial_id = b.trial_id AND l.attempt = b.attempt AND s.study_id = l.study_id
+    WHERE l.trial_id = b.trial_id AND l.attempt = b.attempt AND l.worker = %(worker)s AND s.study_id = l.study_id
     AND l.ended_at IS NULL AND l.expires_at > clock_timestamp() RETURNING l.trial_id)
 SELECT b.trial_id, b.attempt, l.study_id, s.status, coalesce(s.deadline <= clock_timestamp(), false),
     b.trial_id IN (TABLE renewed) OR l.attempt = b.attempt AND l.ended_at IS NOT NULL
 FROM beats b LEFT JOIN hpo.leases l USING (trial_id) LEFT JOIN hpo.terms s USING (study_id)"""
 HELD = """
-WHERE trial_id = %(trial)s AND attempt = %(attempt)s AND ended_at IS NULL AND expires_at > clock_timestamp()"""
+WHERE trial_id = %(trial)s AND attempt = %(attempt)s AND worker = %(worker)s AND ended_at IS NULL
+AND expires_at > clock_timestamp()"""
 CHECKPOINT = f"""
 UPDATE hpo.leases SET checkpoint_key = %(key)s, checkpoint_epoch = %(epoch)s,
     replaced_key = CASE WHEN checkpoint_key = %(key)s THEN replaced_key ELSE checkpoint_key END {HELD}
@@ -466,7 +468,7 @@ class Leases:
         Returns the key that it replaces, for the caller to delete, if any. Raises LeaseLost; then `key` itself
         may be deleted.
         """
-        given = {"trial": lease.trial_id, "attempt": lease.attempt, "key": key, "epoch": epoch}
+        given = {**_fence(lease), "key": key, "epoch": epoch}
         rows = self.storage.ask(CHECKPOINT, given, durable=True)
         if not rows:
             raise LeaseLost(f"trial {lease.number} has left worker {lease.worker} (attempt {lease.attempt})")
@@ -487,7 +489,7 @@ class Leases:
 
         Does nothing to a trial that has ended or was taken away.
         """
-        self.storage.ask(RELEASE, {"trial": lease.trial_id, "attempt": lease.attempt}, durable=True)
+        self.storage.ask(RELEASE, _fence(lease), durable=True)
         self.storage.detach(lease)
 
     # ------------------------------------------------------------------------------------------------------ promoting
@@ -522,6 +524,10 @@ class Leases:
         trials = tuple(InFlight(*row) for row in in_flight or ())
         fields: Row = (*known, named, value, number, trials, *rest)
         return Snapshot(*fields)
+
+
+def _fence(lease: Lease) -> dict[str, Any]:
+    return {"trial": lease.trial_id, "attempt": lease.attempt, "worker": lease.worker}
 
 
 def _not_opened(study_id: int) -> KeyError:

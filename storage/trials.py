@@ -218,11 +218,12 @@ def _frozen(row: Row) -> FrozenTrial:
 # The trials of a batch that may be written to, locked until the writes are committed: those with a lease by
 # their lease (an adopter waits), the others by their state.
 ALIVE = """
-WITH asked AS (SELECT * FROM unnest(%(trials)s::int[], %(attempts)s::int[]) AS a (trial_id, attempt)),
+WITH asked AS (SELECT * FROM unnest(%(trials)s::int[], %(attempts)s::int[], %(workers)s::text[])
+    AS a (trial_id, attempt, worker)),
 free AS (SELECT t.trial_id FROM asked a JOIN trials t USING (trial_id)
     WHERE a.attempt IS NULL AND t.state IN ('RUNNING', 'WAITING') FOR SHARE OF t),
 leased AS (SELECT l.trial_id FROM asked a JOIN hpo.leases l USING (trial_id) JOIN trials t USING (trial_id)
-    WHERE l.attempt = a.attempt AND l.ended_at IS NULL AND l.expires_at > clock_timestamp()
+    WHERE l.attempt = a.attempt AND l.worker = a.worker AND l.ended_at IS NULL AND l.expires_at > clock_timestamp()
     AND t.state = 'RUNNING' FOR SHARE OF l),
 alive AS (TABLE free UNION ALL TABLE leased)"""
 WRITE_PARAMS = """,
@@ -251,6 +252,7 @@ ALL_ALIVE = "\nSELECT 1 / (count(*) = %(count)s)::int FROM alive"
 ONLY_REPORTS = {
     "trials": "int[]",
     "attempts": "int[]",
+    "workers": "text[]",
     "count": "int",
     "r_trial": "int[]",
     "r_step": "int[]",
@@ -274,12 +276,13 @@ def _columns(rows: list[Row], *names: str) -> dict[str, list[Any]]:
     return {name: [row[i] for row in rows] for i, name in enumerate(names)}
 
 
-def _write(batch: Mapping[int, _Writes], attempts: Mapping[int, int]) -> Part:
+def _write(batch: Mapping[int, _Writes], leases: Mapping[int, Lease]) -> Part:
     """The one statement that writes a batch, with its parameters."""
-    sql = ALIVE
+    sql, held = ALIVE, [leases.get(trial_id) for trial_id in batch]
     given: dict[str, Any] = {
         "trials": list(batch),
-        "attempts": [attempts.get(trial_id) for trial_id in batch],
+        "attempts": [lease and lease.attempt for lease in held],
+        "workers": [lease and lease.worker for lease in held],
         "count": len(batch),
     }
     params: list[Row] = [(i, name, *p) for i, w in batch.items() for name, p in w.params.items()]
@@ -378,8 +381,8 @@ SELECT FROM trial""",
 
 # With a fence: only under that lease, locked against an adopter.
 FENCE = """fence AS (SELECT trial_id FROM hpo.leases WHERE trial_id = %(trial)s
-    AND (%(attempt)s IS NULL OR attempt = %(attempt)s AND ended_at IS NULL AND expires_at > clock_timestamp())
-    FOR UPDATE),"""
+    AND (%(attempt)s IS NULL OR attempt = %(attempt)s AND worker = %(worker)s AND ended_at IS NULL
+        AND expires_at > clock_timestamp()) FOR UPDATE),"""
 SET_STATE = Prepared(
     "hpo_set_state",
     f"""
@@ -398,6 +401,7 @@ lease AS (UPDATE hpo.leases l SET ended_at = clock_timestamp() FROM changed c
 INSERT INTO hpo.calls (client, call, result) SELECT %(client)s, %(call)s, trial_id FROM changed {CLAIM}""",
     trial="int",
     attempt="int",
+    worker="text",
     state="text",
     finished="bool",
     earlier="trialstate[]",
@@ -516,7 +520,7 @@ class TrialStorage(BaseStorage):
             rows = self.connection.execute(cursor, *parts)
         else:
             batch = dict(self._pending)
-            ahead = [_write(batch, self._attempts())] if durable else [NO_WAIT, _write(batch, self._attempts())]
+            ahead = [_write(batch, self._leases)] if durable else [NO_WAIT, _write(batch, self._leases)]
             try:
                 rows = self.connection.execute(cursor, *ahead, *parts)
             except psycopg2.DataError:  # a trial that is not alive, or a value that the tables cannot hold
@@ -532,7 +536,7 @@ class TrialStorage(BaseStorage):
         self._recall()
         for trial_id, writes in list(self._pending.items()):
             try:
-                self.connection.execute(cursor, NO_WAIT, _write({trial_id: writes}, self._attempts()))
+                self.connection.execute(cursor, NO_WAIT, _write({trial_id: writes}, self._leases))
                 self._sent({trial_id: writes})
             except psycopg2.errors.DivisionByZero:
                 self._give_up(trial_id)
@@ -561,9 +565,6 @@ class TrialStorage(BaseStorage):
         self._own.pop(trial_id, None)
         if trial_id in self._leases:
             self._lost.add(trial_id)
-
-    def _attempts(self) -> dict[int, int]:
-        return {trial_id: lease.attempt for trial_id, lease in self._leases.items()}
 
     def once(self, *statements: str | Prepared, given: dict[str, Any]) -> int | None:
         """Run statements of which the last claims this call, durably and exactly once; its result, if any."""
@@ -805,6 +806,7 @@ class TrialStorage(BaseStorage):
         given = {
             "trial": trial_id,
             "attempt": lease and lease.attempt,
+            "worker": lease and lease.worker,
             "state": state.name,
             "finished": state.is_finished(),
             "earlier": ["WAITING"] if state == TrialState.RUNNING else ["WAITING", "RUNNING"],
