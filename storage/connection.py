@@ -26,7 +26,8 @@ SESSION = (
     "-c idle_in_transaction_session_timeout=10s -c lock_timeout=10s -c timezone=UTC "
     "-c plan_cache_mode=force_generic_plan -c enable_seqscan=off -c jit=off"
 )
-KEEPALIVE = {
+DEFAULTS = {
+    "application_name": "hpo",
     "connect_timeout": 10,
     "keepalives_idle": 10,
     "keepalives_interval": 5,
@@ -51,7 +52,7 @@ def connect_arguments(url: str) -> dict[str, Any]:
         raise ValueError(f"studies live in PostgreSQL: a postgresql:// URL is needed, got {parsed.drivername}://…")
     arguments = PGDialect_psycopg2().create_connect_args(parsed)[1]  # type: ignore[no-untyped-call]
     options = f"{SESSION} {arguments.pop('options', '')}".strip()
-    return {**KEEPALIVE, **arguments, "options": options}
+    return {**DEFAULTS, **arguments, "options": options}
 
 
 class Prepared:

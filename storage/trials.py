@@ -483,6 +483,7 @@ class TrialStorage(BaseStorage):
         self._unsure: dict[int, _Writes] = {}  # committed, perhaps not yet on the server's disk
         self._generation = 0  # the connection that `_unsure` was sent on
         self._timer: threading.Timer | None = None
+        self._failed: psycopg2.DataError | None = None  # met by the timer, raised by the next call
 
     def __getstate__(self) -> tuple[str, float]:
         self.flush()
@@ -515,6 +516,9 @@ class TrialStorage(BaseStorage):
 
     def execute(self, cursor: Cursor, *parts: Part, durable: bool = False) -> list[Row]:
         """`ask` on a cursor at hand. Must be safe to repeat."""
+        if self._failed is not None:
+            error, self._failed = self._failed, None
+            raise error
         self._recall()
         if not self._pending:
             rows = self.connection.execute(cursor, *parts)
@@ -527,7 +531,7 @@ class TrialStorage(BaseStorage):
                 self._flush(cursor)
                 return self.execute(cursor, *parts, durable=durable)
             self._sent(batch)
-        if durable:
+        if durable and rows:  # something was written, and with it all that went before reached the disk
             self._unsure.clear()
         return rows
 
@@ -620,6 +624,8 @@ class TrialStorage(BaseStorage):
             try:
                 if self._pending:
                     self.connection.do(self._flush, retry_s=0.0)
+            except psycopg2.DataError as error:
+                self._failed = error
             except Exception as error:  # the next call meets the same error and raises it
                 log.debug("could not write what was held back: %s", error)
 

@@ -274,11 +274,16 @@ def test_a_trial_that_somebody_else_ended_takes_no_more_writes(storage: TrialSto
         storage.set_trial_state_values(ended, TrialState.COMPLETE, [1.0])
 
 
-def test_a_value_that_does_not_fit_fails_once_and_does_not_stay_in_the_way(storage: TrialStorage) -> None:
+@pytest.mark.parametrize("by_timer", [False, True])
+def test_a_value_that_does_not_fit_fails_once_and_does_not_stay_in_the_way(
+    storage: TrialStorage, by_timer: bool
+) -> None:
     trial_id = storage.create_new_trial(storage.create_new_study(MAXIMIZE))
     storage.set_trial_user_attr(trial_id, "k" * 600, 1)
+    if by_timer:
+        until(lambda: not storage._pending)
     with pytest.raises(psycopg2.errors.StringDataRightTruncation):
-        storage.flush()
+        storage.get_trial(trial_id)
     storage.set_trial_user_attr(trial_id, "short", 1)
     assert storage.get_trial(trial_id).user_attrs == {"short": 1}
 
