@@ -41,10 +41,13 @@ class MedianPruner(optuna.pruners.MedianPruner):
         return min(numbers) > median
 
     def _add(self, completed: list[FrozenTrial]) -> None:
-        if len(completed) == len(self._seen):
-            return
-        for trial in completed:
+        """Take in the trials that are new, which are among the last ones."""
+        missing = len(completed) - len(self._seen)
+        for trial in reversed(completed):
+            if missing == 0:
+                return
             if trial.number not in self._seen:
+                missing -= 1
                 self._seen.add(trial.number)
                 for step, value in trial.intermediate_values.items():
                     if not math.isnan(value):

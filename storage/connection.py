@@ -97,7 +97,7 @@ class Connection:
         return self.do(lambda cursor: self.execute(cursor, (sql, parameters)))
 
     def execute(self, cursor: extensions.cursor, *parts: Part) -> list[Row]:
-        """`run` on a cursor at hand: inside `do` or `transaction`. The parts go together in one round trip."""
+        """`run` on the cursor that `do` gives. The parts go together, in one round trip and transaction."""
         new = [part for part, _ in parts if isinstance(part, Prepared) and part not in self._prepared]
         texts = [statement.prepare.encode() for statement in new]
         for part, parameters in parts:
@@ -113,23 +113,6 @@ class Connection:
                 cursor.execute("DEALLOCATE ALL")
             raise
         return cursor.fetchall() if cursor.description else []
-
-    def transaction(self, work: Callable[[extensions.cursor], T]) -> T:
-        """`do` inside BEGIN and COMMIT."""
-
-        def committed(cursor: extensions.cursor) -> T:
-            cursor.execute("BEGIN")
-            try:
-                result = work(cursor)
-                cursor.execute("COMMIT")
-            except BaseException:
-                if not cursor.connection.closed:
-                    cursor.execute("ROLLBACK")
-                raise
-            self.trips += 2
-            return result
-
-        return self.do(committed)
 
     def do(self, work: Callable[[extensions.cursor], T], retry_s: float | None = None) -> T:
         """Call `work(cursor)`, again after each loss of the connection."""

@@ -14,10 +14,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
 
-from psycopg2.extensions import cursor as Cursor  # noqa: N812
-
-from storage.connection import Row
-from storage.trials import LOCK_STUDY, UTC_NOW, LeaseLost, TrialStorage, stored_float
+from storage.connection import Prepared, Row
+from storage.trials import CLAIM, LOCK_STUDY, UTC_NOW, LeaseLost, TrialStorage, stored_float
 
 __all__ = ["Beat", "InFlight", "Lease", "LeaseLost", "Leases", "News", "Snapshot", "StudyOver", "StudyRow", "Terms"]
 
@@ -159,19 +157,25 @@ SET_STATUS = "UPDATE hpo.terms SET status = %s WHERE study_id = %s AND status = 
 
 # -------------------------------------------------------------------------------------------------------------- taking
 
-SEEN = "UPDATE hpo.workers SET seen_at = clock_timestamp() WHERE worker = %(worker)s"
-# The lock is a statement of its own: the next one sees what was committed while it waited.
-LOCK = f"""{LOCK_STUDY};
-SELECT budget, started, status, {OUT_OF_TIME}, lease_s, max_attempts FROM hpo.terms WHERE study_id = %(study)s"""
-# Whether a lease has run out is asked as of the transaction's begin, now(), so that all statements agree.
+# One round trip and transaction under the lock on the study's row, in statements of their own, so that each sees what
+# was committed while an earlier one waited. Whether a lease has run out is asked as of the transaction's begin, now(),
+# so that they agree. The trial taken is left in `hpo.calls`: a repetition finds it there and takes nothing more.
+TAKE_TYPES = {"study": "int", "worker": "text", "device": "text", "client": "uuid", "call": "bigint"}
+GOING_ON = "(status IN ('open', 'exhausted') AND NOT coalesce(deadline <= now(), false))"
+CALL = "client = %(client)s AND call = %(call)s"
+LEASE_END = "clock_timestamp() + lease_s * interval '1 s'"
+# Without waiting for the thread of the same worker that renews its leases, which does so too.
+SEEN = """
+UPDATE hpo.workers SET seen_at = clock_timestamp()
+WHERE worker = (SELECT worker FROM hpo.workers WHERE worker = %(worker)s FOR NO KEY UPDATE SKIP LOCKED)"""
 # Somebody else ended the trial: a plain script, a dashboard.
 END_FOREIGN = """
 UPDATE hpo.leases l SET ended_at = clock_timestamp() FROM trials t
 WHERE l.study_id = %(study)s AND l.ended_at IS NULL AND l.trial_id = t.trial_id AND t.state <> 'RUNNING'"""
 FAIL_SPENT = f"""
-WITH spent AS (UPDATE hpo.leases SET ended_at = clock_timestamp(), lost = lost + 1
-    WHERE study_id = %(study)s AND ended_at IS NULL AND expires_at <= now() AND NOT released
-    AND lost + 1 >= %(max_attempts)s RETURNING trial_id, worker, lost, epoch),
+WITH spent AS (UPDATE hpo.leases l SET ended_at = clock_timestamp(), lost = lost + 1 FROM hpo.terms s
+    WHERE l.study_id = %(study)s AND s.study_id = l.study_id AND ended_at IS NULL AND expires_at <= now()
+    AND NOT released AND lost + 1 >= max_attempts RETURNING trial_id, worker, lost, epoch),
 failed AS (UPDATE trials t SET state = 'FAIL', datetime_complete = {UTC_NOW} FROM spent s
     WHERE t.trial_id = s.trial_id AND t.state = 'RUNNING' RETURNING t.trial_id)
 INSERT INTO trial_user_attributes (trial_id, key, value_json)
@@ -179,38 +183,46 @@ SELECT trial_id, 'failure', to_json('given up after ' || lost || ' attempts: eac
     'made no progress, the last time ' || worker || coalesce(' after epoch ' || epoch, ''))
 FROM spent JOIN failed USING (trial_id)
 ON CONFLICT (trial_id, key) DO UPDATE SET value_json = excluded.value_json"""
-ADOPT = """
-UPDATE hpo.leases l SET attempt = attempt + 1, lost = lost + (NOT released)::int, released = false,
-    worker = %(worker)s, device = %(device)s, progress = 0, progress_at = clock_timestamp(), epoch = checkpoint_epoch,
-    metric = NULL, expires_at = clock_timestamp() + %(lease_s)s * interval '1 s'
-WHERE trial_id = (SELECT trial_id FROM hpo.leases WHERE study_id = %(study)s AND ended_at IS NULL
-    AND expires_at <= now() ORDER BY expires_at LIMIT 1 FOR UPDATE)
-RETURNING trial_id"""
-FORGET_REPORTS = """
-DELETE FROM trial_intermediate_values i USING hpo.leases l
-WHERE l.trial_id = %(trial)s AND i.trial_id = l.trial_id AND i.step > coalesce(l.checkpoint_epoch, -1)"""
-COUNT = """
-UPDATE hpo.terms SET started = started + 1
-WHERE study_id = %(study)s AND status = 'open' AND started < budget RETURNING started"""
-POP = f"""
-UPDATE trials SET state = 'RUNNING', datetime_start = {UTC_NOW}
-WHERE trial_id = (SELECT trial_id FROM trials WHERE study_id = %(study)s AND state = 'WAITING'
-    ORDER BY number LIMIT 1 FOR UPDATE SKIP LOCKED)
-RETURNING trial_id"""
-NEW = f"""
-INSERT INTO trials (study_id, number, state, datetime_start)
-SELECT %(study)s, coalesce((SELECT max(number) + 1 FROM trials WHERE study_id = %(study)s), 0), 'RUNNING', {UTC_NOW}
-RETURNING trial_id"""
-GRANT = """
-INSERT INTO hpo.leases (trial_id, study_id, worker, device, expires_at, progress_at)
-VALUES (%(trial)s, %(study)s, %(worker)s, %(device)s,
-    clock_timestamp() + %(lease_s)s * interval '1 s', clock_timestamp())"""
-IN_FLIGHT = """
-SELECT 1 FROM hpo.leases
-WHERE study_id = %(study)s AND ended_at IS NULL AND (expires_at > now() OR %(going_on)s) LIMIT 1"""
-TAKEN = """
-SELECT l.study_id, l.trial_id, t.number, l.worker, l.attempt, l.attempt > 1, l.checkpoint_key, l.checkpoint_epoch
-FROM hpo.leases l JOIN trials t USING (trial_id) WHERE l.trial_id = %(trial)s"""
+ADOPT = f"""
+WITH adopted AS (UPDATE hpo.leases l SET attempt = attempt + 1, lost = lost + (NOT released)::int, released = false,
+        worker = %(worker)s, device = %(device)s, progress = 0, progress_at = clock_timestamp(),
+        epoch = checkpoint_epoch, metric = NULL, expires_at = {LEASE_END}
+    FROM hpo.terms s
+    WHERE s.study_id = %(study)s AND {GOING_ON} AND NOT EXISTS (SELECT FROM hpo.calls WHERE {CALL})
+    AND trial_id = (SELECT trial_id FROM hpo.leases WHERE study_id = %(study)s AND ended_at IS NULL
+        AND expires_at <= now() ORDER BY expires_at LIMIT 1 FOR UPDATE)
+    RETURNING trial_id)
+INSERT INTO hpo.calls (client, call, result) SELECT %(client)s, %(call)s, trial_id FROM adopted {CLAIM}"""
+FORGET_REPORTS = f"""
+DELETE FROM trial_intermediate_values i USING hpo.calls c, hpo.leases l
+WHERE {CALL} AND l.trial_id = c.result AND l.attempt > 1 AND i.trial_id = l.trial_id
+AND i.step > coalesce(l.checkpoint_epoch, -1)"""
+START = f"""
+WITH counted AS (UPDATE hpo.terms SET started = started + 1
+    WHERE study_id = %(study)s AND {GOING_ON} AND status = 'open' AND started < budget
+    AND NOT EXISTS (SELECT FROM hpo.calls WHERE {CALL}) RETURNING lease_s),
+popped AS (UPDATE trials SET state = 'RUNNING', datetime_start = {UTC_NOW}
+    WHERE EXISTS (TABLE counted) AND trial_id = (SELECT trial_id FROM trials
+        WHERE study_id = %(study)s AND state = 'WAITING' ORDER BY number LIMIT 1 FOR UPDATE SKIP LOCKED)
+    RETURNING trial_id),
+made AS (INSERT INTO trials (study_id, number, state, datetime_start)
+    SELECT %(study)s, coalesce((SELECT max(number) + 1 FROM trials WHERE study_id = %(study)s), 0), 'RUNNING', {UTC_NOW}
+    FROM counted WHERE NOT EXISTS (TABLE popped) RETURNING trial_id),
+taken AS (TABLE popped UNION ALL TABLE made),
+granted AS (INSERT INTO hpo.leases (trial_id, study_id, worker, device, expires_at, progress_at)
+    SELECT trial_id, %(study)s, %(worker)s, %(device)s, {LEASE_END}, clock_timestamp() FROM taken, counted)
+INSERT INTO hpo.calls (client, call, result) SELECT %(client)s, %(call)s, trial_id FROM taken {CLAIM}"""
+TAKEN = f"""
+SELECT l.study_id, l.trial_id, t.number, l.worker, l.attempt, l.attempt > 1, l.checkpoint_key, l.checkpoint_epoch,
+    s.status, coalesce(deadline <= now(), false), started >= budget, EXISTS (SELECT FROM hpo.leases f
+        WHERE f.study_id = %(study)s AND f.ended_at IS NULL AND (f.expires_at > now() OR {GOING_ON}))
+FROM hpo.terms s LEFT JOIN hpo.calls c ON {CALL} LEFT JOIN hpo.leases l ON l.trial_id = c.result
+    LEFT JOIN trials t ON t.trial_id = l.trial_id
+WHERE s.study_id = %(study)s"""
+TAKE = [
+    Prepared(f"hpo_take_{step}", text, **{name: kind for name, kind in TAKE_TYPES.items() if f"%({name})s" in text})
+    for step, text in enumerate((LOCK_STUDY, SEEN, END_FOREIGN, FAIL_SPENT, ADOPT, FORGET_REPORTS, START, TAKEN))
+]
 
 # ------------------------------------------------------------------------------------------------------------- holding
 
@@ -403,40 +415,17 @@ class Leases:
         when nothing will come. Trials that were lost max_attempts times are failed on the way. A study that was
         stopped, or is out of time, keeps its orphans until it is opened again.
         """
-        given: dict[str, Any] = {"study": study_id, "worker": worker, "device": device}
         with self.storage.connection.lock:
-            trial_id = self.storage.once_in_transaction(lambda cursor: self._take(cursor, given))
-            if trial_id is None:
-                if given["over"]:
-                    raise StudyOver(study_id, given["over"])
-                return None
-            lease = Lease(*self.storage.ask(TAKEN, {"trial": trial_id})[0])
-            self.storage.attach(lease)
-            return lease
-
-    def _take(self, cursor: Cursor, given: dict[str, Any]) -> int | None:
-        def run(sql: str) -> list[Row]:
-            return self.storage.connection.execute(cursor, (sql, given))
-
-        locked = run(LOCK)
-        if not locked:
-            raise _not_opened(given["study"])
-        budget, started, status, out_of_time, given["lease_s"], given["max_attempts"] = locked[0]
-        given["going_on"] = going_on = status in ("open", "exhausted") and not out_of_time
-        run(f"{SEEN};{END_FOREIGN};{FAIL_SPENT}")
-        orphans = going_on and run(ADOPT)
-        if orphans:
-            trial_id: int = orphans[0][0]
-            given["trial"] = trial_id
-            run(FORGET_REPORTS)
-            return trial_id
-        if going_on and run(COUNT):
-            trial_id = (run(POP) or run(NEW))[0][0]
-            given["trial"] = trial_id
-            run(GRANT)
-            return trial_id
-        given["over"] = None if run(IN_FLIGHT) else _reason(status, out_of_time, started >= budget)
-        return None
+            rows = self.storage.ask_once(*TAKE, given={"study": study_id, "worker": worker, "device": device})
+            if not rows:
+                raise _not_opened(study_id)
+            *lease, status, out_of_time, spent, in_flight = rows[0]
+            if lease[0] is not None:
+                self.storage.attach(taken := Lease(*lease))
+                return taken
+        if in_flight:
+            return None
+        raise StudyOver(study_id, _reason(status, out_of_time, spent))
 
     # ------------------------------------------------------------------------------------------------- holding a trial
 

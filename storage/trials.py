@@ -20,7 +20,7 @@ import os
 import threading
 import uuid
 import weakref
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -310,9 +310,6 @@ CLAIM = """
     ON CONFLICT (client) DO UPDATE SET call = excluded.call, result = excluded.result, called_at = now()
     WHERE calls.call < excluded.call"""
 
-CLAIM_RESULT = f"""
-INSERT INTO hpo.calls (client, call, result) VALUES (%(client)s, %(call)s, %(result)s) {CLAIM} RETURNING result"""
-
 CREATE_STUDY = f"""
 WITH claim AS (INSERT INTO hpo.calls (client, call, result)
     SELECT %(client)s, %(call)s, nextval('studies_study_id_seq') {CLAIM} RETURNING result),
@@ -571,44 +568,18 @@ class TrialStorage(BaseStorage):
             self._lost.add(trial_id)
 
     def once(self, *statements: str | Prepared, given: dict[str, Any]) -> int | None:
-        """Run statements of which the last claims this call, durably and exactly once; its result, if any."""
+        """Run statements of which the last claims this call; what it left as the result, None for nothing."""
+        rows = self.ask_once(*statements, CALLED, given=given)
+        return rows[0][0] if rows else None
+
+    def ask_once(self, *statements: str | Prepared, given: dict[str, Any]) -> list[Row]:
+        """Run statements in one durable transaction, with the `client` and the `call` for which a repetition after a
+        lost connection finds in `hpo.calls` what an earlier try has done."""
         with self.connection.lock:
-            given = {**given, **self._next_call()}
-            parts = [(statement, given) for statement in (*statements, CALLED)]
-            tries = 0
-
-            def work(cursor: Cursor) -> list[Row]:
-                nonlocal tries
-                tries += 1
-                done = tries > 1 and self.connection.execute(cursor, (CALLED, given))
-                return done or self.execute(cursor, *parts, durable=True)
-
-            rows = self.connection.do(work)
-            return rows[0][0] if rows else None
-
-    def once_in_transaction(self, work: Callable[[Cursor], int | None]) -> int | None:
-        """Run `work`, which returns the id of the trial that it took, if any, in one transaction, exactly once."""
-        with self.connection.lock:
-            given = self._next_call()
-            tries = 0
-
-            def claimed(cursor: Cursor) -> int | None:
-                nonlocal tries
-                tries += 1
-                done = tries > 1 and self.connection.execute(cursor, (CALLED, given))
-                result = done[0][0] if done else work(cursor)
-                if result is not None and not done:
-                    rows = self.connection.execute(cursor, (CLAIM_RESULT, {**given, "result": result}))
-                    if not rows:  # an earlier try was still on its way through the server
-                        cursor.execute("ROLLBACK; BEGIN")
-                        result = self.connection.execute(cursor, (CALLED, given))[0][0]
-                return result
-
-            return self.connection.transaction(claimed)
-
-    def _next_call(self) -> dict[str, Any]:
-        self._call += 1
-        return {"client": self._client, "call": self._call}
+            self._call += 1
+            given = {**given, "client": self._client, "call": self._call}
+            parts = [(statement, given) for statement in statements]
+            return self.connection.do(lambda cursor: self.execute(cursor, *parts, durable=True))
 
     def _hold_back(self, trial_id: int) -> _Writes:
         """The writes of a trial that wait for the next statement, HELD_BACK_S at the longest."""
