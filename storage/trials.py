@@ -95,6 +95,7 @@ class _Study:
         self.ahead: dict[int, int] = {}  # cached finished trials of number `next` or more: id -> number
         self.distributions: dict[str, BaseDistribution] = {}
         self.finished: dict[tuple[TrialState, ...], list[FrozenTrial]] = {FINISHED: []}
+        self._copies: dict[tuple[TrialState, ...], list[FrozenTrial]] = {}
         self.best: FrozenTrial | None = None
 
     def add(self, trials: list[FrozenTrial]) -> None:
@@ -117,6 +118,13 @@ class _Study:
         if states not in self.finished:
             self.finished[states] = [trial for trial in self.finished[FINISHED] if trial.state in states]
         return self.finished[states]
+
+    def handed(self, states: tuple[TrialState, ...]) -> list[FrozenTrial]:
+        """A copy of the list, the same one until it grows, or until its receiver is seen to have changed it."""
+        known, copied = self.of(states), self._copies.get(states, [])
+        if len(copied) != len(known) or (known and (copied[0] is not known[0] or copied[-1] is not known[-1])):
+            copied = self._copies[states] = list(known)
+        return copied
 
     def _compare(self, trial: FrozenTrial) -> None:
         if self.directions is None or len(self.directions) != 1:
@@ -894,9 +902,9 @@ class TrialStorage(BaseStorage):
         unfinished = tuple(state for state in UNFINISHED if states is None or state in states)
         with self.connection.lock:
             running = self._update(study_id, unfinished)
-            trials = self._study(study_id).of(finished) + running
+            trials = self._study(study_id).handed(finished)
         if running:
-            trials.sort(key=_number)
+            trials = sorted(trials + running, key=_number)
         return copy.deepcopy(trials) if deepcopy else trials
 
     def get_best_trial(self, study_id: int) -> FrozenTrial:

@@ -225,6 +225,16 @@ def test_the_cache_follows_trials_that_finish_out_of_order(storage: TrialStorage
     assert storage.get_n_trials(study_id, TrialState.RUNNING) == 2
 
 
+def test_a_list_that_its_receiver_reordered_does_not_spoil_the_next(storage: TrialStorage) -> None:
+    study_id = storage.create_new_study(MAXIMIZE)
+    for value in (1.0, 3.0, 2.0):
+        storage.create_new_trial(study_id, create_trial(value=value))
+    storage.get_all_trials(study_id, deepcopy=False).sort(key=lambda trial: -(trial.value or 0.0))
+    assert [trial.number for trial in storage.get_all_trials(study_id, deepcopy=False)] == [0, 1, 2]
+    storage.get_all_trials(study_id, deepcopy=False).clear()
+    assert [trial.number for trial in storage.get_all_trials(study_id)] == [0, 1, 2]
+
+
 def test_writes_held_back_are_read_by_ourselves_at_once_and_by_others_soon(
     storage: TrialStorage, other: TrialStorage
 ) -> None:
