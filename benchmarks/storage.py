@@ -207,13 +207,11 @@ def sleep_worker(url: str, study_id: int, worker: str, epochs: int, epoch_s: flo
     """A worker whose training is asleep: everything that it does for a trial but the training."""
     storage = trial_storage(url)
     leases = Leases(storage)
-    pruner, study = (
-        MedianPruner(),
-        optuna.load_study(study_name=storage.get_study_name_from_id(study_id), storage=storage),
-    )
+    name = storage.get_study_name_from_id(study_id)
+    pruner, study = MedianPruner(), optuna.load_study(study_name=name, storage=storage)
     leases.register(worker, study_id, "benchmark", os.getpid(), "cpu")
     time.sleep(max(0.0, start - time.time()))
-    asleep, trials, began = 0.0, 0, time.perf_counter()
+    asleep, trials, began = 0.0, -1, 0.0
     while True:
         try:
             lease = leases.take(study_id, worker)
@@ -222,11 +220,13 @@ def sleep_worker(url: str, study_id: int, worker: str, epochs: int, epoch_s: flo
         if lease is None:  # the last trials of others: not this worker's time
             break
         trials += 1
+        if trials == 1:  # the first trial, where everything is for the first time, was not counted
+            asleep, began = 0.0, time.perf_counter()
         storage.set_trial_params(lease.trial_id, {f"x{i}": (0.5, DISTRIBUTION) for i in range(5)})
         for epoch in range(epochs):
             before = time.perf_counter()
             time.sleep(epoch_s)
-            asleep += epoch_s if epoch_s < time.perf_counter() - before else 0.0
+            asleep += min(epoch_s, time.perf_counter() - before)
             storage.set_trial_intermediate_value(lease.trial_id, epoch, 0.5)
             pruner.prune(study, storage.get_trial(lease.trial_id))
             if epoch % 10 == 5:
@@ -253,7 +253,7 @@ def sleepers(url: str, count: int, trials: int, epochs: int = 20, epoch_s: float
         for process in processes:
             process.join()
         measured = storage.get_study_user_attrs(study_id).values()
-        shares = sorted(asleep / wall for asleep, wall, _ in measured)
+        shares = sorted(asleep / wall for asleep, wall, trials in measured if trials > 0)
         started = sum(trials for _, _, trials in measured)
         storage.close()
     print(f"{count} workers asleep in the objective: {100 * statistics.mean(shares):.1f} % of their time, least "
@@ -280,7 +280,7 @@ def main() -> None:
             "cold": lambda: cold_start(url, n, "at least 8x"),
             "growth": lambda: growth(url, 500, 2000 if few else 20000, repeat),
             "ends": lambda: other_ends(n, repeat, folder),
-            "sleepers": lambda: sleepers(url, 16 if few else 64, 1 if few else 3),
+            "sleepers": lambda: sleepers(url, 16 if few else 64, 3 if few else 6),
         }
         print(f"{'':<52}{'stock':>10}{'ours':>10}{'':>4}{'ratio':>8}")
         for name, case in cases.items():

@@ -246,9 +246,11 @@ HELD = """
 WHERE trial_id = %(trial)s AND attempt = %(attempt)s AND worker = %(worker)s AND ended_at IS NULL
 AND expires_at > clock_timestamp()"""
 CHECKPOINT = f"""
-UPDATE hpo.leases SET checkpoint_key = %(key)s, checkpoint_epoch = %(epoch)s,
+WITH named AS (UPDATE hpo.leases SET checkpoint_key = %(key)s, checkpoint_epoch = %(epoch)s,
     replaced_key = CASE WHEN checkpoint_key = %(key)s THEN replaced_key ELSE checkpoint_key END {HELD}
-RETURNING replaced_key"""
+    RETURNING trial_id)
+INSERT INTO hpo.calls (client, call, result) SELECT %(client)s, %(call)s, trial_id FROM named {CLAIM}"""
+REPLACED = f"SELECT replaced_key FROM hpo.leases JOIN hpo.calls ON trial_id = result WHERE {CALL}"
 SPENT = """
 SELECT key FROM hpo.leases, unnest(ARRAY[checkpoint_key, replaced_key]) AS key
 WHERE study_id = %(study)s AND ended_at IS NOT NULL AND key IS NOT NULL"""
@@ -458,7 +460,7 @@ class Leases:
         may be deleted.
         """
         given = {**_fence(lease), "key": key, "epoch": epoch}
-        rows = self.storage.ask(CHECKPOINT, given, durable=True)
+        rows = self.storage.ask_once(CHECKPOINT, REPLACED, given=given)
         if not rows:
             raise LeaseLost(f"trial {lease.number} has left worker {lease.worker} (attempt {lease.attempt})")
         replaced: str | None = rows[0][0]

@@ -357,12 +357,14 @@ class Cutter:
         self.url = self.target.set(port=port).render_as_string(hide_password=False)
         self.skip = 0  # answers still to be passed on before
         self.cuts = 0  # answers to be swallowed
+        self.refuse_until: Callable[[], bool] = lambda: True  # before the next connection is served
         threading.Thread(target=self._accept, daemon=True).start()
 
     def _accept(self) -> None:
         with suppress(OSError):
             while True:
                 client, _ = self.listener.accept()
+                until(self.refuse_until)
                 threading.Thread(target=self._serve, args=(client,), daemon=True).start()
 
     def _serve(self, client: socket.socket) -> None:
@@ -435,6 +437,22 @@ def test_taking_a_trial_is_done_once_whichever_answer_is_lost(cutter: Cutter, ot
     assert len(other.get_all_trials(study_id)) == 1
     assert leases.renew("w", {lease: Beat(1)}).lost == frozenset()
     storage.close()
+
+
+def test_a_checkpoint_whose_answer_was_lost_is_not_taken_for_refused(cutter: Cutter, other: TrialStorage) -> None:
+    storage = trial_storage(cutter.url, retry_s=30)
+    leases, elsewhere = Leases(storage), Leases(other)
+    study_id = storage.create_new_study(MAXIMIZE)
+    leases.open_study(study_id, Terms(budget=1, lease_s=0.5), {})
+    lease = leases.take(study_id, "w")
+    assert lease is not None
+    leases.checkpoint(lease, "one", 0)
+    cutter.cuts = 1
+    cutter.refuse_until = lambda: elsewhere.take(study_id, "adopter") is not None
+    assert leases.checkpoint(lease, "two", 1) == "one"
+    row = other.connection.run("SELECT checkpoint_key, worker FROM hpo.leases")
+    assert row == [("two", "adopter")]
+    storage.connection.close()
 
 
 def test_a_name_that_is_taken_is_still_refused(storage: TrialStorage) -> None:
