@@ -210,7 +210,8 @@ def _by_confusion(name: str, counts: Floats) -> Floats:
     hits = counts.diagonal(axis1=1, axis2=2)  # (S, K)
     true, predicted = counts.sum(axis=2), counts.sum(axis=1)
     if name == "accuracy":
-        return hits.sum(axis=1) / true.sum(axis=1)  # type: ignore[no-any-return]
+        accuracy: Floats = hits.sum(axis=1) / true.sum(axis=1)
+        return accuracy
     if name == "balanced_accuracy":
         return _macro(hits, true)
     if name == "f1" and counts.shape[1] == 2:
@@ -221,7 +222,8 @@ def _by_confusion(name: str, counts: Floats) -> Floats:
 def _macro(part: Floats, whole: Floats) -> Floats:
     """Mean of part / whole over the classes whose whole is not 0, (S, K) -> (S,); 0 where there is none."""
     shares = part / np.maximum(whole, 1e-300)
-    return shares.sum(axis=1) / np.maximum((whole > 0).sum(axis=1), 1)  # type: ignore[no-any-return]
+    mean: Floats = shares.sum(axis=1) / np.maximum((whole > 0).sum(axis=1), 1)
+    return mean
 
 
 def _by_rank(probabilities: NDArray[Any], labels: Labels, weights: Floats) -> Floats:
@@ -235,7 +237,8 @@ def _by_rank(probabilities: NDArray[Any], labels: Labels, weights: Floats) -> Fl
             f"{len(labels)} rows; use more rows, a stratified split, or a metric such as log_loss"
         )
     classes = [1] if K == 2 else present
-    return np.mean([_rank(probabilities[:, c], labels == c, weights) for c in classes], axis=0)  # type: ignore[no-any-return]
+    mean: Floats = np.mean([_rank(probabilities[:, c], labels == c, weights) for c in classes], axis=0)
+    return mean
 
 
 def _rank(scores: NDArray[Any], positive: NDArray[np.bool_], weights: Floats) -> Floats:
