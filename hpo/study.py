@@ -12,14 +12,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hpo.config import StudyConfig, complete, differences, from_dict, to_dict
+from hpo.config import Folds, StudyConfig, complete, differences, from_dict, to_dict
 from hpo.dashboard import describe_study
 from hpo.space import NEUTRAL, Entry, Value, cardinality, distribution, distributions, values, walk
-from models.data import Sequences, check_trainable, fingerprint, holdout, read, save
+from models.data import (
+    Sequences,
+    Split,
+    check_trainable,
+    fingerprint,
+    holdout,
+    read,
+    save,
+    split_folds,
+    split_share,
+)
 from models.metrics import direction
 from models.seeds import derive
 from storage.artifacts import ArtifactStore
 from storage.leases import Lease, Leases, Terms
+from storage.postgres import alone
 from storage.trials import TrialStorage
 
 if TYPE_CHECKING:
@@ -28,6 +39,7 @@ if TYPE_CHECKING:
 
 ASKS = 10  # times that a sampler is asked again for a configuration that the study has already had
 RANDOM_ASKS = 100  # random draws after that
+BEGUN = "hpo:begun"  # a study's system attribute: `hpo launch` has begun to fill it
 GRID_MOST = 100_000  # points that sampler "grid" can hold in memory
 
 
@@ -93,14 +105,15 @@ def create_or_open(config: StudyConfig, storage: TrialStorage, store: ArtifactSt
     plan, train, test = _plan(config)
     leases = Leases(storage)
     _check_warm_start(storage, config)
-    study_id = _find_or_create(storage, plan)
-    stored = leases.study(study_id)
-    if stored is not None:
-        _check_same(Plan.from_json(stored.config), plan)
-    for key, part in ((plan.train, train), (plan.test, test)):
-        _publish(store, key, part)  # also where somebody emptied the artifact store
-    if stored is None:
-        _begin(storage, leases, study_id, plan)
+    with alone(storage.url, f"study {config.study.name}"):  # launches of one file at once: the first one's is the study
+        study_id = _find_or_create(storage, plan)
+        stored = leases.study(study_id)
+        if stored is not None:
+            _check_same(Plan.from_json(stored.config), plan)
+        for key, part in ((plan.train, train), (plan.test, test)):
+            _publish(store, key, part)  # also where somebody emptied the artifact store
+        if stored is None:
+            _begin(storage, leases, study_id, plan)
     leases.reopen(study_id, trials=config.study.trials, timeout_s=config.study.timeout_s)
     return open_study(config.study.name, storage)
 
@@ -117,17 +130,19 @@ def _find_or_create(storage: TrialStorage, plan: Plan) -> int:
 
 
 def _begin(storage: TrialStorage, leases: Leases, study_id: int, plan: Plan) -> None:
-    """Store the plan; of several launches at once the first one's is the study's."""
-    if _trials(storage, study_id):
+    """Queue the first trials, then store the plan, which opens the study to workers.
+
+    A launch that died in between left BEGUN on the study: what it had queued is not queued again.
+    """
+    if _trials(storage, study_id) and BEGUN not in storage.get_study_system_attrs(study_id):
         raise StudyError(
             f"the database already has a study named {plan.config.study.name!r} that was not made by `hpo launch`; "
             "choose another [study] name"
         )
+    storage.set_study_system_attr(study_id, BEGUN, True)
     describe_study(storage, study_id, plan.metric, _note(plan))
-    row = leases.open_study(study_id, _terms(plan.config), plan.to_json())
-    stored = Plan.from_json(row.config)
-    _check_same(stored, plan)
     _enqueue(storage, study_id, plan)
+    leases.open_study(study_id, _terms(plan.config), plan.to_json())
 
 
 def open_study(name: str, storage: TrialStorage) -> OpenStudy:
@@ -182,8 +197,9 @@ def _plan(config: StudyConfig) -> tuple[Plan, Sequences, Sequences | None]:
         classes=len(train.classes),
         variable=bool(train.lengths.min() < train.lengths.max()),
     )
-    if config.study.sampler == "grid":
+    if completed.study.sampler == "grid":
         grid(completed.space)
+    folds(completed, train)
     plan = Plan(
         config=completed,
         written=config,
@@ -195,6 +211,16 @@ def _plan(config: StudyConfig) -> tuple[Plan, Sequences, Sequences | None]:
         sequences=train.n,
     )
     return plan, train, test
+
+
+def folds(config: StudyConfig, sequences: Sequences) -> list[Split]:
+    """The study's validation parts: a function of its seed, the same for every trial. Raises DataError."""
+    seed = derive(config.study.seed, "validation") % 2**32
+    validation = config.data.validation
+    if isinstance(validation, Folds):
+        return split_folds(sequences, validation.folds, seed)
+    assert validation is not None
+    return split_share(sequences, validation, seed)
 
 
 def data_key(sequences: Sequences) -> str:
@@ -234,7 +260,8 @@ def _enqueue(storage: TrialStorage, study_id: int, plan: Plan) -> None:
 
     study = optuna.load_study(study_name=storage.get_study_name_from_id(study_id), storage=storage)
     if plan.config.study.warm_start is not None:
-        study.add_trials(_warm_trials(storage, plan))
+        had = {trial.user_attrs.get("copied_from") for trial in _trials(storage, study_id)}
+        study.add_trials(trial for trial in _warm_trials(storage, plan) if trial.user_attrs["copied_from"] not in had)
     for table in plan.config.enqueue:
         drawn = {name: value for name, value in table.items() if distribution(plan.config.space[name])}
         study.enqueue_trial(drawn, skip_if_exists=True)
@@ -260,13 +287,20 @@ def _warm_trials(storage: TrialStorage, plan: Plan) -> list[optuna.trial.FrozenT
         spaces = {key: distribution(plan.config.space[key]) for key in trial.params if key in plan.config.space}
         fitting = {key: item for key, item in spaces.items() if item is not None}
         if fitting.keys() == trial.params.keys() and all(
-            item._contains(item.to_internal_repr(trial.params[key])) for key, item in fitting.items()
+            _contains(item, trial.params[key]) for key, item in fitting.items()
         ):
             trial.distributions = fitting
             trial.user_attrs = {"copied_from": f"{name}/{trial.number}"}
             trial.system_attrs = {}
             kept.append(trial)
     return kept
+
+
+def _contains(item: BaseDistribution, value: Any) -> bool:
+    try:
+        return item._contains(item.to_internal_repr(value))
+    except ValueError:  # not one of its choices, or not a number
+        return False
 
 
 def _trials(storage: TrialStorage, study_id: int) -> list[optuna.trial.FrozenTrial]:

@@ -192,6 +192,23 @@ def engine(url: str) -> "Engine":
     return made
 
 
+@contextlib.contextmanager
+def alone(url: str, what: str) -> Iterator[None]:
+    """One process of all that share the database at a time, for the length of the block."""
+    from sqlalchemy import func, select
+    from sqlalchemy.exc import OperationalError
+
+    made = engine(url).execution_options(isolation_level="AUTOCOMMIT")
+    try:
+        with made.connect() as connection:
+            connection.execute(select(func.pg_advisory_lock(func.hashtextextended(f"hpo.alone {what}", 0))))
+            yield
+    except OperationalError as error:
+        raise PostgresError(f"the database went away: {mask(str(error.orig)).strip()}; run the command again") from None
+    finally:
+        made.dispose()  # the lock goes with the connection
+
+
 def _forget_connections() -> None:
     """After a fork the parent's sockets are not ours: drop them without a word to the server."""
     for made in list(_engines):
