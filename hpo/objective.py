@@ -8,21 +8,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
+import psycopg2
 from optuna.trial import TrialState
 
-from hpo.config import Folds
 from hpo.curves import curve_svg
 from hpo.dashboard import attach_artifact
 from hpo.provenance import device_name, provenance
-from hpo.study import OpenStudy, Plan, ask, order, ranked
+from hpo.study import OpenStudy, Plan, ask, folds, order, ranked
 from models.bundle import pack
-from models.classifier import ClassifierConfig, ClassifierError
-from models.data import Sequences, split_folds, split_share
+from models.classifier import ClassifierConfig
+from models.data import Sequences
 from models.seeds import derive
-from models.training import Diverged, Epoch, Interrupted, Training, TrainingConfig, TrainingError
+from models.training import Epoch, Interrupted, Training, TrainingConfig
 from storage.artifacts import ArtifactError, ArtifactStore, MissingArtifactError
-from storage.connection import DatabaseUnavailable
 from storage.leases import Lease
 from storage.postgres import PostgresError
 from storage.trials import LeaseLost
@@ -65,17 +63,7 @@ def build(plan: Plan, params: Mapping[str, Any], seed: int, sequences: Sequences
         seed=seed,
         **_take(given, TrainingConfig),
     )
-    return Training(sequences, folds(plan, sequences), classifier, config, device)
-
-
-def folds(plan: Plan, sequences: Sequences) -> list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
-    """The study's validation parts: a function of its seed, the same for every trial."""
-    seed = derive(plan.config.study.seed, "validation") % 2**32
-    validation = plan.config.data.validation
-    if isinstance(validation, Folds):
-        return split_folds(sequences, validation.folds, seed)
-    assert validation is not None
-    return split_share(sequences, validation, seed)
+    return Training(sequences, folds(plan.config, sequences), classifier, config, device)
 
 
 def trial_seed(plan: Plan, number: int) -> int:
@@ -97,12 +85,13 @@ def run_trial(opened: OpenStudy, lease: Lease, bench: Bench, attention: Attentio
     except Interrupted:
         log.info("trial %d: given back, to go on from its last checkpoint", lease.number)
         return None
-    except (ArtifactError, DatabaseUnavailable, PostgresError):
-        raise  # not the trial's fault: it goes on when the store or the database is back
-    except (Diverged, ClassifierError, TrainingError, RuntimeError, ValueError, MemoryError) as error:
+    except (ArtifactError, PostgresError, psycopg2.Error, OSError, KeyError):
+        raise  # not the trial's fault: it goes on when the store, the database or the disk is back
+    except Exception as error:
         log.exception("trial %d failed", lease.number)
         reason = f"{type(error).__name__}: {error}"
         opened.storage.finish_trial(lease.trial_id, TrialState.FAIL, None, {"failure": reason})
+        drop_spent_checkpoints(opened, bench.store)
         return TrialState.FAIL
     finally:
         opened.storage.detach(lease)
@@ -129,7 +118,7 @@ def _run(opened: OpenStudy, lease: Lease, bench: Bench, attention: Attention) ->
             break
         checkpoints.after(training, attention)
     _finish(opened, lease, bench, training, state, {"seed": seed, "params": params})
-    checkpoints.drop()
+    drop_spent_checkpoints(opened, bench.store)
     return state
 
 
@@ -147,12 +136,19 @@ def _prune(opened: OpenStudy, lease: Lease) -> bool:
     return opened.study.pruner.prune(opened.study, opened.storage.get_trial(lease.trial_id))
 
 
+def drop_spent_checkpoints(opened: OpenStudy, store: ArtifactStore) -> None:
+    """Delete the checkpoints of ended trials: of failed ones, and those whose worker died before it could."""
+    if keys := opened.leases.spent_checkpoints(opened.study_id):
+        for key in keys:
+            store.delete(key)
+        opened.leases.forget_checkpoints(opened.study_id, keys)
+
+
 class _Checkpoints:
     """The trial's checkpoints in the artifact store: at most one current, named by the database."""
 
     def __init__(self, opened: OpenStudy, lease: Lease, store: ArtifactStore) -> None:
         self.opened, self.lease, self.store = opened, lease, store
-        self.current = lease.checkpoint_key
         self.written_at = time.monotonic()
 
     def after(self, training: Training, attention: Attention) -> None:
@@ -166,10 +162,6 @@ class _Checkpoints:
         if asked:
             raise Interrupted
 
-    def drop(self) -> None:
-        if self.current is not None:
-            self.store.delete(self.current)
-
     def _write(self, state: bytes, epoch: int) -> None:
         lease = self.lease
         key = f"checkpoint-{lease.study_id}-{lease.number}-{lease.attempt}-{epoch}"
@@ -181,7 +173,7 @@ class _Checkpoints:
             raise
         if replaced is not None and replaced != key:
             self.store.delete(replaced)
-        self.current, self.written_at = key, time.monotonic()
+        self.written_at = time.monotonic()
 
 
 def _finish(
@@ -196,7 +188,7 @@ def _finish(
     best = training.best
     assert best is not None
     curve = {name: [getattr(epoch, name) for epoch in training.history] for name in ("value", "train_loss", "log_loss")}
-    key = f"curve-{opened.study_id}-{lease.number}.svg"
+    key = f"curve-{opened.study_id}-{lease.number}-{lease.attempt}.svg"
     bench.store.put(key, curve_svg(curve, best.number, opened.plan.metric).encode())
     attributes = recorded | {
         "best_epoch": best.number,
@@ -213,20 +205,21 @@ def _finish(
         "provenance": provenance(),
     }
     attach_artifact(opened.storage, opened.study_id, lease.trial_id, key, "curve.svg", "image/svg+xml")
+    value, written, dropped = best.value, [key], None
     if state == TrialState.PRUNED:
-        opened.storage.finish_trial(lease.trial_id, state, [training.history[-1].value], attributes)
-        return
-    dropped = displaced(opened, lease.number, best)
-    if dropped is not None:
-        attributes["weights"] = weights_key(opened.study_id, lease.number)
+        value = training.history[-1].value
+    elif (dropped := displaced(opened, lease.number, best)) is not None:
+        attributes["weights"] = f"weights-{opened.study_id}-{lease.number}-{lease.attempt}.safetensors"
         bench.store.put(attributes["weights"], pack(training.best_weights))
-    opened.storage.finish_trial(lease.trial_id, state, [best.value], attributes)
+        written.append(attributes["weights"])
+    try:
+        opened.storage.finish_trial(lease.trial_id, state, [value], attributes)
+    except (LeaseLost, KeyError):  # taken away or deleted: what was written under this attempt is nobody's
+        for key in written:
+            bench.store.delete(key)
+        raise
     for key in dropped or ():
         bench.store.delete(key)
-
-
-def weights_key(study_id: int, number: int) -> str:
-    return f"weights-{study_id}-{number}.safetensors"
 
 
 def displaced(opened: OpenStudy, number: int, best: Epoch) -> list[str] | None:
