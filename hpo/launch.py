@@ -149,18 +149,17 @@ def _config(study: str | os.PathLike[str] | StudyConfig, overrides: Sequence[str
 
 def _wait(opened: OpenStudy, workers: int, show: Callable[[Snapshot], None]) -> None:
     """Until the study is promoted. SIGTERM counts as Ctrl-C."""
-    leases, study_id = opened.leases, opened.study_id
     asked = _Signals()
     with asked, LocalWorkers(opened.name, workers) as group:
         while True:
             ended = not group.running()
-            state = leases.snapshot(study_id)
+            state = _state(opened)
             show(state)
             if state.status == "finished":
                 return
             if asked.received:
                 group.stop()
-                show(leases.snapshot(study_id))
+                show(_state(opened))
                 raise Interrupted(
                     f"study {opened.name!r} was interrupted; trials in flight are kept: the same command goes on"
                 )
@@ -173,6 +172,13 @@ def _wait(opened: OpenStudy, workers: int, show: Callable[[Snapshot], None]) -> 
             if ended and not group.running():
                 raise LaunchError(f"the workers ended before study {opened.name!r} did; see {group.folder}")
             time.sleep(LOOK_S)
+
+
+def _state(opened: OpenStudy) -> Snapshot:
+    try:
+        return opened.leases.snapshot(opened.study_id)
+    except KeyError:
+        raise LaunchError(f"study {opened.name!r} was deleted while it ran; launch it again to begin anew") from None
 
 
 class _Signals:
@@ -202,10 +208,9 @@ def summary(opened: OpenStudy, seconds: float) -> dict[str, Any]:
     from hpo.promote import materialise_model
     from storage.registry import Registry
 
-    state = opened.leases.snapshot(opened.study_id)
+    state, row = _state(opened), opened.leases.study(opened.study_id)
     if state.promoted_version is None:
         raise LaunchError(no_model(opened))
-    row = opened.leases.study(opened.study_id)
     out_of_time = row is not None and row.out_of_time
     model = Registry(database_url()).get(opened.name, state.promoted_version)
     scores = model.scores
@@ -232,8 +237,12 @@ def no_model(opened: OpenStudy) -> str:
         for trial in opened.study.get_trials(deepcopy=False)
         if "failure" in trial.user_attrs
     ]
-    first = f"; the first of {len(failures)} failures: {failures[0]}" if failures else ""
-    return f"study {opened.name!r} ended without a completed trial{first}; logs: {home() / 'logs' / opened.name}"
+    reason = f"the first of {len(failures)} failures: {failures[0]}; " if failures else ""
+    row = opened.leases.study(opened.study_id)
+    if row is not None and row.out_of_time:
+        reason += f"its study.timeout of {row.timeout_s:g} s ran out: give it more and launch it again; "
+    logs = home() / "logs" / opened.name
+    return f"study {opened.name!r} ended without a completed trial; {reason}logs: {logs}"
 
 
 def default_workers() -> int:

@@ -40,18 +40,27 @@ class Attention:
 
     def __init__(self, leases: Leases, worker: str) -> None:
         self.leases, self.worker = leases, worker
-        self.asked_to_stop = False  # by a signal, or because somebody stopped the study
         self.out_of_time = False  # the study's wall-clock budget is spent
         self._told = threading.Event()
         self._lost = False
+        self._study_stopped = False
         self._patient = True
         self._lease: Lease | None = None
         self._training: Training | None = None
 
     def stop(self) -> None:
         """A signal: finish what is short, give the trial back, end."""
-        self.asked_to_stop = True
         self._told.set()
+
+    @property
+    def told(self) -> bool:
+        """Whether the worker is to end."""
+        return self._told.is_set()
+
+    @property
+    def asked_to_stop(self) -> bool:
+        """Whether the trial in hand is to be given back: the worker is to end, or somebody stopped the study."""
+        return self.told or self._study_stopped
 
     def rest(self) -> None:
         """Wait a moment for work, or for a signal."""
@@ -68,7 +77,8 @@ class Attention:
     @contextmanager
     def holding(self, lease: Lease, lease_s: float) -> Iterator[None]:
         """Renew the lease from a thread for as long as the block runs."""
-        self._lease, self._training, self._lost, self.out_of_time = lease, None, False, False
+        self._lease, self._training = lease, None
+        self._lost = self._study_stopped = self.out_of_time = False
         done = threading.Event()
         thread = threading.Thread(target=self._renew, args=(done, min(lease_s / BEATS, BEAT_S)), daemon=True)
         thread.start()
@@ -89,7 +99,7 @@ class Attention:
                 log.exception("the lease of trial %d could not be renewed", lease.number)
                 continue
             self._lost = self._lost or lease in news.lost
-            self.asked_to_stop = self.asked_to_stop or lease.study_id in news.stopped
+            self._study_stopped = self._study_stopped or lease.study_id in news.stopped
             self.out_of_time = self.out_of_time or lease.study_id in news.out_of_time
 
 
@@ -121,12 +131,15 @@ class Worker:
 
     def run(self) -> None:
         """Work until the named study is over and promoted, or, without a name, until told to stop."""
+        from hpo.study import study_id_of
+
         signal.signal(signal.SIGTERM, lambda *_: self.attention.stop())
         signal.signal(signal.SIGINT, lambda *_: self.attention.stop())
         log_path = os.environ.get("HPO_LOG")
-        self.leases.register(self.name, None, socket.gethostname(), os.getpid(), self.device, log_path)
+        study_id = None if self.only is None else study_id_of(self.storage, self.only)
+        self.leases.register(self.name, study_id, socket.gethostname(), os.getpid(), self.device, log_path)
         try:
-            while not self.attention.asked_to_stop:
+            while not self.attention.told:
                 if not self._work() and self.only is not None:
                     return
         finally:
@@ -141,12 +154,17 @@ class Worker:
             opened = self._open(name)
             try:
                 lease = self._take(opened)
+                if lease is not None:
+                    self._run_trial(opened, lease)
+                    return True
             except StudyOver as ended:
                 over += self._promote(opened, ended)
-                continue
-            if lease is not None:
-                self._run_trial(opened, lease)
-                return True
+            except KeyError:
+                if self.leases.study(opened.study_id) is not None:
+                    raise
+                log.warning("study %s was deleted", name)
+                del self._studies[name]
+                return self.only is None
         if not names or over < len(names):
             self.attention.rest()
             return True
@@ -172,9 +190,6 @@ class Worker:
             log.info("trial %d: %s", lease.number, "left" if state is None else state.name.lower())
         finally:
             self.leases.release(lease)  # does nothing to a trial that has ended or was taken away
-            stopped = self.leases.study(opened.study_id)
-            if self.only is None and stopped is not None and stopped.status == "stopped":
-                self.attention.asked_to_stop = False
 
     def _promote(self, opened: OpenStudy, ended: StudyOver) -> bool:
         """Whether nothing is left to do for this study, here or in another worker's hands."""
