@@ -41,6 +41,10 @@ def main() -> None:
     """Run a command; an error of ours becomes one line and exit status 1, an interruption 130."""
     try:
         app()
+    except OSError as error:
+        names = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+        typer.echo(f"hpo: {names or 'the operating system refuses'}: {error.strerror or error}", err=True)
+        sys.exit(1)
     except Exception as error:
         if type(error).__module__.split(".")[0] not in OURS:
             raise
@@ -239,6 +243,8 @@ def predict(
     from hpo.promote import model_folder
     from models.bundle import load
 
+    if out is not None and (out.is_dir() or not out.parent.is_dir()):
+        raise typer.BadParameter(f"--out must name a file in a folder that exists, got {str(out)!r}")
     bundle = load(model_folder(model, version))
     sequences = bundle.read(data)
     with counting(sequences.n, "predicting") as advance:

@@ -40,8 +40,7 @@ def run(workers: int | None, trials: int) -> None:
     show_summary(summary)
 
     folder = home() / "exports" / name
-    shutil.rmtree(folder, ignore_errors=True)
-    export(summary["model"]["path"], folder)
+    export(summary["model"]["path"], folder, overwrite=True)
     bundle = load_bundle(folder)
     test = read(Path(str(config.data.test)), labeled=False)
     console.print(f"\nThe first of {test.n} days of the test part, predicted by the exported folder alone:")

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 PLAIN_S = 2.0  # between two lines where the output is not a terminal
 SHOWN = 10  # predictions printed without an output file
+MANY = 8  # classes: of more, only the predicted one's probability is printed
+PIPED_WIDTH = 200  # columns of a table where the output is not a terminal
 
 
 class Progress:
@@ -58,6 +60,11 @@ class Progress:
         if line != self._last[0] and (now - self._last[1] >= PLAIN_S or state.status == "finished"):
             self._last = (line, now)
             self._console.print(line, highlight=False, soft_wrap=True)
+
+
+def _console() -> Console:
+    """The standard output: names of studies and classes are no markup, and off a terminal no line is cut."""
+    return Console(markup=False, width=None if sys.stdout.isatty() else PIPED_WIDTH)
 
 
 def _headline(state: Snapshot) -> str:
@@ -127,7 +134,7 @@ def _status_row(state: Snapshot) -> dict[str, Any]:
 
 def show_status(rows: Sequence[dict[str, Any]], *, detailed: bool) -> None:
     """The rows of `status_rows` as tables."""
-    console = Console()
+    console = _console()
     if not rows:
         console.print("no studies yet; `hpo launch STUDY.toml` makes one")
         return
@@ -181,7 +188,7 @@ def model_row(model: ModelVersion) -> dict[str, Any]:
 
 def show_models(found: Sequence[ModelVersion]) -> None:
     """Promoted versions as a table."""
-    console = Console()
+    console = _console()
     if not found:
         console.print("no models yet; a study promotes its best trial when it ends")
         return
@@ -205,7 +212,7 @@ def show_models(found: Sequence[ModelVersion]) -> None:
 
 def show_summary(summary: dict[str, Any]) -> None:
     """What a launch ended with."""
-    console = Console()
+    console = _console()
     trials, model, best = summary["trials"], summary["model"], summary["best"]
     console.print(
         f"{summary['study']}: {trials['complete']} complete, {trials['pruned']} pruned, {trials['failed']} failed "
@@ -225,11 +232,14 @@ def show_summary(summary: dict[str, Any]) -> None:
 
 def show_predictions(predictions: Predictions, rows: int = SHOWN) -> None:
     """The first rows as a table."""
-    table = Table("id", "class", *(f"p({name})" for name in predictions.classes))
+    few = len(predictions.classes) <= MANY
+    chances = [f"p({name})" for name in predictions.classes] if few else ["p(class)"]
+    table = Table("id", "class", *chances)
     for index in range(min(rows, len(predictions.labels))):
-        chances = (f"{value:.4f}" for value in predictions.probabilities[index])
-        table.add_row(predictions.ids[index], predictions.labels[index], *chances)
-    console = Console()
+        row = predictions.probabilities[index]
+        values = (f"{value:.4f}" for value in (row if few else [row.max()]))
+        table.add_row(predictions.ids[index], predictions.labels[index], *values)
+    console = _console()
     console.print(table)
     if len(predictions.labels) > rows:
         console.print(f"{rows} of {len(predictions.labels)} rows; --out FILE.csv writes all", highlight=False)
