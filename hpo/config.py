@@ -42,7 +42,7 @@ class StudySection:
     sampler: str = "tpe"  # one of SAMPLERS
     pruner: str = "hyperband"  # one of PRUNERS
     seed: int = 0  # 0 to 2**32 - 1
-    lease_s: float = 60.0  # seconds after which a silent worker's trial is adopted, above 0; file key `lease`
+    lease_s: float = 60.0  # seconds after which a silent worker's trial is adopted, at least 1; file key `lease`
     attempts: int = 3  # workers that may try one trial before it fails, at least 1
     warm_start: str | None = None  # name of a study whose trials are learnt from
 
@@ -152,6 +152,13 @@ def _validation(value: Any) -> float | Folds:
     raise ValueError("must be a share between 0 and 1, both excluded, or { folds = 5 }")
 
 
+def _lease(value: Any) -> float:
+    """Seconds; a shorter one would run out between two renewals of a busy machine."""
+    if (seconds := _duration(value)) < 1:
+        raise ValueError("must be at least 1 second")
+    return seconds
+
+
 def _duration(value: Any) -> float:
     """Seconds from a number or from "90s", "30m", "2h", "1d", "1h30m"."""
     if isinstance(value, str) and re.fullmatch(r"([0-9]+(\.[0-9]+)?[dhms])+", value):
@@ -171,7 +178,7 @@ CHECKS: dict[str, dict[str, Check]] = {  # section -> key in the file -> check
         "sampler": _one_of(SAMPLERS),
         "pruner": _one_of(PRUNERS),
         "seed": _whole(0, 2**32 - 1),
-        "lease": _duration,
+        "lease": _lease,
         "attempts": _whole(1),
         "warm_start": _text,
     },

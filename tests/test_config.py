@@ -288,7 +288,7 @@ def files(draw: st.DrawFn) -> dict[str, Any]:
         "sampler": st.sampled_from(configs.SAMPLERS),
         "pruner": st.sampled_from(configs.PRUNERS),
         "seed": st.integers(0, 2**32 - 1),
-        "lease": st.floats(0.1, 1e6),
+        "lease": st.floats(1, 1e6),
         "attempts": st.integers(1, 99),
         "warm_start": text,
     }
