@@ -313,6 +313,35 @@ def test_a_stopped_study_ends_at_once_and_goes_on_at_the_next_launch(
     assert_exact(trials(), 3)
 
 
+def test_deleting_a_running_study_ends_launch_and_worker_without_a_trace(
+    cli: Cli,
+    study_file: Callable[..., Path],
+    environment: dict[str, str],
+    tmp_path: Path,
+    trials: Callable[..., list[FrozenTrial]],
+) -> None:
+    file = study_file(trials=3, epochs=5000, study='pruner = "none"')
+    assert cli("launch", file, "--detach", "--set", "study.name=other").returncode == 0
+    command = [sys.executable, "-P", "-m", "hpo", "launch", str(file), "--workers", "1"]
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as running:
+        wait_for(lambda: any(t.intermediate_values for t in _trials_or_none(trials)))
+        workers = {row["study"]: row["workers"] for row in json.loads(cli("status", "--json").stdout)}
+        assert workers == {"waves": 1, "other": 0}
+        assert cli("delete", "waves", "--yes").returncode == 0
+        _, errors = running.communicate(timeout=60)
+    assert running.returncode == 1
+    assert errors.splitlines()[-1].startswith("hpo: study 'waves' was deleted while it ran")
+    assert "Traceback" not in errors + (Path(environment["HPO_HOME"]) / "logs/waves/worker-0.log").read_text()
+    assert not [path for path in Path(environment["HPO_ARTIFACTS"]).iterdir() if not path.name.startswith("data-")]
+
+
+def test_an_output_that_cannot_be_written_is_one_line(cli: Cli, tmp_path: Path) -> None:
+    done = cli("predict", "waves", "waves.npz", "--out", tmp_path / "missing" / "p.csv")
+    assert done.returncode == 2
+    assert "must name a file in a folder that exists" in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+
+
 def test_a_full_disk_is_a_clear_error_and_loses_no_finished_trial(
     cli: Cli,
     study_file: Callable[..., Path],

@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optuna
 import pytest
 from optuna.trial import TrialState
 
 from hpo.config import SAMPLERS, StudyConfig, load
-from hpo.study import OpenStudy, Plan, StudyError, ask, create_or_open, exhausted, make_pruner, open_study, ranked
+from hpo.objective import drop_spent_checkpoints
+from hpo.progress import show_predictions
+from hpo.study import (
+    BEGUN,
+    OpenStudy,
+    Plan,
+    StudyError,
+    ask,
+    create_or_open,
+    exhausted,
+    make_pruner,
+    open_study,
+    ranked,
+)
+from hpo.worker import Attention
+from models.bundle import Predictions
 from models.data import DataError
 from storage.artifacts import artifact_store
 from storage.leases import StudyOver
@@ -169,6 +189,84 @@ def test_an_unknown_warm_start_leaves_no_study_behind(opened: Callable[..., Open
     with pytest.raises(StudyError, match=r"study.warm_start names the study 'ghost', which does not exist"):
         opened(study='warm_start = "ghost"')
     assert storage.get_all_studies() == []
+
+
+def test_launches_of_one_file_at_once_fill_one_study_once(
+    config: Callable[..., StudyConfig], opened: Callable[..., OpenStudy], database_url: str, tmp_path: Path
+) -> None:
+    run(opened(), 3)
+    written = config(study='warm_start = "waves"', space="hidden_size = [8, 16]")
+    written = replace(
+        written, study=replace(written.study, name="learner"), enqueue=({"hidden_size": 8}, {"hidden_size": 16})
+    )
+
+    def launch(_: int) -> list[TrialState]:
+        with closing(trial_storage(database_url)) as mine:
+            study = create_or_open(written, mine, artifact_store(str(tmp_path / "artifacts")))
+            return [trial.state for trial in study.study.get_trials()]
+
+    with ThreadPoolExecutor(6) as pool:
+        for states in pool.map(launch, range(6)):
+            assert states.count(TrialState.WAITING) == 2
+
+
+def test_a_study_half_made_by_a_launch_that_died_is_completed(
+    config: Callable[..., StudyConfig], storage: TrialStorage, tmp_path: Path
+) -> None:
+    written = replace(config(), enqueue=({"hidden_size": 16}, {"hidden_size": 32}))
+    study = optuna.create_study(study_name="waves", storage=storage, direction="maximize")
+    storage.set_study_system_attr(study._study_id, BEGUN, True)
+    study.enqueue_trial({"hidden_size": 16})
+    found = create_or_open(written, storage, artifact_store(str(tmp_path / "artifacts")))
+    fixed = [trial.system_attrs["fixed_params"] for trial in found.study.get_trials()]
+    assert fixed == [{"hidden_size": 16}, {"hidden_size": 32}]
+
+
+@pytest.mark.parametrize("data", ["validation = { folds = 100 }", "holdout = 0.99"])
+def test_data_that_cannot_be_split_leave_no_study_behind(
+    opened: Callable[..., OpenStudy], storage: TrialStorage, data: str
+) -> None:
+    with pytest.raises(DataError, match="folds must be 2 to"):
+        opened(data=data)
+    assert storage.get_all_studies() == []
+
+
+def test_a_failed_trial_leaves_no_checkpoint(opened: Callable[..., OpenStudy], tmp_path: Path) -> None:
+    study, store = opened(), artifact_store(str(tmp_path / "artifacts"))
+    lease = study.leases.take(study.study_id, "tester", "cpu")
+    assert lease is not None
+    store.put("checkpoint-1", b"state")
+    study.leases.checkpoint(lease, "checkpoint-1", 1)
+    drop_spent_checkpoints(study, store)
+    assert store.exists("checkpoint-1")
+    study.storage.finish_trial(lease.trial_id, TrialState.FAIL, None)
+    drop_spent_checkpoints(study, store)
+    assert not store.exists("checkpoint-1")
+
+
+def test_a_stopped_study_ends_its_trial_and_a_signal_the_worker(opened: Callable[..., OpenStudy]) -> None:
+    study = opened()
+    attention = Attention(study.leases, "tester")
+    lease = study.leases.take(study.study_id, "tester", "cpu")
+    assert lease is not None
+    study.leases.stop(study.study_id)
+    with attention.holding(lease, 1.0):
+        deadline = time.monotonic() + 30
+        while not attention.asked_to_stop:
+            assert time.monotonic() < deadline, "the news did not come"
+            time.sleep(0.02)
+    assert not attention.told
+    attention.stop()
+    with attention.holding(lease, 60.0):
+        assert attention.asked_to_stop
+    assert attention.told
+
+
+def test_class_names_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    classes = ("[/]", "[bold]b")
+    show_predictions(Predictions(classes, np.full((1, 2), 0.5, np.float32), np.array(["[/]"]), ("[red]1",)))
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("p([/])", "p([bold]b)", "[red]1"))
 
 
 def test_a_class_of_one_is_refused(opened: Callable[..., OpenStudy], tmp_path: Path) -> None:
