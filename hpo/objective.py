@@ -14,7 +14,7 @@ from optuna.trial import TrialState
 from hpo.curves import curve_svg
 from hpo.dashboard import attach_artifact
 from hpo.provenance import device_name, provenance
-from hpo.study import OpenStudy, Plan, ask, folds, order, ranked
+from hpo.study import OpenStudy, Plan, ask, folds, rank, ranked
 from models.bundle import pack
 from models.classifier import ClassifierConfig
 from models.data import Sequences
@@ -224,18 +224,13 @@ def _finish(
 
 def displaced(opened: OpenStudy, number: int, best: Epoch) -> list[str] | None:
     """Weights to drop once this trial is complete, or None where it is not among the best `train.keep_best`."""
-    keep = opened.plan.config.train.keep_best
-    mine = order(opened.plan, best.value, best.log_loss, number)
-    others = [
-        (
-            order(opened.plan, trial.value, trial.user_attrs.get("log_loss"), trial.number),
-            trial.user_attrs.get("weights"),
-        )
-        for trial in ranked(opened)
-    ]
-    if sum(other < mine for other, _ in others) >= keep:
+    others = {trial.number: trial for trial in ranked(opened)}
+    scores = {other: (trial.value or 0.0, trial.user_attrs["log_loss"]) for other, trial in others.items()}
+    places = rank(opened.plan, scores | {number: (best.value, best.log_loss)})
+    kept, dropped = places[: (keep := opened.plan.config.train.keep_best)], places[keep:]
+    if number not in kept:
         return None
-    return [key for _, key in others[keep - 1 :] if key is not None]
+    return [key for other in dropped if (key := others[other].user_attrs.get("weights")) is not None]
 
 
 def _take(params: dict[str, Any], kind: type) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def promote_once(opened: OpenStudy, store: ArtifactStore, worker: str, sequences
     if not leases.take_promotion(study_id, worker):
         return False
     with _renewing(opened, worker, row.lease_s / RENEWALS):
-        own = own_trials(opened)
+        own = ranked(opened)
         version = None
         if own:
             version = promote(opened, store, own[0], sequences).version
@@ -82,17 +82,12 @@ def _renewing(opened: OpenStudy, worker: str, interval_s: float) -> Iterator[Non
         thread.join()
 
 
-def own_trials(opened: OpenStudy) -> list[FrozenTrial]:
-    """Completed trials that this study trained itself (not copied by `warm_start`), best first."""
-    return [trial for trial in ranked(opened) if "seed" in trial.user_attrs]
-
-
 def promote_trial(storage: TrialStorage, name: str, number: int | None) -> ModelVersion:
     """`hpo promote`: the trial of that number, or the best, as a new version."""
     from hpo.worker import fetch_sequences
 
     opened, store = open_study(name, storage), artifact_store()
-    own = own_trials(opened)
+    own = ranked(opened)
     chosen = own if number is None else [trial for trial in own if trial.number == number]
     if not chosen:
         known = ", ".join(str(trial.number) for trial in own) or "none"

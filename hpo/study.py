@@ -459,21 +459,40 @@ def _relative_space(plan: Plan, sampler: optuna.samplers.BaseSampler) -> dict[st
 
 
 def ranked(opened: OpenStudy) -> list[optuna.trial.FrozenTrial]:
-    """The completed trials of the study, best first: by value, then the lower log-loss, then number."""
+    """The completed trials that this study's workers trained, neither copied ones nor another program's; best first."""
     from optuna.trial import TrialState
 
     trials = opened.storage.get_all_trials(opened.study_id, deepcopy=False, states=(TrialState.COMPLETE,))
-    return sorted(
-        trials,
-        key=lambda trial: order(opened.plan, trial.value, trial.user_attrs.get("log_loss"), trial.number),
-    )
+    own = {trial.number: trial for trial in trials if "seed" in trial.user_attrs}
+    scores = {number: (trial.value or 0.0, trial.user_attrs.get("log_loss", math.inf)) for number, trial in own.items()}
+    return [own[number] for number in rank(opened.plan, scores)]
 
 
-def order(plan: Plan, value: float | None, log_loss: float | None, number: int) -> tuple[float, float, int]:
-    """The sort key of a completed trial, least for the best."""
-    assert value is not None
+def rank(plan: Plan, scores: Mapping[int, tuple[float, float]]) -> list[int]:
+    """Trial numbers, best first, of value and log-loss by number.
+
+    Values that no validation sequence tells apart from the top one are alike: among them the lower log-loss is better.
+    The others follow by value, then log-loss. Equal trials stand in the order of their numbers.
+    """
     sign = -1.0 if direction(plan.metric) == "maximize" else 1.0
-    return sign * value, math.inf if log_loss is None else log_loss, number
+    most = min((sign * value for value, _ in scores.values()), default=0.0) + _resolution(plan)
+
+    def key(number: int) -> tuple[bool, float, float, int]:
+        value, log_loss = scores[number]
+        if sign * value <= most:
+            return False, log_loss, sign * value, number
+        return True, sign * value, log_loss, number
+
+    return sorted(scores, key=key)
+
+
+def _resolution(plan: Plan) -> float:
+    """Half of one validation sequence's share: metrics closer than this are alike. Log-loss tells everything apart."""
+    if plan.metric == "log_loss":
+        return 0.0
+    validation = plan.config.data.validation
+    share = validation if isinstance(validation, float) else 1.0
+    return 0.5 / (share * plan.sequences)
 
 
 def _configurations(opened: OpenStudy) -> set[str]:

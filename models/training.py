@@ -146,7 +146,7 @@ class Training:
         for member in self.members:
             member.end_epoch(log_loss)
         self.history.append(epoch)
-        if self.best is None or self._rank(epoch) > self._rank(self.best):
+        if self._is_best(epoch):
             self.best = epoch
             self.best_weights = [member.weights() for member in self.members]
         return epoch
@@ -202,9 +202,17 @@ class Training:
             return 0.5
         return choose_threshold(probabilities, self.labels, self.config.metric)
 
-    def _rank(self, epoch: Epoch) -> tuple[float, float]:
+    def _is_best(self, epoch: Epoch) -> bool:
+        """Whether the latest epoch is the best so far: of those whose metric is no worse than the top by more than
+        half a validation sequence's share, the one with the lowest log-loss. A ranking metric on some dozens of
+        sequences is soon at its top, long before the probabilities are any good.
+        """
         sign = 1.0 if direction(self.config.metric) == "maximize" else -1.0
-        return sign * epoch.value, -epoch.log_loss
+        alike = 0.0 if self.config.metric == "log_loss" else 0.5 / len(self.labels)
+        least = max(sign * past.value for past in self.history) - alike
+        if self.best is None or sign * self.best.value < least:
+            return True
+        return sign * epoch.value >= least and epoch.log_loss < self.best.log_loss
 
 
 class _Member:
