@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from storage.postgres import database_url, home
+from storage.postgres import PostgresError, database_url, home, revive
 
 if TYPE_CHECKING:
     from hpo.config import StudyConfig
     from hpo.study import OpenStudy
     from storage.leases import Snapshot
 
+log = logging.getLogger("hpo")
+
+REVIVE_S = 2.0  # between two looks at the embedded server
 LOOK_S = 0.25  # between two looks at the study
 RESTARTS = 5  # of one worker that ends with an error, before it is left alone
 STOP_S = 30.0  # that workers have to finish a batch and give their trial back
@@ -150,7 +156,7 @@ def _config(study: str | os.PathLike[str] | StudyConfig, overrides: Sequence[str
 def _wait(opened: OpenStudy, workers: int, show: Callable[[Snapshot], None]) -> None:
     """Until the study is promoted. SIGTERM counts as Ctrl-C."""
     asked = _Signals()
-    with asked, LocalWorkers(opened.name, workers) as group:
+    with asked, _server_kept_up(), LocalWorkers(opened.name, workers) as group:
         while True:
             ended = not group.running()
             state = _state(opened)
@@ -174,6 +180,27 @@ def _wait(opened: OpenStudy, workers: int, show: Callable[[Snapshot], None]) -> 
             time.sleep(LOOK_S)
 
 
+@contextmanager
+def _server_kept_up() -> Iterator[None]:
+    """Start the embedded server again should it die while the block runs; a database of others is left to them."""
+    done = threading.Event()
+
+    def look() -> None:
+        while not done.wait(REVIVE_S):
+            try:
+                revive()
+            except PostgresError:
+                log.exception("the embedded server is down")
+
+    thread = threading.Thread(target=look, daemon=True)
+    if not os.environ.get("HPO_DATABASE_URL"):
+        thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+
+
 def _state(opened: OpenStudy) -> Snapshot:
     try:
         return opened.leases.snapshot(opened.study_id)
@@ -189,8 +216,6 @@ class _Signals:
         self._earlier: dict[int, Any] = {}
 
     def __enter__(self) -> None:
-        import threading
-
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._earlier[number] = signal.signal(number, self._note)

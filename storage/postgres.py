@@ -255,6 +255,14 @@ def start() -> str:
             return _url(folder, _start(folder, _read(folder)))
 
 
+def revive() -> None:
+    """Start the embedded server again if it died. One that `stop()` ended, or that never ran here, stays down."""
+    folder = _folder()
+    record = _read(folder)
+    if record and record.host and _trouble(folder, record.port):
+        start()
+
+
 def stop() -> bool:
     """End the embedded server of `home()` (open connections are cut, nothing committed is lost).
 

@@ -235,6 +235,24 @@ def _a_busy_worker(storage: TrialStorage) -> int:
     return int(state.in_flight[0].worker.rsplit("-", 1)[1])
 
 
+def test_an_embedded_server_that_crashes_under_a_launch_comes_back(
+    study_file: Callable[..., Path], environment: dict[str, str], tmp_path: Path, short_folder: Path
+) -> None:
+    file = study_file(trials=3, epochs=30, study='pruner = "none"\nlease = 2')
+    outside = {"HPO_HOME": str(short_folder / "crash")}
+    environment = {name: value for name, value in environment.items() if name != "HPO_DATABASE_URL"} | outside
+    command = [sys.executable, "-P", "-m", "hpo"]
+    launch = [*command, "launch", str(file), "--workers", "1", "--json"]
+    with subprocess.Popen(launch, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as running:
+        log = short_folder / "crash" / "logs" / "waves" / "worker-0.log"
+        wait_for(lambda: log.exists() and "epoch 1" in log.read_text())
+        data = next((short_folder / "crash").rglob("postmaster.pid"))
+        os.kill(int(data.read_text().split()[0]), signal.SIGKILL)
+        output, _ = running.communicate(timeout=120)
+    subprocess.run([*command, "db", "stop"], env=environment, check=True, capture_output=True)
+    assert json.loads(output.splitlines()[-1])["trials"]["complete"] == 3
+
+
 def test_enqueued_configurations_come_first(
     cli: Cli, study_file: Callable[..., Path], trials: Callable[..., list[FrozenTrial]]
 ) -> None:
