@@ -278,7 +278,7 @@ def main() -> None:
             "64": lambda: one_worker(url, n, 64, repeat // 2, "at least 15x"),
             "256": lambda: one_worker(url, n, 256, repeat // 2, "at least 30x"),
             "cold": lambda: cold_start(url, n, "at least 8x"),
-            "growth": lambda: growth(url, 500, 2000 if few else 20000, repeat),
+            "growth": lambda: growth(url, 500, 2000 if few else 20000, 5 * repeat),
             "ends": lambda: other_ends(n, repeat, folder),
             "sleepers": lambda: sleepers(url, 16 if few else 64, 3 if few else 6),
         }

@@ -18,6 +18,7 @@ import json
 import logging
 import os
 import threading
+import time
 import uuid
 import weakref
 from collections.abc import Container, Mapping, Sequence
@@ -487,8 +488,8 @@ class TrialStorage(BaseStorage):
         self._pending: dict[int, _Writes] = {}  # held back
         self._unsure: dict[int, _Writes] = {}  # committed, perhaps not yet on the server's disk
         self._generation = 0  # the connection that `_unsure` was sent on
-        self._timer: threading.Timer | None = None
-        self._failed: psycopg2.DataError | None = None  # met by the timer, raised by the next call
+        self._waiting: threading.Event | None = None  # set while something is held back
+        self._failed: psycopg2.DataError | None = None  # met by the thread, raised by the next call
 
     def __getstate__(self) -> tuple[str, float]:
         self.flush()
@@ -591,15 +592,16 @@ class TrialStorage(BaseStorage):
 
     def _hold_back(self, trial_id: int) -> _Writes:
         """The writes of a trial that wait for the next statement, HELD_BACK_S at the longest."""
-        if self._timer is None:
-            self._timer = threading.Timer(HELD_BACK_S, self._flush_late)
-            self._timer.daemon = True
-            self._timer.start()
+        if self._waiting is None:
+            self._waiting = threading.Event()
+            weakref.finalize(self, self._waiting.set)  # the thread ends with the storage
+            given = (weakref.ref(self), self._waiting)
+            threading.Thread(target=_write_late, args=given, name="hpo-storage", daemon=True).start()
+        self._waiting.set()
         return self._pending.setdefault(trial_id, _Writes())
 
     def _flush_late(self) -> None:
         with self.connection.lock:
-            self._timer = None
             try:
                 if self._pending:
                     self.connection.do(self._flush, retry_s=0.0)
@@ -980,6 +982,18 @@ def _creation(template: FrozenTrial | None) -> Part:
         ),
     }
     return COPY_TRIAL, given
+
+
+def _write_late(reference: weakref.ref[TrialStorage], waiting: threading.Event) -> None:
+    """The thread that writes what no statement took along."""
+    while waiting.wait():
+        time.sleep(HELD_BACK_S)
+        waiting.clear()
+        storage = reference()
+        if storage is None:
+            return
+        storage._flush_late()
+        del storage
 
 
 _OPEN: weakref.WeakSet[TrialStorage] = weakref.WeakSet()
