@@ -360,6 +360,8 @@ def grid(space: Mapping[str, Entry]) -> dict[str, list[Any]]:
 def make_pruner(plan: Plan) -> optuna.pruners.BasePruner:
     import optuna
 
+    from hpo.pruning import MedianPruner
+
     epochs = plan.config.train.epochs
     name = plan.config.study.pruner
     least = max(1, min(epochs // 10, 5))  # epochs before a curve says anything
@@ -368,7 +370,7 @@ def make_pruner(plan: Plan) -> optuna.pruners.BasePruner:
     if name == "halving":
         return optuna.pruners.SuccessiveHalvingPruner(min_resource=least, reduction_factor=3)
     if name == "median":
-        return optuna.pruners.MedianPruner(n_warmup_steps=least)
+        return MedianPruner(n_warmup_steps=least)
     return optuna.pruners.NopPruner()
 
 
