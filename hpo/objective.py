@@ -108,7 +108,12 @@ def _run(opened: OpenStudy, lease: Lease, bench: Bench, attention: Attention) ->
     state = TrialState.COMPLETE
     while not training.finished:
         attention.watch(lease, training, patient=last_s < PATIENT_EPOCH_S)
-        epoch = training.advance(attention.interrupted)
+        try:
+            epoch = training.advance(attention.interrupted)
+        except Interrupted:
+            if attention.out_of_time and training.history:
+                break  # long epochs: the trial ends with what the whole ones gave
+            raise
         last_s = epoch.seconds
         opened.storage.set_trial_intermediate_value(lease.trial_id, epoch.number, epoch.value)
         if attention.out_of_time:

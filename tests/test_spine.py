@@ -321,7 +321,8 @@ def test_a_stopped_study_ends_at_once_and_goes_on_at_the_next_launch(
     tmp_path: Path,
     trials: Callable[..., list[FrozenTrial]],
 ) -> None:
-    file = study_file(trials=3, epochs=60, study='pruner = "none"\nlease = 2')
+    file = study_file(trials=3, epochs=250, study='pruner = "none"\nlease = 2')
+    file.write_text(file.read_text().replace("[train]", "[train]\npatience = 0"))  # longer than the stop takes to start
     command = [sys.executable, "-P", "-m", "hpo", "launch", str(file), "--workers", "1"]
     with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as running:
         wait_for(lambda: any(t.intermediate_values for t in _trials_or_none(trials)))
