@@ -183,10 +183,10 @@ def run(
 def _judge(report: Chaos, opened: Any) -> None:
     """Train every configuration again, undisturbed, in this process."""
     from hpo.reproduce import reproduce
-    from hpo.worker import one_thread
+    from models.machine import prepare_process
     from storage.artifacts import artifact_store
 
-    one_thread()
+    prepare_process()
     found = opened.study.get_trials(deepcopy=False)
     report.numbers = sorted(trial.number for trial in found)
     report.states = dict(Counter(trial.state.name for trial in found))

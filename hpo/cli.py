@@ -170,9 +170,9 @@ def promote(
     """Make a trial's model a new version."""
     from hpo.progress import show_models
     from hpo.promote import promote_trial
-    from hpo.worker import one_thread
+    from models.machine import prepare_process
 
-    one_thread()
+    prepare_process()
     with _opened() as (storage, _):
         model = promote_trial(storage, name, trial)
     show_models([model])
@@ -185,9 +185,9 @@ def reproduce(
 ) -> None:
     """Train a finished trial again from what is recorded; exit status 1 where a bit differs."""
     from hpo.reproduce import reproduce as again
-    from hpo.worker import one_thread
+    from models.machine import prepare_process
 
-    one_thread()
+    prepare_process()
     with _opened() as (storage, _):
         found = again(storage, name, trial)
     if found.equal:

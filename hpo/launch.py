@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from models.machine import ONE_THREAD
 from storage.postgres import PostgresError, database_url, home, revive
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ REVIVE_S = 2.0  # between two looks at the embedded server
 LOOK_S = 0.25  # between two looks at the study
 RESTARTS = 5  # of one worker that ends with an error, before it is left alone
 STOP_S = 30.0  # that workers have to finish a batch and give their trial back
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
 class LaunchError(RuntimeError):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from models.data import Sequences, load
+from models.machine import prepare_process
 from storage.artifacts import ArtifactStore, artifact_store
 from storage.leases import Beat, Lease, Leases, StudyOver
 from storage.postgres import database_url, home
@@ -245,13 +246,6 @@ def choose_device() -> str:
     return f"cuda:{int(os.environ.get('HPO_WORKER_INDEX', '0')) % torch.cuda.device_count()}"
 
 
-def one_thread() -> None:
-    """One thread for torch in this process: more would change the bits, and slow other workers down."""
-    import torch
-
-    torch.set_num_threads(1)
-
-
 def work(study: str | None) -> None:
     """The `hpo worker` command: one thread, logging to the standard error."""
     import optuna
@@ -263,7 +257,7 @@ def work(study: str | None) -> None:
     )
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # samplers comment on conditional parameters at each trial
     started = time.monotonic()
-    one_thread()
+    prepare_process()
     worker = Worker(study)
     log.info("worker %s on %s ready after %.2f s", worker.name, worker.device, time.monotonic() - started)
     worker.run()
