@@ -29,38 +29,56 @@ class Batch:
 class Batches:
     """One part of the data on the device, time-major, so that a batch is one `index_select`."""
 
-    def __init__(self, values: Tensor, lengths: Tensor, labels: Tensor) -> None:
-        """values (S, N, F) and lengths (N,) as `Classifier.prepare` gives them, labels (N,)."""
+    def __init__(self, values: Tensor, lengths: Tensor, labels: Tensor, rows: NDArray[np.int64] | None = None) -> None:
+        """values (S, N, F) and lengths (N,) as `Classifier.prepare` gives them, labels (N,).
+
+        rows: the part's rows of these, all of them if None; parts may share one resident whole.
+        """
         self.values = values.contiguous()
         self.lengths = lengths
         self.labels = labels
-        self._lengths = lengths.cpu().numpy()  # on the host, so that cutting a batch never waits for the device
+        self.rows = np.arange(len(lengths)) if rows is None else rows
+        self._lengths = lengths.cpu().numpy()[self.rows]  # on the host: cutting a batch never waits for the device
 
     def __len__(self) -> int:
-        return len(self._lengths)
+        return len(self.rows)
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all sequences of the part are equally long."""
+        return bool(self._lengths.min() == self._lengths.max())
 
     def training(self, batch_size: int, *seed: object) -> Iterator[Batch]:
         """Every sequence once, in an order that is a function of the seed alone.
 
         Batches are of even size, at most `batch_size`; where lengths vary, of like length.
         """
+        return (self.batch(part) for part in self.parts(batch_size, *seed))
+
+    def parts(self, batch_size: int, *seed: object) -> list[NDArray[np.int64]]:
+        """The batches of `training`, as indices into the part."""
         random = np.random.default_rng(derive("order", *seed))
         order = random.permutation(len(self))
-        if self._lengths.min() < self._lengths.max():
+        if not self.uniform:
             key = self._lengths + random.uniform(0, JITTER * self._lengths.max(), len(self))
             order = np.argsort(key, kind="stable")
         parts = np.array_split(order, -(-len(self) // batch_size))
-        return (self._batch(parts[index]) for index in random.permutation(len(parts)))
+        return [parts[index] for index in random.permutation(len(parts))]
+
+    def longest(self, indices: NDArray[np.int64] | None = None) -> int:
+        """The steps of the longest of these sequences, or of all."""
+        return int((self._lengths if indices is None else self._lengths[indices]).max())
 
     def evaluation(self, batch_size: int = 256) -> Iterator[Batch]:
         """Every sequence once, sorted by length."""
         order = np.argsort(self._lengths, kind="stable")
-        return (self._batch(order[i : i + batch_size]) for i in range(0, len(order), batch_size))
+        return (self.batch(order[i : i + batch_size]) for i in range(0, len(order), batch_size))
 
-    def _batch(self, indices: NDArray[np.int64]) -> Batch:
+    def batch(self, indices: NDArray[np.int64]) -> Batch:
+        """These sequences of the part, cropped to their longest."""
         lengths = self._lengths[indices]
         longest = int(lengths.max())
-        rows = torch.from_numpy(indices).to(self.values.device)
+        rows = torch.from_numpy(self.rows[indices]).to(self.values.device)
         values = self.values[:longest].index_select(1, rows)
         uniform = int(lengths.min()) == longest
         return Batch(values, None if uniform else self.lengths[rows], self.labels[rows], indices)

@@ -112,12 +112,10 @@ class Classifier(nn.Module):
         super().__init__()
         self.config = config
         width = config.hidden_size * (2 if config.bidirectional else 1)
-        between = config.dropout if config.layers > 1 else 0.0
         self.lstm = nn.LSTM(
             config.features * config.patch_length,
             config.hidden_size,
             config.layers,
-            dropout=between,
             bidirectional=config.bidirectional,
         )
         pooled = width * config.patches if config.pooling == "flatten" else width
@@ -153,17 +151,35 @@ class Classifier(nn.Module):
         patches, lengths = fold_patches(values, lengths, self.config.patch_length)
         return patches.transpose(0, 1), lengths
 
-    def logits(self, patches: Tensor, lengths: Tensor | None) -> Tensor:
-        """Time-major patches (S, B, P*F) to logits; `lengths` None says that every sequence fills all S."""
-        if lengths is not None and self.config.bidirectional:
-            outputs = self._bidirectional(patches, lengths)
-        else:
-            outputs = self.lstm(patches)[0]
-        return self.classify(outputs, lengths)
+    def logits(self, patches: Tensor, lengths: Tensor | None, generator: torch.Generator | None = None) -> Tensor:
+        """Time-major patches (S, B, P*F) to logits; `lengths` None says that every sequence fills all S.
 
-    def classify(self, outputs: Tensor, lengths: Tensor | None) -> Tensor:
+        generator: where dropout draws from in training; None: torch's own.
+        """
+        return self.classify(self.outputs(patches, lengths, generator), lengths, generator)
+
+    def outputs(self, patches: Tensor, lengths: Tensor | None, generator: torch.Generator | None = None) -> Tensor:
+        """The last layer's outputs (S, B, D*H); what they hold beyond a sequence's length is of no account."""
+        dropout = self.config.dropout if self.training and self.config.layers > 1 else 0.0
+        flipped = lengths is not None and self.config.bidirectional
+        if not dropout and not flipped:
+            result: Tensor = self.lstm(patches)[0]
+            return result
+        index = _flips(patches.shape[0], cast(Tensor, lengths)) if flipped else None
+        for layer in range(self.config.layers):
+            if layer and dropout:
+                patches = drop(patches, dropout, generator)
+            patches = self._layer(patches, layer, index)
+        return patches
+
+    def classify(self, outputs: Tensor, lengths: Tensor | None, generator: torch.Generator | None = None) -> Tensor:
         """The last layer's outputs (S, B, D*H) to logits: pooling and head."""
-        result: Tensor = self.head(self._pool(outputs, lengths))
+        result = self._pool(outputs, lengths)
+        for module in self.head if isinstance(self.head, nn.Sequential) else [self.head]:
+            if isinstance(module, nn.Dropout):
+                result = drop(result, module.p, generator) if self.training else result
+            else:
+                result = module(result)
         return result.squeeze(-1) if self.config.classes == 2 else result
 
     def _normalize(self, values: Tensor, inside: Tensor, lengths: Tensor) -> Tensor:
@@ -176,24 +192,25 @@ class Classifier(nn.Module):
             return centred / ((centred.square().sum(1, keepdim=True) / count).sqrt() + EPSILON)
         return values
 
-    def _bidirectional(self, patches: Tensor, lengths: Tensor) -> Tensor:
-        """Layer by layer, the reverse direction over each sequence flipped within its own length."""
-        steps = torch.arange(patches.shape[0], device=patches.device)[:, None]
-        flipped = torch.where(steps < lengths, lengths - 1 - steps, steps)[:, :, None]
-        for layer in range(self.config.layers):
-            forward = self._direction(patches, f"l{layer}")
-            backward = self._direction(_reorder(patches, flipped), f"l{layer}_reverse")
-            patches = torch.cat([forward, _reorder(backward, flipped)], 2)
-            if layer < self.config.layers - 1:
-                patches = nn.functional.dropout(patches, self.lstm.dropout, self.training)
-        return patches
+    def _layer(self, patches: Tensor, layer: int, flips: Tensor | None) -> Tensor:
+        """One layer, (S, B, inputs) to (S, B, D*H). With `flips` (S, B, 1) the reverse direction runs over each
+        sequence flipped within its own length.
+        """
+        if not self.config.bidirectional:
+            return self._run(patches, f"l{layer}")
+        if flips is None:
+            return self._run(patches, f"l{layer}", f"l{layer}_reverse")
+        backward = self._run(_reorder(patches, flips), f"l{layer}_reverse")
+        return torch.cat([self._run(patches, f"l{layer}"), _reorder(backward, flips)], 2)
 
-    def _direction(self, patches: Tensor, suffix: str) -> Tensor:
-        """One direction of one layer, (S, B, inputs) to (S, B, H), on the weights named `..._{suffix}`."""
+    def _run(self, patches: Tensor, *suffixes: str) -> Tensor:
+        """torch's LSTM on the weights of one layer named `..._{suffix}`: one direction, or both."""
         kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-        weights = [cast(Tensor, getattr(self.lstm, f"{kind}_{suffix}")) for kind in kinds]
-        zeros = patches.new_zeros(1, patches.shape[1], self.config.hidden_size)
-        outputs: Tensor = torch.lstm(patches, (zeros, zeros), weights, True, 1, 0.0, self.training, False, False)[0]
+        weights = [cast(Tensor, getattr(self.lstm, f"{kind}_{suffix}")) for suffix in suffixes for kind in kinds]
+        directions = len(suffixes)
+        zeros = patches.new_zeros(directions, patches.shape[1], self.config.hidden_size)
+        both = directions == 2
+        outputs: Tensor = torch.lstm(patches, (zeros, zeros), weights, True, 1, 0.0, self.training, both, False)[0]
         return outputs
 
     def _pool(self, outputs: Tensor, lengths: Tensor | None) -> Tensor:
@@ -234,6 +251,20 @@ def to_probabilities(logits: Tensor) -> Tensor:
         positive = logits.sigmoid()
         return torch.stack([1 - positive, positive], 1)
     return logits.softmax(1)
+
+
+def drop(values: Tensor, probability: float, generator: torch.Generator | None) -> Tensor:
+    """Dropout that draws from a generator of the caller's, so that a training's masks are its own."""
+    if not probability:
+        return values
+    kept = torch.empty_like(values).bernoulli_(1 - probability, generator=generator)
+    return values * kept.div_(1 - probability)
+
+
+def _flips(steps: int, lengths: Tensor) -> Tensor:
+    """(S, B, 1): where each step of a sequence flipped within its own length comes from."""
+    index = torch.arange(steps, device=lengths.device)[:, None]
+    return torch.where(index < lengths, lengths - 1 - index, index)[:, :, None]
 
 
 def _reorder(patches: Tensor, index: Tensor) -> Tensor:

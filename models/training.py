@@ -3,35 +3,39 @@
 A `Training` holds the trial's members: one model for a single validation part, k in lockstep for k folds.
 Each epoch trains every member on its own training part, and the metric is taken over the pooled validation
 predictions. Nothing random is kept between epochs: initial weights, the order of batches and dropout are
-functions of (seed, member, epoch), so a checkpoint of weights, optimiser and schedule resumes exactly.
+functions of (seed, member, epoch), the learning rate of the epochs so far, so a checkpoint of weights and
+optimiser resumes exactly.
 """
 
 from __future__ import annotations
 
 import io
 import math
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
 
-from models.batches import Batch, Batches
-from models.classifier import Classifier, ClassifierConfig, to_probabilities
+from models.batches import Batches
+from models.classifier import Classifier, ClassifierConfig
 from models.data import Sequences
+from models.member import EVALUATION_BATCH, Member, Weights
 from models.metrics import choose_threshold, direction, score
 from models.seeds import derive
 
 OPTIMIZERS = ("adamw", "adam", "rmsprop", "sgd")
 SCHEDULES = ("constant", "cosine", "plateau")
-MOMENTUM = 0.9  # of SGD
 PLATEAU_PATIENCE, PLATEAU_FACTOR = 3, 0.5  # epochs without a better validation loss, then this factor
+PLATEAU_BETTER = 1e-4  # share by which a validation loss must fall to be better
+MIB = 2**20
 Part = NDArray[np.int64]  # rows of a data set
-Weights = dict[str, Tensor]
+_initialising = threading.Lock()  # first weights are drawn from torch's own random state
 
 
 class TrainingError(ValueError):
@@ -40,6 +44,10 @@ class TrainingError(ValueError):
 
 class Diverged(RuntimeError):
     """Loss, gradients or predictions stopped being finite numbers."""
+
+
+class OutOfMemory(RuntimeError):
+    """The training does not fit the device's memory; the message has its sizes."""
 
 
 class Interrupted(Exception):
@@ -92,7 +100,8 @@ class Epoch:
 class Training:
     """One trial in training on one device.
 
-    sequences: the whole training file; folds: one (training rows, validation rows) pair a member.
+    Trainings may run beside one another in one process, each in a thread of its own: nothing random is shared, and on
+    a GPU each one has a stream of its own.
     """
 
     def __init__(
@@ -102,19 +111,30 @@ class Training:
         classifier: ClassifierConfig,
         config: TrainingConfig,
         device: str = "cpu",
+        *,
+        graphs: bool = True,
+        fixed_shapes: bool | None = None,
     ) -> None:
+        """sequences: the whole training file; folds: one (training rows, validation rows) pair a member.
+
+        graphs: on a GPU, replay captured steps; else, or where capture fails, run them one operation at a time: the
+        bits are the same. fixed_shapes: steps of a few fixed shapes (see `FixedSteps`); None: on a GPU.
+        Raises OutOfMemory.
+        """
         assert sequences.labels is not None
-        self.config = config
+        self.config, self.classifier = config, classifier
         self.device = torch.device(device)
-        self.members = [
-            _Member(sequences, train, validation, classifier, config, index, self.device)
-            for index, (train, validation) in enumerate(folds)
-        ]
+        self.bytes = memory_bytes(sequences.n, len(folds), classifier, config, self.device.type)
         self.labels = np.concatenate([sequences.labels[validation] for _, validation in folds])
         self.history: list[Epoch] = []
         self.best: Epoch | None = None
         self.best_weights: list[Weights] = []
         self.batches = 0  # trained since this object was made: the progress that a lease wants to see
+        gpu = self.device.type == "cuda"
+        self._stream = torch.cuda.Stream(self.device) if gpu else None  # type: ignore[no-untyped-call]
+        with self._at_work():
+            fixed = gpu if fixed_shapes is None else fixed_shapes
+            self.members = self._members(sequences, folds, fixed, graphs)
         self.parameters = sum(p.numel() for m in self.members for p in m.model.parameters())
         self.fused = self.members[0].fused
 
@@ -130,43 +150,50 @@ class Training:
     def advance(self, interrupted: Callable[[], bool] = lambda: False) -> Epoch:
         """Train one epoch and validate.
 
-        Raises Interrupted as soon as `interrupted()` is true between two batches, and Diverged. After
-        either, the object holds half an epoch: `restore` a checkpoint or drop it.
+        Raises Interrupted as soon as `interrupted()` is true between two batches, Diverged and OutOfMemory. After
+        any of them the object holds half an epoch: `restore` a checkpoint or drop it.
         """
         started = time.perf_counter()
         number = len(self.history) + 1
-        loss = self._train(number, interrupted)
-        probabilities = self.validate()
+        with self._at_work():
+            self._train(number, interrupted)
+            probabilities = self._validate()
+            loss = float(torch.stack([member.loss_sum for member in self.members]).sum())
+        loss /= sum(len(member.train) for member in self.members)
+        if not math.isfinite(loss):
+            raise Diverged(f"the training loss became {loss} in epoch {number}")
         if not np.isfinite(probabilities).all():
             raise Diverged(f"validation predictions are not finite numbers after epoch {number}")
         threshold = self._threshold(probabilities)
         value = score(self.config.metric, probabilities, self.labels, threshold)
         log_loss = score("log_loss", probabilities, self.labels)
         epoch = Epoch(number, loss, value, log_loss, threshold, time.perf_counter() - started)
-        for member in self.members:
-            member.end_epoch(log_loss)
         self.history.append(epoch)
         if self._is_best(epoch):
             self.best = epoch
-            self.best_weights = [member.weights() for member in self.members]
+            self.best_weights = self._weights()
         return epoch
 
     def validate(self) -> NDArray[np.float64]:
         """Each member's probabilities (rows of its validation part, K), pooled in the order of the folds."""
-        return np.concatenate([member.validate() for member in self.members])
+        with self._at_work():
+            return self._validate()
 
     def load(self, members: Sequence[Weights]) -> None:
         """Put these weights into the members, to `validate` them."""
-        for member, weights in zip(self.members, members, strict=True):
-            member.model.load_state_dict(weights)
+        with self._at_work():
+            for member, weights in zip(self.members, members, strict=True):
+                member.model.load_state_dict(weights)
 
     def state(self) -> bytes:
-        """A checkpoint: everything that the next epoch depends on."""
+        """A checkpoint: everything that the next epoch depends on. Devices may take it from one another."""
+        with self._at_work():
+            members = [member.state() for member in self.members]
         content = {
             "history": [vars(epoch) for epoch in self.history],
             "best": None if self.best is None else self.best.number,
             "best_weights": self.best_weights,
-            "members": [member.state() for member in self.members],
+            "members": members,
         }
         buffer = io.BytesIO()
         torch.save(content, buffer)
@@ -178,24 +205,66 @@ class Training:
         self.history = [Epoch(**epoch) for epoch in content["history"]]
         self.best = next((epoch for epoch in self.history if epoch.number == content["best"]), None)
         self.best_weights = content["best_weights"]
-        for member, state in zip(self.members, content["members"], strict=True):
-            member.restore(state)
+        with self._at_work():
+            for member, state in zip(self.members, content["members"], strict=True):
+                member.restore(state)
 
-    def _train(self, number: int, interrupted: Callable[[], bool]) -> float:
-        losses = []
+    def _train(self, number: int, interrupted: Callable[[], bool]) -> None:
+        rate = learning_rate(self.config, [epoch.log_loss for epoch in self.history])
         for member in self.members:
-            torch.manual_seed(derive("dropout", self.config.seed, member.index, number))
-            member.begin_epoch()
-            for batch in member.train.training(self.config.batch_size, self.config.seed, member.index, number):
+            for step in member.epoch(number, rate):
                 if interrupted():
                     raise Interrupted
-                member.step(batch)
+                step()
                 self.batches += 1
-            losses.append(member.loss_sum)
-        total = float(torch.stack(losses).sum()) / sum(len(member.train) for member in self.members)
-        if not math.isfinite(total):
-            raise Diverged(f"the training loss became {total} in epoch {number}")
-        return total
+
+    def _validate(self) -> NDArray[np.float64]:
+        return torch.cat([member.validate() for member in self.members]).cpu().numpy().astype(np.float64)
+
+    def _weights(self) -> list[Weights]:
+        with self._at_work():
+            return [member.weights() for member in self.members]
+
+    @contextmanager
+    def _at_work(self) -> Iterator[None]:
+        """On this training's stream; whatever says that memory ran out says so with the sizes."""
+        stream = nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+        try:
+            with stream:
+                yield
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise OutOfMemory(f"out of memory on {self.device}: {self._size()}") from None
+
+    def _size(self) -> str:
+        shape, config = self.classifier, self.config
+        return (
+            f"hidden_size {shape.hidden_size}, layers {shape.layers}, batch_size {config.batch_size}, up to "
+            f"{shape.patches} steps of {shape.features * shape.patch_length} values, {shape.bidirectional=}: some "
+            f"{self.bytes / MIB:.0f} MiB; allow smaller sizes in [space], or fewer slots or workers on this device"
+        ).replace("shape.bidirectional", "bidirectional")
+
+    def _members(
+        self, sequences: Sequences, folds: Sequence[tuple[Part, Part]], fixed_shapes: bool, graphs: bool
+    ) -> list[Member]:
+        values, lengths = torch.from_numpy(sequences.values), torch.from_numpy(sequences.lengths)
+        labels = torch.from_numpy(sequences.labels).to(self.device)
+        found: list[Member] = []
+        whole: tuple[torch.Tensor, torch.Tensor] | None = None  # what members share that prepare their data alike
+        for index, (train, validation) in enumerate(folds):
+            model = _model(self.classifier, derive("weights", self.config.seed, index))
+            model.fit_normalization(values[train], lengths[train])
+            model.to(self.device)
+            if whole is None or self.classifier.normalization == "channel":
+                with torch.no_grad():
+                    patches, counts = model.prepare(values.to(self.device), lengths.to(self.device))
+                whole = patches.contiguous(), counts
+            parts = [Batches(*whole, labels, rows) for rows in (train, validation)]
+            found.append(
+                Member(model, parts[0], parts[1], self.config, index, fixed_shapes=fixed_shapes, graphs=graphs)
+            )
+        return found
 
     def _threshold(self, probabilities: NDArray[np.float64]) -> float:
         if self.config.threshold == "half" or probabilities.shape[1] != 2:
@@ -215,114 +284,51 @@ class Training:
         return sign * epoch.value >= least and epoch.log_loss < self.best.log_loss
 
 
-class _Member:
-    """One model of a trial with its optimiser and its two parts of the data."""
+def learning_rate(config: TrainingConfig, log_losses: Sequence[float]) -> float:
+    """The rate of the epoch that follows epochs with these validation log-losses.
 
-    def __init__(
-        self,
-        sequences: Sequences,
-        train: Part,
-        validation: Part,
-        classifier: ClassifierConfig,
-        config: TrainingConfig,
-        index: int,
-        device: torch.device,
-    ) -> None:
-        self.config, self.index, self.device = config, index, device
-        torch.manual_seed(derive("weights", config.seed, index))
-        self.model = Classifier(classifier)
-        values, lengths = torch.from_numpy(sequences.values), torch.from_numpy(sequences.lengths)
-        self.model.fit_normalization(values[train], lengths[train])
-        self.model.to(device)
-        assert sequences.labels is not None
-        labels = torch.from_numpy(sequences.labels)
-        self.train = _resident(self.model, values[train], lengths[train], labels[train], device)
-        self.validation = _resident(self.model, values[validation], lengths[validation], labels[validation], device)
-        self.loss = _loss(labels[train], classifier, config).to(device)
-        self.optimizer, self.fused = _optimizer(self.model, config)
-        self.schedule = _schedule(self.optimizer, config)
-        self.loss_sum = torch.zeros((), device=device)
-
-    def begin_epoch(self) -> None:
-        self.model.train()
-        self.loss_sum = torch.zeros((), device=self.device)
-
-    def step(self, batch: Batch) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-        with self._autocast():
-            logits = self.model.logits(batch.values, batch.lengths)
-        labels = batch.labels if self.model.config.classes > 2 else batch.labels.float()
-        loss: Tensor = self.loss(logits.float(), labels)
-        loss.backward()  # type: ignore[no-untyped-call]
-        if self.config.gradient_clip:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.gradient_clip)
-        self.optimizer.step()
-        self.loss_sum += loss.detach() * len(batch.indices)
-
-    def end_epoch(self, log_loss: float) -> None:
-        if isinstance(self.schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            self.schedule.step(log_loss)
-        elif self.schedule is not None:
-            self.schedule.step()
-
-    @torch.inference_mode()
-    def validate(self) -> NDArray[np.float64]:
-        self.model.eval()
-        result = np.empty((len(self.validation), self.model.config.classes))
-        for batch in self.validation.evaluation():
-            with self._autocast():
-                logits = self.model.logits(batch.values, batch.lengths)
-            result[batch.indices] = to_probabilities(logits).cpu().numpy()
-        return result
-
-    def weights(self) -> Weights:
-        return {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}
-
-    def state(self) -> dict[str, Any]:
-        schedule = None if self.schedule is None else self.schedule.state_dict()
-        return {"model": self.weights(), "optimizer": self.optimizer.state_dict(), "schedule": schedule}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.schedule is not None:
-            self.schedule.load_state_dict(state["schedule"])
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
-
-
-def _resident(model: Classifier, values: Tensor, lengths: Tensor, labels: Tensor, device: torch.device) -> Batches:
-    with torch.no_grad():
-        patches, counts = model.prepare(values.to(device), lengths.to(device))
-    return Batches(patches, counts, labels.to(device))
-
-
-def _loss(labels: Tensor, classifier: ClassifierConfig, config: TrainingConfig) -> nn.Module:
-    if config.class_weight == "none":
-        return nn.BCEWithLogitsLoss() if classifier.classes == 2 else nn.CrossEntropyLoss()
-    counts = torch.bincount(labels, minlength=classifier.classes).clamp(min=1).float()
-    if classifier.classes == 2:
-        return nn.BCEWithLogitsLoss(pos_weight=counts[0] / counts[1])
-    return nn.CrossEntropyLoss(weight=counts.sum() / (classifier.classes * counts))
-
-
-def _optimizer(model: nn.Module, config: TrainingConfig) -> tuple[torch.optim.Optimizer, bool]:
-    """The optimiser and whether it is torch's fused one (its bits differ from the unfused one's)."""
-    rate, decay = config.learning_rate, config.weight_decay
-    if config.optimizer == "rmsprop":
-        return torch.optim.RMSprop(model.parameters(), rate, weight_decay=decay), False
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(model.parameters(), rate, MOMENTUM, weight_decay=decay, fused=True), True
-    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
-    return kind(model.parameters(), rate, weight_decay=decay, fused=True), True
-
-
-def _schedule(
-    optimizer: torch.optim.Optimizer, config: TrainingConfig
-) -> torch.optim.lr_scheduler.LRScheduler | torch.optim.lr_scheduler.ReduceLROnPlateau | None:
+    cosine: from the rate to 0 over all epochs (Loshchilov and Hutter, 2017, without restarts); plateau: halved after
+    PLATEAU_PATIENCE epochs without a lower loss, as torch's ReduceLROnPlateau counts them.
+    """
+    rate, epoch = config.learning_rate, len(log_losses)
     if config.schedule == "cosine":
-        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.epochs)
+        return rate * (1 + math.cos(math.pi * epoch / config.epochs)) / 2
     if config.schedule == "plateau":
-        return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=PLATEAU_FACTOR, patience=PLATEAU_PATIENCE)
-    return None
+        least, stale = math.inf, 0
+        for loss in log_losses:
+            least, stale = (loss, 0) if loss < least * (1 - PLATEAU_BETTER) else (least, stale + 1)
+            if stale > PLATEAU_PATIENCE:
+                rate, stale = rate * PLATEAU_FACTOR, 0
+    return rate
+
+
+def memory_bytes(n: int, members: int, classifier: ClassifierConfig, config: TrainingConfig, device: str) -> int:
+    """A rough upper estimate of what a training of n sequences takes on its device, in bytes.
+
+    Data; weights, gradients and optimiser; what the backward pass keeps of each step (four gates, cell, output and
+    their gradients). On a GPU each member keeps its own, in the pool of its graphs.
+    """
+    directions = 2 if classifier.bidirectional else 1
+    width, inputs = directions * classifier.hidden_size, classifier.features * classifier.patch_length
+    copies = members if classifier.normalization == "channel" else 1
+    data = 2 * copies * n * classifier.patches * inputs
+    weights, kept = 0, 0
+    for _ in range(classifier.layers):
+        weights += 4 * width * (inputs + classifier.hidden_size + 2)
+        kept += classifier.patches * (12 * width + inputs)
+        inputs = width
+    rows = max(config.batch_size, EVALUATION_BATCH[device] // 4)
+    return 4 * (data + members * 4 * weights + (members if device == "cuda" else 1) * rows * kept)
+
+
+def _model(config: ClassifierConfig, seed: int) -> Classifier:
+    """A network whose first weights are a function of the seed; torch's own random state is left alone."""
+    with torch.random.fork_rng(devices=[]), _initialising:
+        torch.manual_seed(seed)
+        return Classifier(config)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether a GPU's, a CPU's or a library's allocator says so: only some of them have a type of their own."""
+    signs = ("out of memory", "can't allocate memory", "could not allocate", "ALLOC_FAILED")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
