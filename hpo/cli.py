@@ -23,6 +23,7 @@ OURS = ("hpo", "models", "storage")  # packages whose exceptions are answers and
 INTERRUPTED = 130
 
 StudyName = Annotated[str, typer.Argument(help="Name of a study.")]
+Slots = Annotated[str, typer.Option(help="Trials at once in one worker: a number, or auto (by the GPU's memory).")]
 Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON as the last line.")]
 
 
@@ -75,7 +76,7 @@ def launch(
     with Progress(quiet=quiet) as progress:
         summary = run(
             study,
-            workers=_workers(workers),
+            workers=_number("workers", workers),
             overrides=set_ or (),
             trials=trials,
             detach=detach,
@@ -92,11 +93,12 @@ def launch(
 @app.command()
 def worker(
     study: Annotated[str | None, typer.Option(help="Serve this study only, until it is over.")] = None,
+    slots: Slots = "1",
 ) -> None:
     """One standing worker: take trials of that study, or of any open study, until told to stop."""
     from hpo.worker import work
 
-    work(study)
+    work(study, _number("slots", slots))
 
 
 @app.command()
@@ -264,7 +266,7 @@ def demo(
     """The main job on real data that ships with the project."""
     from hpo.demo import run
 
-    run(_workers(workers), trials)
+    run(_number("workers", workers), trials)
 
 
 @db.command("url")
@@ -292,11 +294,11 @@ def db_stop() -> None:
     typer.echo("stopped" if stop_server() else "it was not running")
 
 
-def _workers(text: str) -> int | None:
+def _number(option: str, text: str) -> int | None:
     if text == "auto":
         return None
     if not text.isdecimal() or int(text) < 1:
-        raise typer.BadParameter(f"--workers must be auto or a number of at least 1, got {text!r}")
+        raise typer.BadParameter(f"--{option} must be auto or a number of at least 1, got {text!r}")
     return int(text)
 
 

@@ -18,8 +18,9 @@ from hpo.study import OpenStudy, Plan, ask, folds, rank, ranked
 from models.bundle import pack
 from models.classifier import ClassifierConfig
 from models.data import Sequences
+from models.machine import release_memory
 from models.seeds import derive
-from models.training import Epoch, Interrupted, Training, TrainingConfig
+from models.training import Epoch, Interrupted, OutOfMemory, Training, TrainingConfig
 from storage.artifacts import ArtifactError, ArtifactStore, MissingArtifactError
 from storage.leases import Lease
 from storage.postgres import PostgresError
@@ -47,6 +48,11 @@ class Bench:
 
 def build(plan: Plan, params: Mapping[str, Any], seed: int, sequences: Sequences, device: str) -> Training:
     """The training of one configuration: parameters, seed and data are all that it depends on."""
+    classifier, config = configurations(plan, params, seed)
+    return Training(sequences, folds(plan.config, sequences), classifier, config, device)
+
+
+def configurations(plan: Plan, params: Mapping[str, Any], seed: int) -> tuple[ClassifierConfig, TrainingConfig]:
     given = dict(params)
     classifier = ClassifierConfig(
         features=len(plan.features),
@@ -63,7 +69,7 @@ def build(plan: Plan, params: Mapping[str, Any], seed: int, sequences: Sequences
         seed=seed,
         **_take(given, TrainingConfig),
     )
-    return Training(sequences, folds(plan.config, sequences), classifier, config, device)
+    return classifier, config
 
 
 def trial_seed(plan: Plan, number: int) -> int:
@@ -77,8 +83,15 @@ def run_trial(opened: OpenStudy, lease: Lease, bench: Bench, attention: Attentio
     lease was lost): another worker goes on with it.
     """
     opened.storage.attach(lease)
+    checkpoints = _Checkpoints(opened, lease, bench.store)
     try:
-        return _run(opened, lease, bench, attention)
+        try:
+            return _run(opened, lease, bench, attention, checkpoints)
+        except OutOfMemory as error:
+            log.warning("trial %d waits until it has the device for itself: %s", lease.number, error)
+        with attention.alone():  # outside of the clause, whose traceback holds on to the training
+            release_memory(bench.device)
+            return _run(opened, lease, bench, attention, checkpoints)
     except LeaseLost as lost:
         log.warning("trial %d: %s", lease.number, lost)
         return None
@@ -95,15 +108,16 @@ def run_trial(opened: OpenStudy, lease: Lease, bench: Bench, attention: Attentio
         return TrialState.FAIL
     finally:
         opened.storage.detach(lease)
+        if bench.device != "cpu":
+            release_memory(bench.device)  # one stream's memory is of no use to another
 
 
-def _run(opened: OpenStudy, lease: Lease, bench: Bench, attention: Attention) -> TrialState:
+def _run(opened: OpenStudy, lease: Lease, bench: Bench, attention: Attention, checkpoints: _Checkpoints) -> TrialState:
     params = ask(opened, lease)
     seed = trial_seed(opened.plan, lease.number)
     training = build(opened.plan, params, seed, bench.sequences, bench.device)
-    _restore(training, lease, bench.store)
+    checkpoints.restore(training)
     log.info("trial %d: epoch %d, %s", lease.number, len(training.history) + 1, params)
-    checkpoints = _Checkpoints(opened, lease, bench.store)
     last_s = 0.0
     state = TrialState.COMPLETE
     while not training.finished:
@@ -115,7 +129,10 @@ def _run(opened: OpenStudy, lease: Lease, bench: Bench, attention: Attention) ->
                 break  # long epochs: the trial ends with what the whole ones gave
             raise
         last_s = epoch.seconds
+        if epoch.number <= checkpoints.reported:
+            continue  # done before memory ran out
         opened.storage.set_trial_intermediate_value(lease.trial_id, epoch.number, epoch.value)
+        checkpoints.reported = epoch.number
         if attention.out_of_time:
             break
         if not training.finished and _prune(opened, lease):
@@ -125,16 +142,6 @@ def _run(opened: OpenStudy, lease: Lease, bench: Bench, attention: Attention) ->
     _finish(opened, lease, bench, training, state, {"seed": seed, "params": params})
     drop_spent_checkpoints(opened, bench.store)
     return state
-
-
-def _restore(training: Training, lease: Lease, store: ArtifactStore) -> None:
-    """Go on from the lease's checkpoint. Without it from the start: the same epochs then give the same values."""
-    if lease.checkpoint_key is None:
-        return
-    try:
-        training.restore(store.get(lease.checkpoint_key))
-    except MissingArtifactError as missing:
-        log.warning("trial %d starts again from its first epoch: %s", lease.number, missing)
 
 
 def _prune(opened: OpenStudy, lease: Lease) -> bool:
@@ -154,7 +161,18 @@ class _Checkpoints:
 
     def __init__(self, opened: OpenStudy, lease: Lease, store: ArtifactStore) -> None:
         self.opened, self.lease, self.store = opened, lease, store
+        self.key = lease.checkpoint_key
+        self.reported = 0  # the last epoch that the database was told of under this lease
         self.written_at = time.monotonic()
+
+    def restore(self, training: Training) -> None:
+        """Go on from the current one. Without it from the start: the same epochs then give the same values."""
+        if self.key is None:
+            return
+        try:
+            training.restore(self.store.get(self.key))
+        except MissingArtifactError as missing:
+            log.warning("trial %d starts again from its first epoch: %s", self.lease.number, missing)
 
     def after(self, training: Training, attention: Attention) -> None:
         """Checkpoint where one is due. Raises Interrupted after it when the worker was asked to stop."""
@@ -178,6 +196,7 @@ class _Checkpoints:
             raise
         if replaced is not None and replaced != key:
             self.store.delete(replaced)
+        self.key = key
         self.written_at = time.monotonic()
 
 

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
     from models.bundle import BundleConfig
     from models.metrics import Scores
-    from models.training import Training, Weights
+    from models.member import Weights
+    from models.training import Training
     from storage.trials import TrialStorage
 
 log = logging.getLogger("hpo")

@@ -65,6 +65,12 @@ class Plan:
         assert self.config.study.metric is not None
         return self.config.study.metric
 
+    @property
+    def members(self) -> int:
+        """Models that a trial trains: one a fold."""
+        validation = self.config.data.validation
+        return validation.folds if isinstance(validation, Folds) else 1
+
     def to_json(self) -> dict[str, Any]:
         return vars(self) | {"config": to_dict(self.config), "written": to_dict(self.written)}
 

@@ -35,6 +35,7 @@ PLATEAU_PATIENCE, PLATEAU_FACTOR = 3, 0.5  # epochs without a better validation 
 PLATEAU_BETTER = 1e-4  # share by which a validation loss must fall to be better
 MIB = 2**20
 Part = NDArray[np.int64]  # rows of a data set
+_own = threading.local()  # each thread's streams: what one captures no other may write into
 _initialising = threading.Lock()  # first weights are drawn from torch's own random state
 
 
@@ -131,7 +132,7 @@ class Training:
         self.best_weights: list[Weights] = []
         self.batches = 0  # trained since this object was made: the progress that a lease wants to see
         gpu = self.device.type == "cuda"
-        self._stream = torch.cuda.Stream(self.device) if gpu else None  # type: ignore[no-untyped-call]
+        self._stream = _own_stream(self.device) if gpu else None
         with self._at_work():
             fixed = gpu if fixed_shapes is None else fixed_shapes
             self.members = self._members(sequences, folds, fixed, graphs)
@@ -319,6 +320,14 @@ def memory_bytes(n: int, members: int, classifier: ClassifierConfig, config: Tra
         inputs = width
     rows = max(config.batch_size, EVALUATION_BATCH[device] // 4)
     return 4 * (data + members * 4 * weights + (members if device == "cuda" else 1) * rows * kept)
+
+
+def _own_stream(device: torch.device) -> torch.cuda.Stream:
+    """This thread's stream on the device. torch has 32 a device before it hands out the same one again."""
+    streams: dict[torch.device, torch.cuda.Stream] = _own.__dict__.setdefault("streams", {})
+    if device not in streams:
+        streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    return streams[device]
 
 
 def _model(config: ClassifierConfig, seed: int) -> Classifier:
