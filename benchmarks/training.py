@@ -1,0 +1,536 @@
+"""How many sequences a second train on all cores: ours beside the loops that people write, in turns in one run.
+
+    python benchmarks/training.py [--quick] [--rounds 5] [--window 1.5] [--cases 0 1 …] [--forms ours lightning …]
+
+(a) threads: DataLoader, nn.LSTM, BCE, Adam, `loss.item()` each step, packed sequences where lengths vary, at torch's
+own number of threads: in one process, or in one a core; the faster of the two is the figure. (b) plain: the same with
+one thread a process, one process a core. (c) lightning and (d) skorch, with one thread a process too (extra
+`benchmarks`). Ours: `models.training.Training`, one a core. All train the same network on the same data, with the
+same Adam, rate and batch size. Every process stays for the whole run and takes orders over a pipe; those of one form
+start at the same instant and train for a window, the forms in turns, several rounds. Times are taken in the processes.
+
+Shapes are (T, F, H, L, B): steps, features, hidden size, layers, batch size. Lengths: all T, or mean 0.55 T, or 0.3 T.
+The share of the cores' peak counts the multiplications of the valid steps alone, forward and backward, against float32
+matrix products that run on all cores at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import logging
+import math
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+# Python looks for modules beside the script first, where `storage` would be the benchmark of that name.
+sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != Path(__file__).resolve().parent]
+
+from models.classifier import ClassifierConfig  # noqa: E402
+from models.data import Sequences, from_arrays  # noqa: E402
+from models.machine import ONE_THREAD, prepare_process  # noqa: E402
+from models.training import Training, TrainingConfig  # noqa: E402
+
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+PROCESSES = multiprocessing.get_context("spawn")
+RATE = 1e-3  # Adam's
+TOLERANCE = 1e-3  # relative, between the mean losses of an epoch: other orders of summing, some dozens of Adam steps
+GEMM = 2048  # rows of the square matrices that the peak is measured with
+START_S = 0.05  # from the order to the instant at which all begin
+FORMS = ("threads", "plain", "ours", "bfloat16", "lightning", "skorch")
+Train = Callable[[float], tuple[int, float]]  # until this time -> sequences trained, seconds
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape and one distribution of lengths."""
+
+    T: int
+    F: int
+    H: int
+    L: int
+    B: int
+    target: float  # times (a)
+    mean: float = 1.0  # of the lengths, share of T
+    n: int = 512  # training sequences
+    validation: int = 0  # sequences that each epoch validates on; 0: none, or as few as may be
+
+    @property
+    def name(self) -> str:
+        return f"{self.T}, {self.F}, {self.H}, {self.L}, {self.B}"
+
+    def lengths(self) -> Any:
+        """(n + validation part,) valid steps; one sequence has all T."""
+        random = np.random.default_rng(0)
+        count = self.n + max(self.validation, 2)
+        if self.mean == 1.0:
+            return np.full(count, self.T)
+        spread = random.beta(1, 0.9 / (self.mean - 0.1) - 1, count)  # of mean (mean - 0.1) / 0.9
+        lengths = np.clip(np.round(self.T * (0.1 + 0.9 * spread)), 1, self.T).astype(int)
+        lengths[0] = self.T
+        return lengths
+
+    def sequences(self) -> Sequences:
+        """The training rows first, then the validation part: noise with a class's offset in the first feature."""
+        lengths = self.lengths()
+        random = np.random.default_rng(1)
+        labels = np.arange(len(lengths)) % 2
+        X = random.normal(0, 1, (len(lengths), self.T, self.F))
+        X[:, :, 0] += 0.2 * labels[:, None]
+        return from_arrays(X, labels, lengths)
+
+    def flops(self) -> float:
+        """Of the mean training sequence, forward and backward: what the valid steps need, products alone."""
+        products = self.F * self.H + self.H * self.H + (self.L - 1) * 2 * self.H * self.H
+        return float(2 * 4 * products * self.lengths()[: self.n].mean() * 3)
+
+
+SHAPES = (
+    Case(100, 1, 16, 1, 16, 2.4),
+    Case(100, 9, 64, 1, 64, 1.3),
+    Case(500, 1, 64, 1, 64, 2.4),
+    Case(100, 9, 128, 2, 64, 1.9),
+    Case(100, 9, 256, 1, 16, 1.35),
+)
+VARIABLE = SHAPES[:4]  # shapes that are measured at both distributions of lengths, too
+VARIABLE_TARGET = 6.0
+
+
+# --------------------------------------------------------------------------------------------------------- the forms
+
+
+class Plain(nn.Module):
+    """nn.LSTM and a linear layer on the last hidden state."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(case.F, case.H, case.L, batch_first=True)
+        self.head = nn.Linear(case.H, 1)
+
+    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """x (B, T, F) and lengths (B,), None where all are T, to logits (B,)."""
+        if lengths is not None:
+            x = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        _, (hidden, _) = self.lstm(x)
+        return self.head(hidden[-1]).squeeze(1)
+
+
+def tensors(case: Case) -> tuple[Dataset[Any], Dataset[Any]]:
+    """Training and validation part: (x, y), or where lengths vary (x, lengths, y)."""
+    sequences = case.sequences()
+    parts = [torch.from_numpy(sequences.values), torch.from_numpy(sequences.labels).float()]
+    if case.mean < 1:
+        parts.insert(1, torch.from_numpy(sequences.lengths))
+    return TensorDataset(*(part[: case.n] for part in parts)), TensorDataset(*(part[case.n :] for part in parts))
+
+
+def plain(case: Case) -> Train:
+    """The loop that people write."""
+    train, validation = tensors(case)
+    model, loss_function = Plain(case), nn.BCEWithLogitsLoss()
+    optimizer = torch.optim.Adam(model.parameters(), lr=RATE)
+    loader, validation_loader = DataLoader(train, case.B, shuffle=True), DataLoader(validation, case.B)
+
+    def until(end: float) -> tuple[int, float]:
+        began, seen, total = time.monotonic(), 0, 0.0
+        while True:
+            model.train()
+            for *inputs, y in loader:
+                optimizer.zero_grad()
+                loss = loss_function(model(*inputs), y)
+                loss.backward()
+                optimizer.step()
+                total += loss.item()
+                seen += len(y)
+                if time.monotonic() >= end and not case.validation:
+                    return seen, time.monotonic() - began
+            if case.validation:
+                validate()
+                if time.monotonic() >= end:
+                    return seen, time.monotonic() - began
+
+    def validate() -> float:
+        model.eval()
+        with torch.no_grad():
+            losses = [loss_function(model(*inputs), y).item() for *inputs, y in validation_loader]
+        return statistics.mean(losses)
+
+    return until
+
+
+def training(case: Case, precision: str = "float32") -> Training:
+    """Our training of the case."""
+    sequences = case.sequences()
+    rows = np.arange(sequences.n)
+    config = TrainingConfig(
+        metric="log_loss",
+        epochs=10**9,
+        patience=None,
+        batch_size=case.B,
+        optimizer="adam",
+        learning_rate=RATE,
+        gradient_clip=0.0,
+        precision=precision,
+    )
+    shape = ClassifierConfig(features=case.F, classes=2, steps=case.T, hidden_size=case.H, layers=case.L)
+    return Training(sequences, [(rows[: case.n], rows[case.n :])], shape, config)
+
+
+def ours(case: Case, precision: str = "float32") -> Train:
+    trained = training(case, precision)
+
+    def until(end: float) -> tuple[int, float]:
+        began, seen = time.monotonic(), 0
+        while time.monotonic() < end:
+            trained.advance()
+            seen += case.n
+        return seen, time.monotonic() - began
+
+    return until
+
+
+def lightning(case: Case) -> Train:
+    """A LightningModule under a Trainer without logger, checkpoints and progress bar; its set-up is not counted."""
+    from lightning.pytorch import Callback, LightningModule, Trainer
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+
+    class Module(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model, self.loss = Plain(case), nn.BCEWithLogitsLoss()
+
+        def training_step(self, batch: Any, _: int) -> Tensor:
+            *inputs, y = batch
+            return self.loss(self.model(*inputs), y)
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.Adam(self.parameters(), lr=RATE)
+
+    class Window(Callback):
+        def __init__(self, end: float) -> None:
+            self.end, self.began, self.ended, self.seen = end, 0.0, 0.0, 0
+
+        def on_train_start(self, *_: Any) -> None:
+            self.began = time.monotonic()
+
+        def on_train_batch_end(self, trainer: Any, _: Any, __: Any, batch: Any, *___: Any) -> None:
+            self.seen, self.ended = self.seen + len(batch[-1]), time.monotonic()
+            trainer.should_stop = self.ended >= self.end
+
+    module, loader = Module(), DataLoader(tensors(case)[0], case.B, shuffle=True)
+    off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+
+    def until(end: float) -> tuple[int, float]:
+        window = Window(end)
+        Trainer(accelerator="cpu", max_epochs=-1, callbacks=[window], **off).fit(module, loader)
+        return window.seen, window.ended - window.began
+
+    return until
+
+
+def skorch(case: Case) -> Train:
+    """A NeuralNet without validation split and printed log."""
+    from skorch import NeuralNet
+    from skorch.callbacks import Callback
+
+    class Window(Callback):
+        end = began = ended = 0.0
+        seen = 0
+
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            self.began, self.seen = time.monotonic(), 0
+
+        def on_batch_end(self, _: Any, batch: Any = None, **__: Any) -> None:
+            self.seen, self.ended = self.seen + len(batch[1]), time.monotonic()
+            if self.ended >= self.end:
+                raise KeyboardInterrupt  # skorch ends the fit and keeps what was learnt
+
+    class Named(Dataset[Any]):
+        """skorch passes a dictionary on as arguments by name."""
+
+        def __init__(self, part: Dataset[Any]) -> None:
+            self.part = part
+
+        def __len__(self) -> int:
+            return len(self.part)
+
+        def __getitem__(self, index: int) -> Any:
+            *inputs, y = self.part[index]
+            return dict(zip(("x", "lengths"), inputs, strict=False)), y
+
+    window = Window()
+    net = NeuralNet(
+        Plain,
+        module__case=case,
+        criterion=nn.BCEWithLogitsLoss,
+        optimizer=torch.optim.Adam,
+        lr=RATE,
+        batch_size=case.B,
+        iterator_train__shuffle=True,
+        train_split=None,
+        callbacks=[("window", window)],
+        callbacks__print_log=None,
+        verbose=0,
+    ).initialize()
+    window = dict(net.callbacks_)["window"]
+    data = Named(tensors(case)[0])
+
+    def until(end: float) -> tuple[int, float]:
+        window.end = end
+        net.partial_fit(data, None, epochs=10**9)
+        return window.seen, window.ended - window.began
+
+    return until
+
+
+def peak() -> Train:
+    """Products of float32 matrices, counted in units of their floating-point operations."""
+    a, b = torch.randn(GEMM, GEMM), torch.randn(GEMM, GEMM)
+    out = torch.empty(GEMM, GEMM)
+
+    def until(end: float) -> tuple[int, float]:
+        began, count = time.monotonic(), 0
+        while time.monotonic() < end:
+            torch.mm(a, b, out=out)
+            count += 1
+        return 2 * GEMM**3 * count, time.monotonic() - began
+
+    return until
+
+
+def difference(case: Case) -> float:
+    """The largest relative difference between our mean loss of an epoch and the plain loop's, over two epochs from the
+    same weights on the same batches."""
+    trained, model = training(case), Plain(case)
+    member = trained.members[0]
+    known = {name: value.clone() for name, value in member.model.state_dict().items() if name in model.state_dict()}
+    model.load_state_dict(known)
+    optimizer = torch.optim.Adam(model.parameters(), lr=RATE)
+    worst = 0.0
+    for number in (1, 2):
+        total = 0.0
+        for batch in member.train.training(case.B, trained.config.seed, 0, number):
+            optimizer.zero_grad()
+            logits = model(batch.values.transpose(0, 1), batch.lengths)
+            loss = nn.functional.binary_cross_entropy_with_logits(logits, batch.labels.float())
+            loss.backward()
+            optimizer.step()
+            total += loss.item() * len(batch.labels)
+        worst = max(worst, abs(trained.advance().train_loss / (total / case.n) - 1))
+    return worst
+
+
+# ----------------------------------------------------------------------------------------------------- the processes
+
+MAKERS: dict[str, Callable[[Case], Train]] = {
+    "threads": plain,
+    "plain": plain,
+    "ours": ours,
+    "bfloat16": partial(ours, precision="bfloat16"),
+    "lightning": lightning,
+    "skorch": skorch,
+}
+
+
+def work(form: str, orders: Any) -> None:
+    """A process of one form: ("load", form, case), ("check", case), ("train", form, start, end); None ends it."""
+    if form == "ours":
+        prepare_process()
+    elif form != "threads":
+        torch.set_num_threads(1)
+    loaded: dict[str, Train] = {"peak": peak()}
+    while (order := orders.recv()) is not None:
+        if order[0] == "load":
+            loaded[order[1]] = MAKERS[order[1]](order[2])
+            loaded[order[1]](0.0)  # once, for what the first step of a process does
+            orders.send("loaded")
+        elif order[0] == "check":
+            orders.send(difference(order[1]))
+        else:
+            time.sleep(max(0.0, order[2] - time.monotonic()))
+            orders.send(loaded[order[1]](order[3]))
+
+
+class Group:
+    """The processes of one form."""
+
+    def __init__(self, form: str) -> None:
+        before = dict(os.environ)
+        os.environ.update({} if form == "threads" else ONE_THREAD)
+        self.form, self.pipes, self.processes = form, [], []
+        for _ in range(CORES):
+            here, there = PROCESSES.Pipe()
+            process = PROCESSES.Process(target=work, args=(form, there), daemon=True)
+            process.start()
+            self.pipes.append(here)
+            self.processes.append(process)
+        os.environ.clear()
+        os.environ.update(before)
+
+    def ask(self, order: Any, count: int | None = None) -> list[Any]:
+        """Give an order to the first so many processes, all by default; their answers."""
+        for pipe in self.pipes[:count]:
+            pipe.send(order)
+        return [pipe.recv() for pipe in self.pipes[:count]]
+
+    def rate(self, form: str, window_s: float, count: int | None = None) -> float:
+        """Sequences (or operations) a second, all these processes together."""
+        start = time.monotonic() + START_S
+        answers = self.ask(("train", form, start, start + window_s), count)
+        return sum(seen / seconds for seen, seconds in answers)
+
+    def close(self) -> None:
+        for pipe in self.pipes:
+            pipe.send(None)
+        for process in self.processes:
+            process.join()
+
+
+def importable(forms: list[str]) -> list[str]:
+    """Those that can be measured here; says which extra is missing for the others."""
+    missing = [form for form in ("lightning", "skorch") if form in forms and importlib.util.find_spec(form) is None]
+    for form in missing:
+        print(f"{form} is not installed and left out: pip install 'hpo[benchmarks]'")
+    return [form for form in forms if form not in missing]
+
+
+@dataclass
+class Rates:
+    """What each round gave, by column: sequences a second, and the peak in operations a second."""
+
+    of: dict[str, list[float]]
+
+    def median(self, name: str) -> float:
+        return statistics.median(self.of[name])
+
+    @property
+    def threads(self) -> str:
+        """The faster form of (a)."""
+        return max((name for name in ("threads", "threads x1") if name in self.of), key=self.median)
+
+    def ratios(self, name: str, other: str) -> list[float]:
+        return [a / b for a, b in zip(self.of[name], self.of[other], strict=True)]
+
+
+def measure(groups: dict[str, Group], forms: list[str], case: Case, rounds: int, window_s: float) -> Rates:
+    """All forms in turns."""
+    homes = {form: groups["ours" if form == "bfloat16" else form] for form in forms}
+    for form, group in homes.items():
+        group.ask(("load", form, case))
+    found = Rates({})
+    for _ in range(rounds):
+        for form, group in homes.items():
+            if form == "threads":
+                found.of.setdefault("threads x1", []).append(group.rate(form, window_s, 1))
+            found.of.setdefault(form, []).append(group.rate(form, window_s))
+        found.of.setdefault("peak", []).append(next(iter(homes.values())).rate("peak", window_s / 2))
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------- the tables
+
+
+def spread(values: list[float], digits: int = 0) -> str:
+    """Median and range."""
+    median, low, high = (f"{f(values):.{digits}f}" for f in (statistics.median, min, max))
+    return median if len(values) == 1 else f"{median} ({low} to {high})"
+
+
+def show(case: Case, rates: Rates, columns: list[str], reference: list[str], target: float) -> None:
+    """A line: sequences a second of each column, then the ratios of ours to the references, then shares of the peak."""
+    cells = [case.name, f"{case.mean:g}"] + [spread(rates.of[name]) if name in rates.of else "" for name in columns]
+    if "ours" in rates.of:
+        for name in reference:
+            other = rates.threads if name == "a" and "threads" in rates.of else name
+            cells.append(spread(rates.ratios("ours", other), 2) if other in rates.of else "")
+        cells.append(f"{target:g}")
+        for name in ("ours", "bfloat16"):
+            share = rates.median(name) * case.flops() / rates.median("peak") if name in rates.of else math.nan
+            cells.append(f"{100 * share:.0f} %" if name in rates.of else "")
+    print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def head(columns: list[str], reference: list[str]) -> None:
+    names = {"threads": f"(a) {CORES} processes", "threads x1": "(a) 1 process", "plain": "(b)"}
+    cells = ["T, F, H, L, B", "mean length / T"] + [names.get(name, name) for name in columns]
+    cells += [f"ours to {'(' + name + ')' if name == 'a' else names.get(name, name)}" for name in reference]
+    cells += ["target to (a)", "share of peak", "bfloat16's"]
+    print("\n| " + " | ".join(cells) + " |\n|" + "---|" * len(cells))
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--rounds", type=int, default=5)
+    options.add_argument("--window", type=float, default=1.5, help="seconds that each form trains in its turn")
+    options.add_argument("--cases", type=int, nargs="+", default=list(range(len(SHAPES))), help="of SHAPES, from 0")
+    options.add_argument("--means", type=float, nargs="+", default=[1.0, 0.55, 0.3], help="lengths, share of T")
+    options.add_argument("--forms", nargs="+", default=list(FORMS), choices=FORMS)
+    options.add_argument("--validate", action=argparse.BooleanOptionalAction, default=True, help="the second table")
+    options.add_argument("--quick", action="store_true", help="few sequences, one short round")
+    given = options.parse_args()
+    if given.quick:
+        given.rounds, given.window = 1, 0.3
+    forms = importable(given.forms)
+    shapes = [SHAPES[index] for index in given.cases]
+    cases = [
+        replace(case, mean=mean, target=VARIABLE_TARGET) if mean < 1 else case
+        for mean in given.means
+        for case in shapes
+        if mean == 1 or case in VARIABLE
+    ]
+    if given.quick:
+        cases = [replace(case, n=8 * case.B) for case in cases]
+    groups = {form: Group(form) for form in forms if form != "bfloat16" or "ours" not in forms}
+    try:
+        report(groups, forms, cases, given)
+    finally:
+        for group in groups.values():
+            group.close()
+
+
+def report(groups: dict[str, Group], forms: list[str], cases: list[Case], given: argparse.Namespace) -> None:
+    print(
+        f"{CORES} cores, torch {torch.__version__}, load {os.getloadavg()[0]:.1f}; {given.rounds} rounds of windows of"
+    )
+    print(f"{given.window:g} s; sequences a second over all cores, median (range); ratios by round, median (range)")
+    if "ours" in forms:
+        worst = max(groups["ours"].ask(("check", case), 1)[0] for case in cases)
+        print(f"mean loss of an epoch, ours to the plain loop's, same weights and batches: {worst:.1e} apart at most")
+        assert worst < TOLERANCE, f"the losses must agree to {TOLERANCE}"
+    columns = ["threads", "threads x1", *(form for form in forms if form != "threads")]
+    head(columns, ["a", "plain", "lightning", "skorch"])
+    peaks = []
+    for case in cases:
+        rates = measure(groups, forms, case, given.rounds, given.window)
+        peaks += rates.of["peak"]
+        show(case, rates, columns, ["a", "plain", "lightning", "skorch"], case.target)
+    print(f"\npeak: {spread([value / 1e9 for value in peaks])} GFLOP/s, float32, all cores at once")
+    if given.validate:
+        forms = [form for form in forms if form in ("threads", "plain", "ours")]
+        columns = ["threads", "threads x1", *(form for form in forms if form != "threads")]
+        print("\nWith a validation on a fifth of the data after each epoch; training sequences a second:")
+        head(columns, ["a", "plain"])
+        for case in cases:
+            case = replace(case, validation=case.n // 4)
+            show(case, measure(groups, forms, case, given.rounds, given.window), columns, ["a", "plain"], case.target)
+
+
+if __name__ == "__main__":
+    main()
