@@ -89,7 +89,9 @@ def run_trial(opened: OpenStudy, lease: Lease, bench: Bench, attention: Attentio
             return _run(opened, lease, bench, attention, checkpoints)
         except OutOfMemory as error:
             log.warning("trial %d waits until it has the device for itself: %s", lease.number, error)
-        with attention.alone():  # outside of the clause, whose traceback holds on to the training
+        attention.forget_training()  # and outside of the clause, whose traceback holds on to it as well
+        release_memory(bench.device)
+        with attention.alone():
             release_memory(bench.device)
             return _run(opened, lease, bench, attention, checkpoints)
     except LeaseLost as lost:

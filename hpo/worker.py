@@ -78,6 +78,10 @@ class Attention:
         """The training that the lease is renewed for; `patient`: its epochs are short enough to be finished."""
         self._lease, self._training, self._patient = lease, training, patient
 
+    def forget_training(self) -> None:
+        """Hold on to it no longer: its memory is wanted."""
+        self._training = None
+
     def interrupted(self) -> bool:
         """Whether the running epoch should be given up between two batches."""
         return self._lost or ((self.asked_to_stop or self.out_of_time) and not self._patient)
@@ -91,7 +95,7 @@ class Attention:
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Within `beside_others`: wait until the other slots' trials have ended, and keep them out."""
-        self._training, self._in_line = None, True
+        self._in_line = True
         with self._room.alone(lambda: self._lost or self.asked_to_stop or self.out_of_time):
             self._in_line = False
             yield

@@ -1,0 +1,249 @@
+"""Several trials at once in one worker process: the same bits as one at a time, and memory that runs out."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from optuna.trial import FrozenTrial, TrialState
+
+from hpo.slots import Room, largest
+from models.training import Interrupted
+from storage.trials import trial_storage
+from tests.conftest import Cli
+
+SPACE = """
+hidden_size = { low = 4, high = 12 }
+layers = 2
+dropout = { low = 0.1, high = 0.5 }
+batch_size = 16
+head_size = 4
+learning_rate = { low = 1e-3, high = 1e-1, log = true }
+"""
+
+
+LONG = """
+patch_length = 1
+sequence_length = 0
+hidden_size = 128
+layers = 1
+bidirectional = false
+batch_size = 64
+pooling = "last"
+head_size = 0
+normalization = "none"
+learning_rate = { low = 1e-3, high = 1e-1, log = true }
+"""
+
+
+@pytest.fixture
+def study_file(tmp_path: Path) -> Callable[..., Path]:
+    """60 noisy sines of two frequencies and 8 to 12 steps; study_file(name, trials, space) writes the file."""
+    random = np.random.default_rng(0)
+    lengths, labels = random.integers(8, 13, 60), np.arange(60) % 2
+    X = np.sin(np.arange(12)[None, :, None] * (1 + labels[:, None, None])) + random.normal(0, 0.4, (60, 12, 2))
+    np.savez(tmp_path / "waves.npz", X=X, y=labels, lengths=lengths)
+
+    def write(name: str, trials: int, space: str = SPACE, epochs: int = 8) -> Path:
+        path = tmp_path / f"{name}.toml"
+        path.write_text(
+            f'[study]\nname = "{name}"\ntrials = {trials}\nsampler = "random"\npruner = "none"\n'
+            f'[data]\ntrain = "waves.npz"\nvalidation = 0.25\n[train]\nepochs = {epochs}\n[space]\n{space}\n'
+        )
+        return path
+
+    return write
+
+
+@pytest.fixture
+def trials(database_url: str) -> Callable[[str], list[FrozenTrial]]:
+    def read_trials(name: str) -> list[FrozenTrial]:
+        storage = trial_storage(database_url)
+        try:
+            return storage.get_all_trials(storage.get_study_id_from_name(name))
+        finally:
+            storage.close()
+
+    return read_trials
+
+
+def test_results_depend_neither_on_the_number_of_slots_nor_on_the_neighbours(
+    cli: Cli, study_file: Callable[..., Path], trials: Callable[[str], list[FrozenTrial]]
+) -> None:
+    found: dict[int, list[FrozenTrial]] = {}
+    for slots in (1, 3):
+        name = f"with-{slots}"
+        assert cli("launch", study_file(name, 9), "--detach").returncode == 0
+        done = cli("worker", "--study", name, "--slots", slots)
+        assert done.returncode == 0, done.stderr
+        assert f"slots: {slots}" in done.stderr
+        found[slots] = trials(name)
+    one, three = found[1], found[3]
+    assert [trial.number for trial in three] == list(range(9))
+    for alone, beside in zip(one, three, strict=True):
+        assert beside.params == alone.params
+        assert beside.user_attrs["curve"] == alone.user_attrs["curve"]
+        assert beside.value == alone.value
+    assert overlaps(three)
+    assert not overlaps(one)
+
+
+def overlaps(found: list[FrozenTrial]) -> bool:
+    """Whether some trial began before another that began earlier had ended."""
+    spans = sorted((trial.datetime_start, trial.datetime_complete) for trial in found)
+    return any(later[0] < earlier[1] for earlier, later in itertools.pairwise(spans))  # type: ignore[operator]
+
+
+# The worker's own entry, in a process whose memory is limited to what it has once all is loaded, and so much more.
+LIMITED = """
+import resource, sys
+import torch, hpo.worker, hpo.objective, hpo.study, hpo.promote, torch._dynamo
+size = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize")) * 1024
+limit = size + int(sys.argv[2]) * 2**20
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+hpo.worker.work(sys.argv[1], slots=int(sys.argv[3]))
+"""
+
+
+def run_limited(environment: dict[str, str], name: str, mib: int, slots: int) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-P", "-c", LIMITED, name, str(mib), str(slots)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits a process's memory as Linux does")
+class TestMemoryThatRunsOut:
+    def test_a_trial_that_never_fits_fails_with_its_sizes_and_leaves_its_neighbours_alone(
+        self,
+        cli: Cli,
+        environment: dict[str, str],
+        study_file: Callable[..., Path],
+        trials: Callable[[str], list[FrozenTrial]],
+    ) -> None:
+        space = SPACE.replace("{ low = 4, high = 12 }", "[8, 4096]")
+        assert cli("launch", study_file("never", 6, space, epochs=2), "--detach").returncode == 0
+        done = run_limited(environment, "never", 1200, 2)
+        assert done.returncode == 0, done.stderr
+        found = trials("never")
+        states = {trial.number: trial.state for trial in found}
+        large = [trial for trial in found if trial.params["hidden_size"] == 4096]
+        assert large
+        assert len(states) == 6
+        for trial in found:
+            failed = trial.params["hidden_size"] == 4096
+            assert trial.state == (TrialState.FAIL if failed else TrialState.COMPLETE)
+        assert "OutOfMemory: out of memory on cpu: hidden_size 4096" in large[0].user_attrs["failure"]
+        assert "waits until it has the device for itself" in done.stderr
+        models = json.loads(cli("models", "--json").stdout)
+        assert [model["name"] for model in models] == ["never"]
+
+    def test_a_trial_that_does_not_fit_beside_others_is_run_alone(
+        self,
+        cli: Cli,
+        environment: dict[str, str],
+        study_file: Callable[..., Path],
+        trials: Callable[[str], list[FrozenTrial]],
+    ) -> None:
+        """Long sequences: what the backward pass keeps is some 600 MiB, of which two do not fit into 1100."""
+        file = study_file("alone", 3, LONG, epochs=3)
+        random = np.random.default_rng(0)
+        np.savez(file.parent / "waves.npz", X=random.normal(0, 1, (80, 1000, 1)), y=np.arange(80) % 2)
+        assert cli("launch", file, "--detach").returncode == 0
+        done = run_limited(environment, "alone", 1100, 3)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert "waits until it has the device for itself" in done.stderr
+        found = trials("alone")
+        assert [trial.state for trial in found] == [TrialState.COMPLETE] * 3
+        assert [trial.user_attrs["attempt"] for trial in found] == [1] * 3
+
+
+class TestRoom:
+    def test_who_wants_to_be_alone_waits_for_those_inside_and_keeps_others_out(self) -> None:
+        room, order = Room(), []
+        inside, leave, alone = threading.Event(), threading.Event(), threading.Event()
+
+        def neighbour() -> None:
+            with room.shared(never):
+                inside.set()
+                leave.wait(30)
+                order.append("neighbour left")
+
+        def late() -> None:
+            alone.wait(30)
+            with room.shared(never):
+                order.append("late came in")
+
+        threads = [threading.Thread(target=target) for target in (neighbour, late)]
+        for thread in threads:
+            thread.start()
+        inside.wait(30)
+        with room.shared(never):
+            leave.set()
+            with room.alone(never):
+                alone.set()
+                threads[1].join(0.3)
+                order.append("alone")
+        for thread in threads:
+            thread.join(30)
+        assert order == ["neighbour left", "alone", "late came in"]
+
+    def test_two_that_want_to_be_alone_take_turns(self) -> None:
+        room, both, now, most = Room(), threading.Barrier(2), [0], [0]
+
+        def trial() -> None:
+            with room.shared(never):
+                both.wait(30)
+                with room.alone(never):
+                    now[0] += 1
+                    most[0] = max(most[0], now[0])
+                    threading.Event().wait(0.05)
+                    now[0] -= 1
+
+        threads = [threading.Thread(target=trial) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        assert most == [1]
+        with room.shared(never), room.alone(never):
+            pass  # nothing is left behind
+
+    def test_waiting_ends_when_it_is_no_longer_wanted_and_leaves_the_room_open(self) -> None:
+        room, leave = Room(), threading.Event()
+        inside = threading.Event()
+
+        def neighbour() -> None:
+            with room.shared(never):
+                inside.set()
+                leave.wait(30)
+
+        thread = threading.Thread(target=neighbour)
+        thread.start()
+        inside.wait(30)
+        with pytest.raises(Interrupted), room.shared(never), room.alone(lambda: True):
+            raise AssertionError("it cannot have been alone")
+        with room.shared(lambda: True):
+            leave.set()
+        thread.join(30)
+
+
+def never() -> bool:
+    return False
+
+
+def test_the_largest_trial_of_a_space_takes_the_most_memory() -> None:
+    from hpo.space import default_space
+
+    space = default_space(n=1000, steps=500, features=3, classes=2, variable=True)
+    plan: Any = type("OfASpace", (), {"config": type("Config", (), {"space": space})})
+    found = largest(plan)
+    assert (found["hidden_size"], found["layers"], found["bidirectional"]) == (128, 2, True)
+    assert found["patch_length"] == min(space["patch_length"].values)  # type: ignore[union-attr]
+    assert found["normalization"] == "channel"
