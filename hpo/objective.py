@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("hpo")
 
-EAGER_CHECKPOINTS = 3  # the first epochs are checkpointed each, then one every CHECKPOINT_S
-CHECKPOINT_S = 10.0
+FIRST_CHECKPOINT_S = 0.5  # a trial of less than that is soon trained again …
+CHECKPOINT_S = 10.0  # … and a long one loses no more than this
 PATIENT_EPOCH_S = 5.0  # asked to stop, a worker still finishes an epoch that takes no longer than this
 
 
@@ -147,6 +147,8 @@ def _run(opened: OpenStudy, lease: Lease, bench: Bench, attention: Attention, ch
 
 
 def _prune(opened: OpenStudy, lease: Lease) -> bool:
+    if opened.plan.config.study.pruner == "none":
+        return False  # and no look at the trial, for which its reports would have to be written first
     return opened.study.pruner.prune(opened.study, opened.storage.get_trial(lease.trial_id))
 
 
@@ -165,7 +167,7 @@ class _Checkpoints:
         self.opened, self.lease, self.store = opened, lease, store
         self.key = lease.checkpoint_key
         self.reported = 0  # the last epoch that the database was told of under this lease
-        self.written_at = time.monotonic()
+        self.began_at = self.written_at = time.monotonic()
 
     def restore(self, training: Training) -> None:
         """Go on from the current one. Without it from the start: the same epochs then give the same values."""
@@ -182,7 +184,9 @@ class _Checkpoints:
         if training.finished:
             return
         asked = attention.asked_to_stop
-        if asked or number <= EAGER_CHECKPOINTS or time.monotonic() - self.written_at >= CHECKPOINT_S:
+        now = time.monotonic()
+        due_s = min(CHECKPOINT_S, max(FIRST_CHECKPOINT_S, (now - self.began_at) / 2))  # ever rarer at first
+        if asked or now - self.written_at >= due_s:
             self._write(training.state(), number)
         if asked:
             raise Interrupted

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
     from models.bundle import BundleConfig
-    from models.metrics import Scores
     from models.member import Weights
+    from models.metrics import Scores
     from models.training import Training
     from storage.trials import TrialStorage
 

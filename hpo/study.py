@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     import optuna
     from optuna.distributions import BaseDistribution
 
+    Drawn = dict[str, tuple[Value, BaseDistribution]]  # a value by name, and what it was drawn from
+
 ASKS = 10  # times that a sampler is asked again for a configuration that the study has already had
 RANDOM_ASKS = 100  # random draws after that
 BEGUN = "hpo:begun"  # a study's system attribute: `hpo launch` has begun to fill it
@@ -396,6 +398,31 @@ def ask(opened: OpenStudy, lease: Lease) -> dict[str, Value]:
     if recorded:
         return walk(space, lambda name, _: recorded[name])
     fixed = frozen.system_attrs.get("fixed_params", {})
+    if (drawn := _given(opened.plan, fixed)) is None:
+        drawn = _new(opened, frozen, fixed)
+    storage.set_trial_params(
+        lease.trial_id, {name: (item.to_internal_repr(value), item) for name, (value, item) in drawn.items()}
+    )
+    return walk(space, lambda name, _: drawn[name][0])
+
+
+def _given(plan: Plan, fixed: Mapping[str, Value]) -> Drawn | None:
+    """The configuration of a queued trial; None where it leaves something to draw."""
+    drawn: Drawn = {}
+
+    def take(name: str, item: BaseDistribution) -> Value:
+        drawn[name] = (fixed[name], item)
+        return fixed[name]
+
+    try:
+        walk(plan.config.space, take)
+    except KeyError:
+        return None
+    return drawn
+
+
+def _new(opened: OpenStudy, frozen: optuna.trial.FrozenTrial, fixed: Mapping[str, Value]) -> Drawn:
+    """A configuration that the study has not had, as far as that can be had."""
     opened.study._thread_local.cached_all_trials = None  # what samplers read; only Study.ask and tell empty it
     had = _configurations(opened)
     for attempt in range(ASKS + RANDOM_ASKS):
@@ -403,10 +430,7 @@ def ask(opened: OpenStudy, lease: Lease) -> dict[str, Value]:
         found = {name: value for name, (value, _) in drawn.items()}
         if fixed or _signature(found) not in had:
             break
-    storage.set_trial_params(
-        lease.trial_id, {name: (item.to_internal_repr(value), item) for name, (value, item) in drawn.items()}
-    )
-    return walk(space, lambda name, _: found[name])
+    return drawn
 
 
 def exhausted(opened: OpenStudy) -> bool:
@@ -423,7 +447,7 @@ def _draw(
     *,
     random: bool,
     attempt: int,
-) -> dict[str, tuple[Value, BaseDistribution]]:
+) -> Drawn:
     """One proposal. The sampler sees all trials, not only those of its Hyperband bracket: a study of some
     dozens of trials is too small to be cut into four."""
     import optuna
@@ -439,7 +463,7 @@ def _draw(
     frozen = opened.storage.get_trial(frozen._trial_id)  # with what the sampler noted on it
     relative_space = _relative_space(plan, sampler) or sampler.infer_relative_search_space(study, frozen)
     relative = sampler.sample_relative(study, frozen, relative_space)
-    drawn: dict[str, tuple[Value, BaseDistribution]] = {}
+    drawn: Drawn = {}
 
     def draw(name: str, item: BaseDistribution) -> Value:
         value: Value
