@@ -6,7 +6,7 @@ learning rates and lengths of their own. A smaller hidden size is padded with ze
 units stay exactly zero: their cell is c = 0.5*0 + 0.5*tanh(0), and whatever reads them reads them with zero weights.
 
 Letters: K trials, T steps, B sequences in a batch, I inputs of a layer, H common hidden size, L layers, D directions,
-N sequences in the data, F features, P parameters of a trial. Gates in nn.LSTM's order i, f, g, o.
+N sequences in the data, F features, P parameters of a trial, rounded up. Gates in nn.LSTM's order i, f, g, o.
 
     python benchmarks/fused.py [--hidden 16 64 256] [--precision tf32 bf16]
 
@@ -32,6 +32,7 @@ PRECISIONS = ("ieee", "tf32", "bf16")  # of the products; sums, states and gates
 TILE = 16  # sequences of a program: the fewest rows that a tensor core takes
 CHUNK = 16  # units whose recurrent weights are read at a time, where all of them do not fit on the chip
 WARPS = {16: 1, 32: 2, 64: 4, 128: 8}  # of a program, by padded hidden size; above: 16
+ALIGNED = 16  # floats that trials' weights and units are rounded up to, so that a GPU reads them in whole vectors
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # torch.optim.AdamW's defaults
 
 
@@ -363,7 +364,7 @@ class FusedTrials:
         self.lstms = _alike(self.models)
         first = self.lstms[0]
         device = first.weight_ih_l0.device
-        self.hidden = max(lstm.hidden_size for lstm in self.lstms)
+        self.hidden = _round_up(max(lstm.hidden_size for lstm in self.lstms))
         self.flat, self.parameters = _stack(shapes(first, self.hidden), len(self.models), device)
         for trial in range(len(self.models)):
             for own, slot in self.slots(trial):
@@ -377,6 +378,8 @@ class FusedTrials:
         self.weight_decays = torch.tensor(weight_decays, device=device)[:, None]
         self.steps = torch.zeros((), dtype=torch.float64, device=device)  # float32 has too few digits for 1 - 0.999
         self.means, self.squares = torch.zeros_like(self.flat), torch.zeros_like(self.flat)  # (K, P)
+        named = sum(parameter[0].numel() for parameter in self.parameters.values())
+        self.filling = self.flat.new_zeros(len(self.models), self.flat.shape[1] - named)
 
     def begin_epoch(self, orders: Tensor) -> None:
         """orders (K, N): the sequences of each trial in the order of its batches; a last, partial batch is left out."""
@@ -392,7 +395,7 @@ class FusedTrials:
         logits = self.logits(self.values[chosen].transpose(1, 2).contiguous(), self.lengths[chosen])
         loss = nn.functional.binary_cross_entropy_with_logits(logits, self.labels[chosen], reduction="none").mean(1)
         gradients = torch.autograd.grad(loss.sum(), list(self.parameters.values()))
-        self._adamw(torch.cat([gradient.flatten(1) for gradient in gradients], 1))
+        self._adamw(torch.cat([*(gradient.flatten(1) for gradient in gradients), self.filling], 1))
         self.loss_sum += loss.detach()
         self.position += 1
 
@@ -409,6 +412,16 @@ class FusedTrials:
         ends = [way.gather(1, last)[:, 0] if n == 0 else way[:, 0] for n, way in enumerate(ways)]  # D of (K, B, H)
         head = self.parameters["head.weight"].transpose(1, 2)
         return torch.baddbmm(self.parameters["head.bias"][:, None], torch.cat(ends, 2), head).squeeze(2)
+
+    @torch.no_grad()
+    def predict(self, values: Tensor, lengths: Tensor) -> Tensor:
+        """The probability of class 1 by every trial: values (N, T, F), lengths (N,) to (K, N)."""
+        K = len(self.models)
+        found = []
+        for part, length in zip(values.split(self.batch_size), lengths.int().split(self.batch_size), strict=True):
+            x = part.transpose(0, 1).expand(K, -1, -1, -1)
+            found.append(self.logits(x, length.expand(K, -1)).sigmoid())
+        return torch.cat(found, 1)
 
     def captured(self) -> Callable[[], None]:
         """`step` as one CUDA graph. The three steps that warm it up train like any other."""
@@ -480,6 +493,10 @@ def shapes(lstm: nn.LSTM, H: int) -> dict[str, tuple[int, int, int, int]]:
     return found | {"head.weight": (1, 1, D, H), "head.bias": (1, 1, 1, 1)}
 
 
+def _round_up(number: int) -> int:
+    return -(-number // ALIGNED) * ALIGNED
+
+
 def _suffixes(lstm: nn.LSTM) -> tuple[str, ...]:
     """What the names of each direction's parameters end in."""
     return ("", "_reverse") if lstm.bidirectional else ("",)
@@ -501,9 +518,9 @@ def _stack(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """All parameters as one tensor (K, P) of zeros, and each by name as a view into it that takes gradients."""
     sizes = [rows * height * columns * width for rows, height, columns, width in shapes.values()]
-    flat = torch.zeros(trials, sum(sizes), device=device)
-    views = {}
-    for (name, (rows, height, columns, width)), part in zip(shapes.items(), flat.split(sizes, 1), strict=True):
+    flat = torch.zeros(trials, _round_up(sum(sizes)), device=device)
+    parts, views = flat[:, : sum(sizes)].split(sizes, 1), {}
+    for (name, (rows, height, columns, width)), part in zip(shapes.items(), parts, strict=True):
         vector = "bias" in name
         view = part.view(trials, rows * height) if vector else part.view(trials, rows * height, columns * width)
         views[name] = view.detach().requires_grad_()

@@ -110,9 +110,9 @@ class TestFused:
         ("T", "inputs", "H", "B", "K", "ragged"),
         [
             (1, 1, 1, 1, 1, False),
-            (6, 3, 16, 16, 2, False),
-            (5, 2, 12, 21, 3, True),
-            (4, 3, 70, 3, 2, True),  # more than fits on a chip: streamed
+            (3, 3, 16, 16, 2, False),
+            (4, 2, 12, 21, 2, True),
+            (3, 3, 70, 3, 2, True),  # more than fits on a chip: streamed
         ],
     )
     def test_a_layer_and_its_gradients_are_those_of_nn_lstm(
@@ -122,7 +122,7 @@ class TestFused:
 
     @pytest.mark.parametrize("H", [12, 130])  # on chip and streamed
     def test_bfloat16_rounds_what_goes_into_the_products_and_nothing_else(self, fused: ModuleType, H: int) -> None:
-        check_layer(fused, (4, 3, H, 5, 2), True, False, "bf16", BFLOAT16_TOLERANCE)
+        check_layer(fused, (3, 3, H, 5, 1), True, False, "bf16", BFLOAT16_TOLERANCE)
 
     @pytest.mark.parametrize("reverse", [False, True])
     def test_padding_never_changes_an_answer(self, fused: ModuleType, reverse: bool) -> None:
@@ -138,11 +138,11 @@ class TestFused:
         assert_close(other[:, :4, :3], one.double())
         assert not other[:, outside].any()
 
-    @pytest.mark.parametrize(("layers", "bidirectional"), [(1, False), (2, True), (3, False)])
+    @pytest.mark.parametrize(("layers", "bidirectional"), [(2, True), (3, False)])
     def test_trials_of_unlike_hidden_size_share_a_kernel(
         self, fused: ModuleType, layers: int, bidirectional: bool
     ) -> None:
-        T, F, B, hidden = 4, 2, 5, (3, 8, 17)
+        T, F, B, hidden = 3, 2, 5, (3, 8, 17)
         models = make_models(hidden, F, layers, bidirectional)
         x, lengths, weights = torch.randn(3, T, B, F), make_lengths(3, B, T, True), torch.randn(3, B)
         trials = fused.FusedTrials(models, x[0], lengths[0], weights[0], B, [0.1] * 3, [0.0] * 3, "ieee")
@@ -160,13 +160,10 @@ class TestFused:
                 slot.zero_()
         assert not flat.any(), "a padded weight has a gradient"
 
-    @pytest.mark.parametrize(("layers", "bidirectional"), [(1, False), (2, True)])
-    def test_steps_are_those_of_adamw_on_each_trial_alone(
-        self, fused: ModuleType, layers: int, bidirectional: bool
-    ) -> None:
-        N, T, F, B, hidden = 17, 4, 2, 5, (4, 16, 7)
+    def test_steps_are_those_of_adamw_on_each_trial_alone(self, fused: ModuleType) -> None:
+        N, T, F, B, hidden = 17, 3, 2, 5, (4, 16, 7)
         rates, decays = [1e-2, 3e-3, 2e-2], [0.0, 0.1, 0.5]
-        models = make_models(hidden, F, layers, bidirectional)
+        models = make_models(hidden, F, 2, False)
         values, lengths, labels = torch.randn(N, T, F), make_lengths(1, N, T, True)[0], torch.arange(N) % 2
         trials = fused.FusedTrials(models, values, lengths, labels, B, rates, decays, "ieee")
         orders = torch.rand(3, N).argsort(1)
@@ -187,19 +184,19 @@ class TestFused:
                 total += loss.item()
             assert float(trials.loss_sum[trial]) == pytest.approx(total, rel=1e-6)
             off = torch.cat([(slot.reshape(own.shape) - own).flatten() for own, slot in trials.slots(trial)]).abs()
-            # Adam divides a gradient by its own size, so where that is next to nothing a rounding is a large part of it.
+            # Adam divides a gradient by its own size: where that is next to nothing, a rounding is a large part of it.
             assert off.max() < 0.01 * rates[trial]
             assert off.mean() < 1e-5 * rates[trial]
 
     def test_trained_weights_go_back_into_the_models(self, fused: ModuleType) -> None:
         models = make_models((3, 5), 2, 2, True)
         values, lengths, labels = torch.randn(4, 3, 2), torch.tensor([3, 1, 2, 3]), torch.arange(4) % 2
-        trials = fused.FusedTrials(models, values, lengths, labels, 4, [0.1, 0.1], [0.0, 0.0], "ieee")
+        trials = fused.FusedTrials(models, values, lengths, labels, 3, [0.1, 0.1], [0.0, 0.0], "ieee")
         trials.step()
         trials.write_back()
-        found = trials.logits(values.transpose(0, 1).expand(2, -1, -1, -1), lengths.int().expand(2, -1))
+        found = trials.predict(values, lengths)
         for trial, model in enumerate(models):
-            assert_close(found[trial], model(values, lengths).double())
+            assert_close(found[trial], model.probabilities(values, lengths)[:, 1].double())
 
     def test_the_gates_are_spent_in_one_backward(self, fused: ModuleType) -> None:
         x = torch.randn(1, 2, 1, 1, requires_grad=True)
