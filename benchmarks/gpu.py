@@ -598,7 +598,7 @@ def run(name: str, limit_s: float) -> None:
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--shapes", type=int, nargs="+", default=list(range(len(SHAPES))), help="by number, from 0")
+    options.add_argument("--shapes", type=int, nargs="+", default=list(range(len(SHAPES))), choices=range(len(SHAPES)))
     options.add_argument("--cpu", action="store_true", help="a dry run at tiny sizes")
     options.add_argument("--section", help=argparse.SUPPRESS)
     options.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
