@@ -32,7 +32,10 @@ def release_memory(device: str) -> None:
     if device != "cpu":
         import torch
 
-        torch.cuda.empty_cache()
+        from models.member import capturing
+
+        with capturing:
+            torch.cuda.empty_cache()
     if os.name == "posix" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
         trim(0)
 

@@ -34,7 +34,7 @@ WARM_UP = 3  # steps before a capture, for libraries to choose their kernels and
 EVALUATION_BATCH = {"cpu": 256, "cuda": 1024}  # sequences
 CLIP_EPSILON = 1e-6  # as in torch's clip_grad_norm_
 
-_capturing = threading.Lock()  # CUDA allows one capture at a time in a process
+capturing = threading.Lock()  # one capture at a time in a process; no call that waits for the whole device beside it
 
 
 class Member:
@@ -218,7 +218,7 @@ class FixedSteps:
         before = self.member.state() if not fresh else {"model": self.member.weights(), "optimizer": {}}
         self.turn.zero_()
         try:
-            with _capturing:
+            with capturing:
                 self.graphs[steps] = self._captured(steps)
         except RuntimeError as error:
             self.reason = f"{type(error).__name__}: {error}"
