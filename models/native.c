@@ -49,6 +49,7 @@ INLINE void store_some(float *to, vec value, int64_t room) {
     else memcpy(to, &value, 4 * room);
 }
 
+static const int32_t edge[32] = {[0 ... 15] = -1}; /* from `edge + 16 - n` on, a mask of the first n lanes */
 INLINE vec choose(ivec mask, vec a, vec b) { return (vec)(((ivec)a & mask) | ((ivec)b & ~mask)); }
 
 /* exp(x) as scale + scale * p: with x = n ln 2 + r and |r| <= ln 2 / 2, scale is 2^n and p is exp(r) - 1 by its
@@ -104,9 +105,8 @@ INLINE void multiply(const int rows, const int vectors, vec sums[TILE][4], const
     case 8 * rows + vectors: multiply(rows, vectors, sums, a, row_stride, depth_stride, w, w_stride, depth); break;
 #define CASES(rows) CASE(rows, 1) CASE(rows, 2) CASE(rows, 3) CASE(rows, 4)
 
-static __attribute__((noinline)) void product(int64_t rows, int64_t vectors, vec sums[TILE][4], const float *a,
-                                              int64_t row_stride, int64_t depth_stride, const float *w,
-                                              int64_t w_stride, int64_t depth) {
+static void product(int64_t rows, int64_t vectors, vec sums[TILE][4], const float *a, int64_t row_stride,
+                    int64_t depth_stride, const float *w, int64_t w_stride, int64_t depth) {
     switch (8 * rows + vectors) {
         CASES(1) CASES(2) CASES(3)
 #if TILE > 3
@@ -126,7 +126,7 @@ static int64_t whole(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
 struct place { int32_t step, sequence; };
 
 struct layer {
-    int64_t S, B, F, H, K, reverse;
+    int64_t S, B, F, H, K, reverse, training;
     int64_t blocks, width;             /* of units: whole blocks, and their lanes */
     int64_t start, stride;             /* of `inputs`: where x begins in a row (so that h is aligned), row to row */
     int64_t dstride;                   /* of `dgates`: row to row, no power of two (cache sets) */
@@ -136,21 +136,25 @@ struct layer {
     float *inputs, *gates, *cells;     /* (rows, stride), (rows, blocks, 4, LANES), (rows, width) */
     float *recurrent, *entering;       /* w_hh and w_ih for the backward product: see pack_backward */
     float *dgates[2], *dcells;         /* (rows of a chunk, blocks, 4, LANES), this chunk and the last; (B, width) */
+    float *y;                          /* (S, B, y_stride) */
+    const float *dy;                   /* (S, B, H) with strides for S and B */
+    int64_t y_stride, dy_step, dy_sequence;
 };
 
-static void *take(char **memory, int64_t bytes) {
-    char *taken = *memory;
+static void *take(uintptr_t *memory, int64_t bytes) {
+    uintptr_t taken = *memory;
     *memory += (bytes + 63) / 64 * 64;
-    return taken;
+    return (void *)taken;
 }
 
-/* Lay a layer out in `memory`; `bytes` is how much it takes. Without training two steps are kept in place of all. */
-static struct layer arrange(char *memory, int64_t S, int64_t B, int64_t F, int64_t H, int64_t reverse,
+/* Lay a layer out in `arena`; `bytes` is how much it takes. Without training two steps are kept in place of all. */
+static struct layer arrange(void *arena, int64_t S, int64_t B, int64_t F, int64_t H, int64_t reverse,
                             int64_t training, int64_t *bytes) {
-    struct layer l = {.S = S, .B = B, .F = F, .H = H, .K = F + 1 + H, .reverse = reverse, .width = whole(H)};
+    struct layer l = {.S = S, .B = B, .F = F, .H = H, .K = F + 1 + H};
     int64_t rows = training ? S * B : 2 * B, chunk = B > CHUNK ? B : CHUNK;
-    char *start = memory;
-    l.blocks = l.width / LANES;
+    uintptr_t memory = (uintptr_t)arena;
+    l.reverse = reverse, l.training = training;
+    l.width = whole(H), l.blocks = l.width / LANES;
     l.start = whole(F + 1) - (F + 1), l.stride = whole(F + 1) + l.width, l.dstride = 4 * l.width + LANES;
     l.order = take(&memory, 8 * B);
     l.counts = take(&memory, 8 * (S + 1)), l.offsets = take(&memory, 8 * (S + 1));
@@ -166,7 +170,7 @@ static struct layer arrange(char *memory, int64_t S, int64_t B, int64_t F, int64
         l.dcells = take(&memory, 4 * B * l.width);
         l.dweights = take(&memory, 4 * l.K * 4 * l.width);
     }
-    *bytes = memory - start;
+    *bytes = (int64_t)(memory - (uintptr_t)arena);
     return l;
 }
 
@@ -240,33 +244,37 @@ static void pack_backward(const struct layer *l, const float *w, int64_t columns
     }
 }
 
-/* Step s of the sequences ranked first .. first + rows, one block of units. `here`, `before`, `next`: the rows at
- * which this step, the one before and the one after it begin. */
-static void forward_tile(const struct layer l, int64_t rows, int64_t s, int64_t first, int64_t block, int64_t here,
-                         int64_t before, int64_t next, float *gates, float *y, int64_t y_stride) {
+/* Where the rows of step s begin. */
+static int64_t begin(const struct layer *l, int64_t s) { return l->training ? l->offsets[s] : s % 2 * l->B; }
+
+/* Step s of the sequences ranked first .. first + rows, one block of units. */
+static void forward_tile(const struct layer l, int64_t rows, int64_t s, int64_t first, int64_t block) {
     vec z[TILE][4];
-    product(rows, 4, z, l.inputs + (here + first) * l.stride + l.start, l.stride, 1,
-            l.weights + block * l.K * 4 * LANES, 4 * LANES, l.K);
-    const float *past = l.cells + (before + first) * l.width + block * LANES;
-    float *cells = l.cells + (here + first) * l.width + block * LANES;
+    int64_t here = begin(&l, s) + first, next = begin(&l, s + 1) + first, room = l.H - block * LANES;
+    product(rows, 4, z, l.inputs + here * l.stride + l.start, l.stride, 1, l.weights + block * l.K * 4 * LANES,
+            4 * LANES, l.K);
+    /* Units that there are not stay 0, where an infinite input times their weight of 0 would be NaN. */
+    ivec units = (ivec)load((const float *)(edge + 16 - (room < LANES ? room : LANES)));
+    for (int64_t v = 0; room < LANES && v < 4 * rows; v++) z[v / 4][v % 4] = (vec)((ivec)z[v / 4][v % 4] & units);
+    const float *past = s ? l.cells + (begin(&l, s - 1) + first) * l.width + block * LANES : 0;
+    float *cells = l.cells + here * l.width + block * LANES;
     /* Two loops: more rows are under way at once than if the processor had to see past both chains of a row. */
-    for (int64_t r = 0; r < rows; r++, past += l.width) {
+    for (int64_t r = 0; r < rows; r++) {
         vec i = sigmoid(z[r][0]), f = sigmoid(z[r][1]), g = hyperbolic(z[r][2]), o = sigmoid(z[r][3]);
-        vec c = i * g;
-        if (s) c += f * load(past);
+        vec before = {0};
+        if (s) before = load(past + r * l.width);
+        vec c = f * before + i * g;
         store(cells + r * l.width, c);
         z[r][0] = i, z[r][1] = f, z[r][2] = g, z[r][3] = o;
     }
-    for (int64_t r = 0; r < rows; r++, cells += l.width) {
-        vec h = z[r][3] * hyperbolic(load(cells));
-        if (gates) {
-            float *to = gates + ((here + first + r) * l.blocks + block) * 4 * LANES;
-            for (int v = 0; v < 4; v++) store(to + v * LANES, z[r][v]);
-        }
+    for (int64_t r = 0; r < rows; r++) {
+        vec h = z[r][3] * hyperbolic(load(cells + r * l.width));
+        for (int64_t v = 0; l.training && v < 4; v++)
+            store(l.gates + (((here + r) * l.blocks + block) * 4 + v) * LANES, z[r][v]);
         if (first + r < l.counts[s + 1])
-            store(l.inputs + (next + first + r) * l.stride + l.start + l.F + 1 + block * LANES, h);
+            store(l.inputs + (next + r) * l.stride + l.start + l.F + 1 + block * LANES, h);
         struct place at = l.places[l.offsets[s] + first + r];
-        store_some(y + (at.step * l.B + at.sequence) * y_stride + block * LANES, h, l.H - block * LANES);
+        store_some(l.y + (at.step * l.B + at.sequence) * l.y_stride + block * LANES, h, room);
     }
 }
 
@@ -275,30 +283,28 @@ static void forward_tile(const struct layer l, int64_t rows, int64_t s, int64_t 
  */
 int64_t lstm_forward(int64_t S, int64_t B, int64_t F, int64_t H, int64_t reverse, int64_t training, const float *x,
                      const int64_t *lengths, const float *w_ih, const float *w_hh, const float *b_ih,
-                     const float *b_hh, float *y, int64_t y_stride, char *memory) {
+                     const float *b_hh, float *y, int64_t y_stride, void *memory) {
     int64_t bytes;
     struct layer l = arrange(memory, S, B, F, H, reverse, training, &bytes);
+    l.y = y, l.y_stride = y_stride;
     if (!rank(&l, lengths)) return -1;
     pack(&l, w_ih, w_hh, b_ih, b_hh);
     for (int64_t b = 0; lengths && b < B; b++)
         for (int64_t s = lengths[b]; s < S; s++) memset(y + (s * B + b) * y_stride, 0, 4 * H);
-    for (int64_t s = 0, before = 0; s < S && l.counts[s]; s++) {
-        int64_t count = l.counts[s], here = training ? l.offsets[s] : s % 2 * B;
-        int64_t next = training ? l.offsets[s + 1] : (s + 1) % 2 * B;
-        for (int64_t n = 0; n < count; n++) {
+    for (int64_t s = 0; s < S && l.counts[s]; s++) {
+        for (int64_t n = 0; n < l.counts[s]; n++) {
             struct place at = l.places[l.offsets[s] + n];
             const float *from = x + (at.step * B + at.sequence) * F;
-            float *to = l.inputs + (here + n) * l.stride + l.start;
+            float *to = l.inputs + (begin(&l, s) + n) * l.stride + l.start;
             for (int64_t k = 0; k < F; k++) to[k] = from[k];
             to[F] = 1.0f;
             if (!s) memset(to + F + 1, 0, 4 * l.width);
         }
         for (int64_t block = 0; block < l.blocks; block++)
-            for (int64_t first = 0, rows; first < count; first += rows) {
-                rows = tile(count - first);
-                forward_tile(l, rows, s, first, block, here, before, next, l.gates, y, y_stride);
+            for (int64_t first = 0, rows; first < l.counts[s]; first += rows) {
+                rows = tile(l.counts[s] - first);
+                forward_tile(l, rows, s, first, block);
             }
-        before = here;
     }
     return 0;
 }
@@ -306,8 +312,7 @@ int64_t lstm_forward(int64_t S, int64_t B, int64_t F, int64_t H, int64_t reverse
 /* Gate gradients of rows of step s, units of `vectors` blocks from `block` on: dh is dy plus, where the sequence runs
  * on (`depth` is not 0), the gate gradients of its next step times w_hh. */
 static void backward_tile(const struct layer l, int64_t rows, int64_t vectors, int64_t s, int64_t first,
-                          int64_t block, int64_t depth, const float *after, float *here, const float *dy,
-                          int64_t dy_step, int64_t dy_sequence) {
+                          int64_t block, int64_t depth, const float *after, float *here) {
     vec dh[TILE][4];
     for (int64_t r = 0; r < rows; r++) { /* fetch what follows the product from memory meanwhile */
         int64_t row = l.offsets[s] + first + r, unit = block * LANES;
@@ -321,13 +326,13 @@ static void backward_tile(const struct layer l, int64_t rows, int64_t vectors, i
     for (int64_t r = 0; r < rows; r++) {
         int64_t row = l.offsets[s] + first + r;
         struct place at = l.places[row];
-        const float *from = dy + at.step * dy_step + at.sequence * dy_sequence;
+        const float *dy = l.dy + at.step * l.dy_step + at.sequence * l.dy_sequence;
         for (int64_t v = 0, unit = block * LANES; v < vectors; v++, unit += LANES) {
             const float *gates = l.gates + row * 4 * l.width + 4 * unit;
             vec i = load(gates), f = load(gates + LANES), g = load(gates + 2 * LANES), o = load(gates + 3 * LANES);
             vec c = hyperbolic(load(l.cells + row * l.width + unit)), past = {0};
             if (s) past = load(l.cells + (row - l.counts[s - 1]) * l.width + unit);
-            vec d = dh[r][v] + load_some(from + unit, l.H - unit);
+            vec d = dh[r][v] + load_some(dy + unit, l.H - unit);
             vec dc = d * o * (1.0f - c * c);
             float *kept = l.dcells + (first + r) * l.width + unit, *to = here + (first + r) * l.dstride + 4 * unit;
             if (depth) dc += load(kept);
@@ -380,30 +385,30 @@ static void inputs_gradient(const struct layer *l, int64_t row, int64_t count, c
  * same memory. dx (S, B, F) or NULL, written, or added to with `add`. */
 void lstm_backward(int64_t S, int64_t B, int64_t F, int64_t H, int64_t reverse, const float *dy, int64_t dy_step,
                    int64_t dy_sequence, const float *w_ih, const float *w_hh, float *dx, int64_t add, float *dw_ih,
-                   float *dw_hh, float *db_ih, float *db_hh, char *memory) {
+                   float *dw_hh, float *db_ih, float *db_hh, void *memory) {
     int64_t bytes, end = S, turn = 0;
     struct layer l = arrange(memory, S, B, F, H, reverse, 1, &bytes);
     const float *after = l.dgates[0];
+    l.dy = dy, l.dy_step = dy_step, l.dy_sequence = dy_sequence;
     pack_backward(&l, w_hh, H, l.recurrent);
     if (dx) pack_backward(&l, w_ih, F, l.entering);
     if (dx && !add) memset(dx, 0, 4 * S * B * F);
     memset(l.dweights, 0, 4 * l.K * 4 * l.width);
     while (end && !l.counts[end - 1]) end--;
-    for (int64_t begin; end > 0; end = begin, turn = !turn) { /* a chunk: steps begin .. end */
-        for (begin = end - 1; begin > 0 && l.offsets[end] - l.offsets[begin - 1] <= CHUNK;) begin--;
-        for (int64_t s = end - 1; s >= begin; s--) {
-            float *here = l.dgates[turn] + (l.offsets[s] - l.offsets[begin]) * l.dstride;
+    for (int64_t start; end > 0; end = start, turn = !turn) { /* a chunk: steps start .. end */
+        for (start = end - 1; start > 0 && l.offsets[end] - l.offsets[start - 1] <= CHUNK;) start--;
+        for (int64_t s = end - 1; s >= start; s--) {
+            float *here = l.dgates[turn] + (l.offsets[s] - l.offsets[start]) * l.dstride;
             int64_t count = l.counts[s], going_on = l.counts[s + 1];
             for (int64_t block = 0; block < l.blocks; block += 4)
                 for (int64_t first = 0, rows; first < count; first += rows) {
                     int64_t ends = first >= going_on, vectors = l.blocks - block < 4 ? l.blocks - block : 4;
                     rows = tile((ends ? count : going_on) - first);
-                    backward_tile(l, rows, vectors, s, first, block, ends ? 0 : 4 * l.width, after, here, dy, dy_step,
-                                  dy_sequence);
+                    backward_tile(l, rows, vectors, s, first, block, ends ? 0 : 4 * l.width, after, here);
                 }
             after = here;
         }
-        int64_t row = l.offsets[begin], rows = l.offsets[end] - row;
+        int64_t row = l.offsets[start], rows = l.offsets[end] - row;
         weights_gradient(&l, row, rows, l.dgates[turn]);
         if (dx) inputs_gradient(&l, row, rows, l.dgates[turn], dx, add);
     }
