@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import json
 import sys
+from contextlib import nullcontext
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -40,6 +43,7 @@ class Place(StrEnum):
 
 def main() -> None:
     """Run a command; an error of ours becomes one line and exit status 1, an interruption 130."""
+    atexit.register(gc.freeze)  # looking for garbage at exit takes half a second with Optuna and SQLAlchemy loaded
     try:
         app()
     except OSError as error:
@@ -59,6 +63,7 @@ def main() -> None:
 def launch(
     study: Annotated[Path, typer.Argument(help="Study file (TOML), or a data file to tune with defaults.")],
     workers: Annotated[str, typer.Option(help="Worker processes: a number, or auto (one a core or GPU).")] = "auto",
+    slots: Slots = "1",
     on: Annotated[Place, typer.Option(help="Where workers run.")] = Place.local,
     detach: Annotated[bool, typer.Option(help="Create the study for standing workers and return.")] = False,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Override, as in space.hidden_size=64.")] = None,
@@ -67,21 +72,26 @@ def launch(
     as_json: Json = False,
 ) -> None:
     """Create or resume a study, run workers, show progress, promote the best model."""
-    from hpo.launch import LaunchError
+    from hpo.launch import LaunchError, warm_host
     from hpo.launch import launch as run
-    from hpo.progress import Progress, show_summary
 
     if on is Place.ray:
         raise LaunchError("--on ray is not built yet; start `hpo worker` on each machine instead")
-    with Progress(quiet=quiet) as progress:
-        summary = run(
-            study,
-            workers=_number("workers", workers),
-            overrides=set_ or (),
-            trials=trials,
-            detach=detach,
-            show=progress.update,
-        )
+    count, at_once = _number("workers", workers), _number("slots", slots)
+    with nullcontext() if detach else warm_host() as host:  # imports torch while this process imports the rest
+        from hpo.progress import Progress, show_summary
+
+        with Progress(quiet=quiet) as progress:
+            summary = run(
+                study,
+                workers=count,
+                slots=at_once,
+                overrides=set_ or (),
+                trials=trials,
+                detach=detach,
+                show=progress.update,
+                host=host,
+            )
     if detach:
         typer.echo(f"study {summary['study']} is open for {summary['trials']} trials; `hpo worker` serves it")
     elif not quiet and not as_json:

@@ -1,4 +1,7 @@
-"""Starts workers as processes of this machine, starts dead ones again, and waits until the study's best is promoted."""
+"""Starts workers as processes of this machine, starts dead ones again, and waits until the study's best is promoted.
+
+Workers are forked from a warm host (`hpo/host.py`) where the platform allows it, else each is a process of its own.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,14 +23,16 @@ from storage.postgres import PostgresError, database_url, home, revive
 
 if TYPE_CHECKING:
     from hpo.config import StudyConfig
+    from hpo.host import Forked, Host
     from hpo.study import OpenStudy
     from storage.leases import Snapshot
 
 log = logging.getLogger("hpo")
 
 REVIVE_S = 2.0  # between two looks at the embedded server
-LOOK_S = 0.25  # between two looks at the study
+LOOK_S = 0.25  # between two looks at the study, or less when a worker ends
 RESTARTS = 5  # of one worker that ends with an error, before it is left alone
+PAUSE_S = 1.0  # before the first restart of a worker, twice as long before each further one
 STOP_S = 30.0  # that workers have to finish a batch and give their trial back
 
 
@@ -43,18 +48,27 @@ class Interrupted(RuntimeError):
 class _Process:
     index: int
     log: Path
-    popen: subprocess.Popen[bytes]
+    popen: subprocess.Popen[bytes] | Forked
     restarts: int = 0
+    due: float | None = None  # when it is to be started again, by the monotonic clock
+
+    @property
+    def failed(self) -> bool:
+        return self.popen.poll() not in (None, 0)
 
 
 class LocalWorkers:
-    """Worker processes of this machine. A context manager: leaving it ends those that still run."""
+    """Worker processes of this machine. A context manager: leaving it ends those that still run, and their host.
 
-    def __init__(self, study: str, count: int) -> None:
-        self.study = study
+    slots: trials at once in each; None: as many as fit. host: what forks them; None: each is started on its own.
+    """
+
+    def __init__(self, study: str, count: int, slots: int | None = 1, host: Host | None = None) -> None:
+        self.study, self.slots, self.host = study, slots, host
         self.folder = home() / "logs" / study
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.processes = [self._start(index) for index in range(count)]
+        logs = [self.folder / f"worker-{index}.log" for index in range(count)]
+        self.processes = [_Process(index, log, self._start(index, log)) for index, log in enumerate(logs)]
 
     def __enter__(self) -> LocalWorkers:
         return self
@@ -63,19 +77,29 @@ class LocalWorkers:
         self.stop()
 
     def tend(self) -> None:
-        """Start those again that died. Raises LaunchError when none is left that could go on."""
+        """Start those again that died, after a pause. Raises LaunchError when none is left that could go on."""
         for process in self.processes:
-            if process.popen.poll() not in (None, 0) and process.restarts < RESTARTS:
-                restarted = self._start(process.index)
-                process.popen, process.restarts = restarted.popen, process.restarts + 1
-        if all(process.popen.poll() not in (None, 0) for process in self.processes):
+            if process.failed and process.restarts < RESTARTS:
+                self._restart(process)
+        if all(process.failed and process.restarts == RESTARTS for process in self.processes):
             raise LaunchError(
                 f"every worker of study {self.study!r} ended with an error, {RESTARTS} restarts each; "
                 f"the last lines of {self.processes[0].log}:\n{_tail(self.processes[0].log)}"
             )
 
     def running(self) -> bool:
-        return any(process.popen.poll() is None for process in self.processes)
+        """Whether some run, or will again."""
+        return any(
+            process.popen.poll() is None or (process.failed and process.restarts < RESTARTS)
+            for process in self.processes
+        )
+
+    def rest(self, timeout_s: float) -> None:
+        """Wait, at most until a worker begins or ends."""
+        if self.host is None:
+            time.sleep(timeout_s)
+        else:
+            self.host.hear(timeout_s)
 
     def stop(self) -> None:
         """SIGTERM: finish the batch, give the trial back, end; SIGKILL to what is left after STOP_S."""
@@ -88,55 +112,93 @@ class LocalWorkers:
                 popen.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 popen.kill()
-                popen.wait()
+                with suppress(subprocess.TimeoutExpired):  # of a host that hangs and cannot tell
+                    popen.wait(STOP_S)
+        if self.host is not None:
+            self.host.close()
 
-    def _start(self, index: int) -> _Process:
-        log = self.folder / f"worker-{index}.log"
-        environment = os.environ | ONE_THREAD | {"HPO_WORKER_INDEX": str(index), "HPO_LOG": str(log)}
-        command = [sys.executable, "-P", "-m", "hpo", "worker", "--study", self.study]
+    def _restart(self, process: _Process) -> None:
+        """Once its pause is over."""
+        if process.due is None:
+            process.due = time.monotonic() + PAUSE_S * 2**process.restarts
+        if time.monotonic() >= process.due:
+            self._revive_host(process.log)
+            process.popen, process.due = self._start(process.index, process.log), None
+            process.restarts += 1
+
+    def _revive_host(self, log_path: Path) -> None:
+        """A new host where the old one died; the log of the worker that notices gets its last words."""
+        from hpo.host import Host
+
+        if self.host is None or self.host.status is None:
+            return
+        log.warning("the host process ended with status %d, a new one is started; see %s", self.host.status, log_path)
+        with log_path.open("a") as file:
+            file.write(self.host.last_words())
+        self.host.close()
+        self.host = Host()
+
+    def _start(self, index: int, log: Path) -> subprocess.Popen[bytes] | Forked:
+        environment = {"HPO_WORKER_INDEX": str(index), "HPO_LOG": str(log)}
+        if self.host is not None:
+            return self.host.fork(index, log, environment, {"study": self.study, "slots": self.slots})
+        slots = "auto" if self.slots is None else str(self.slots)
+        command = [sys.executable, "-P", "-m", "hpo", "worker", "--study", self.study, "--slots", slots]
         with log.open("ab") as output:
-            popen = subprocess.Popen(
+            return subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                env=environment,
+                env=os.environ | ONE_THREAD | environment,
                 start_new_session=True,  # a Ctrl-C reaches the launcher alone, which then asks the workers
             )
-        return _Process(index, log, popen)
+
+
+def warm_host() -> AbstractContextManager[Host | None]:
+    """A host that begins to import what workers need, or None where they are spawned. Raises HostError."""
+    from hpo.host import Host, forks
+
+    return Host() if forks() else nullcontext()
 
 
 def launch(
     study: str | os.PathLike[str] | StudyConfig,
     *,
     workers: int | None = None,
+    slots: int | None = 1,
     overrides: Sequence[str] = (),
     trials: int | None = None,
     detach: bool = False,
     show: Callable[[Snapshot], None] = lambda _: None,
+    host: Host | None = None,
 ) -> dict[str, Any]:
     """Create or go on with the study of a file (TOML, or bare data), run it to its end, and sum it up.
 
-    workers: processes on this machine; None: one a CPU core, or one a GPU. overrides: as in
-    `study.trials=10`. trials: a new budget for a study that exists. detach: create the study and return without
-    starting anything. show: called with the state of the study a few times a second.
+    workers: processes on this machine; None: one a CPU core, or one a GPU. slots: trials at once in each; None: as many
+    as fit the GPU. overrides: as in `study.trials=10`. trials: a new budget for a study that exists. detach: create
+    the study and return without starting anything. show: called with the state of the study a few times a second.
+    host: a `warm_host()` that the caller has started already, to be ended here.
     Raises ConfigError, DataError, StudyError, LaunchError, and Interrupted after a Ctrl-C or SIGTERM.
     """
-    from hpo.study import create_or_open
-    from storage.artifacts import artifact_store
-    from storage.trials import trial_storage
-
     started = time.monotonic()
-    config = _config(study, overrides, trials)
-    storage = trial_storage(database_url())
-    try:
-        opened = create_or_open(config, storage, artifact_store())
-        if detach:
-            return {"study": opened.name, "trials": config.study.trials, "detached": True}
-        _wait(opened, workers or default_workers(), show)
-        return summary(opened, time.monotonic() - started)
-    finally:
-        storage.close()
+    with nullcontext(host) if host is not None or detach else warm_host() as warm:  # imports while this process does
+        from hpo.study import create_or_open
+        from storage.artifacts import artifact_store
+        from storage.trials import trial_storage
+
+        config = _config(study, overrides, trials)
+        storage = trial_storage(database_url())
+        try:
+            opened = create_or_open(config, storage, artifact_store())
+            if detach:
+                return {"study": opened.name, "trials": config.study.trials, "detached": True}
+            count = workers or default_workers()
+            with _Signals() as asked, _server_kept_up(), LocalWorkers(opened.name, count, slots, warm) as group:
+                _wait(opened, group, asked, show)
+            return summary(opened, time.monotonic() - started)
+        finally:
+            storage.close()
 
 
 def _config(study: str | os.PathLike[str] | StudyConfig, overrides: Sequence[str], trials: int | None) -> StudyConfig:
@@ -153,31 +215,29 @@ def _config(study: str | os.PathLike[str] | StudyConfig, overrides: Sequence[str
     return config
 
 
-def _wait(opened: OpenStudy, workers: int, show: Callable[[Snapshot], None]) -> None:
+def _wait(opened: OpenStudy, group: LocalWorkers, asked: _Signals, show: Callable[[Snapshot], None]) -> None:
     """Until the study is promoted. SIGTERM counts as Ctrl-C."""
-    asked = _Signals()
-    with asked, _server_kept_up(), LocalWorkers(opened.name, workers) as group:
-        while True:
-            ended = not group.running()
-            state = _state(opened)
-            show(state)
-            if state.status == "finished":
-                return
-            if asked.received:
-                group.stop()
-                show(_state(opened))
-                raise Interrupted(
-                    f"study {opened.name!r} was interrupted; trials in flight are kept: the same command goes on"
-                )
-            if ended and state.status == "stopped":
-                raise Interrupted(
-                    f"study {opened.name!r} was stopped; launch it again to go on, or `hpo promote {opened.name}` "
-                    "makes its best trial so far a model"
-                )
-            group.tend()
-            if ended and not group.running():
-                raise LaunchError(f"the workers ended before study {opened.name!r} did; see {group.folder}")
-            time.sleep(LOOK_S)
+    while True:
+        ended = not group.running()
+        state = _state(opened)
+        show(state)
+        if state.status == "finished":
+            return
+        if asked.received:
+            group.stop()
+            show(_state(opened))
+            raise Interrupted(
+                f"study {opened.name!r} was interrupted; trials in flight are kept: the same command goes on"
+            )
+        if ended and state.status == "stopped":
+            raise Interrupted(
+                f"study {opened.name!r} was stopped; launch it again to go on, or `hpo promote {opened.name}` "
+                "makes its best trial so far a model"
+            )
+        group.tend()
+        if ended and not group.running():
+            raise LaunchError(f"the workers ended before study {opened.name!r} did; see {group.folder}")
+        group.rest(LOOK_S)
 
 
 @contextmanager
@@ -215,10 +275,11 @@ class _Signals:
         self.received = False
         self._earlier: dict[int, Any] = {}
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> _Signals:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._earlier[number] = signal.signal(number, self._note)
+        return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._earlier.items():

@@ -1,4 +1,6 @@
-"""A real PostgreSQL for the whole test session, and a fresh database on it for each test."""
+"""A real PostgreSQL for the whole test session, a fresh database on it for each test, and small studies."""
+
+from __future__ import annotations
 
 import importlib
 import importlib.util
@@ -7,19 +9,31 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
+import numpy as np
 import psutil
 import psycopg2
 import pytest
 
 from storage import postgres
 
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
+
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 TEMPLATE = "hpo_template"
+SMALL = """
+hidden_size = { low = 4, high = 12, step = 4 }
+layers = 1
+head_size = 0
+batch_size = 16
+"""  # a search space of quick trials
 
 
 @pytest.fixture(scope="session")
@@ -124,3 +138,59 @@ def cli(environment: dict[str, str], tmp_path: Path) -> Cli:
         return subprocess.run(command, cwd=cwd, env=settings, capture_output=True, text=True, timeout=timeout_s)
 
     return run
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """60 noisy sines of two frequencies, 8 to 12 steps, two features; labels are words."""
+    random = np.random.default_rng(0)
+    lengths = random.integers(8, 13, 60)
+    steps = np.arange(12)[None, :, None]
+    labels = np.arange(60) % 2
+    X = np.sin(steps * (1 + labels[:, None, None])) + random.normal(0, 0.4, (60, 12, 2))
+    np.savez(tmp_path / "waves.npz", X=X, y=np.array(["slow", "fast"])[labels], lengths=lengths)
+    return tmp_path / "waves.npz"
+
+
+@pytest.fixture
+def study_file(data: Path) -> Callable[..., Path]:
+    """study_file(trials=6, epochs=4, space=…, more=…) writes waves.toml beside the data."""
+
+    def write(trials: int = 6, epochs: int = 4, space: str = SMALL, more: str = "", study: str = "") -> Path:
+        path = data.parent / "waves.toml"
+        path.write_text(
+            f'[study]\nname = "waves"\ntrials = {trials}\n{study}\n[data]\ntrain = "waves.npz"\n'
+            f"[train]\nepochs = {epochs}\n[space]\n{space}\n{more}\n"
+        )
+        return path
+
+    return write
+
+
+@pytest.fixture
+def trials(database_url: str) -> Callable[..., list[FrozenTrial]]:
+    """trials(name) reads a study's trials from the database."""
+    from storage.trials import trial_storage
+
+    def read_trials(name: str = "waves") -> list[FrozenTrial]:
+        storage = trial_storage(database_url)
+        try:
+            return storage.get_all_trials(storage.get_study_id_from_name(name))
+        finally:
+            storage.close()
+
+    return read_trials
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
+    """A guard against hanging, no measurement."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.05)
+
+
+def assert_exact(found: list[FrozenTrial], count: int) -> None:
+    """`count` trials, numbered without a gap, each ended."""
+    assert sorted(trial.number for trial in found) == list(range(count))
+    assert all(trial.state.is_finished() for trial in found)

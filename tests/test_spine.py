@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,73 +22,13 @@ from models.metrics import score
 from storage.artifacts import artifact_store
 from storage.leases import Leases
 from storage.trials import TrialStorage, trial_storage
-from tests.conftest import Cli
-
-SMALL = """
-hidden_size = { low = 4, high = 12, step = 4 }
-layers = 1
-head_size = 0
-batch_size = 16
-"""
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    """60 noisy sines of two frequencies, 8 to 12 steps, two features; labels are words."""
-    random = np.random.default_rng(0)
-    lengths = random.integers(8, 13, 60)
-    steps = np.arange(12)[None, :, None]
-    labels = np.arange(60) % 2
-    X = np.sin(steps * (1 + labels[:, None, None])) + random.normal(0, 0.4, (60, 12, 2))
-    np.savez(tmp_path / "waves.npz", X=X, y=np.array(["slow", "fast"])[labels], lengths=lengths)
-    return tmp_path / "waves.npz"
-
-
-@pytest.fixture
-def study_file(data: Path) -> Callable[..., Path]:
-    """study_file(trials=6, epochs=4, space=…, more=…) writes waves.toml beside the data."""
-
-    def write(trials: int = 6, epochs: int = 4, space: str = SMALL, more: str = "", study: str = "") -> Path:
-        path = data.parent / "waves.toml"
-        path.write_text(
-            f'[study]\nname = "waves"\ntrials = {trials}\n{study}\n[data]\ntrain = "waves.npz"\n'
-            f"[train]\nepochs = {epochs}\n[space]\n{space}\n{more}\n"
-        )
-        return path
-
-    return write
-
-
-@pytest.fixture
-def trials(database_url: str) -> Callable[[str], list[FrozenTrial]]:
-    def read_trials(name: str = "waves") -> list[FrozenTrial]:
-        storage = trial_storage(database_url)
-        try:
-            return storage.get_all_trials(storage.get_study_id_from_name(name))
-        finally:
-            storage.close()
-
-    return read_trials
+from tests.conftest import SMALL, Cli, assert_exact, wait_for
 
 
 def summary_of(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
-
-
-def wait_for(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
-    """A guard against hanging, no measurement."""
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.05)
-
-
-def assert_exact(found: list[FrozenTrial], count: int) -> None:
-    """`count` trials, numbered without a gap, each ended."""
-    assert sorted(trial.number for trial in found) == list(range(count))
-    assert all(trial.state.is_finished() for trial in found)
 
 
 def test_a_data_file_alone_becomes_a_promoted_model(cli: Cli, data: Path, environment: dict[str, str]) -> None:
@@ -379,7 +318,8 @@ def test_a_full_disk_is_a_clear_error_and_loses_no_finished_trial(
     space = SMALL.replace("hidden_size = { low = 4, high = 12, step = 4 }", "hidden_size = [4, 256]")
     more = "[[enqueue]]\nhidden_size = 4\n[[enqueue]]\nhidden_size = 256\n"
     file = study_file(trials=2, epochs=2, space=space, more=more)
-    command = [*mount, str(artifacts), sys.executable, "-P", "-m", "hpo", "launch", str(file), "--workers", "1"]
+    hasty = "import sys, hpo.cli; sys.modules['hpo.launch'].PAUSE_S = 0.1; hpo.cli.main()"
+    command = [*mount, str(artifacts), sys.executable, "-P", "-c", hasty, "launch", str(file), "--workers", "1"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert "cannot write 'checkpoint-" in done.stderr
