@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psycopg2
@@ -19,11 +21,13 @@ from models.bundle import pack
 from models.classifier import ClassifierConfig
 from models.data import Sequences
 from models.machine import release_memory
+from models.native import Kernel
+from models.native import load as load_kernel
 from models.seeds import derive
 from models.training import Epoch, Interrupted, OutOfMemory, Training, TrainingConfig
 from storage.artifacts import ArtifactError, ArtifactStore, MissingArtifactError
 from storage.leases import Lease
-from storage.postgres import PostgresError
+from storage.postgres import PostgresError, home
 from storage.trials import LeaseLost
 
 if TYPE_CHECKING:
@@ -46,10 +50,31 @@ class Bench:
     sequences: Sequences  # the training part
 
 
-def build(plan: Plan, params: Mapping[str, Any], seed: int, sequences: Sequences, device: str) -> Training:
-    """The training of one configuration: parameters, seed and data are all that it depends on."""
+def build(
+    plan: Plan, params: Mapping[str, Any], seed: int, sequences: Sequences, device: str, *, native: bool = True
+) -> Training:
+    """The training of one configuration: parameters, seed and data are all that it depends on.
+
+    native: run the LSTM on a CPU through the kernel of `models.native`, where this machine can build it.
+    """
     classifier, config = configurations(plan, params, seed)
-    return Training(sequences, folds(plan.config, sequences), classifier, config, device)
+    kernel = lstm_kernel() if native and device == "cpu" else None
+    return Training(sequences, folds(plan.config, sequences), classifier, config, device, kernel=kernel)
+
+
+def rebuild(plan: Plan, attributes: Mapping[str, Any], sequences: Sequences, device: str) -> Training:
+    """The training of a finished trial, from what is recorded of it."""
+    native = attributes.get("lstm_kernel", "torch") != "torch"
+    return build(plan, attributes["params"], attributes["seed"], sequences, device, native=native)
+
+
+def lstm_kernel() -> Kernel | None:
+    """The native kernel, compiled once for this machine and user, where there is a compiler. HPO_NATIVE=0: none."""
+    if os.environ.get("HPO_NATIVE", "1") == "0":
+        return None
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111 (raises for no one)
+    writable = Path(cache) if os.access(cache, os.W_OK) else home()
+    return load_kernel(writable / "hpo-native")
 
 
 def configurations(plan: Plan, params: Mapping[str, Any], seed: int) -> tuple[ClassifierConfig, TrainingConfig]:
@@ -232,6 +257,7 @@ def _finish(
         "worker": bench.worker,
         "attempt": lease.attempt,
         "fused_optimizer": training.fused,
+        "lstm_kernel": training.lstm_kernel,
         "provenance": provenance(),
     }
     attach_artifact(opened.storage, opened.study_id, lease.trial_id, key, "curve.svg", "image/svg+xml")

@@ -103,12 +103,12 @@ def promote(opened: OpenStudy, store: ArtifactStore, trial: FrozenTrial, sequenc
     The members are evaluated on validation, which must give the recorded score, and then, together, once on
     the test part. Raises PromotionError.
     """
-    from hpo.objective import build
+    from hpo.objective import rebuild
     from hpo.worker import choose_device
     from models.bundle import save
 
     attributes = trial.user_attrs
-    training = build(opened.plan, attributes["params"], attributes["seed"], sequences, choose_device())
+    training = rebuild(opened.plan, attributes, sequences, choose_device())
     training.load(_weights(store, attributes, training))
     validation = _check_score(opened, trial, training)
     config = _bundle_config(opened, trial, training)
@@ -166,6 +166,7 @@ def _check_score(opened: OpenStudy, trial: FrozenTrial, training: Training) -> S
     value, recorded = scores.metrics[opened.plan.metric], trial.user_attrs
     same = recorded["device"] == device_name(str(training.device))
     same = same and recorded["provenance"]["torch"] == provenance()["torch"]
+    same = same and recorded.get("lstm_kernel", "torch") == training.lstm_kernel
     same = same and recorded["worker"].rpartition("-")[0] == socket.gethostname()
     near = math.isclose(value, trial.value or 0.0, abs_tol=max(TOLERANCE, 1 / len(training.labels)))
     if value != trial.value and (same or not near):
@@ -182,7 +183,7 @@ def _bundle_config(opened: OpenStudy, trial: FrozenTrial, training: Training) ->
 
     plan, attributes = opened.plan, trial.user_attrs
     data = plan.config.data
-    kept = ("params", "seed", "parameters", "training_seconds", "device", "worker", "fused_optimizer")
+    kept = ("params", "seed", "parameters", "training_seconds", "device", "worker", "fused_optimizer", "lstm_kernel")
     return BundleConfig(
         classifier=training.members[0].model.config,
         classes=plan.classes,
@@ -198,7 +199,7 @@ def _bundle_config(opened: OpenStudy, trial: FrozenTrial, training: Training) ->
             "data": plan.train,
             "test_data": plan.test,
             "config": to_dict(plan.config),
-            **{name: attributes[name] for name in kept},
+            **{name: attributes.get(name) for name in kept},
             **attributes["provenance"],
         },
     )

@@ -12,9 +12,14 @@ from storage.artifacts import artifact_store
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
+    from models.training import Training
     from storage.trials import TrialStorage
 
-COMPARED = ("device", "fused_optimizer")  # of a trial's attributes: what changes bits beside packages and threads
+COMPARED = (
+    "device",
+    "fused_optimizer",
+    "lstm_kernel",
+)  # of a trial's attributes: what changes bits beside packages and threads
 
 
 class ReproductionError(ValueError):
@@ -34,7 +39,7 @@ class Reproduction:
 
 def reproduce(storage: TrialStorage, name: str, number: int) -> Reproduction:
     """Train trial `number` of study `name` again for as many epochs as it had. Raises ReproductionError."""
-    from hpo.objective import build
+    from hpo.objective import rebuild
     from hpo.worker import choose_device, fetch_sequences
 
     opened = open_study(name, storage)
@@ -44,12 +49,12 @@ def reproduce(storage: TrialStorage, name: str, number: int) -> Reproduction:
         raise ReproductionError(f"only a complete or pruned trial can be trained again; trial {number} {state}")
     attributes = trial.user_attrs
     sequences = fetch_sequences(artifact_store(), opened.plan.train)
-    training = build(opened.plan, attributes["params"], attributes["seed"], sequences, choose_device())
+    training = rebuild(opened.plan, attributes, sequences, choose_device())
     for _ in range(attributes["epochs"]):
         training.advance()
     again = {kind: [getattr(epoch, kind) for epoch in training.history] for kind in attributes["curve"]}
     difference = _first_difference(attributes["curve"], again)
-    causes = _causes(trial, str(training.device), training.fused)
+    causes = _causes(trial, training)
     return Reproduction(number, attributes["epochs"], difference is None, difference, causes)
 
 
@@ -62,11 +67,12 @@ def _first_difference(recorded: dict[str, list[float]], again: dict[str, list[fl
     return None
 
 
-def _causes(trial: FrozenTrial, device: str, fused: bool) -> tuple[str, ...]:
+def _causes(trial: FrozenTrial, training: Training) -> tuple[str, ...]:
     """What is different now, as `what: then, now`."""
     from hpo.provenance import device_name, provenance
 
     then: dict[str, Any] = {**trial.user_attrs["provenance"]}
-    then |= {name: trial.user_attrs[name] for name in COMPARED}
-    now: dict[str, Any] = provenance() | {"device": device_name(device), "fused_optimizer": fused}
+    then |= {name: trial.user_attrs.get(name) for name in COMPARED}
+    now: dict[str, Any] = provenance() | {"device": device_name(str(training.device))}
+    now |= {"fused_optimizer": training.fused, "lstm_kernel": training.lstm_kernel}
     return tuple(f"{name}: {then[name]} then, {now.get(name)} now" for name in then if then[name] != now.get(name))

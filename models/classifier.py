@@ -7,10 +7,13 @@ D directions (1 or 2), K classes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from models.native import Kernel
 
 POOLINGS = ("last", "mean", "max", "attention", "flatten")
 NORMALIZATIONS = ("none", "channel", "sequence")
@@ -107,6 +110,7 @@ class Classifier(nn.Module):
 
     mean: Tensor
     deviation: Tensor
+    kernel: Kernel | None = None  # runs the LSTM in float32 on a CPU; None: torch does
 
     def __init__(self, config: ClassifierConfig) -> None:
         super().__init__()
@@ -161,15 +165,15 @@ class Classifier(nn.Module):
     def outputs(self, patches: Tensor, lengths: Tensor | None, generator: torch.Generator | None = None) -> Tensor:
         """The last layer's outputs (S, B, D*H); what they hold beyond a sequence's length is of no account."""
         dropout = self.config.dropout if self.training and self.config.layers > 1 else 0.0
-        flipped = lengths is not None and self.config.bidirectional
-        if not dropout and not flipped:
+        flipped = self.kernel is None and lengths is not None and self.config.bidirectional
+        if self.kernel is None and not dropout and not flipped:
             result: Tensor = self.lstm(patches)[0]
             return result
-        index = _flips(patches.shape[0], cast(Tensor, lengths)) if flipped else None
+        flips = _flips(patches.shape[0], cast(Tensor, lengths)) if flipped else None
         for layer in range(self.config.layers):
             if layer and dropout:
                 patches = drop(patches, dropout, generator)
-            patches = self._layer(patches, layer, index)
+            patches = self._layer(patches, lengths, layer, flips)
         return patches
 
     def classify(self, outputs: Tensor, lengths: Tensor | None, generator: torch.Generator | None = None) -> Tensor:
@@ -192,24 +196,29 @@ class Classifier(nn.Module):
             return centred / ((centred.square().sum(1, keepdim=True) / count).sqrt() + EPSILON)
         return values
 
-    def _layer(self, patches: Tensor, layer: int, flips: Tensor | None) -> Tensor:
+    def _layer(self, patches: Tensor, lengths: Tensor | None, layer: int, flips: Tensor | None) -> Tensor:
         """One layer, (S, B, inputs) to (S, B, D*H). With `flips` (S, B, 1) the reverse direction runs over each
-        sequence flipped within its own length.
+        sequence flipped within its own length; the native kernel does so by itself.
         """
-        if not self.config.bidirectional:
-            return self._run(patches, f"l{layer}")
+        forward, backward = self._weights(f"l{layer}"), []
+        if self.config.bidirectional:
+            backward = self._weights(f"l{layer}_reverse")
+        if self.kernel is not None:
+            return self.kernel.layer(patches, lengths, *forward, *backward)
         if flips is None:
-            return self._run(patches, f"l{layer}", f"l{layer}_reverse")
-        backward = self._run(_reorder(patches, flips), f"l{layer}_reverse")
-        return torch.cat([self._run(patches, f"l{layer}"), _reorder(backward, flips)], 2)
+            return self._run(patches, forward + backward)
+        flipped = _reorder(self._run(_reorder(patches, flips), backward), flips)
+        return torch.cat([self._run(patches, forward), flipped], 2)
 
-    def _run(self, patches: Tensor, *suffixes: str) -> Tensor:
-        """torch's LSTM on the weights of one layer named `..._{suffix}`: one direction, or both."""
+    def _weights(self, suffix: str) -> list[Tensor]:
+        """The weights of one direction of one layer."""
         kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-        weights = [cast(Tensor, getattr(self.lstm, f"{kind}_{suffix}")) for suffix in suffixes for kind in kinds]
-        directions = len(suffixes)
-        zeros = patches.new_zeros(directions, patches.shape[1], self.config.hidden_size)
-        both = directions == 2
+        return [cast(Tensor, getattr(self.lstm, f"{kind}_{suffix}")) for kind in kinds]
+
+    def _run(self, patches: Tensor, weights: list[Tensor]) -> Tensor:
+        """torch's LSTM of one layer, in one direction or, with the weights of two, in both."""
+        both = len(weights) == 8
+        zeros = patches.new_zeros(1 + both, patches.shape[1], self.config.hidden_size)
         outputs: Tensor = torch.lstm(patches, (zeros, zeros), weights, True, 1, 0.0, self.training, both, False)[0]
         return outputs
 

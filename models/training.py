@@ -27,6 +27,7 @@ from models.classifier import Classifier, ClassifierConfig
 from models.data import Sequences
 from models.member import EVALUATION_BATCH, Member, Weights
 from models.metrics import choose_threshold, direction, score
+from models.native import Kernel
 from models.seeds import derive
 
 OPTIMIZERS = ("adamw", "adam", "rmsprop", "sgd")
@@ -113,11 +114,13 @@ class Training:
         config: TrainingConfig,
         device: str = "cpu",
         *,
+        kernel: Kernel | None = None,
         graphs: bool = True,
         fixed_shapes: bool | None = None,
     ) -> None:
         """sequences: the whole training file; folds: one (training rows, validation rows) pair a member.
 
+        kernel: of `models.native`, for float32 on a CPU; None: torch's own LSTM.
         graphs: on a GPU, replay captured steps; else, or where capture fails, run them one operation at a time: the
         bits are the same. fixed_shapes: steps of a few fixed shapes (see `FixedSteps`); None: on a GPU.
         Raises OutOfMemory.
@@ -132,12 +135,18 @@ class Training:
         self.best_weights: list[Weights] = []
         self.batches = 0  # trained since this object was made: the progress that a lease wants to see
         gpu = self.device.type == "cuda"
+        self.kernel = None if gpu or config.precision != "float32" else kernel
         self._stream = _own_stream(self.device) if gpu else None
         with self._at_work():
             fixed = gpu if fixed_shapes is None else fixed_shapes
             self.members = self._members(sequences, folds, fixed, graphs)
         self.parameters = sum(p.numel() for m in self.members for p in m.model.parameters())
         self.fused = self.members[0].fused
+
+    @property
+    def lstm_kernel(self) -> str:
+        """What runs the LSTM: the name of a native kernel's build, or torch."""
+        return "torch" if self.kernel is None else self.kernel.name
 
     @property
     def finished(self) -> bool:
@@ -257,6 +266,7 @@ class Training:
             model = _model(self.classifier, derive("weights", self.config.seed, index))
             model.fit_normalization(values[train], lengths[train])
             model.to(self.device)
+            model.kernel = self.kernel
             if whole is None or self.classifier.normalization == "channel":
                 with torch.no_grad():
                     patches, counts = model.prepare(values.to(self.device), lengths.to(self.device))

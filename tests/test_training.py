@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 import torch
 
+from models import native
 from models.batches import Batches
 from models.classifier import Classifier, ClassifierConfig
 from models.data import Sequences, from_arrays, split_folds, split_share
 from models.metrics import score
+from models.native import Kernel
 from models.training import (
     OPTIMIZERS,
     Diverged,
@@ -49,7 +51,16 @@ def training(data: Sequences, folds: int = 0, fixed_shapes: bool = False, **give
     )
     parts = split_folds(data, folds, 0) if folds else split_share(data, 0.25, 0)
     settings: dict[str, Any] = {"metric": "accuracy", "epochs": 6, "batch_size": 8, "learning_rate": 0.02, "seed": 3}
-    return Training(data, parts, config, TrainingConfig(**(settings | given)), fixed_shapes=fixed_shapes)
+    kernel = given.pop("kernel", None)
+    return Training(data, parts, config, TrainingConfig(**(settings | given)), kernel=kernel, fixed_shapes=fixed_shapes)
+
+
+@pytest.fixture(scope="session")
+def kernel(tmp_path_factory: pytest.TempPathFactory) -> Kernel:
+    found = native.load(tmp_path_factory.mktemp("native"))
+    if found is None:
+        pytest.skip("no C compiler here")
+    return found
 
 
 def run(subject: Training, epochs: int) -> Training:
@@ -193,11 +204,15 @@ class TestTheFastPathAgainstTheSimpleOne:
 
     TOLERANCE = 2e-5
 
+    @pytest.mark.parametrize("native", [False, True])
     @pytest.mark.parametrize("optimizer", OPTIMIZERS)
     @pytest.mark.parametrize("schedule", ["constant", "cosine", "plateau"])
-    def test_epochs_equal_those_of_a_plain_loop(self, optimizer: str, schedule: str) -> None:
+    def test_epochs_equal_those_of_a_plain_loop(
+        self, native: bool, optimizer: str, schedule: str, kernel: Kernel
+    ) -> None:
         data = sequences(classes=3 if schedule == "cosine" else 2)
         given: dict[str, Any] = {"optimizer": optimizer, "schedule": schedule, "weight_decay": 1e-2}
+        given |= {"kernel": kernel} if native else {}
         subject = training(data, **given)
         plain = Plain(subject)
         for number in range(1, 7):
@@ -221,6 +236,34 @@ class TestTheFastPathAgainstTheSimpleOne:
             assert other.log_loss == pytest.approx(one.log_loss, abs=1e-5)
         for name, weight in cropped.members[0].weights().items():
             torch.testing.assert_close(fixed.members[0].weights()[name], weight, atol=self.TOLERANCE, rtol=0)
+
+    @pytest.mark.parametrize("variable", [False, True])
+    @pytest.mark.parametrize("bidirectional", [False, True])
+    @pytest.mark.parametrize("layers", [1, 2])
+    def test_the_native_kernel_equals_torch(
+        self, variable: bool, bidirectional: bool, layers: int, kernel: Kernel
+    ) -> None:
+        """Dropout included: both draw the same masks."""
+        data = sequences(variable=variable)
+        given: dict[str, Any] = {"bidirectional": bidirectional, "layers": layers, "dropout": 0.3, "pooling": "mean"}
+        own, torchs = (run(training(data, kernel=k, **given), 4) for k in (kernel, None))
+        assert own.lstm_kernel.startswith("native-")
+        for one, other in zip(own.history, torchs.history, strict=True):
+            assert one.train_loss == pytest.approx(other.train_loss, abs=1e-5)
+            assert one.log_loss == pytest.approx(other.log_loss, abs=1e-5)
+        for name, weight in torchs.members[0].weights().items():
+            torch.testing.assert_close(own.members[0].weights()[name], weight, atol=self.TOLERANCE, rtol=0)
+
+    def test_a_resumed_training_on_the_native_kernel_ends_in_the_same_bits(self, kernel: Kernel) -> None:
+        data = sequences()
+        given: dict[str, Any] = {"layers": 2, "dropout": 0.3, "bidirectional": True, "kernel": kernel}
+        whole = run(training(data, **given), 4)
+        resumed = training(data, **given)
+        resumed.restore(run(training(data, **given), 2).state())
+        assert_same(run(resumed, 2), whole)
+
+    def test_bfloat16_runs_on_torch(self, kernel: Kernel) -> None:
+        assert training(sequences(), precision="bfloat16", kernel=kernel).lstm_kernel == "torch"
 
     def test_a_training_goes_on_under_the_other_kind_of_steps(self) -> None:
         data = sequences()
