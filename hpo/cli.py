@@ -63,7 +63,7 @@ def main() -> None:
 def launch(
     study: Annotated[Path, typer.Argument(help="Study file (TOML), or a data file to tune with defaults.")],
     workers: Annotated[str, typer.Option(help="Worker processes: a number, or auto (one a core or GPU).")] = "auto",
-    slots: Slots = "1",
+    slots: Slots = "auto",
     on: Annotated[Place, typer.Option(help="Where workers run.")] = Place.local,
     detach: Annotated[bool, typer.Option(help="Create the study for standing workers and return.")] = False,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Override, as in space.hidden_size=64.")] = None,
@@ -103,7 +103,7 @@ def launch(
 @app.command()
 def worker(
     study: Annotated[str | None, typer.Option(help="Serve this study only, until it is over.")] = None,
-    slots: Slots = "1",
+    slots: Slots = "auto",
 ) -> None:
     """One standing worker: take trials of that study, or of any open study, until told to stop."""
     from hpo.worker import work
