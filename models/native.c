@@ -136,9 +136,9 @@ struct layer {
     float *inputs, *gates, *cells;     /* (rows, stride), (rows, blocks, 4, LANES), (rows, width) */
     float *recurrent, *entering;       /* w_hh and w_ih for the backward product: see pack_backward */
     float *dgates[2], *dcells;         /* (rows of a chunk, blocks, 4, LANES), this chunk and the last; (B, width) */
-    float *y;                          /* (S, B, y_stride) */
-    const float *dy;                   /* (S, B, H) with strides for S and B */
-    int64_t y_stride, dy_step, dy_sequence;
+    float *y;                          /* outputs (S, B, H), from step to step and from sequence to sequence: */
+    const float *dy;                   /* their gradient, too */
+    int64_t step, sequence, final;     /* final: a sequence has one output, that of the step it ends with; step is 0 */
 };
 
 static void *take(uintptr_t *memory, int64_t bytes) {
@@ -273,24 +273,25 @@ static void forward_tile(const struct layer l, int64_t rows, int64_t s, int64_t 
             store(l.gates + (((here + r) * l.blocks + block) * 4 + v) * LANES, z[r][v]);
         if (first + r < l.counts[s + 1])
             store(l.inputs + (next + r) * l.stride + l.start + l.F + 1 + block * LANES, h);
+        if (l.final && first + r < l.counts[s + 1]) continue;
         struct place at = l.places[l.offsets[s] + first + r];
-        store_some(l.y + (at.step * l.B + at.sequence) * l.y_stride + block * LANES, h, room);
+        store_some(l.y + at.step * l.step + at.sequence * l.sequence + block * LANES, h, room);
     }
 }
 
-/* x (S, B, F) to y, whose steps of sequences are y_stride floats apart; lengths (B) or NULL: all S. Beyond a
- * sequence's length y is zero. With `training`, `memory` keeps what lstm_backward needs. -1: a length is not in 0..S.
- */
+/* x (S, B, F) to y, whose steps and sequences are so many floats apart; lengths (B) or NULL: all S. Beyond a length y
+ * is zero. With `final` y has one step: the last one that each sequence runs through. With `training` `memory` keeps
+ * what lstm_backward needs. -1: a length is not in 0..S. */
 int64_t lstm_forward(int64_t S, int64_t B, int64_t F, int64_t H, int64_t reverse, int64_t training, const float *x,
                      const int64_t *lengths, const float *w_ih, const float *w_hh, const float *b_ih,
-                     const float *b_hh, float *y, int64_t y_stride, void *memory) {
+                     const float *b_hh, float *y, int64_t step, int64_t sequence, int64_t final, void *memory) {
     int64_t bytes;
     struct layer l = arrange(memory, S, B, F, H, reverse, training, &bytes);
-    l.y = y, l.y_stride = y_stride;
+    l.y = y, l.step = final ? 0 : step, l.sequence = sequence, l.final = final;
     if (!rank(&l, lengths)) return -1;
     pack(&l, w_ih, w_hh, b_ih, b_hh);
     for (int64_t b = 0; lengths && b < B; b++)
-        for (int64_t s = lengths[b]; s < S; s++) memset(y + (s * B + b) * y_stride, 0, 4 * H);
+        for (int64_t s = lengths[b]; s < (final ? !lengths[b] : S); s++) memset(y + s * step + b * sequence, 0, 4 * H);
     for (int64_t s = 0; s < S && l.counts[s]; s++) {
         for (int64_t n = 0; n < l.counts[s]; n++) {
             struct place at = l.places[l.offsets[s] + n];
@@ -326,13 +327,14 @@ static void backward_tile(const struct layer l, int64_t rows, int64_t vectors, i
     for (int64_t r = 0; r < rows; r++) {
         int64_t row = l.offsets[s] + first + r;
         struct place at = l.places[row];
-        const float *dy = l.dy + at.step * l.dy_step + at.sequence * l.dy_sequence;
+        const float *dy = l.dy + at.step * l.step + at.sequence * l.sequence;
         for (int64_t v = 0, unit = block * LANES; v < vectors; v++, unit += LANES) {
             const float *gates = l.gates + row * 4 * l.width + 4 * unit;
             vec i = load(gates), f = load(gates + LANES), g = load(gates + 2 * LANES), o = load(gates + 3 * LANES);
             vec c = hyperbolic(load(l.cells + row * l.width + unit)), past = {0};
             if (s) past = load(l.cells + (row - l.counts[s - 1]) * l.width + unit);
-            vec d = dh[r][v] + load_some(dy + unit, l.H - unit);
+            vec d = dh[r][v];
+            if (!l.final || !depth) d += load_some(dy + unit, l.H - unit);
             vec dc = d * o * (1.0f - c * c);
             float *kept = l.dcells + (first + r) * l.width + unit, *to = here + (first + r) * l.dstride + 4 * unit;
             if (depth) dc += load(kept);
@@ -381,15 +383,15 @@ static void inputs_gradient(const struct layer *l, int64_t row, int64_t count, c
     }
 }
 
-/* Gradients from dy, whose steps and sequences are dy_step and dy_sequence floats apart, after lstm_forward with the
- * same memory. dx (S, B, F) or NULL, written, or added to with `add`. */
-void lstm_backward(int64_t S, int64_t B, int64_t F, int64_t H, int64_t reverse, const float *dy, int64_t dy_step,
-                   int64_t dy_sequence, const float *w_ih, const float *w_hh, float *dx, int64_t add, float *dw_ih,
-                   float *dw_hh, float *db_ih, float *db_hh, void *memory) {
+/* Gradients after lstm_forward with the same memory, from dy, laid out as y there. dx (S, B, F) or NULL: written, or
+ * with `add` added to. */
+void lstm_backward(int64_t S, int64_t B, int64_t F, int64_t H, int64_t reverse, const float *dy, int64_t step,
+                   int64_t sequence, int64_t final, const float *w_ih, const float *w_hh, float *dx, int64_t add,
+                   float *dw_ih, float *dw_hh, float *db_ih, float *db_hh, void *memory) {
     int64_t bytes, end = S, turn = 0;
     struct layer l = arrange(memory, S, B, F, H, reverse, 1, &bytes);
     const float *after = l.dgates[0];
-    l.dy = dy, l.dy_step = dy_step, l.dy_sequence = dy_sequence;
+    l.dy = dy, l.step = final ? 0 : step, l.sequence = sequence, l.final = final;
     pack_backward(&l, w_hh, H, l.recurrent);
     if (dx) pack_backward(&l, w_ih, F, l.entering);
     if (dx && !add) memset(dx, 0, 4 * S * B * F);

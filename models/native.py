@@ -51,31 +51,34 @@ class Kernel:
             raise NativeError(f"the compiled kernel cannot be loaded: {error}") from None
         self.bytes, self.forward, self.backward = functions.lstm_bytes, functions.lstm_forward, functions.lstm_backward
         self.bytes.argtypes = (number,) * 5
-        self.forward.argtypes = (*(number,) * 6, *(pointer,) * 7, number, pointer)
-        self.backward.argtypes = (*(number,) * 5, pointer, number, number, *(pointer,) * 3, number, *(pointer,) * 5)
+        self.forward.argtypes = (*(number,) * 6, *(pointer,) * 7, *(number,) * 3, pointer)
+        self.backward.argtypes = (*(number,) * 5, pointer, *(number,) * 3, *(pointer,) * 3, number, *(pointer,) * 5)
         self.bytes.restype = self.forward.restype = number
         self.backward.restype = None
 
-    def layer(self, inputs: Tensor, lengths: Tensor | None, *weights: Tensor) -> Tensor:
+    def layer(self, inputs: Tensor, lengths: Tensor | None, *weights: Tensor, final: bool = False) -> Tensor:
         """One LSTM layer from a zero state: (S, B, F) and lengths (B,) int64 to (S, B, D*H), zero beyond each length.
 
         weights: weight_ih, weight_hh, bias_ih, bias_hh as in nn.LSTM, then those of the reverse direction if there is
         one, which runs over each sequence backwards within its own length. lengths None: all are S. What `inputs`
-        holds beyond a length is never read, and its gradient is zero. All float32 on a CPU.
+        holds beyond a length is never read, and its gradient is zero. final: instead of all outputs those that each
+        direction ends a sequence with, (B, D*H); zero for a sequence of length 0. All float32 on a CPU.
         """
         inputs, lengths = inputs.contiguous(), None if lengths is None else lengths.contiguous()
         weights = tuple(weight.contiguous() for weight in weights)
         _check(inputs, lengths, weights)
         if torch.is_grad_enabled():
-            return cast(Tensor, _Layer.apply(self, inputs, lengths, *weights))  # type: ignore[no-untyped-call]
-        return _forward(self, inputs, lengths, weights, training=False)[0]
+            return cast(Tensor, _Layer.apply(self, final, inputs, lengths, *weights))  # type: ignore[no-untyped-call]
+        return _forward(self, final, inputs, lengths, weights, training=False)[0]
 
 
 class _Layer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, kernel: Kernel, inputs: Tensor, lengths: Tensor | None, *weights: Tensor) -> Tensor:
-        outputs, memories = _forward(kernel, inputs, lengths, weights, training=True)
-        ctx.kernel, ctx.shape = kernel, inputs.shape
+    def forward(
+        ctx: Any, kernel: Kernel, final: bool, inputs: Tensor, lengths: Tensor | None, *weights: Tensor
+    ) -> Tensor:
+        outputs, memories = _forward(kernel, final, inputs, lengths, weights, training=True)
+        ctx.kernel, ctx.final, ctx.shape = kernel, final, inputs.shape
         ctx.save_for_backward(*memories, *weights)
         return outputs
 
@@ -84,31 +87,30 @@ class _Layer(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (S, B, F), directions = ctx.shape, len(ctx.saved_tensors) // 5
         memories, weights = ctx.saved_tensors[:directions], ctx.saved_tensors[directions:]
-        if gradient.stride(2) != 1:
+        if gradient.stride(-1) != 1:
             gradient = gradient.contiguous()
-        inputs = gradient.new_empty(S, B, F) if ctx.needs_input_grad[1] else None
+        inputs = gradient.new_empty(S, B, F) if ctx.needs_input_grad[2] else None
         gradients = [torch.empty_like(weight) for weight in weights]
         for reverse, memory in enumerate(memories):
             own = slice(4 * reverse, 4 * reverse + 4)
             weight_ih, weight_hh, _, _ = weights[own]
             H = weight_hh.shape[1]
             ctx.kernel.backward(
-                *(S, B, F, H, reverse),
-                *(gradient.data_ptr() + 4 * reverse * H, gradient.stride(0), gradient.stride(1)),
-                *(weight_ih.data_ptr(), weight_hh.data_ptr()),
-                *(None if inputs is None else inputs.data_ptr(), reverse),
+                *(S, B, F, H, reverse, gradient.data_ptr() + 4 * reverse * H),
+                *(gradient.stride(0), gradient.stride(-2), ctx.final),
+                *(weight_ih.data_ptr(), weight_hh.data_ptr(), None if inputs is None else inputs.data_ptr(), reverse),
                 *(tensor.data_ptr() for tensor in gradients[own]),
                 memory.data_ptr(),
             )
-        return None, inputs, None, *gradients
+        return None, None, inputs, None, *gradients
 
 
 def _forward(
-    kernel: Kernel, inputs: Tensor, lengths: Tensor | None, weights: tuple[Tensor, ...], *, training: bool
+    kernel: Kernel, final: bool, inputs: Tensor, lengths: Tensor | None, weights: tuple[Tensor, ...], *, training: bool
 ) -> tuple[Tensor, list[Tensor]]:
     """The outputs and, for each direction, the memory that its backward pass reads."""
     (S, B, F), H, directions = inputs.shape, weights[1].shape[1], len(weights) // 4
-    outputs = torch.empty(S, B, directions * H)
+    outputs = torch.empty((B, directions * H) if final else (S, B, directions * H))
     size = kernel.bytes(S, B, F, H, training)
     memories = []
     for reverse in range(directions):
@@ -117,7 +119,7 @@ def _forward(
             *(S, B, F, H, reverse, training),
             *(inputs.data_ptr(), None if lengths is None else lengths.data_ptr()),
             *(weight.data_ptr() for weight in weights[4 * reverse : 4 * reverse + 4]),
-            *(outputs.data_ptr() + 4 * reverse * H, directions * H),
+            *(outputs.data_ptr() + 4 * reverse * H, B * directions * H, directions * H, final),
             memory.data_ptr(),
         )
         if wrong:

@@ -156,6 +156,24 @@ def test_padding_never_changes_an_answer(kernel: Kernel, directions: int) -> Non
 
 
 @pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("lengths", [None, [4, 9, 1, 9, 6, 0]])
+def test_final_outputs_are_those_that_sequences_end_with(
+    kernel: Kernel, lengths: list[int] | None, directions: int
+) -> None:
+    inputs, weights = layer(9, 6, 3, 20, directions)
+    many = None if lengths is None else torch.tensor(lengths)
+    last = torch.full((6,), 8) if many is None else (many - 1).clamp(min=0)
+    dy = torch.randn(6, directions * 20)
+    everything = kernel.layer(inputs, many, *weights)
+    forward = everything.gather(0, last[None, :, None].expand(1, -1, 20))[0]
+    expected = results(torch.cat([forward, everything[0, :, 20:]], 1), dy, inputs, weights)
+    final = results(kernel.layer(inputs, many, *weights, final=True), dy, inputs, weights)
+    assert all(map(torch.equal, final, expected))
+    with torch.no_grad():
+        assert torch.equal(kernel.layer(inputs, many, *weights, final=True), expected[0])
+
+
+@pytest.mark.parametrize("directions", [1, 2])
 def test_a_sequence_has_the_same_bits_in_every_batch(kernel: Kernel, directions: int) -> None:
     inputs, weights = layer(8, 40, 5, 33, directions)
     lengths = torch.randint(1, 9, (40,), generator=torch.Generator().manual_seed(1))
