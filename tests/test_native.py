@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -195,6 +196,18 @@ def test_the_same_bits_every_time_and_without_gradients(kernel: Kernel) -> None:
     assert all(map(torch.equal, first, again))
     with torch.inference_mode():
         assert torch.equal(kernel.layer(inputs, lengths, *weights), first[0])
+
+
+def test_threads_do_not_meet(kernel: Kernel) -> None:
+    inputs, weights = layer(60, 20, 5, 40, 2)
+    dy = torch.randn(60, 20, 80)
+
+    def run(_: int) -> list[Tensor]:
+        return results(kernel.layer(inputs, None, *weights), dy, inputs, weights)
+
+    with ThreadPoolExecutor(4) as threads:
+        first, *others = threads.map(run, range(12))
+    assert all(torch.equal(*pair) for other in others for pair in zip(first, other, strict=True))
 
 
 def test_two_backward_passes_and_weights_that_stand_still(kernel: Kernel) -> None:
