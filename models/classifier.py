@@ -160,10 +160,22 @@ class Classifier(nn.Module):
 
         generator: where dropout draws from in training; None: torch's own.
         """
+        if self.kernel is not None and self.config.pooling == "last":
+            return self._decide(self.outputs(patches, lengths, generator, final=True), generator)
         return self.classify(self.outputs(patches, lengths, generator), lengths, generator)
 
-    def outputs(self, patches: Tensor, lengths: Tensor | None, generator: torch.Generator | None = None) -> Tensor:
-        """The last layer's outputs (S, B, D*H); what they hold beyond a sequence's length is of no account."""
+    def outputs(
+        self,
+        patches: Tensor,
+        lengths: Tensor | None,
+        generator: torch.Generator | None = None,
+        *,
+        final: bool = False,
+    ) -> Tensor:
+        """The last layer's outputs (S, B, D*H); what they hold beyond a sequence's length is of no account.
+
+        final: those alone that each direction ends with, (B, D*H); the native kernel gives them at less cost.
+        """
         dropout = self.config.dropout if self.training and self.config.layers > 1 else 0.0
         flipped = self.kernel is None and lengths is not None and self.config.bidirectional
         if self.kernel is None and not dropout and not flipped:
@@ -173,12 +185,17 @@ class Classifier(nn.Module):
         for layer in range(self.config.layers):
             if layer and dropout:
                 patches = drop(patches, dropout, generator)
-            patches = self._layer(patches, lengths, layer, flips)
+            last = final and layer == self.config.layers - 1
+            patches = self._layer(patches, lengths, layer, flips, final=last)
         return patches
 
     def classify(self, outputs: Tensor, lengths: Tensor | None, generator: torch.Generator | None = None) -> Tensor:
         """The last layer's outputs (S, B, D*H) to logits: pooling and head."""
-        result = self._pool(outputs, lengths)
+        return self._decide(self._pool(outputs, lengths), generator)
+
+    def _decide(self, pooled: Tensor, generator: torch.Generator | None) -> Tensor:
+        """The head: pooled outputs (B, D*H), or (B, S*D*H) for `flatten`, to logits."""
+        result = pooled
         for module in self.head if isinstance(self.head, nn.Sequential) else [self.head]:
             if isinstance(module, nn.Dropout):
                 result = drop(result, module.p, generator) if self.training else result
@@ -196,7 +213,9 @@ class Classifier(nn.Module):
             return centred / ((centred.square().sum(1, keepdim=True) / count).sqrt() + EPSILON)
         return values
 
-    def _layer(self, patches: Tensor, lengths: Tensor | None, layer: int, flips: Tensor | None) -> Tensor:
+    def _layer(
+        self, patches: Tensor, lengths: Tensor | None, layer: int, flips: Tensor | None, *, final: bool
+    ) -> Tensor:
         """One layer, (S, B, inputs) to (S, B, D*H). With `flips` (S, B, 1) the reverse direction runs over each
         sequence flipped within its own length; the native kernel does so by itself.
         """
@@ -204,7 +223,7 @@ class Classifier(nn.Module):
         if self.config.bidirectional:
             backward = self._weights(f"l{layer}_reverse")
         if self.kernel is not None:
-            return self.kernel.layer(patches, lengths, *forward, *backward)
+            return self.kernel.layer(patches, lengths, *forward, *backward, final=final)
         if flips is None:
             return self._run(patches, forward + backward)
         flipped = _reorder(self._run(_reorder(patches, flips), backward), flips)

@@ -27,7 +27,7 @@ from models.classifier import Classifier, ClassifierConfig
 from models.data import Sequences
 from models.member import EVALUATION_BATCH, Member, Weights
 from models.metrics import choose_threshold, direction, score
-from models.native import Kernel
+from models.native import LARGEST, Kernel
 from models.seeds import derive
 
 OPTIMIZERS = ("adamw", "adam", "rmsprop", "sgd")
@@ -120,7 +120,7 @@ class Training:
     ) -> None:
         """sequences: the whole training file; folds: one (training rows, validation rows) pair a member.
 
-        kernel: of `models.native`, for float32 on a CPU; None: torch's own LSTM.
+        kernel: of `models.native`, for float32 on a CPU and sizes where it is the faster one; None: torch's own LSTM.
         graphs: on a GPU, replay captured steps; else, or where capture fails, run them one operation at a time: the
         bits are the same. fixed_shapes: steps of a few fixed shapes (see `FixedSteps`); None: on a GPU.
         Raises OutOfMemory.
@@ -135,7 +135,8 @@ class Training:
         self.best_weights: list[Weights] = []
         self.batches = 0  # trained since this object was made: the progress that a lease wants to see
         gpu = self.device.type == "cuda"
-        self.kernel = None if gpu or config.precision != "float32" else kernel
+        fits = not gpu and config.precision == "float32" and classifier.hidden_size <= LARGEST
+        self.kernel = kernel if fits else None
         self._stream = _own_stream(self.device) if gpu else None
         with self._at_work():
             fixed = gpu if fixed_shapes is None else fixed_shapes
