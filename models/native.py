@@ -208,6 +208,7 @@ def _processor() -> str:
     return platform.machine() + "\n".join(line for line in first.splitlines() if line.startswith(keys))
 
 
+@torch.inference_mode(False)
 @torch.enable_grad()
 def _compare(kernel: Kernel) -> None:
     """Hold a fresh build against torch on a ragged batch: a compiler or processor of which we know nothing."""
