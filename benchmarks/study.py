@@ -19,6 +19,7 @@ import json
 import math
 import os
 import resource
+import signal
 import statistics
 import subprocess
 import sys
@@ -201,9 +202,16 @@ def plain(case: Case, folder: Path, name: str, pruner: str, *, own_space: bool =
 
 
 def timed(command: list[str], environment: dict[str, str], name: str, folder: Path) -> Run:
+    """Run a command to its end."""
     began, started, before = time.time(), time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
     with (folder / f"{name}.log").open("w") as log:
-        status = subprocess.run(command, env=environment, stdout=log, stderr=log, check=False).returncode
+        popen = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        try:
+            status = popen.wait()
+        finally:
+            if popen.returncode is None:  # interrupted: with the processes that it has forked
+                os.killpg(popen.pid, signal.SIGTERM)
+                popen.wait()
     seconds, after = time.monotonic() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     if status:
@@ -297,6 +305,7 @@ def main() -> None:
     cases = [case for case in CASES if case.name in given.sets]
     if given.quick:
         cases, given.repeats = [replace(case, trials=6, epochs=5) for case in cases], 1
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # through the clean-up below
     with tempfile.TemporaryDirectory(prefix="study-") as scratch:
         Path(scratch).chmod(0o711)  # root's server runs as another user
         with server(Path(scratch)):
