@@ -9,9 +9,12 @@ import sys
 from contextlib import nullcontext
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from hpo.cluster import Cluster
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -27,6 +30,9 @@ INTERRUPTED = 130
 
 StudyName = Annotated[str, typer.Argument(help="Name of a study.")]
 Slots = Annotated[str, typer.Option(help="Trials at once in one worker: a number, or auto (by the GPU's memory).")]
+Address = Annotated[
+    str | None, typer.Option(help="Ray's address, or auto; without it RAY_ADDRESS, else Ray is started here.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON as the last line.")]
 
 
@@ -64,7 +70,12 @@ def launch(
     study: Annotated[Path, typer.Argument(help="Study file (TOML), or a data file to tune with defaults.")],
     workers: Annotated[str, typer.Option(help="Worker processes: a number, or auto (one a core or GPU).")] = "auto",
     slots: Slots = "auto",
-    on: Annotated[Place, typer.Option(help="Where workers run.")] = Place.local,
+    on: Annotated[Place, typer.Option(help="Where workers run: here, or where Ray places them.")] = Place.local,
+    address: Address = None,
+    cpus: Annotated[float, typer.Option(help="Cores of each worker on Ray; fractions are allowed.")] = 1.0,
+    gpus: Annotated[
+        float | None, typer.Option(help="Share of a GPU of each worker on Ray; 1 where there are GPUs, else 0.")
+    ] = None,
     detach: Annotated[bool, typer.Option(help="Create the study for standing workers and return.")] = False,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Override, as in space.hidden_size=64.")] = None,
     trials: Annotated[int | None, typer.Option(help="The budget, also of a study that exists.", min=1)] = None,
@@ -72,13 +83,14 @@ def launch(
     as_json: Json = False,
 ) -> None:
     """Create or resume a study, run workers, show progress, promote the best model."""
-    from hpo.launch import LaunchError, warm_host
     from hpo.launch import launch as run
+    from hpo.launch import warm_host
 
-    if on is Place.ray:
-        raise LaunchError("--on ray is not built yet; start `hpo worker` on each machine instead")
     count, at_once = _number("workers", workers), _number("slots", slots)
-    with nullcontext() if detach else warm_host() as host:  # imports torch while this process imports the rest
+    cluster = _cluster(address, cpus, gpus) if on is Place.ray else None
+    if cluster is None and (address, cpus, gpus) != (None, 1.0, None):
+        raise typer.BadParameter("--address, --cpus and --gpus go with --on ray")
+    with nullcontext() if detach or cluster else warm_host() as host:  # imports torch while this imports the rest
         from hpo.progress import Progress, show_summary
 
         with Progress(quiet=quiet) as progress:
@@ -86,6 +98,7 @@ def launch(
                 study,
                 workers=count,
                 slots=at_once,
+                cluster=cluster,
                 overrides=set_ or (),
                 trials=trials,
                 detach=detach,
@@ -125,6 +138,29 @@ def status(
         typer.echo(json.dumps(rows))
     else:
         show_status(rows, detailed=name is not None)
+
+
+@app.command()
+def logs(
+    name: StudyName,
+    worker: Annotated[str | None, typer.Option("--worker", "-w", help="One worker: HOST-PID, or its file.")] = None,
+    lines: Annotated[int, typer.Option("--lines", "-n", help="The last so many of each.", min=1)] = 20,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what is added, until the end.")] = False,
+    address: Address = None,
+) -> None:
+    """The workers' logs: files of this machine, those of others through Ray or where they are."""
+    from hpo.logs import follow as follow_logs
+    from hpo.logs import read_logs
+    from hpo.study import study_id_of
+
+    with _opened() as (storage, leases):
+        study_id = study_id_of(storage, name)
+        found = read_logs(leases, study_id, name, worker, lines, address)
+        for each in found:
+            typer.echo(f"==> {each.title} <==\n{each.text}")
+        if follow:
+            for line in follow_logs(leases, study_id, found):
+                typer.echo(line)
 
 
 @app.command()
@@ -302,6 +338,17 @@ def db_stop() -> None:
     from storage.postgres import stop as stop_server
 
     typer.echo("stopped" if stop_server() else "it was not running")
+
+
+def _cluster(address: str | None, cpus: float, gpus: float | None) -> Cluster:
+    """Raises ClusterError, before anything is begun where Ray is missing."""
+    from importlib.util import find_spec
+
+    from hpo.cluster import Cluster, ClusterError
+
+    if find_spec("ray") is None:
+        raise ClusterError("--on ray needs Ray: pip install 'hpo[ray]', on every node of the cluster")
+    return Cluster(address, cpus, gpus)
 
 
 def _number(option: str, text: str) -> int | None:

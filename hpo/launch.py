@@ -22,6 +22,7 @@ from models.machine import ONE_THREAD
 from storage.postgres import PostgresError, database_url, home, revive
 
 if TYPE_CHECKING:
+    from hpo.cluster import Cluster, RayWorkers
     from hpo.config import StudyConfig
     from hpo.host import Forked, Host
     from hpo.study import OpenStudy
@@ -84,7 +85,7 @@ class LocalWorkers:
         if all(process.failed and process.restarts == RESTARTS for process in self.processes):
             raise LaunchError(
                 f"every worker of study {self.study!r} ended with an error, {RESTARTS} restarts each; "
-                f"the last lines of {self.processes[0].log}:\n{_tail(self.processes[0].log)}"
+                f"the last lines of {self.processes[0].log}:\n{tail(self.processes[0].log)}"
             )
 
     def running(self) -> bool:
@@ -167,6 +168,7 @@ def launch(
     *,
     workers: int | None = None,
     slots: int | None = 1,
+    cluster: Cluster | None = None,
     overrides: Sequence[str] = (),
     trials: int | None = None,
     detach: bool = False,
@@ -176,13 +178,15 @@ def launch(
     """Create or go on with the study of a file (TOML, or bare data), run it to its end, and sum it up.
 
     workers: processes on this machine; None: one a CPU core, or one a GPU. slots: trials at once in each; None: as many
-    as fit the GPU. overrides: as in `study.trials=10`. trials: a new budget for a study that exists. detach: create
-    the study and return without starting anything. show: called with the state of the study a few times a second.
+    as fit the GPU. cluster: Ray's, to place the workers on instead, without `workers` as many as fit. overrides: as in
+    `study.trials=10`. trials: a new budget for a study that exists. detach: create the study and return without
+    starting anything. show: called with the state of the study a few times a second.
     host: a `warm_host()` that the caller has started already, to be ended here.
     Raises ConfigError, DataError, StudyError, LaunchError, and Interrupted after a Ctrl-C or SIGTERM.
     """
     started = time.monotonic()
-    with nullcontext(host) if host is not None or detach else warm_host() as warm:  # imports while this process does
+    elsewhere = host is not None or detach or cluster is not None
+    with nullcontext(host) if elsewhere else warm_host() as warm:  # imports while this process does
         from hpo.study import create_or_open
         from storage.artifacts import artifact_store
         from storage.trials import trial_storage
@@ -193,12 +197,29 @@ def launch(
             opened = create_or_open(config, storage, artifact_store())
             if detach:
                 return {"study": opened.name, "trials": config.study.trials, "detached": True}
+            if cluster is not None:
+                _run_on(cluster, opened, workers, slots, show)
+                return summary(opened, time.monotonic() - started)
             count = workers or default_workers()
             with _Signals() as asked, _server_kept_up(), LocalWorkers(opened.name, count, slots, warm) as group:
                 _wait(opened, group, asked, show)
             return summary(opened, time.monotonic() - started)
         finally:
             storage.close()
+
+
+def _run_on(
+    cluster: Cluster, opened: OpenStudy, count: int | None, slots: int | None, show: Callable[[Snapshot], None]
+) -> None:
+    from hpo.cluster import RayWorkers, connected
+
+    with (
+        connected(cluster, opened.name),
+        _Signals() as asked,
+        _server_kept_up(),
+        RayWorkers(opened.name, count, slots, cluster) as group,
+    ):
+        _wait(opened, group, asked, show)
 
 
 def _config(study: str | os.PathLike[str] | StudyConfig, overrides: Sequence[str], trials: int | None) -> StudyConfig:
@@ -215,7 +236,9 @@ def _config(study: str | os.PathLike[str] | StudyConfig, overrides: Sequence[str
     return config
 
 
-def _wait(opened: OpenStudy, group: LocalWorkers, asked: _Signals, show: Callable[[Snapshot], None]) -> None:
+def _wait(
+    opened: OpenStudy, group: LocalWorkers | RayWorkers, asked: _Signals, show: Callable[[Snapshot], None]
+) -> None:
     """Until the study is promoted. SIGTERM counts as Ctrl-C."""
     while True:
         ended = not group.running()
@@ -229,7 +252,7 @@ def _wait(opened: OpenStudy, group: LocalWorkers, asked: _Signals, show: Callabl
             raise Interrupted(
                 f"study {opened.name!r} was interrupted; trials in flight are kept: the same command goes on"
             )
-        if ended and state.status == "stopped":
+        if state.status == "stopped" and (ended or not any(trial.alive for trial in state.in_flight)):
             raise Interrupted(
                 f"study {opened.name!r} was stopped; launch it again to go on, or `hpo promote {opened.name}` "
                 "makes its best trial so far a model"
@@ -339,5 +362,6 @@ def default_workers() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
-def _tail(path: Path, lines: int = 15) -> str:
+def tail(path: Path, lines: int = 15) -> str:
+    """The last lines of a file."""
     return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])

@@ -17,7 +17,19 @@ from typing import Any, Literal
 from storage.connection import Prepared, Row
 from storage.trials import CLAIM, LOCK_STUDY, UTC_NOW, LeaseLost, TrialStorage, stored_float
 
-__all__ = ["Beat", "InFlight", "Lease", "LeaseLost", "Leases", "News", "Snapshot", "StudyOver", "StudyRow", "Terms"]
+__all__ = [
+    "Beat",
+    "InFlight",
+    "Lease",
+    "LeaseLost",
+    "Leases",
+    "News",
+    "Snapshot",
+    "StudyOver",
+    "StudyRow",
+    "Terms",
+    "WorkerRow",
+]
 
 Reason = Literal["budget", "stopped", "timeout", "exhausted"]
 
@@ -99,6 +111,18 @@ class InFlight:
     epoch: int | None
     metric: float | None
     alive: bool  # False: waits for adoption
+
+
+@dataclass(frozen=True)
+class WorkerRow:
+    """A worker that served a study, as it made itself known."""
+
+    worker: str
+    host: str | None
+    pid: int | None
+    device: str | None
+    log: str | None  # path on that host
+    alive: bool  # not retired, and heard of within the study's lease
 
 
 @dataclass(frozen=True)
@@ -321,6 +345,12 @@ FROM hpo.terms s JOIN studies n USING (study_id)
         FROM hpo.leases l JOIN trials t USING (trial_id)
         WHERE l.study_id = s.study_id AND l.ended_at IS NOT NULL) e
 WHERE s.study_id = %s"""
+WORKERS = """
+SELECT worker, host, pid, device, log, stopped_at IS NULL AND seen_at > clock_timestamp() - lease_s * interval '1 s'
+FROM hpo.workers w JOIN hpo.terms s ON s.study_id = %(study)s
+WHERE w.study_id = s.study_id OR EXISTS (
+    SELECT FROM hpo.leases l WHERE l.study_id = s.study_id AND l.worker = w.worker)
+ORDER BY started_at, worker"""
 STATES = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": "running", "WAITING": "waiting"}
 
 
@@ -515,6 +545,10 @@ class Leases:
         trials = tuple(InFlight(*row) for row in in_flight or ())
         fields: Row = (*known, named, value, number, trials, *rest)
         return Snapshot(*fields)
+
+    def workers(self, study_id: int) -> list[WorkerRow]:
+        """Those that were started for the study or hold one of its trials, oldest first."""
+        return [WorkerRow(*row) for row in self.storage.ask(WORKERS, {"study": study_id})]
 
 
 def _fence(lease: Lease) -> dict[str, Any]:
