@@ -5,9 +5,10 @@
 (a) threads: DataLoader, nn.LSTM, BCE, Adam, `loss.item()` each step, packed sequences where lengths vary, at torch's
 own number of threads: in one process, or in one a core; the faster of the two is the figure. (b) plain: the same with
 one thread a process, one process a core. (c) lightning and (d) skorch, with one thread a process too (extra
-`benchmarks`). Ours: `models.training.Training`, one a core. All train the same network on the same data, with the
-same Adam, rate and batch size. Every process stays for the whole run and takes orders over a pipe; those of one form
-start at the same instant and train for a window, the forms in turns, several rounds. Times are taken in the processes.
+`benchmarks`). Ours: `models.training.Training`, one a core; as workers run it, on torch's LSTM instead of the kernel
+of our own, and in bfloat16. All train the same network on the same data, with the same Adam, rate and batch size. Every
+process stays for the whole run and takes orders over a pipe; those of one form start at the same instant and train for
+a window, the forms in turns, several rounds. Times are taken in the processes.
 
 Shapes are (T, F, H, L, B): steps, features, hidden size, layers, batch size. Lengths: all T, or mean 0.55 T, or 0.3 T.
 The share of the cores' peak counts the multiplications of the valid steps alone, forward and backward, against float32
@@ -42,6 +43,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 # Python looks for modules beside the script first, where `storage` would be the benchmark of that name.
 sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != Path(__file__).resolve().parent]
 
+from hpo.objective import lstm_kernel  # noqa: E402
 from models.classifier import ClassifierConfig  # noqa: E402
 from models.data import Sequences, from_arrays  # noqa: E402
 from models.machine import ONE_THREAD, prepare_process  # noqa: E402
@@ -54,7 +56,8 @@ TOLERANCE = 1e-3  # relative, between the mean losses of an epoch: other orders 
 GEMM = 2048  # rows of the square matrices that the peak is measured with
 HOPELESS = 2.0  # times slower
 START_S = 0.05  # from the order to the instant at which all begin
-FORMS = ("threads", "plain", "ours", "bfloat16", "lightning", "skorch")
+FORMS = ("threads", "plain", "ours", "torch", "bfloat16", "lightning", "skorch")
+OWN = ("ours", "torch", "bfloat16")  # which share a process: with the native kernel, without it, in bfloat16
 Train = Callable[[float], tuple[int, float]]  # until this time -> sequences trained, seconds
 
 
@@ -175,8 +178,8 @@ def plain(case: Case) -> Train:
     return until
 
 
-def training(case: Case, precision: str = "float32") -> Training:
-    """Our training of the case."""
+def training(case: Case, precision: str = "float32", native: bool = True) -> Training:
+    """Our training of the case, as a worker has it."""
     sequences = case.sequences()
     rows = np.arange(sequences.n)
     config = TrainingConfig(
@@ -190,11 +193,12 @@ def training(case: Case, precision: str = "float32") -> Training:
         precision=precision,
     )
     shape = ClassifierConfig(features=case.F, classes=2, steps=case.T, hidden_size=case.H, layers=case.L)
-    return Training(sequences, [(rows[: case.n], rows[case.n :])], shape, config)
+    kernel = lstm_kernel() if native else None
+    return Training(sequences, [(rows[: case.n], rows[case.n :])], shape, config, kernel=kernel)
 
 
-def ours(case: Case, precision: str = "float32") -> Train:
-    trained = training(case, precision)
+def ours(case: Case, precision: str = "float32", native: bool = True) -> Train:
+    trained = training(case, precision, native)
 
     def until(end: float) -> tuple[int, float]:
         began, seen = time.monotonic(), 0
@@ -317,10 +321,10 @@ def peak() -> Train:
     return until
 
 
-def difference(case: Case) -> float:
+def difference(case: Case, native: bool) -> float:
     """The largest relative difference between our mean loss of an epoch and the plain loop's, over two epochs from the
     same weights on the same batches."""
-    trained, model = training(case), Plain(case)
+    trained, model = training(case, native=native), Plain(case)
     member = trained.members[0]
     known = {name: value.clone() for name, value in member.model.state_dict().items() if name in model.state_dict()}
     model.load_state_dict(known)
@@ -345,6 +349,7 @@ MAKERS: dict[str, Callable[[Case], Train]] = {
     "threads": plain,
     "plain": plain,
     "ours": ours,
+    "torch": partial(ours, native=False),
     "bfloat16": partial(ours, precision="bfloat16"),
     "lightning": lightning,
     "skorch": skorch,
@@ -352,8 +357,8 @@ MAKERS: dict[str, Callable[[Case], Train]] = {
 
 
 def work(form: str, orders: Any) -> None:
-    """A process of one form: ("load", form, case), ("check", case), ("train", form, start, end); None ends it."""
-    if form == "ours":
+    """A process: it is told ("load", form, case), ("check", case, native) and ("train", form, start, end), or None."""
+    if form in OWN:
         prepare_process()
     elif form != "threads":
         torch.set_num_threads(1)
@@ -364,7 +369,7 @@ def work(form: str, orders: Any) -> None:
             loaded[order[1]](0.0)  # once, for what the first step of a process does
             orders.send("loaded")
         elif order[0] == "check":
-            orders.send(difference(order[1]))
+            orders.send(difference(*order[1:]))
         else:
             time.sleep(max(0.0, order[2] - time.monotonic()))
             orders.send(loaded[order[1]](order[3]))
@@ -405,6 +410,11 @@ class Group:
             process.join()
 
 
+def home(form: str) -> str:
+    """The group of processes that trains a form."""
+    return "ours" if form in OWN else form
+
+
 def importable(forms: list[str]) -> list[str]:
     """Those that can be measured here; says which extra is missing for the others."""
     missing = [form for form in ("lightning", "skorch") if form in forms and importlib.util.find_spec(form) is None]
@@ -437,7 +447,7 @@ class Rates:
 
 def measure(groups: dict[str, Group], forms: list[str], case: Case, rounds: int, window_s: float) -> Rates:
     """All forms in turns."""
-    homes = {form: groups["ours" if form == "bfloat16" else form] for form in forms}
+    homes = {form: groups[home(form)] for form in forms}
     for form, group in homes.items():
         group.ask(("load", form, case))
     found = Rates({})
@@ -470,7 +480,7 @@ def show(case: Case, rates: Rates, columns: list[str], reference: list[str], tar
             cells.append(spread(rates.ratios("ours", other), 2) if other in rates.of else "")
         cells += [] if target is None else [f"{target:g}"]
         for name in ("ours", "bfloat16"):
-            share = rates.median(name) * case.flops() / rates.median("peak") if name in rates.of else math.nan
+            share = rates.median(name) * case.flops() / max(rates.of["peak"]) if name in rates.of else math.nan
             cells.append(f"{100 * share:.0f} %" if name in rates.of else "")
     print("| " + " | ".join(cells) + " |", flush=True)
 
@@ -478,6 +488,7 @@ def show(case: Case, rates: Rates, columns: list[str], reference: list[str], tar
 def head(columns: list[str], reference: list[str]) -> None:
     """The table's head; only where (a) is a reference there is a target."""
     names = {"threads": f"(a) {CORES} processes", "threads x1": "(a) 1 process", "plain": "(b)"}
+    names["torch"] = "ours on torch's LSTM"
     cells = ["T, F, H, L, B", "mean length / T"] + [names.get(name, name) for name in columns]
     cells += [f"ours to {'(' + name + ')' if name == 'a' else names.get(name, name)}" for name in reference]
     cells += ["target to (a)"] if "a" in reference else []
@@ -507,7 +518,7 @@ def main() -> None:
     ]
     if given.quick:
         cases = [replace(case, n=8 * case.B) for case in cases]
-    groups = {form: Group(form) for form in forms if form != "bfloat16" or "ours" not in forms}
+    groups = {name: Group(name) for name in dict.fromkeys(map(home, forms))}
     try:
         report(groups, forms, cases, given)
     finally:
@@ -515,15 +526,24 @@ def main() -> None:
             group.close()
 
 
+def check(group: Group, cases: list[Case]) -> None:
+    """Hold our losses against the plain loop's, with the kernel and without."""
+    worst = max(group.ask(("check", case, native), 1)[0] for case in cases for native in (True, False))
+    print(f"mean loss of an epoch, ours to the plain loop's, same weights and batches: {worst:.1e} apart at most")
+    assert worst < TOLERANCE, f"the losses must agree to {TOLERANCE}"
+
+
 def report(groups: dict[str, Group], forms: list[str], cases: list[Case], given: argparse.Namespace) -> None:
     print(
         f"{CORES} cores, torch {torch.__version__}, load {os.getloadavg()[0]:.1f}; {given.rounds} rounds of windows of"
     )
     print(f"{given.window:g} s; sequences a second over all cores, median (range); ratios by round, median (range)")
-    if "ours" in forms:
-        worst = max(groups["ours"].ask(("check", case), 1)[0] for case in cases)
-        print(f"mean loss of an epoch, ours to the plain loop's, same weights and batches: {worst:.1e} apart at most")
-        assert worst < TOLERANCE, f"the losses must agree to {TOLERANCE}"
+    if "ours" in groups:
+        kernel = lstm_kernel()  # compiled here, if need be
+        print(
+            f"ours runs LSTMs of float32 on {'torch: no kernel can be built here' if kernel is None else kernel.name}"
+        )
+        check(groups["ours"], cases)
     columns = ["threads", "threads x1", *(form for form in forms if form != "threads")]
     head(columns, ["a", "plain", "lightning", "skorch"])
     peaks = []
@@ -531,9 +551,11 @@ def report(groups: dict[str, Group], forms: list[str], cases: list[Case], given:
         rates = measure(groups, forms, case, given.rounds, given.window)
         peaks += rates.of["peak"]
         show(case, rates, columns, ["a", "plain", "lightning", "skorch"], case.target)
-    print(f"\npeak: {spread([value / 1e9 for value in peaks])} GFLOP/s, float32, all cores at once")
+    print(
+        f"\npeak: {spread([value / 1e9 for value in peaks])} GFLOP/s, float32, all cores at once; each line's highest counts"
+    )
     if given.validate:
-        forms = [form for form in forms if form in ("plain", "ours")]
+        forms = [form for form in forms if form in ("plain", "ours", "torch")]
         print("\nWith a validation on a fifth of the data after each epoch; training sequences a second:")
         head(forms, ["plain"])
         for case in cases:
