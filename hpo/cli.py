@@ -5,6 +5,8 @@ from __future__ import annotations
 import atexit
 import gc
 import json
+import os
+import signal
 import sys
 from contextlib import nullcontext
 from enum import StrEnum
@@ -119,6 +121,7 @@ def worker(
     slots: Slots = "auto",
 ) -> None:
     """One standing worker: take trials of that study, or of any open study, until told to stop."""
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # while it imports: it holds nothing yet
     from hpo.worker import work
 
     work(study, _number("slots", slots))

@@ -161,7 +161,10 @@ def open_study(name: str, storage: TrialStorage) -> OpenStudy:
     row = leases.study(study_id_of(storage, name))
     if row is None:
         raise StudyError(f"study {name!r} was not made by `hpo launch`, so it has no plan to work from")
-    plan = Plan.from_json(row.config)
+    try:
+        plan = Plan.from_json(row.config)
+    except (TypeError, KeyError, ValueError) as error:
+        raise StudyError(f"study {name!r} was made by another version of hpo: use that one; {error}") from error
     study = optuna.load_study(
         study_name=name, storage=storage, sampler=optuna.samplers.RandomSampler(), pruner=make_pruner(plan)
     )

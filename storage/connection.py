@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import threading
@@ -17,6 +18,8 @@ from sqlalchemy.dialects.postgresql.psycopg2 import PGDialect_psycopg2
 
 from storage.postgres import PostgresError
 
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
 Row = tuple[Any, ...]
 
@@ -24,7 +27,8 @@ Row = tuple[Any, ...]
 # while tables grow from nothing, so they must go by an index from the start.
 SESSION = (
     "-c idle_in_transaction_session_timeout=10s -c lock_timeout=10s -c timezone=UTC "
-    "-c plan_cache_mode=force_generic_plan -c enable_seqscan=off -c jit=off"
+    "-c plan_cache_mode=force_generic_plan -c enable_seqscan=off -c jit=off "
+    "-c tcp_keepalives_idle=10 -c tcp_keepalives_interval=5 -c tcp_keepalives_count=4"
 )
 DEFAULTS = {
     "application_name": "hpo",
@@ -38,6 +42,7 @@ DEFAULTS = {
 PATIENCE = ("40P01", "40001", "55P03", "53100", "53200")
 # … or on a new one (shutting down, starting up, too many connections, a standby during failover, idle too long).
 TRANSIENT = (*PATIENCE, "57P01", "57P02", "57P03", "53300", "25006", "25P03")
+SILENCE_S = 2.0  # that a database may be away without a line in the log
 REFUSALS = ("authentication failed", "does not exist", "no pg_hba.conf entry", "no password supplied")
 
 
@@ -116,15 +121,18 @@ class Connection:
 
     def do(self, work: Callable[[extensions.cursor], T], retry_s: float | None = None) -> T:
         """Call `work(cursor)`, again after each loss of the connection."""
-        deadline = time.monotonic() + (self.retry_s if retry_s is None else retry_s)
-        pause = 0.05
+        began, pause, said = time.monotonic(), 0.05, False
         with self.lock:
             while True:
                 try:
                     with self._connected().cursor() as cursor:
+                        if said:
+                            log.warning("the database at %s is back", self.address)
                         return work(cursor)
                 except (psycopg2.OperationalError, psycopg2.InterfaceError, psycopg2.InternalError) as error:
-                    self._wait_or_raise(error, time.monotonic() + pause > deadline)
+                    patience_s = self.retry_s if retry_s is None else retry_s  # which may shrink meanwhile
+                    self._wait_or_raise(error, time.monotonic() + pause > began + patience_s)
+                    said = said or self._say(error, began)
                 time.sleep(pause * random.uniform(0.5, 1.0))
                 pause = min(2 * pause, 2.0)
 
@@ -145,7 +153,7 @@ class Connection:
 
     def _wait_or_raise(self, error: psycopg2.Error, too_late: bool) -> None:
         """Return where another try may help."""
-        reason = str(error).strip() or type(error).__name__
+        reason = _reason(error)
         refused = any(refusal in reason for refusal in REFUSALS)
         if self._connection is not None and not self._connection.closed:
             if error.pgcode not in TRANSIENT:
@@ -160,10 +168,21 @@ class Connection:
                 "start it again or check HPO_DATABASE_URL"
             ) from error
 
+    def _say(self, error: psycopg2.Error, began: float) -> bool:
+        """Tell the log of a loss that lasts; whether it was told."""
+        if time.monotonic() < began + SILENCE_S or (self._connection is not None and not self._connection.closed):
+            return False
+        log.warning("the database at %s does not answer, trying again: %s", self.address, _reason(error))
+        return True
+
     def after_fork(self) -> None:
         """In the child: the parent's socket and lock are not ours."""
         self.lock = threading.RLock()
         self._connection = None  # psycopg2 closes a connection only in the process that made it
+
+
+def _reason(error: psycopg2.Error) -> str:
+    return str(error).strip() or type(error).__name__
 
 
 _OPEN: weakref.WeakSet[Connection] = weakref.WeakSet()

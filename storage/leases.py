@@ -306,6 +306,9 @@ AND NOT EXISTS (SELECT FROM hpo.leases l JOIN trials t USING (trial_id)
     WHERE l.study_id = s.study_id AND l.ended_at IS NULL AND t.state = 'RUNNING'
     AND (l.expires_at > clock_timestamp() OR NOT {OUT_OF_TIME}))
 RETURNING study_id"""
+RELEASE_PROMOTIONS = """
+UPDATE hpo.terms SET promoter = NULL, promoter_expires_at = NULL
+WHERE promoter = %s AND status IN ('open', 'exhausted') RETURNING study_id"""
 FINISH_PROMOTION = """
 UPDATE hpo.terms SET promoted_version = %(version)s, status = 'finished', promoter_expires_at = NULL
 WHERE study_id = %(study)s AND promoter = %(worker)s AND
@@ -522,6 +525,10 @@ class Leases:
         call by the same worker. Not for a study that was stopped.
         """
         return bool(self.storage.ask(TAKE_PROMOTION, {"study": study_id, "worker": worker}, durable=True))
+
+    def release_promotions(self, worker: str) -> None:
+        """Leave what this worker has begun to promote to whoever comes next."""
+        self.storage.ask(RELEASE_PROMOTIONS, (worker,), durable=True)
 
     def finish_promotion(self, study_id: int, worker: str, version: int | None) -> None:
         """Record the promoted version, None where no trial completed, and with it that the study is finished.
