@@ -22,6 +22,7 @@ from storage.artifacts import artifact_store
 from storage.trials import trial_storage
 from tests.conftest import Cli, assert_exact, wait_for
 
+LONG, ENDLESS = 60, 100_000  # epochs of a trial: longer than it takes to kill its worker; longer than a test
 Trials = Callable[..., list[FrozenTrial]]
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux")
 
@@ -36,11 +37,12 @@ def here(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def opened(here: Path, study_file: Callable[..., Path], database_url: str) -> Iterator[Callable[..., OpenStudy]]:
-    """opened(trials=…, epochs=…) makes the study "waves" without a pruner, its leases of 2 s."""
+    """opened(trials=…, epochs=…) makes the study "waves" of waves.toml: every epoch is trained, leases are short."""
     storage = trial_storage(database_url)
 
     def make(trials: int, epochs: int) -> OpenStudy:
         file = study_file(trials=trials, epochs=epochs, study='pruner = "none"\nlease = 2')
+        file.write_text(file.read_text().replace("[train]", "[train]\npatience = 0"))
         return create_or_open(load(file), storage, artifact_store())
 
     yield make
@@ -66,8 +68,8 @@ def ours(home: str) -> list[psutil.Process]:
 
 
 def at_work(opened: OpenStudy) -> int:
-    """How many trials have told of an epoch and are not at their end."""
-    return sum(trial.epoch is not None for trial in opened.leases.snapshot(opened.study_id).in_flight)
+    """How many trials are under way."""
+    return len(opened.leases.snapshot(opened.study_id).in_flight)
 
 
 def tend_until(group: LocalWorkers, done: Callable[[], bool]) -> None:
@@ -75,7 +77,7 @@ def tend_until(group: LocalWorkers, done: Callable[[], bool]) -> None:
         group.tend()
         return done()
 
-    wait_for(tended)
+    wait_for(tended, 240)
 
 
 def over(opened: OpenStudy) -> bool:
@@ -107,7 +109,7 @@ def test_two_forked_workers_finish_a_study_and_leave_their_logs(
 
 def test_a_host_stays_fit_to_fork(host: Host, opened: Callable[..., OpenStudy], here: Path) -> None:
     """One thread, no connection; a worker leads a session of its own and holds none of the host's pipes."""
-    opened(trials=1, epochs=5000)
+    opened(trials=1, epochs=ENDLESS)
     worker = forked(host, 0, here / "worker-0.log", dict(os.environ))
     wait_for(lambda: worker.poll() is not None or "epoch 1" in text(here / "worker-0.log"))
     assert worker.pid is not None
@@ -158,7 +160,7 @@ def test_a_killed_worker_is_started_again_and_trials_stay_exact(
     start: str, count: int, opened: Callable[..., OpenStudy], trials: Trials, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HPO_START", start)
-    study = opened(trials=3, epochs=30)
+    study = opened(trials=3, epochs=LONG)
     with warm_host() as host, LocalWorkers("waves", count, host=host) as group:
         assert (host is None) == (start == "spawn")
         tend_until(group, lambda: at_work(study) > 0)
@@ -181,7 +183,7 @@ def test_stop_gives_trials_back_and_leaves_no_process(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("HPO_START", start)
-    study = opened(trials=2, epochs=5000)
+    study = opened(trials=2, epochs=ENDLESS)
     with warm_host() as host, LocalWorkers("waves", 2, host=host) as group:
         if busy:
             tend_until(group, lambda: at_work(study) == 2)
@@ -229,10 +231,10 @@ def host_of(launcher: int) -> psutil.Process:
 
 
 def test_a_killed_host_ends_its_workers_and_the_study_ends_exactly(
-    opened: Callable[..., OpenStudy], study_file: Callable[..., Path], environment: dict[str, str], trials: Trials
+    opened: Callable[..., OpenStudy], tmp_path: Path, environment: dict[str, str], trials: Trials
 ) -> None:
-    study = opened(trials=4, epochs=30)
-    with launched(study_file(4, 30, study='pruner = "none"\nlease = 2'), environment) as launcher:
+    study = opened(trials=4, epochs=LONG)
+    with launched(tmp_path / "waves.toml", environment) as launcher:
         wait_for(lambda: at_work(study) > 0)
         host = host_of(launcher.pid)
         before = host.children()
@@ -246,14 +248,14 @@ def test_a_killed_host_ends_its_workers_and_the_study_ends_exactly(
 
 
 def test_without_their_launcher_workers_finish_the_study_and_the_host_ends(
-    opened: Callable[..., OpenStudy], study_file: Callable[..., Path], environment: dict[str, str], trials: Trials
+    opened: Callable[..., OpenStudy], tmp_path: Path, environment: dict[str, str], trials: Trials
 ) -> None:
-    study = opened(trials=4, epochs=30)
-    with launched(study_file(4, 30, study='pruner = "none"\nlease = 2'), environment) as launcher:
+    study = opened(trials=4, epochs=LONG)
+    with launched(tmp_path / "waves.toml", environment) as launcher:
         wait_for(lambda: at_work(study) > 0)
         launcher.kill()
     assert ours(environment["HPO_HOME"]) != []
-    wait_for(lambda: ours(environment["HPO_HOME"]) == [])
+    wait_for(lambda: ours(environment["HPO_HOME"]) == [], 240)
     assert over(study)
     assert_exact(trials(), 4)
 
