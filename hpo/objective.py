@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import psycopg2
 from optuna.trial import TrialState
 
+from hpo import trial_log
 from hpo.curves import curve_svg
 from hpo.dashboard import attach_artifact
 from hpo.provenance import device_name, provenance
@@ -37,6 +39,7 @@ log = logging.getLogger("hpo")
 
 FIRST_CHECKPOINT_S = 0.5  # a trial of less than that is soon trained again …
 CHECKPOINT_S = 10.0  # … and a long one loses no more than this
+SHOWN = {"curve.svg": "image/svg+xml", "log.csv": "text/csv"}  # on the trial's page; the weights are not
 PATIENT_EPOCH_S = 5.0  # asked to stop, a worker still finishes an epoch that takes no longer than this
 
 
@@ -107,6 +110,7 @@ def run_trial(opened: OpenStudy, lease: Lease, bench: Bench, attention: Attentio
     Returns its final state, or None when the trial was given back unfinished (asked to stop) or taken away (the
     lease was lost): another worker goes on with it.
     """
+    trial_log.begin()
     opened.storage.attach(lease)
     checkpoints = _Checkpoints(opened, lease, bench.store)
     try:
@@ -130,6 +134,7 @@ def run_trial(opened: OpenStudy, lease: Lease, bench: Bench, attention: Attentio
     except Exception as error:
         log.exception("trial %d failed", lease.number)
         reason = f"{type(error).__name__}: {error}"
+        _show(opened, lease, bench.store, {"log.csv": trial_log.written()})
         opened.storage.finish_trial(lease.trial_id, TrialState.FAIL, None, {"failure": reason})
         drop_spent_checkpoints(opened, bench.store)
         return TrialState.FAIL
@@ -156,6 +161,10 @@ def _run(opened: OpenStudy, lease: Lease, bench: Bench, attention: Attention, ch
                 break  # long epochs: the trial ends with what the whole ones gave
             raise
         last_s = epoch.seconds
+        trial_log.note(
+            f"epoch {epoch.number}: {opened.plan.metric} {epoch.value:.6g}, log-loss {epoch.log_loss:.6g}, "
+            f"training loss {epoch.train_loss:.6g}, {epoch.seconds:.3g} s"
+        )
         if epoch.number <= checkpoints.reported:
             continue  # done before memory ran out
         opened.storage.set_trial_intermediate_value(lease.trial_id, epoch.number, epoch.value)
@@ -243,8 +252,7 @@ def _finish(
     best = training.best
     assert best is not None
     curve = {name: [getattr(epoch, name) for epoch in training.history] for name in ("value", "train_loss", "log_loss")}
-    key = f"curve-{opened.study_id}-{lease.number}-{lease.attempt}.svg"
-    bench.store.put(key, curve_svg(curve, best.number, opened.plan.metric).encode())
+    files = {"curve.svg": curve_svg(curve, best.number, opened.plan.metric).encode(), "log.csv": trial_log.written()}
     attributes = recorded | {
         "best_epoch": best.number,
         "epochs": training.history[-1].number,
@@ -260,22 +268,35 @@ def _finish(
         "lstm_kernel": training.lstm_kernel,
         "provenance": provenance(),
     }
-    attach_artifact(opened.storage, opened.study_id, lease.trial_id, key, "curve.svg", "image/svg+xml")
-    value, written, dropped = best.value, [key], None
+    value, dropped = best.value, None
     if state == TrialState.PRUNED:
         value = training.history[-1].value
     elif (dropped := displaced(opened, lease.number, best)) is not None:
-        attributes["weights"] = f"weights-{opened.study_id}-{lease.number}-{lease.attempt}.safetensors"
-        bench.store.put(attributes["weights"], pack(training.best_weights))
-        written.append(attributes["weights"])
+        files["weights.safetensors"] = pack(training.best_weights)
+        attributes["weights"] = _key(lease, "weights.safetensors")
     try:
+        _show(opened, lease, bench.store, files)
         opened.storage.finish_trial(lease.trial_id, state, [value], attributes)
     except (LeaseLost, KeyError):  # taken away or deleted: what was written under this attempt is nobody's
-        for key in written:
-            bench.store.delete(key)
+        for name in files:
+            bench.store.delete(_key(lease, name))
         raise
     for key in dropped or ():
         bench.store.delete(key)
+
+
+def _key(lease: Lease, name: str) -> str:
+    kind, _, ending = name.partition(".")
+    return f"{kind}-{lease.study_id}-{lease.number}-{lease.attempt}.{ending}"
+
+
+def _show(opened: OpenStudy, lease: Lease, store: ArtifactStore, files: Mapping[str, bytes]) -> None:
+    """Store files of this attempt, at once, as each waits for the disk; what can be looked at appears on its page."""
+    with ThreadPoolExecutor(len(files)) as pool:
+        list(pool.map(lambda name: store.put(_key(lease, name), files[name]), files))
+    for name, mimetype in SHOWN.items():
+        if name in files:
+            attach_artifact(opened.storage, opened.study_id, lease.trial_id, _key(lease, name), name, mimetype)
 
 
 def displaced(opened: OpenStudy, number: int, best: Epoch) -> list[str] | None:

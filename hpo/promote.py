@@ -133,7 +133,7 @@ def promote(opened: OpenStudy, store: ArtifactStore, trial: FrozenTrial, sequenc
         config={"params": attributes["params"]},
         artifacts=artifacts,
     )
-    _show(opened, trial, artifacts)
+    _show(opened, trial, model)
     log.info("study %s: trial %d is version %d", opened.name, trial.number, model.version)
     return model
 
@@ -219,13 +219,18 @@ def _test_scores(opened: OpenStudy, store: ArtifactStore, config: BundleConfig, 
     return measure(bundle.predict(test).probabilities, test.labels, config.threshold, opened.plan.config.study.seed)
 
 
-def _show(opened: OpenStudy, trial: FrozenTrial, artifacts: dict[str, str]) -> None:
-    """The bundle's files appear beside their trial on the dashboard."""
-    from hpo.dashboard import attach_artifact
+def _show(opened: OpenStudy, trial: FrozenTrial, model: ModelVersion) -> None:
+    """On the dashboard the bundle's files appear beside their trial, and the study's note tells the model."""
+    from hpo.dashboard import announce_model, attach_artifact
 
-    for name, key in sorted(artifacts.items()):
+    for name, key in sorted(model.artifacts.items()):
         mimetype = MIMETYPES.get(Path(name).suffix, "application/octet-stream")
         attach_artifact(opened.storage, opened.study_id, trial._trial_id, key, name, mimetype)
+    metric, scores = opened.plan.metric, model.scores
+    parts = {"validation": scores["validation"][metric], "test": (scores["test"] or {}).get(metric)}
+    values = ", ".join(f"{value:.4f} on the {part} part" for part, value in parts.items() if value is not None)
+    told = f"model `{model.name}` version {model.version} is trial {trial.number}: {metric} {values}"
+    announce_model(opened.storage, opened.study_id, told)
 
 
 def materialise_model(model: ModelVersion) -> Path:
