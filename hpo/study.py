@@ -181,10 +181,10 @@ def study_id_of(storage: TrialStorage, name: str) -> int:
 
 
 def delete_study(storage: TrialStorage, store: ArtifactStore, name: str) -> None:
-    """Remove a study and its trials, checkpoints, weights and curves. Data sets and promoted models stay."""
+    """Remove a study and its trials, checkpoints, weights, curves and logs. Data sets and promoted models stay."""
     study_id = study_id_of(storage, name)
     storage.delete_study(study_id)
-    for kind in ("checkpoint", "weights", "curve"):
+    for kind in ("checkpoint", "weights", "curve", "log"):
         for key in store.keys(f"{kind}-{study_id}-"):
             store.delete(key)
 
