@@ -15,12 +15,12 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager, nullcontext
 from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 from optuna.exceptions import UpdateFinishedTrialError
 
@@ -32,10 +32,14 @@ if TYPE_CHECKING:
 
     from optuna.storages import BaseStorage
 
+    from hpo.pages import Pages
+
 USER = "hpo"
 _THREADS = 4
 _RETRY_S = 10.0  # how long a request waits for a database that is out of reach
 _NOTE_PART = 2045  # characters of one piece of a note, optuna-dashboard's own limit
+_NOTE = "dashboard:note_str:"
+_PROMOTED = "**Promoted:**"  # the line of a study's note that tells the model
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 _HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -46,6 +50,9 @@ _HEADERS = {
 _POLICY_ENDING = "base-uri 'none';form-action 'self';frame-ancestors 'self'"
 # What is no page of the dashboard runs no script: an artifact may be a web page that somebody stored.
 _POLICY = f"default-src 'none';img-src 'self';media-src 'self';style-src 'unsafe-inline';{_POLICY_ENDING}"
+
+# Attributes of many words wrap instead of making the page of a trial some screens wide.
+_STYLE = b"<style>main .MuiTypography-body1{white-space:normal}</style>"
 
 
 class DashboardError(RuntimeError):
@@ -104,11 +111,14 @@ def wsgi_app(
     """
     from optuna_dashboard import wsgi
 
+    from hpo.pages import Pages
+
     if password == "":
         raise DashboardError("the dashboard's password must not be empty; set HPO_DASHBOARD_PASSWORD to one")
     if isinstance(storage, str):
         storage = trial_storage(storage, retry_s=_RETRY_S)  # an object: optuna-dashboard is slow on a URL
     page: WSGIApplication = wsgi(storage, artifact_store=_ByArtifactId(artifact_store))
+    pages = Pages(storage)
 
     def guarded(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         def start(status: str, headers: list[tuple[str, str]], *error: Any) -> Any:
@@ -116,6 +126,10 @@ def wsgi_app(
 
         if refusal := _refusal(environ, password, allow_delete):
             return _refused(*refusal, start)
+        if environ["REQUEST_METHOD"] == "GET" and (answer := _study(pages, environ, start)) is not None:
+            return answer
+        if re.match(r"/dashboard(/|$)", environ["PATH_INFO"]):
+            return _styled(page, environ, start)
         return page(environ, start)
 
     return guarded
@@ -136,15 +150,29 @@ def attach_artifact(storage: BaseStorage, study_id: int, trial_id: int, key: str
 def describe_study(storage: BaseStorage, study_id: int, metric_name: str, note_markdown: str) -> None:
     """Name the study's objective and replace its note on the dashboard (Markdown) where that differs."""
     storage.set_study_system_attr(study_id, "study:metric_names", [metric_name])
+    _set_note(storage, study_id, storage.get_study_system_attrs(study_id), note_markdown)
+
+
+def announce_model(storage: BaseStorage, study_id: int, sentence: str) -> None:
+    """Begin the study's note with what is promoted, in place of what was; the rest of it stays as visitors left it."""
     attrs = storage.get_study_system_attrs(study_id)
-    old = sum(name.startswith("dashboard:note_str:") for name in attrs)
-    pieces = [note_markdown[i : i + _NOTE_PART] for i in range(0, len(note_markdown), _NOTE_PART)]
-    pieces += [""] * (old - len(pieces))  # a shorter note blanks the pieces of a longer one
-    if pieces == [attrs.get(f"dashboard:note_str:{i}") for i in range(len(pieces))]:
+    pieces = (str(attrs.get(f"{_NOTE}{i}", "")) for i in range(_pieces(attrs)))
+    rest = re.sub(rf"(?m)^{re.escape(_PROMOTED)}.*\n*", "", "".join(pieces))
+    _set_note(storage, study_id, attrs, f"{_PROMOTED} {sentence}\n\n{rest}")
+
+
+def _set_note(storage: BaseStorage, study_id: int, attrs: Mapping[str, Any], text: str) -> None:
+    pieces = [text[i : i + _NOTE_PART] for i in range(0, len(text), _NOTE_PART)]
+    pieces += [""] * (_pieces(attrs) - len(pieces))  # a shorter note blanks the pieces of a longer one
+    if pieces == [attrs.get(f"{_NOTE}{i}") for i in range(len(pieces))]:
         return
-    for i, piece in enumerate(pieces):
-        storage.set_study_system_attr(study_id, f"dashboard:note_str:{i}", piece)
+    for i, part in enumerate(pieces):
+        storage.set_study_system_attr(study_id, f"{_NOTE}{i}", part)
     storage.set_study_system_attr(study_id, "dashboard:note_ver", attrs.get("dashboard:note_ver", 0) + 1)
+
+
+def _pieces(attrs: Mapping[str, Any]) -> int:
+    return sum(name.startswith(_NOTE) for name in attrs)
 
 
 def _artifact_id(key: str) -> str:
@@ -260,6 +288,39 @@ def _refused(status: HTTPStatus, reason: str, start: Any) -> list[bytes]:
     if status is HTTPStatus.UNAUTHORIZED:
         headers.append(("WWW-Authenticate", 'Basic realm="hpo dashboard", charset="UTF-8"'))
     start(f"{status.value} {status.phrase}", headers)
+    return [body]
+
+
+def _study(pages: Pages, environ: WSGIEnvironment, start: Any) -> list[bytes] | None:
+    """The answer to what a study's page asks for every few seconds; None where that is not asked for."""
+    from hpo.pages import joined
+
+    match = re.fullmatch(r"/api/studies/(\d+)/*", environ["PATH_INFO"])
+    after = parse_qs(environ.get("QUERY_STRING", "")).get("after", ["0"])[-1]
+    pieces = pages.study(int(match[1]), int(after)) if match and after.isdecimal() else None
+    if pieces is None:
+        return None
+    zipped = "gzip" in environ.get("HTTP_ACCEPT_ENCODING", "")
+    body = joined(pieces, zipped=zipped)
+    headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body))), ("Vary", "Accept-Encoding")]
+    start("200 OK", headers + [("Content-Encoding", "gzip")] * zipped)
+    return [body]
+
+
+def _styled(page: WSGIApplication, environ: WSGIEnvironment, start: Any) -> list[bytes]:
+    """The dashboard's page, with a style of ours in its head."""
+    said: list[Any] = []
+
+    def note(status: str, headers: list[tuple[str, str]], *_: Any) -> Any:
+        said[:] = status, headers
+
+    conditional = ("HTTP_IF_MODIFIED_SINCE", "HTTP_RANGE", "wsgi.file_wrapper")
+    sent: Any = page({name: value for name, value in environ.items() if name not in conditional}, note)
+    with closing(sent) if hasattr(sent, "close") else nullcontext():
+        body = b"".join(sent).replace(b"</head>", _STYLE + b"</head>")
+    status, headers = said
+    kept = [(name, value) for name, value in headers if name.lower() not in ("content-length", "last-modified")]
+    start(status, [*kept, ("Content-Length", str(len(body)))])
     return [body]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import http.client
 import json
 import os
@@ -18,10 +19,21 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import optuna
+import optuna_dashboard
 import pytest
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import TrialState
 from sqlalchemy import create_engine, text
 
-from hpo.dashboard import DashboardError, attach_artifact, dashboard_password, describe_study, serve, wsgi_app
+from hpo.dashboard import (
+    DashboardError,
+    announce_model,
+    attach_artifact,
+    dashboard_password,
+    describe_study,
+    serve,
+    wsgi_app,
+)
 from storage.artifacts import ArtifactStore, artifact_store
 from storage.trials import TrialStorage, trial_storage
 
@@ -38,11 +50,13 @@ class Answer(NamedTuple):
         return json.loads(self.body)
 
 
-def ask(url: str, method: str = "GET", *, headers: dict[str, str] | None = None, body: Any = None) -> Answer:
+def ask(
+    url: str, method: str = "GET", *, query: str = "", headers: dict[str, str] | None = None, body: Any = None
+) -> Answer:
     parts = urlsplit(url)
     connection = http.client.HTTPConnection(parts.netloc, timeout=60)
     sent = None if body is None else json.dumps(body)
-    connection.request(method, parts.path, sent, {"Content-Type": "application/json", **(headers or {})})
+    connection.request(method, parts.path + query, sent, {"Content-Type": "application/json", **(headers or {})})
     answer = connection.getresponse()
     got = Answer(answer.status, {name.lower(): value for name, value in answer.getheaders()}, answer.read())
     connection.close()
@@ -155,6 +169,122 @@ def test_a_study_gets_a_readable_metric_and_a_note_that_can_shrink(
         assert shown["note"]["body"] == note
     assert shown["note"]["version"] == 3  # the same note twice is one version
     assert study.metric_names == ["auroc"]
+
+
+def test_a_promotion_tells_its_model_and_keeps_what_visitors_wrote(
+    open_site: str, study: optuna.Study, storage: TrialStorage
+) -> None:
+    def note() -> str:
+        body: str = ask(f"{open_site}/api/studies/{study._study_id}").json["note"]["body"]
+        return body
+
+    described = "**auroc** over 9 sequences\n\n```json\n" + "x" * 5000 + "\n```"
+    describe_study(storage, study._study_id, "auroc", described)
+    announce_model(storage, study._study_id, "model `power` version 1 is trial 0")
+    assert note() == f"**Promoted:** model `power` version 1 is trial 0\n\n{described}"
+    edited = {"version": 3, "body": note() + "\n\nlooks good"}
+    assert ask(f"{open_site}/api/studies/{study._study_id}/note", "PUT", body=edited).status == 204
+    announce_model(storage, study._study_id, "model `power` version 2 is trial 7")
+    assert note() == f"**Promoted:** model `power` version 2 is trial 7\n\n{described}\n\nlooks good"
+
+
+@pytest.fixture
+def varied(storage: TrialStorage) -> optuna.Study:
+    """A study with trials of every state but WAITING, odd values, notes and artifacts."""
+    study = optuna.create_study(storage=storage, study_name="varied", direction="minimize")
+    space = {
+        "x": FloatDistribution(0, 1),
+        "kind": CategoricalDistribution(("a", "b", None)),
+        "n": IntDistribution(1, 9),
+    }
+    for number, state in enumerate((TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL, TrialState.COMPLETE)):
+        study.add_trial(
+            optuna.trial.create_trial(
+                state=state,
+                params={"x": number / 4, "kind": ("a", "b", None)[number % 3], "n": number + 1},
+                distributions=space,
+                values=[2.5 - number] if state == TrialState.COMPLETE else None,
+                intermediate_values={2: float("nan"), 1: 0.5, 3: float("inf"), 4: float("-inf")},
+                user_attrs={"curve": list(range(500)), "worker": 'w "1" ä', "flag": number % 2 == 0},
+            )
+        )
+    running = study.ask(space)
+    running.report(0.25, 1)
+    storage.flush()
+    ids = [trial._trial_id for trial in study.trials]
+    for trial_id in (ids[0], ids[-1]):
+        attach_artifact(storage, study._study_id, trial_id, "curve.svg", "curve.svg", "image/svg+xml")
+    storage.set_study_system_attr(study._study_id, f"dashboard:{ids[1]}:note_ver", 1)
+    storage.set_study_system_attr(study._study_id, f"dashboard:{ids[1]}:note_str:0", "a note")
+    describe_study(storage, study._study_id, "log_loss", "what it is")
+    storage.flush()
+    return study
+
+
+def test_a_study_is_answered_as_optuna_dashboard_does(
+    varied: optuna.Study, storage: TrialStorage, store: ArtifactStore
+) -> None:
+    path = f"/api/studies/{varied._study_id}"
+    with serving(wsgi_app(storage, store)) as ours, serving(optuna_dashboard.wsgi(storage)) as theirs:
+        for query in ("", "?after=0", "?after=3", "?after=5", "?after=99"):
+            for _ in range(2):  # encoded, and kept
+                mine, wanted = (ask(f"{site}{path}", query=query) for site in (ours, theirs))
+                assert mine.json == wanted.json
+        assert mine.headers["content-type"] == wanted.headers["content-type"]
+        for query in ("?after=-1", "?after=x"):
+            assert ask(f"{ours}{path}", query=query).status == ask(f"{theirs}{path}", query=query).status
+        assert ask(f"{ours}/api/studies/999").status == 404
+
+
+def test_what_changed_since_the_last_look_is_shown(
+    varied: optuna.Study, storage: TrialStorage, store: ArtifactStore, database_url: str
+) -> None:
+    url_of = f"/api/studies/{varied._study_id}"
+    with serving(wsgi_app(database_url, store)) as url:  # with connections and memory of its own
+        assert [trial["state"] for trial in ask(url + url_of).json["trials"]][-1] == "Running"
+        varied.tell(4, -9.0)
+        newest = varied.ask({"x": FloatDistribution(0, 1)})
+        newest.report(7.0, 1)
+        first = varied.trials[0]._trial_id
+        storage.set_study_system_attr(varied._study_id, f"dashboard:{first}:note_ver", 1)
+        storage.set_study_system_attr(varied._study_id, f"dashboard:{first}:note_str:0", "seen")
+        storage.flush()
+        shown = ask(url + url_of).json
+    assert [trial["state"] for trial in shown["trials"]][-2:] == ["Complete", "Running"]
+    assert shown["trials"][-1]["intermediate_values"] == [{"step": 1, "value": 7.0}]
+    assert shown["trials"][0]["note"]["body"] == "seen"
+    assert [trial["number"] for trial in shown["best_trials"]] == [4]
+
+
+def test_the_packed_answer_is_the_plain_one(open_site: str, varied: optuna.Study) -> None:
+    url = f"{open_site}/api/studies/{varied._study_id}"
+    for query in ("", "?after=99"):
+        plain, packed = ask(url, query=query), ask(url, query=query, headers={"Accept-Encoding": "gzip, br"})
+        assert "content-encoding" not in plain.headers
+        assert packed.headers["content-encoding"] == "gzip"
+        assert gzip.decompress(packed.body) == plain.body
+
+
+def test_a_waiting_trial_hides_no_parameter(open_site: str, varied: optuna.Study) -> None:
+    varied.enqueue_trial({"x": 0.5})
+    shown = ask(f"{open_site}/api/studies/{varied._study_id}").json
+    assert [trial["state"] for trial in shown["trials"]][-1] == "Waiting"
+    assert [space["name"] for space in shown["intersection_search_space"]] == ["kind", "n", "x"]
+
+
+def test_constraints_are_shown(open_site: str, study: optuna.Study, storage: TrialStorage) -> None:
+    trial = study.ask()
+    trial.set_constraint("memory", 0.5)
+    study.tell(trial, 1.0)
+    assert ask(f"{open_site}/api/studies/{study._study_id}").json["trials"][2]["constraints"] == [0.5]
+
+
+def test_a_study_of_two_objectives_shows_its_front(open_site: str, storage: TrialStorage) -> None:
+    study = optuna.create_study(storage=storage, directions=["minimize", "maximize"])
+    for values in ([1.0, 1.0], [2.0, 2.0], [3.0, 1.0]):
+        study.tell(study.ask(), values)
+    best = ask(f"{open_site}/api/studies/{study._study_id}").json["best_trials"]
+    assert sorted(trial["number"] for trial in best) == [0, 1]
 
 
 def test_pages_carry_security_headers(open_site: str) -> None:
