@@ -551,9 +551,8 @@ def report(groups: dict[str, Group], forms: list[str], cases: list[Case], given:
         rates = measure(groups, forms, case, given.rounds, given.window)
         peaks += rates.of["peak"]
         show(case, rates, columns, ["a", "plain", "lightning", "skorch"], case.target)
-    print(
-        f"\npeak: {spread([value / 1e9 for value in peaks])} GFLOP/s, float32, all cores at once; each line's highest counts"
-    )
+    gigaflops = spread([value / 1e9 for value in peaks])
+    print(f"\npeak: {gigaflops} GFLOP/s, float32, all cores at once; the highest of a line's rounds is its peak")
     if given.validate:
         forms = [form for form in forms if form in ("plain", "ours", "torch")]
         print("\nWith a validation on a fifth of the data after each epoch; training sequences a second:")
