@@ -188,8 +188,8 @@ def settings() -> dict[str, str]:
 def without_password(url: str) -> str:
     from sqlalchemy import make_url
 
-    parsed = make_url(url)
-    return parsed.set(password=None).difference_update_query(["password"]).render_as_string(hide_password=False)
+    parsed = make_url(url)._replace(password=None)  # `set` leaves it where it is given None
+    return parsed.difference_update_query(["password"]).render_as_string(hide_password=False)
 
 
 def namespace(study: str) -> str:

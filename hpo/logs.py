@@ -89,12 +89,17 @@ def _added(files: dict[str, int], path: str) -> list[str]:
 
 
 def _asked(name: str, lines: int, address: str | None) -> dict[tuple[str, str], str]:
-    """What actors hand out, where there is a cluster to ask."""
-    from hpo.cluster import Cluster, kept, tails
+    """What actors hand out, where there is a cluster to ask. Raises ClusterError for one that was named and is not."""
+    from hpo.cluster import Cluster, ClusterError, kept, tails
 
     if not (address or os.environ.get("RAY_ADDRESS") or kept(name)):
         return {}
-    return tails(Cluster(address), name, lines)
+    try:
+        return tails(Cluster(address), name, lines)
+    except ClusterError:
+        if address:
+            raise
+        return {}
 
 
 def _text(log: WorkerLog, remote: dict[tuple[str, str], str], lines: int) -> str:
