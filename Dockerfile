@@ -12,6 +12,12 @@ ARG PIP_INDEX_URL
 ARG PIP_EXTRA_INDEX_URL
 ARG PIP_FIND_LINKS
 
+# The kernel that trains LSTMs on a CPU is compiled by the first trial, for the processor that it finds: a prebuilt one
+# would fit the builder's only. Without a compiler they train on torch's own LSTM.
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends gcc=4:12.2.* libc6-dev=2.36-* \
+    && rm -rf /var/lib/apt/lists/*
+
 # A plain user; what it may write: its home and the artifact store's mount point.
 RUN useradd --create-home --uid 10001 hpo && install --directory --owner=hpo --group=hpo /artifacts
 

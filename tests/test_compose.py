@@ -108,6 +108,14 @@ def test_the_image_gets_every_file_that_it_copies() -> None:
     assert all((ROOT / name).exists() for name in kept)
 
 
+def test_the_image_has_a_compiler_for_the_kernel_that_trains_on_a_cpu() -> None:
+    (packages,) = re.findall(r"apt-get install --yes --no-install-recommends (.+) \\$", dockerfile(), re.MULTILINE)
+    names = {name: release for name, _, release in (package.partition("=") for package in packages.split())}
+    assert names.keys() == {"gcc", "libc6-dev"}  # the compiler, and what it links with
+    assert all(names.values()), "a package without a version"
+    assert dockerfile().index("apt-get install") < dockerfile().index("\nUSER ")
+
+
 def dockerfile() -> str:
     return (ROOT / "Dockerfile").read_text()
 
@@ -268,3 +276,93 @@ def test_a_wrong_database_password_is_unhealthy_and_not_shown(tmp_path: Path, da
     assert refused.returncode == 1
     assert "authentication failed" in refused.stderr
     assert "a wrong secret" not in refused.stderr
+
+
+# The same workers under other schedulers
+
+SBATCH = ROOT / "examples/slurm/worker.sbatch"
+JOB: dict[str, Any] = yaml.safe_load((ROOT / "examples/kubernetes/worker-job.yaml").read_text())
+POD: dict[str, Any] = JOB["spec"]["template"]["spec"]
+END_S = 10  # a worker that is told to end has so long
+
+
+def test_the_slurm_script_is_a_worker_that_a_signal_ends_in_time(tmp_path: Path, database_url: str) -> None:
+    assert subprocess.run(["bash", "-n", SBATCH], capture_output=True, text=True).stderr == ""
+    options = dict(re.findall(r"^#SBATCH --([a-z-]+)=(.+)$", SBATCH.read_text(), re.MULTILINE))
+    kind, _, before_s = options["signal"].partition("@")
+    assert kind == "B:TERM"  # to the batch process, which the script turns into the worker
+    assert int(before_s) > END_S
+    assert {"array", "time", "mem", "cpus-per-task"} <= options.keys()
+    assert "%a" in options["output"]
+    environment = {
+        "PATH": os.environ["PATH"],
+        "HPO": str(Path(sys.executable).with_name("hpo")),
+        "HOME": str(tmp_path),
+        "TMPDIR": str(tmp_path),
+        "HPO_ARTIFACTS": str(tmp_path / "artifacts"),
+    }
+    lacking = subprocess.run(["bash", SBATCH], env=environment, capture_output=True, text=True)
+    assert lacking.returncode != 0
+    assert "HPO_DATABASE_URL: postgresql://" in lacking.stderr
+    url = make_url(database_url)
+    password = tmp_path / ".config/hpo/password"
+    password.parent.mkdir(parents=True)
+    password.write_text(f"{url.password}\n")
+    environment["HPO_DATABASE_URL"] = f"postgresql://hpo@{url.host}:{url.port}/{url.database}"
+    with (tmp_path / "log").open("wb") as log:
+        worker = subprocess.Popen(["bash", SBATCH], env=environment, cwd=tmp_path, stdout=log, stderr=log)
+    try:
+        ready = f"worker {socket.gethostname()}-{worker.pid} on "  # no shell in between that would get the signal
+        deadline = time.monotonic() + 120
+        while ready not in (said := (tmp_path / "log").read_text()):
+            assert worker.poll() is None, said
+            assert time.monotonic() < deadline, said
+            time.sleep(0.1)
+        worker.terminate()
+        assert worker.wait(END_S) == 0, (tmp_path / "log").read_text()
+    finally:
+        worker.kill()
+        worker.wait()
+
+
+def test_the_kubernetes_job_runs_workers_with_what_they_need_and_no_more() -> None:
+    assert (JOB["apiVersion"], JOB["kind"]) == ("batch/v1", "Job")
+    spec = JOB["spec"]
+    assert spec["completionMode"] == "Indexed"
+    assert spec["completions"] > spec["parallelism"] > 1  # an evicted worker ends its index: the next one follows
+    assert {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]} in spec[
+        "podFailurePolicy"
+    ]["rules"]
+    assert POD["restartPolicy"] == "Never"
+    assert POD["terminationGracePeriodSeconds"] > END_S
+    assert POD["securityContext"]["runAsNonRoot"] is True
+    (user,) = re.findall(r"^USER (\d+)$", dockerfile(), re.MULTILINE)
+    assert POD["securityContext"]["runAsUser"] == POD["securityContext"]["fsGroup"] == int(user)
+    (worker,) = POD["containers"]
+    assert worker["image"] == SERVICES["worker"]["image"]
+    assert worker["args"][:1] == SERVICES["worker"]["command"]
+    assert worker["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    assert {"cpu", "memory"} <= worker["resources"]["requests"].keys()
+    assert "memory" in worker["resources"]["limits"]
+    mounts = {mount["name"]: mount["mountPath"] for mount in worker["volumeMounts"]}
+    assert mounts == {"home": "/home/hpo", "scratch": "/tmp"}
+    assert {volume["name"]: volume["emptyDir"] for volume in POD["volumes"]} == {"home": {}, "scratch": {}}
+
+
+def test_the_kubernetes_job_has_its_addresses_and_takes_its_secrets_from_a_secret() -> None:
+    (worker,) = POD["containers"]
+    given = {entry["name"]: entry for entry in worker["env"]}
+    secret = {name: entry["valueFrom"]["secretKeyRef"] for name, entry in given.items() if "valueFrom" in entry}
+    assert {"HPO_DATABASE_URL", "PGPASSWORD", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"} <= secret.keys()
+    assert {reference["name"] for reference in secret.values()} == {"hpo"}
+    plain = {name: entry["value"] for name, entry in given.items() if "value" in entry}
+    assert plain["HPO_ARTIFACTS"].startswith("s3://")  # pods share no folder
+    assert worker["args"] == ["worker", "--study", "$(HPO_STUDY)"]
+    assert plain["HPO_STUDY"]
+    asked = re.findall(r"--from-(?:literal|file)=([a-z0-9-]+)=", (ROOT / "examples/kubernetes/README.md").read_text())
+    needed = {reference["key"] for reference in secret.values() if not reference.get("optional")}
+    assert needed == set(asked)

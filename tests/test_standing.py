@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,6 +23,7 @@ from sqlalchemy import make_url
 
 import hpo
 from hpo.host import Forked, Host
+from hpo.promote import model_folder
 from hpo.study import data_key, delete_study
 from hpo.worker import fetch_sequences
 from models.data import read, save
@@ -387,3 +389,61 @@ def test_data_that_is_not_what_its_name_says_is_refused_and_not_kept(
             fetch_sequences(store, key)
     left = {path.name for path in (Path(environment["HPO_HOME"]) / "cache").iterdir()}
     assert left == {f"{key}.lock"}
+
+
+# -------------------------------------------------------------------------------------------------- backup and restore
+
+
+@pytest.fixture
+def restored_url(server: str, template: str) -> Iterator[str]:
+    """Another database, in which somebody was quick to make the tables."""
+    execute(server, f"CREATE DATABASE hpo_restored TEMPLATE {template}")
+    yield f"{server.rsplit('/', 1)[0]}/hpo_restored"
+    execute(server, "DROP DATABASE hpo_restored WITH (FORCE)")
+
+
+def test_a_dump_and_then_a_copy_of_the_artifacts_restore_models_studies_and_trials_in_flight(
+    start: Start,
+    detached: Detach,
+    study_file: Callable[..., Path],
+    endless: Path,
+    environment: dict[str, str],
+    database_url: str,
+    restored_url: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    text = endless.read_text()
+    detached(study_file(trials=1, epochs=1), "study.name=done")
+    endless.write_text(text)
+    detached(endless, "study.lease=2")
+    worker = start()
+    wait_for(lambda: rows(database_url, "SELECT 1 FROM hpo.leases WHERE checkpoint_epoch > 1") == [(1,)])
+    worker.process.kill()
+
+    def program(name: str, url: str, *options: object) -> None:
+        parts = make_url(url)
+        address = {"PGHOST": parts.host, "PGPORT": str(parts.port), "PGUSER": parts.username}
+        settings = {**os.environ, **address, "PGPASSWORD": str(parts.password)}
+        command = [next(postgres._candidates()) / name, "--dbname", parts.database, *options]
+        subprocess.run(list(map(str, command)), env=settings, check=True, capture_output=True)  # type: ignore[arg-type]
+
+    program("pg_dump", database_url, "--format=custom", "--file", tmp_path / "hpo.dump")
+    shutil.copytree(environment["HPO_ARTIFACTS"], tmp_path / "copy")
+    program("pg_restore", restored_url, "--clean", "--if-exists", "--no-owner", tmp_path / "hpo.dump")
+
+    settings = {
+        "HPO_DATABASE_URL": restored_url,
+        "HPO_ARTIFACTS": str(tmp_path / "copy"),
+        "HPO_HOME": str(tmp_path / "other"),
+    }
+    again = start(**settings)
+    query = "SELECT 1 FROM hpo.leases WHERE attempt = 2 AND epoch > checkpoint_epoch"
+    wait_for(lambda: rows(restored_url, query) == [(1,)])
+    again.tell()
+    again.ended()
+    (began,) = (line for line in again.log.splitlines() if "trial 0: epoch" in line)
+    assert "trial 0: epoch 1," not in began
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    assert model_folder("done", None).joinpath("model.safetensors").is_file()
