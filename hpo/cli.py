@@ -130,17 +130,21 @@ def worker(
 @app.command()
 def status(
     name: Annotated[str | None, typer.Argument(help="Name of a study; all of them without it.")] = None,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Go on until that study is over, or Ctrl-C.")] = False,
     as_json: Json = False,
 ) -> None:
     """Studies with their trials by state, best value, workers, rate and time left."""
-    from hpo.progress import show_status, status_rows
+    from hpo.progress import show_status, status_row, studies, watch_status
 
     with _opened() as (storage, leases):
-        rows = status_rows(storage, leases, name)
+        if watch:
+            watch_status(lambda: studies(storage, leases, name), as_json=as_json, named=name is not None)
+            return
+        states = studies(storage, leases, name)
     if as_json:
-        typer.echo(json.dumps(rows))
+        typer.echo(json.dumps([status_row(state) for state in states]))
     else:
-        show_status(rows, detailed=name is not None)
+        show_status(states, detailed=name is not None)
 
 
 @app.command()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
@@ -19,13 +20,16 @@ from models.metrics import METRICS
 
 if TYPE_CHECKING:
     from models.bundle import Predictions
-    from storage.leases import Leases, Snapshot
+    from storage.leases import InFlight, Leases, Place, Snapshot
     from storage.registry import ModelVersion
     from storage.trials import TrialStorage
 
 PLAIN_S = 2.0  # between two lines where the output is not a terminal
+WATCH_S = 2.0  # between two looks of `hpo status --watch`
+OVER = ("finished", "stopped")  # states of a study in which nothing more happens by itself
 SHOWN = 10  # predictions printed without an output file
 MANY = 8  # classes: of more, only the predicted one's probability is printed
+PLACES = 3  # hosts and devices named in a row of a table
 PIPED_WIDTH = 200  # columns of a table where the output is not a terminal
 
 
@@ -34,7 +38,7 @@ class Progress:
 
     def __init__(self, *, quiet: bool = False) -> None:
         self._quiet = quiet
-        self._console = Console(stderr=True)
+        self._console = Console(stderr=True, markup=False, highlight=False)
         self._live: Live | None = None
         self._last = ("", 0.0)
 
@@ -59,7 +63,7 @@ class Progress:
         now = time.monotonic()
         if line != self._last[0] and (now - self._last[1] >= PLAIN_S or state.status == "finished"):
             self._last = (line, now)
-            self._console.print(line, highlight=False, soft_wrap=True)
+            self._console.print(line, soft_wrap=True)
 
 
 def _console() -> Console:
@@ -67,46 +71,78 @@ def _console() -> Console:
     return Console(markup=False, width=None if sys.stdout.isatty() else PIPED_WIDTH)
 
 
+def _ended(state: Snapshot) -> int:
+    return sum(state.counts.get(name, 0) for name in ("complete", "pruned", "failed"))
+
+
+def _best(state: Snapshot) -> str:
+    return "none yet" if state.best_value is None else f"{state.best_value:.4f} (trial {state.best_number})"
+
+
+def _counts(state: Snapshot) -> str:
+    return ", ".join(f"{state.counts.get(name, 0)} {name}" for name in ("complete", "pruned", "failed", "running"))
+
+
 def _headline(state: Snapshot) -> str:
-    counts = state.counts
-    best = "none yet" if state.best_value is None else f"{state.best_value:.4f} (trial {state.best_number})"
-    running = counts.get("running", 0)
-    ended = sum(counts.get(name, 0) for name in ("complete", "pruned", "failed"))
     parts = [
-        f"{state.name}: {ended}/{state.budget} trials",
-        f"{counts.get('complete', 0)} complete, {counts.get('pruned', 0)} pruned, {counts.get('failed', 0)} failed, "
-        f"{running} running",
-        f"best {best}",
+        f"{state.name}: {_ended(state)}/{state.budget} trials",
+        _counts(state),
+        f"best {_best(state)}",
+        *([state.status] if state.status != "open" else []),
     ]
-    if state.status != "open":
-        parts.append(state.status)
     return "; ".join(parts)
 
 
 def _live_view(state: Snapshot) -> Group:
-    ended = sum(state.counts.get(name, 0) for name in ("complete", "pruned", "failed"))
-    rows: list[Any] = [Text(_headline(state)), ProgressBar(total=state.budget, completed=ended, width=60)]
-    for trial in state.in_flight:
-        metric = "" if trial.metric is None else f" {trial.metric:.4f}"
-        epoch = "starting" if trial.epoch is None else f"epoch {trial.epoch}{metric}"
-        attempt = f", attempt {trial.attempt}" if trial.attempt > 1 else ""
-        rows.append(Text(f"  trial {trial.number}: {epoch} on {trial.device} ({trial.worker}{attempt})"))
-    return Group(*rows)
+    bar = Table.grid(padding=(0, 1))
+    ended = _ended(state)
+    bar.add_row(
+        state.name, ProgressBar(total=max(state.budget, 1), completed=ended, width=40), f"{ended}/{state.budget} trials"
+    )
+    left_s = _seconds_left(state)
+    told = [f"best {_best(state)}", _counts(state)]
+    told += [f"{state.rate_per_hour:.0f} an hour"] if state.rate_per_hour else []
+    told += [f"{_duration(left_s)} left"] if left_s else []
+    told += [state.status] if state.status != "open" else ["promoting"] if ended >= state.budget else []
+    return Group(bar, Text("; ".join(told)), *(Text(f"  {_in_flight(trial)}") for trial in state.in_flight))
 
 
-def status_rows(storage: TrialStorage, leases: Leases, name: str | None) -> list[dict[str, Any]]:
-    """One JSON-able row a study."""
-    from hpo.study import study_id_of
+def _in_flight(trial: InFlight) -> str:
+    metric = "" if trial.metric is None else f", {trial.metric:.4f}"
+    epoch = "starting" if trial.epoch is None else f"epoch {trial.epoch}{metric}"
+    attempt = f", attempt {trial.attempt}" if trial.attempt > 1 else ""
+    waits = "" if trial.alive else ", waits for another worker"
+    return f"trial {trial.number}: {epoch} on {trial.device} ({trial.worker}{attempt}{waits})"
 
-    ids = [study_id_of(storage, name)] if name is not None else [row.study_id for row in leases.studies()]
-    return [_status_row(leases.snapshot(study_id)) for study_id in ids]
+
+def _seconds_left(state: Snapshot) -> int | None:
+    """Until the budget is spent at the rate so far, or the study's time is up."""
+    if state.status != "open":
+        return None
+    left = [] if state.seconds_left is None else [state.seconds_left]
+    if state.rate_per_hour:
+        left.append(3600 * max(state.budget - _ended(state), 0) / state.rate_per_hour)
+    return round(min(left)) if left else None
 
 
-def _status_row(state: Snapshot) -> dict[str, Any]:
-    ended = sum(state.counts.get(name, 0) for name in ("complete", "pruned", "failed"))
-    left_s = None
-    if state.rate_per_hour and state.status == "open":
-        left_s = round(3600 * max(state.budget - ended, 0) / state.rate_per_hour)
+def studies(storage: TrialStorage, leases: Leases, name: str | None) -> list[Snapshot]:
+    """The study of that name, or all, as they are now. Raises StudyError."""
+    from hpo.study import StudyError, study_id_of
+
+    if name is not None:
+        try:
+            return [leases.snapshot(study_id_of(storage, name))]
+        except KeyError:
+            raise StudyError(f"study {name!r} was not made by `hpo launch`; see it with `hpo dashboard`") from None
+    found = []
+    for row in leases.studies():
+        with suppress(KeyError):  # deleted since
+            found.append(leases.snapshot(row.study_id))
+    return found
+
+
+def status_row(state: Snapshot) -> dict[str, Any]:
+    """A study, JSON-able."""
     return {
         "study": state.name,
         "status": state.status,
@@ -115,8 +151,9 @@ def _status_row(state: Snapshot) -> dict[str, Any]:
         "best": None if state.best_value is None else {"number": state.best_number, "value": state.best_value},
         "version": state.promoted_version,
         "per_hour": None if state.rate_per_hour is None else round(state.rate_per_hour, 1),
-        "seconds_left": left_s,
+        "seconds_left": _seconds_left(state),
         "workers": state.workers,
+        "places": [vars(place) for place in state.places],
         "in_flight": [
             {
                 "trial": item.number,
@@ -132,39 +169,76 @@ def _status_row(state: Snapshot) -> dict[str, Any]:
     }
 
 
-def show_status(rows: Sequence[dict[str, Any]], *, detailed: bool) -> None:
-    """The rows of `status_rows` as tables."""
+def show_status(states: Sequence[Snapshot], *, detailed: bool) -> None:
+    """Studies as tables."""
+    _console().print(_status_view(states, detailed=detailed))
+
+
+def watch_status(look: Callable[[], list[Snapshot]], *, as_json: bool, named: bool) -> None:
+    """`look` every WATCH_S: tables in place on a terminal, else what has changed in plain lines, or in JSON.
+
+    Returns when the study that was named is over, and at a Ctrl-C.
+    """
     console = _console()
-    if not rows:
-        console.print("no studies yet; `hpo launch STUDY.toml` makes one")
-        return
-    table = Table("study", "status", "complete", "pruned", "failed", "running", "budget", "best", "workers")
+    in_place = console.is_terminal and not as_json
+    shown: list[str] = []
+    with suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) if in_place else nullcontext() as live:
+        while True:
+            states = look()
+            if live is not None:
+                live.update(_status_view(states, detailed=named), refresh=True)
+            else:
+                lines = [json.dumps(status_row(state)) if as_json else _headline(state) for state in states]
+                for line in lines:
+                    if line not in shown:
+                        print(line, flush=True)
+                shown = lines
+            if named and states[0].status in OVER:
+                return
+            time.sleep(WATCH_S)
+
+
+def _status_view(states: Sequence[Snapshot], *, detailed: bool) -> Group:
+    if not states:
+        return Group(Text("no studies yet; `hpo launch STUDY.toml` makes one"))
+    table = Table("study", "status")
+    for name in ("complete", "pruned", "failed", "running", "budget"):
+        table.add_column(name, justify="right")
+    table.add_column("best")
+    table.add_column("workers")
     table.add_column("per hour", justify="right")
     table.add_column("left", justify="right")
-    for row in rows:
-        counts, best = row["trials"], row["best"]
+    for state in states:
+        left_s = _seconds_left(state)
         table.add_row(
-            row["study"],
-            row["status"],
-            *(str(counts.get(name, 0)) for name in ("complete", "pruned", "failed", "running")),
-            str(row["budget"]),
-            "" if best is None else f"{best['value']:.4f} (trial {best['number']})",
-            str(row["workers"]),
-            "" if row["per_hour"] is None else f"{row['per_hour']:.0f}",
-            "" if row["seconds_left"] is None else _duration(row["seconds_left"]),
+            Text(state.name),
+            state.status,
+            *(str(state.counts.get(name, 0)) for name in ("complete", "pruned", "failed", "running")),
+            str(state.budget),
+            "" if state.best_value is None else _best(state),
+            _workers(state.places, len(state.places) if detailed else PLACES),
+            "" if state.rate_per_hour is None else f"{state.rate_per_hour:.0f}",
+            "" if left_s is None else _duration(left_s),
         )
-    console.print(table)
-    if detailed:
-        _show_in_flight(console, rows[0])
+    return Group(table, *([_flights(states[0])] if detailed and states[0].in_flight else []))
 
 
-def _show_in_flight(console: Console, row: dict[str, Any]) -> None:
+def _workers(places: Sequence[Place], most: int) -> str:
+    """Those alive by host and device, a line each."""
+    if len(places) > most:
+        hosts = len({place.host for place in places})
+        return f"{sum(place.workers for place in places)} on {hosts} hosts"
+    lines = (f"{place.workers} on {place.host or 'an unknown host'} {place.device or ''}" for place in places)
+    return "\n".join(line.rstrip() for line in lines) or "0"
+
+
+def _flights(state: Snapshot) -> Table:
     flying = Table("trial", "epoch", "metric", "worker", "host", "device", "attempt", title="in flight")
-    for item in row["in_flight"]:
-        cells = (item[name] for name in ("trial", "epoch", "metric", "worker", "host", "device", "attempt"))
+    for item in state.in_flight:
+        metric = None if item.metric is None else f"{item.metric:.4f}"
+        cells = (item.number, item.epoch, metric, item.worker, item.host, item.device, item.attempt)
         flying.add_row(*("" if cell is None else str(cell) for cell in cells))
-    if row["in_flight"]:
-        console.print(flying)
+    return flying
 
 
 def _duration(seconds: float) -> str:

@@ -24,6 +24,7 @@ __all__ = [
     "LeaseLost",
     "Leases",
     "News",
+    "Place",
     "Snapshot",
     "StudyOver",
     "StudyRow",
@@ -126,6 +127,15 @@ class WorkerRow:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Workers that are alive, of one study or standing, on one device of one machine."""
+
+    host: str | None
+    device: str | None
+    workers: int
+
+
+@dataclass(frozen=True)
 class Snapshot:
     """A study at one moment, for displays."""
 
@@ -141,10 +151,15 @@ class Snapshot:
     best_value: float | None
     best_number: int | None
     in_flight: tuple[InFlight, ...]
-    workers: int  # alive, of this study or standing
+    places: tuple[Place, ...]  # by host and device
     rate_per_hour: float | None  # trials ended under a lease, over the time from the first to the last end
     first_started_at: datetime | None
     last_ended_at: datetime | None
+
+    @property
+    def workers(self) -> int:
+        """Workers that are alive, of this study or standing."""
+        return sum(place.workers for place in self.places)
 
 
 class StudyOver(RuntimeError):
@@ -336,8 +351,9 @@ SELECT s.study_id, n.study_name, s.status, s.budget, s.started, s.deadline,
             l.expires_at > clock_timestamp()) ORDER BY t.number)
         FROM hpo.leases l JOIN trials t USING (trial_id) LEFT JOIN hpo.workers w USING (worker)
         WHERE l.study_id = s.study_id AND l.ended_at IS NULL AND t.state = 'RUNNING'),
-    (SELECT count(*) FROM hpo.workers w WHERE (w.study_id = s.study_id OR w.study_id IS NULL)
-        AND w.stopped_at IS NULL AND w.seen_at > clock_timestamp() - s.lease_s * interval '1 s'),
+    (SELECT json_agg(json_build_array(host, device, n) ORDER BY host, device) FROM (SELECT host, device, count(*) AS n
+        FROM hpo.workers w WHERE (w.study_id = s.study_id OR w.study_id IS NULL) AND w.stopped_at IS NULL
+        AND w.seen_at > clock_timestamp() - s.lease_s * interval '1 s' GROUP BY host, device) p),
     e.rate, e.started, e.ended
 FROM hpo.terms s JOIN studies n USING (study_id)
     JOIN study_directions d ON d.study_id = s.study_id AND d.objective = 0
@@ -546,11 +562,11 @@ class Leases:
         rows = self.storage.ask(SNAPSHOT, (study_id,))
         if not rows:
             raise _not_opened(study_id)
-        known, (counts, best, in_flight, *rest) = rows[0][:8], rows[0][8:]
+        known, (counts, best, in_flight, places, *rest) = rows[0][:8], rows[0][8:]
         named = {name: (counts or {}).get(state, 0) for state, name in STATES.items()}
         value, number = (stored_float(best[0]), best[1]) if best else (None, None)
         trials = tuple(InFlight(*row) for row in in_flight or ())
-        fields: Row = (*known, named, value, number, trials, *rest)
+        fields: Row = (*known, named, value, number, trials, tuple(Place(*row) for row in places or ()), *rest)
         return Snapshot(*fields)
 
     def workers(self, study_id: int) -> list[WorkerRow]:

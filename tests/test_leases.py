@@ -17,7 +17,7 @@ from optuna.distributions import FloatDistribution
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
-from storage.leases import Beat, Lease, LeaseLost, Leases, StudyOver, Terms
+from storage.leases import Beat, Lease, LeaseLost, Leases, Place, StudyOver, Terms
 from storage.trials import TrialStorage, trial_storage
 
 T = TypeVar("T")
@@ -518,6 +518,9 @@ def test_a_snapshot_shows_counts_the_best_and_who_works_on_what(
     study_id = open_study(leases, Terms(budget=9, timeout_s=600), direction)
     leases.register("w", study_id, "host", 1, "cpu", "worker.log")
     leases.register("standing", None, "host", 2)
+    leases.register("w2", study_id, "host", 4, "cpu")
+    leases.register("far", study_id, "far", 5, "cuda:1")
+    leases.register("other", open_study(leases, Terms(budget=1)), "host", 6, "cpu")
     leases.register("gone", study_id, "host", 3)
     leases.retire("gone")
     held = [take(leases, study_id, "w") for _ in range(6)]
@@ -532,7 +535,8 @@ def test_a_snapshot_shows_counts_the_best_and_who_works_on_what(
     (trial,) = snapshot.in_flight
     assert (trial.number, trial.worker, trial.host, trial.device) == (5, "w", "host", "cpu")
     assert (trial.epoch, trial.metric, trial.attempt, trial.alive) == (3, None, 1, True)
-    assert snapshot.workers == 2
+    assert snapshot.places == (Place("far", "cuda:1", 1), Place("host", "cpu", 2), Place("host", None, 1))
+    assert snapshot.workers == 4
     assert snapshot.seconds_left is not None
     assert 0 < snapshot.seconds_left <= 600
     assert snapshot.rate_per_hour is not None
