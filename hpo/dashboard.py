@@ -9,6 +9,7 @@ import hashlib
 import hmac
 import ipaddress
 import json
+import logging
 import os
 import re
 import signal
@@ -25,6 +26,7 @@ from urllib.parse import parse_qs, urlsplit
 from optuna.exceptions import UpdateFinishedTrialError
 
 from storage.artifacts import ArtifactStore
+from storage.postgres import PostgresError
 from storage.trials import trial_storage
 
 if TYPE_CHECKING:
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
     from optuna.storages import BaseStorage
 
     from hpo.pages import Pages
+
+log = logging.getLogger("hpo")
 
 USER = "hpo"
 _THREADS = 4
@@ -297,7 +301,11 @@ def _study(pages: Pages, environ: WSGIEnvironment, start: Any) -> list[bytes] | 
 
     match = re.fullmatch(r"/api/studies/(\d+)/*", environ["PATH_INFO"])
     after = parse_qs(environ.get("QUERY_STRING", "")).get("after", ["0"])[-1]
-    pieces = pages.study(int(match[1]), int(after)) if match and after.isdecimal() else None
+    try:
+        pieces = pages.study(int(match[1]), int(after)) if match and after.isdecimal() else None
+    except PostgresError as error:
+        log.warning("%s", error)
+        return _refused(HTTPStatus.SERVICE_UNAVAILABLE, "the database is out of reach", start)
     if pieces is None:
         return None
     zipped = "gzip" in environ.get("HTTP_ACCEPT_ENCODING", "")

@@ -88,9 +88,8 @@ class Pages:
             known.spaces.update([t for t in trials if t.state.is_finished() and t._trial_id not in known.trials])
             pieces = _trials(known, study, trials)
             head = _head(study, known, trials)
-        best = _best(trials, maximize=directions[0].name == "MAXIMIZE")
-        shown_best = [pieces[trials.index(best)]] if best is not None else []
-        return [head, *_listed(shown_best), BETWEEN, *_listed(pieces[after:]), END]
+        best = _best(trials, pieces, maximize=directions[0].name == "MAXIMIZE")
+        return [head, *best, BETWEEN, *_listed(pieces[after:]), END]
 
 
 def _head(study: FrozenStudy, known: _Known, trials: list[FrozenTrial]) -> Piece:
@@ -141,11 +140,15 @@ def _trial(study_id: int, trial: FrozenTrial, study_attrs: dict[str, Any]) -> Pi
     return piece(json.dumps(serialized).encode())
 
 
-def _best(trials: list[FrozenTrial], *, maximize: bool) -> FrozenTrial | None:
-    """The first of the best values, as Optuna's storages have it."""
-    complete = [trial for trial in trials if trial.state.name == "COMPLETE"]
+def _best(trials: list[FrozenTrial], pieces: list[Piece], *, maximize: bool) -> list[Piece]:
+    """The first of the best values, as Optuna's storages have it; nothing before a trial is complete."""
+    complete = [(trial.value or 0.0, part) for trial, part in zip(trials, pieces, strict=True) if _complete(trial)]
     best = max if maximize else min
-    return best(complete, key=lambda trial: trial.value or 0.0, default=None)
+    return [best(complete, key=lambda scored: scored[0])[1]] if complete else []
+
+
+def _complete(trial: FrozenTrial) -> bool:
+    return trial.state.name == "COMPLETE"
 
 
 def _listed(pieces: list[Piece]) -> list[Piece]:

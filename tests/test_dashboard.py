@@ -23,7 +23,6 @@ import optuna_dashboard
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState
-from sqlalchemy import create_engine, text
 
 from hpo.dashboard import (
     DashboardError,
@@ -36,6 +35,7 @@ from hpo.dashboard import (
 )
 from storage.artifacts import ArtifactStore, artifact_store
 from storage.trials import TrialStorage, trial_storage
+from tests.conftest import execute
 
 PASSWORD = "käse & brot"
 
@@ -364,17 +364,34 @@ def test_with_a_password_every_path_needs_it(study: optuna.Study, storage: Trial
         assert ask(f"{url}/api/studies", headers={**right, "Host": "dashboard.example"}).status == 200
 
 
+OTHERS = "FROM pg_stat_activity WHERE datname = current_database() AND pid != pg_backend_pid()"
+
+
 def test_it_outlives_its_database_connections(
     open_site: str, study: optuna.Study, database_url: str, store: ArtifactStore
 ) -> None:
+    pages = ("/api/studies", f"/api/studies/{study._study_id}")
     with serving(wsgi_app(database_url, store)) as url:
-        assert ask(f"{url}/api/studies").status == 200
-        engine = create_engine(database_url)
-        others = "FROM pg_stat_activity WHERE datname = current_database() AND pid != pg_backend_pid()"
-        with engine.begin() as connection:
-            assert connection.execute(text(f"SELECT pg_terminate_backend(pid) {others}")).all()
-        engine.dispose()
-        assert ask(f"{url}/api/studies").status == 200
+        assert [ask(url + page).status for page in pages] == [200, 200]
+        for page in pages:
+            execute(database_url, f"SELECT pg_terminate_backend(pid) {OTHERS}")
+            assert ask(url + page).status == 200
+
+
+def test_a_database_out_of_reach_is_named_and_found_again(
+    study: optuna.Study, storage: TrialStorage, server: str, database_url: str, store: ArtifactStore
+) -> None:
+    page, name = f"/api/studies/{study._study_id}", database_url.rsplit("/", 1)[-1].partition("?")[0]
+    impatient = trial_storage(database_url, retry_s=0.0)
+    with serving(wsgi_app(impatient, store)) as url:
+        assert ask(url + page).status == 200
+        others = OTHERS.replace("current_database()", f"'{name}'")
+        execute(server, f"ALTER DATABASE {name} ALLOW_CONNECTIONS false", f"SELECT pg_terminate_backend(pid) {others}")
+        gone = ask(url + page)
+        assert (gone.status, gone.json["reason"]) == (503, "the database is out of reach")
+        execute(server, f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
+        assert ask(url + page).status == 200
+    impatient.close()
 
 
 def test_the_password_comes_from_the_environment_or_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
