@@ -20,11 +20,16 @@ import numpy as np
 import psutil
 import psycopg2
 import pytest
+from hypothesis import HealthCheck, settings
 
 from storage import postgres
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
+
+# A busy machine is no failure: properties are held to what they say, not to how soon.
+settings.register_profile("hpo", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("hpo")
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 TEMPLATE = "hpo_template"
