@@ -77,6 +77,7 @@ def start(host: Host, environment: dict[str, str], tmp_path: Path) -> Iterator[S
     def begin(study: str | None = None, **settings: str) -> Standing:
         index = len(started)
         log = tmp_path / f"worker-{index}.log"
+        log.touch()
         forked = host.fork(index, log, environment | settings, {"study": study, "slots": 1})
         started.append(worker := Standing(forked, log))
         wait_for(lambda: forked.poll() is None and forked.pid is not None and "ready after" in worker.log)
