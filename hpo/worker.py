@@ -227,6 +227,7 @@ class Worker:
         self.slots = self._choose_slots() if slots is None else slots
         self._attentions: list[Attention] = []
         self._sequences: dict[str, Sequences] = {}
+        self.promoting = threading.Lock()
         self._lock = threading.Lock()
         self._failure: BaseException | None = None
 
@@ -406,7 +407,8 @@ class Slot:
             self.worker.over.add(opened.name)
         if ended.reason == "stopped":
             return True
-        return promote_once(opened, self.worker.store, self.worker.name, self.worker.sequences(opened.plan.train))
+        with self.worker.promoting:  # the lease for it is the worker's, whichever slot asks
+            return promote_once(opened, self.worker.store, self.worker.name, self.worker.sequences(opened.plan.train))
 
     def _open(self, name: str) -> OpenStudy:
         from hpo.study import open_study
