@@ -322,7 +322,7 @@ def test_a_full_disk_is_a_clear_error_and_loses_no_finished_trial(
     command = [*mount, str(artifacts), sys.executable, "-P", "-c", hasty, "launch", str(file), "--workers", "1"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
-    assert "cannot write 'checkpoint-" in done.stderr
+    assert "cannot write '" in done.stderr  # a checkpoint or, of a trial too short for one, its weights
     assert "MiB free" in done.stderr
     finished, waiting = trials()
     assert (finished.state, waiting.state) == (TrialState.COMPLETE, TrialState.RUNNING)
