@@ -41,6 +41,14 @@ batch_size = 16
 """  # a search space of quick trials
 
 
+@pytest.fixture(autouse=True)
+def _denormals() -> Iterator[None]:
+    """Take back what `prepare_process` sets for the whole process: other tests draw denormal numbers."""
+    yield
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_flush_denormal(False)
+
+
 @pytest.fixture(scope="session")
 def short_folder() -> Iterator[Path]:
     """A folder with a short path that every user may enter, removed at the end."""
