@@ -33,7 +33,7 @@ def test_kills_of_workers_and_of_the_server_lose_double_and_change_nothing(
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.delenv("HPO_DATABASE_URL", raising=False)
     try:
-        report = chaos.run(tmp_path, trials=24, count=3, every_s=1.5)
+        report = chaos.run(tmp_path, trials=120, count=3, every_s=1.5)
     finally:
         postgres.stop()
     assert report.faults() == []
