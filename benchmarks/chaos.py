@@ -168,7 +168,7 @@ def run(
             if victim.poll() is None:
                 os.kill(victim.pid, signal.SIGKILL)
                 report.kills += 1
-            if attacks and ended >= trials * (3 - len(attacks)) / 3:
+            if attacks and ended >= trials * (2 - len(attacks)) / 4:
                 attacks.pop(0)()
                 time.sleep(0.5)
                 postgres.start()
