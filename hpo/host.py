@@ -40,7 +40,6 @@ from models.machine import ONE_THREAD, tune_allocator
 
 PRELOADED = (
     "torch",
-    "torch._dynamo",  # which the first optimiser of a process imports
     "hpo.worker",
     "hpo.objective",
     "hpo.promote",

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from models.batches import Batch, Batches
 from models.classifier import Classifier, to_probabilities
+from models.optimizers import Optimizer
 from models.seeds import derive
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("hpo")
 
 Weights = dict[str, Tensor]
-MOMENTUM = 0.9  # of SGD
 BUCKETS = 8  # lengths at most that steps of fixed shape are rounded up to
 WARM_UP = 3  # steps before a capture, for libraries to choose their kernels and take their workspaces
 EVALUATION_BATCH = {"cpu": 256, "cuda": 1024}  # sequences
@@ -56,7 +56,8 @@ class Member:
         self.weights_and_gradients = Flat(model)
         self.generator = torch.Generator(self.device)
         self.class_weight = _class_weight(train, model.config.classes, config)
-        self.optimizer, self.fused = _optimizer(self.weights_and_gradients.buffers, config)
+        self.optimizer = Optimizer(self.weights_and_gradients.buffers, self.weights_and_gradients.gradients, config)
+        self.fused = self.optimizer.fused
         self.loss_sum = torch.zeros((), device=self.device)
         self.fixed = FixedSteps(self, graphs) if fixed_shapes else None
 
@@ -67,7 +68,7 @@ class Member:
         if self.fixed is not None:
             self.fixed.get_ready(parts)
         self.generator.manual_seed(derive("dropout", self.config.seed, self.index, number))
-        self._set_rate(rate)
+        self.optimizer.set_rate(rate)
         self.loss_sum.zero_()
         if self.fixed is not None:
             yield from self.fixed.steps(parts)
@@ -105,33 +106,24 @@ class Member:
     def state(self) -> dict[str, Any]:
         """Weights and the optimiser's memory, by the names of the weights: the same on every device."""
         optimizer: dict[str, Any] = {}
-        for buffer, places in self.weights_and_gradients.groups:
-            for key, value in self.optimizer.state[buffer].items():
+        for (buffer, places), memory in zip(self.weights_and_gradients.groups, self.optimizer.state, strict=True):
+            for key, value in memory.items():
                 if value.shape == buffer.shape:
-                    optimizer.setdefault(key, {}).update(places.split(value.detach().cpu().clone()))
+                    optimizer.setdefault(key, {}).update(places.split(value.cpu().clone()))
                 else:
-                    optimizer[key] = value.detach().cpu().clone()
+                    optimizer[key] = value.cpu().clone()
         return {"model": self.weights(), "optimizer": optimizer}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take over a state, in place where the optimiser has one: captured graphs hold on to its memory."""
+        """Take over a state, in place: captured graphs hold on to its memory."""
         self.model.load_state_dict(state["model"])
-        for buffer, places in self.weights_and_gradients.groups:
-            memory = self.optimizer.state[buffer]
+        for (_, places), memory in zip(self.weights_and_gradients.groups, self.optimizer.state, strict=True):
             for key, value in state["optimizer"].items():
-                if key not in memory:
-                    memory[key] = torch.zeros_like(buffer if isinstance(value, dict) else value, device=self.device)
                 if isinstance(value, dict):
                     for name, part in places.split(memory[key]).items():
                         part.copy_(value[name])
                 else:
                     memory[key].copy_(value)
-
-    def forget(self) -> None:
-        """Make the optimiser's memory that of one that has made no step."""
-        for memory in self.optimizer.state.values():
-            for value in memory.values():
-                value.zero_()
 
     def _loss(self, logits: Tensor, labels: Tensor, mask: Tensor | None) -> Tensor:
         """The mean over the rows that count, each weighed by its class."""
@@ -146,13 +138,6 @@ class Member:
         if mask is None:
             return losses
         return (losses * mask).sum() / (mask if weight is None else mask * weight[labels]).sum()
-
-    def _set_rate(self, rate: float) -> None:
-        for group in self.optimizer.param_groups:
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(rate)
-            else:
-                group["lr"] = rate
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
@@ -214,8 +199,7 @@ class FixedSteps:
 
     def _capture(self, steps: int) -> None:
         """Capture one shape; a shape that cannot be captured is no error: its steps run one operation at a time."""
-        fresh = not self.member.optimizer.state
-        before = self.member.state() if not fresh else {"model": self.member.weights(), "optimizer": {}}
+        before = self.member.state()
         self.turn.zero_()
         try:
             with capturing:
@@ -224,8 +208,6 @@ class FixedSteps:
             self.reason = f"{type(error).__name__}: {error}"
             log.warning("steps run without CUDA graphs: %s", self.reason)
         finally:
-            if fresh:
-                self.member.forget()
             self.member.restore(before)
 
     def _captured(self, steps: int) -> torch.cuda.CUDAGraph:
@@ -315,20 +297,3 @@ def _class_weight(train: Batches, classes: int, config: TrainingConfig) -> Tenso
     rows = torch.from_numpy(train.rows).to(train.labels.device)
     counts = torch.bincount(train.labels[rows], minlength=classes).clamp(min=1).float()
     return counts[0] / counts[1] if classes == 2 else counts.sum() / (classes * counts)
-
-
-def _optimizer(buffers: list[nn.Parameter], config: TrainingConfig) -> tuple[torch.optim.Optimizer, bool]:
-    """The optimiser and whether it is torch's fused one (its bits differ from the unfused one's).
-
-    On a GPU the rate lies on the device and no step waits for the host, so that a step can be captured.
-    """
-    decay, device = config.weight_decay, buffers[0].device
-    gpu = device.type == "cuda"
-    rate: Any = torch.tensor(config.learning_rate, device=device) if gpu else config.learning_rate
-    if config.optimizer == "rmsprop":
-        more = {"capturable": True, "foreach": True} if gpu else {}
-        return torch.optim.RMSprop(buffers, rate, weight_decay=decay, **more), False
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(buffers, rate, MOMENTUM, weight_decay=decay, fused=True), True
-    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
-    return kind(buffers, rate, weight_decay=decay, fused=True, capturable=gpu), True
