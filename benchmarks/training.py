@@ -12,13 +12,14 @@ a window, the forms in turns, several rounds. Times are taken in the processes.
 
 Shapes are (T, F, H, L, B): steps, features, hidden size, layers, batch size. Lengths: all T, or mean 0.55 T, or 0.3 T.
 The share of the cores' peak counts the multiplications of the valid steps alone, forward and backward, against float32
-matrix products that run on all cores at once. The slower form of (a) is measured in one round alone where it is far
+multiply-adds in registers on all cores at once. The slower form of (a) is measured in one round alone where it is far
 behind: a single step of it can take a minute.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib.util
 import itertools
 import logging
@@ -26,7 +27,9 @@ import math
 import multiprocessing
 import os
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -55,7 +58,21 @@ PROCESSES = multiprocessing.get_context("spawn")
 RATE = 1e-3  # Adam's
 CHECKED = 16  # steps; some dozens later H = 256 has parted even from torch in float64: an unclipped training is chaotic
 TOLERANCE = 1e-5  # relative, between the losses of a batch: other orders of summing
-GEMM = 2048  # rows of the square matrices that the peak is measured with
+GEMM = 512  # rows of the square matrices that the peak is measured with where there is no compiler
+FMA_ROUNDS = 100_000  # of PEAK's loop in one call
+PEAK = """
+typedef float vector __attribute__((vector_size(64)));
+
+float peak(long rounds)
+{
+    vector sum[12], factor = (vector){0} + 0.999f, term = (vector){0} + 0.001f, total = {0};
+    for (int i = 0; i < 12; i++) sum[i] = (vector){0} + (float)i;
+    for (long round = 0; round < rounds; round++)
+        for (int i = 0; i < 12; i++) sum[i] = sum[i] * factor + term;
+    for (int i = 0; i < 12; i++) total += sum[i];
+    return total[0];
+}
+"""
 HOPELESS = 2.0  # times slower
 START_S = 0.05  # from the order to the instant at which all begin
 FORMS = ("threads", "plain", "ours", "torch", "bfloat16", "lightning", "skorch")
@@ -308,17 +325,36 @@ def skorch(case: Case) -> Train:
     return until
 
 
-def peak() -> Train:
-    """Products of float32 matrices, counted in units of their floating-point operations."""
-    a, b = torch.randn(GEMM, GEMM), torch.randn(GEMM, GEMM)
-    out = torch.empty(GEMM, GEMM)
+def compiled_peak(folder: Path) -> Path | None:
+    """The library of PEAK, or None without a compiler."""
+    library = folder / "peak.so"
+    compiler = os.environ.get("CC", "cc").split()
+    try:
+        command = [*compiler, "-O3", "-march=native", "-shared", "-fPIC", "-x", "c", "-", "-o", str(library)]
+        subprocess.run(command, input=PEAK, text=True, check=True)
+    except FileNotFoundError:
+        return None
+    return library
+
+
+def peak(library: Path | None) -> Train:
+    """What a core can do at most, counted in float32 operations: fused multiply-adds within its registers, or without
+    a compiler products of matrices."""
+    if library is None:
+        a, b = torch.randn(GEMM, GEMM), torch.randn(GEMM, GEMM)
+        out = torch.empty(GEMM, GEMM)
+        operations, run = 2 * GEMM**3, lambda: torch.mm(a, b, out=out)
+    else:
+        function = ctypes.CDLL(str(library)).peak
+        function.argtypes, function.restype = (ctypes.c_int64,), ctypes.c_float
+        operations, run = FMA_ROUNDS * 12 * 16 * 2, lambda: function(FMA_ROUNDS)
 
     def until(end: float) -> tuple[int, float]:
         began, count = time.monotonic(), 0
         while time.monotonic() < end:
-            torch.mm(a, b, out=out)
+            run()
             count += 1
-        return 2 * GEMM**3 * count, time.monotonic() - began
+        return operations * count, time.monotonic() - began
 
     return until
 
@@ -347,7 +383,7 @@ def difference(case: Case, native: bool) -> float:
 
 # ----------------------------------------------------------------------------------------------------- the processes
 
-MAKERS: dict[str, Callable[[Case], Train]] = {
+MAKERS: dict[str, Callable[[Any], Train]] = {
     "threads": plain,
     "plain": plain,
     "ours": ours,
@@ -355,16 +391,17 @@ MAKERS: dict[str, Callable[[Case], Train]] = {
     "bfloat16": partial(ours, precision="bfloat16"),
     "lightning": lightning,
     "skorch": skorch,
+    "peak": peak,
 }
 
 
 def work(form: str, orders: Any) -> None:
-    """A process: it is told ("load", form, case), ("check", case, native) and ("train", form, start, end), or None."""
+    """A process: it is told ("load", form, its case), ("check", case, native), ("train", form, start, end) or None."""
     if form in OWN:
         prepare_process()
     elif form != "threads":
         torch.set_num_threads(1)
-    loaded: dict[str, Train] = {"peak": peak()}
+    loaded: dict[str, Train] = {}
     while (order := orders.recv()) is not None:
         if order[0] == "load":
             loaded[order[1]] = MAKERS[order[1]](order[2])
@@ -546,6 +583,9 @@ def report(groups: dict[str, Group], forms: list[str], cases: list[Case], given:
             f"ours runs LSTMs of float32 on {'torch: no kernel can be built here' if kernel is None else kernel.name}"
         )
         check(groups["ours"], cases)
+    with tempfile.TemporaryDirectory() as folder:
+        for group in groups.values():
+            group.ask(("load", "peak", compiled_peak(Path(folder))))
     columns = ["threads", "threads x1", *(form for form in forms if form != "threads")]
     head(columns, ["a", "plain", "lightning", "skorch"])
     peaks = []

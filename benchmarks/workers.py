@@ -1,10 +1,11 @@
 """How many workers one Postgres feeds: worker processes whose training only sleeps.
 
-    python benchmarks/workers.py [--workers 64] [--seconds 60]
+    python benchmarks/workers.py [--workers 64] [--seconds 60] [--epoch 0.2]
 
 Every worker takes trials under a lease, draws parameters with the study's sampler, and reports each epoch, asks the
 pruner and renews its lease from a thread, as `hpo worker` does; an epoch is a sleep of 0.2 s, a trial 20 of them.
-Printed is the share of the workers' time that was spent in those sleeps. Embedded server on this machine.
+Printed is the share of the workers' time that was spent in those sleeps, and what it cost the server, embedded on this
+machine: connections, memory of each (shared pages divided among those that share them), time on the CPU.
 """
 
 from __future__ import annotations
@@ -16,21 +17,22 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 sys.path[:] = [
     path for path in sys.path if Path(path or ".").resolve() != Path(__file__).resolve().parent
 ]  # storage.py
 
-EPOCH_S = 0.2
 EPOCHS = 20
 STUDY = '[study]\nname = "sleep"\ntrials = 1000000\npruner = "none"\nsampler = "{sampler}"\n[data]\ntrain = "{data}"\n'
 
 
-def child(index: int, seconds: float, start: Any, answers: Any) -> None:
+def child(index: int, seconds: float, epoch_s: float, start: Any, answers: Any) -> None:
     """Work for so long after `start`; answer (seconds asleep in epochs, seconds in all, trials)."""
     from optuna.trial import TrialState
 
@@ -51,15 +53,15 @@ def child(index: int, seconds: float, start: Any, answers: Any) -> None:
 
     threading.Thread(target=renew, daemon=True).start()
     start.wait()
-    time.sleep(EPOCH_S * EPOCHS * index / 64)  # not all in step
+    time.sleep(epoch_s * EPOCHS * index / 64)  # not all in step
     began, asleep, trials = time.monotonic(), 0.0, 0
     while time.monotonic() - began < seconds:
         lease = opened.leases.take(opened.study_id, f"sleeper-{index}", "cpu")
         assert lease is not None
         ask(opened, lease)
         for epoch in range(1, EPOCHS + 1):
-            time.sleep(EPOCH_S)
-            asleep += EPOCH_S
+            time.sleep(epoch_s)
+            asleep += epoch_s
             storage.set_trial_intermediate_value(lease.trial_id, epoch, 1 / epoch)
             opened.study.pruner.prune(opened.study, storage.get_trial(lease.trial_id))
         storage.finish_trial(lease.trial_id, TrialState.COMPLETE, [0.5], {"note": "slept well"})
@@ -73,6 +75,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--workers", type=int, default=64)
     options.add_argument("--seconds", type=float, default=60.0)
+    options.add_argument("--epoch", type=float, default=0.2, help="seconds")
     options.add_argument("--sampler", default="tpe")
     given = options.parse_args()
     with tempfile.TemporaryDirectory(prefix="sleep-") as scratch:
@@ -85,12 +88,15 @@ def main() -> None:
         postgres.start()
         try:
             _prepare(folder, given.sampler)
-            asleep, whole, trials = _measure(given.workers, given.seconds)
+            found = _measure(given.workers, given.seconds, given.epoch)
         finally:
             postgres.stop()
+    trials = found.trials
     print(
-        f"{given.workers} workers, sampler {given.sampler}, {trials} trials in {given.seconds:.0f} s: "
-        f"{100 * asleep / whole:.1f} % of their time in the objective ({os.cpu_count()} cores)"
+        f"{given.workers} workers, sampler {given.sampler}, epochs of {given.epoch:g} s, {trials} trials in "
+        f"{given.seconds:.0f} s: {100 * found.asleep_s / found.whole_s:.1f} % of their time in the objective "
+        f"({os.cpu_count()} cores)\nserver: {found.connections} connections of {found.mib:.1f} MiB, "
+        f"{100 * found.server_s / given.seconds:.0f} % of a core, {1000 * found.server_s / trials:.0f} ms a trial"
     )
 
 
@@ -116,22 +122,51 @@ def _create(folder: Path, sampler: str) -> None:
     storage.close()
 
 
-def _measure(workers: int, seconds: float) -> tuple[float, float, int]:
+@dataclass(frozen=True)
+class Found:
+    asleep_s: float  # all workers together
+    whole_s: float
+    trials: int
+    connections: int
+    mib: float  # of memory a connection
+    server_s: float  # on the CPU
+
+
+def _measure(workers: int, seconds: float, epoch_s: float) -> Found:
     import optuna  # noqa: F401  (before the fork, so that the children share it)
 
     import hpo.study  # noqa: F401
 
     context = multiprocessing.get_context("fork")
     start, answers = context.Event(), context.Queue()
-    children = [context.Process(target=child, args=(i, seconds, start, answers)) for i in range(workers)]
+    children = [context.Process(target=child, args=(i, seconds, epoch_s, start, answers)) for i in range(workers)]
     for process in children:
         process.start()
     time.sleep(2.0 + workers / 16)  # connections
+    before_s = _server_s()
     start.set()
+    time.sleep(seconds)
+    server_s, backends = _server_s() - before_s, [one for one in _server() if "127.0.0.1(" in " ".join(one.cmdline())]
+    mib = sum(one.memory_full_info().pss for one in backends) / len(backends) / 2**20
     found = [answers.get(timeout=seconds + 120) for _ in children]
     for process in children:
         process.join()
-    return sum(row[0] for row in found), sum(row[1] for row in found), sum(row[2] for row in found)
+    asleep_s, whole_s, trials = (sum(column) for column in zip(*found, strict=True))
+    return Found(asleep_s, whole_s, trials, len(backends), mib, server_s)
+
+
+def _server() -> list[psutil.Process]:
+    from storage import postgres
+
+    data = postgres.status().data
+    assert data is not None
+    return [psutil.Process(pid) for pid in postgres._processes(data)]
+
+
+def _server_s() -> float:
+    """Seconds that the server's processes have been on a CPU."""
+    times = [process.cpu_times() for process in _server()]
+    return sum(time.user + time.system for time in times)
 
 
 if __name__ == "__main__":

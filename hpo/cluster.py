@@ -202,11 +202,12 @@ def namespace(study: str) -> str:
 class RayWorkers:
     """A study's workers on the cluster that this process is connected to. A context manager: leaving it ends them.
 
-    count: as many; None: as many as all nodes have room for, more when nodes join. Those that do not fit wait in Ray.
+    count: as many; None: as many as all nodes have room for, more when nodes join, but no more than `most`. Those that
+    do not fit wait in Ray.
     """
 
-    def __init__(self, study: str, count: int | None, slots: int | None, cluster: Cluster) -> None:
-        self.study, self.count, self.slots, self.cluster = study, count, slots, cluster
+    def __init__(self, study: str, count: int | None, slots: int | None, cluster: Cluster, most: int) -> None:
+        self.study, self.count, self.slots, self.cluster, self.most = study, count, slots, cluster, most
         self.ray, self.namespace, self.settings = _ray(), namespace(study), settings()
         self.folder = f"`hpo logs {study}`"
         self.gpus = self._gpus()
@@ -229,7 +230,7 @@ class RayWorkers:
         if time.monotonic() < self._next_look:
             return
         self._next_look = time.monotonic() + LOOK_S
-        for index in range(self.count or max(1, self._fitting())):
+        for index in range(self.count or max(1, min(self.most, self._fitting()))):
             if index not in self.actors:
                 self.actors[index] = self._place(index)
         self._hear()

@@ -177,10 +177,10 @@ def launch(
 ) -> dict[str, Any]:
     """Create or go on with the study of a file (TOML, or bare data), run it to its end, and sum it up.
 
-    workers: processes on this machine; None: one a CPU core, or one a GPU. slots: trials at once in each; None: as many
-    as fit the GPU. cluster: Ray's, to place the workers on instead, without `workers` as many as fit. overrides: as in
-    `study.trials=10`. trials: a new budget for a study that exists. detach: create the study and return without
-    starting anything. show: called with the state of the study a few times a second.
+    workers: processes on this machine; None: one a CPU core, or one a GPU, but no more than trials. slots: trials at
+    once in each; None: as many as fit the GPU. cluster: Ray's, to place the workers on instead, without `workers` as
+    many as fit. overrides: as in `study.trials=10`. trials: a new budget for a study that exists. detach: create the
+    study and return without starting anything. show: called with the state of the study a few times a second.
     host: a `warm_host()` that the caller has started already, to be ended here.
     Raises ConfigError, DataError, StudyError, LaunchError, and Interrupted after a Ctrl-C or SIGTERM.
     """
@@ -200,7 +200,7 @@ def launch(
             if cluster is not None:
                 _run_on(cluster, opened, workers, slots, show)
                 return summary(opened, time.monotonic() - started)
-            count = workers or default_workers()
+            count = workers or min(default_workers(), _state(opened).budget)
             with _Signals() as asked, _server_kept_up(), LocalWorkers(opened.name, count, slots, warm) as group:
                 _wait(opened, group, asked, show)
             return summary(opened, time.monotonic() - started)
@@ -217,7 +217,7 @@ def _run_on(
         connected(cluster, opened.name),
         _Signals() as asked,
         _server_kept_up(),
-        RayWorkers(opened.name, count, slots, cluster) as group,
+        RayWorkers(opened.name, count, slots, cluster, _state(opened).budget) as group,
     ):
         _wait(opened, group, asked, show)
 

@@ -111,28 +111,29 @@ def run_trial(opened: OpenStudy, lease: Lease, bench: Bench, attention: Attentio
     lease was lost): another worker goes on with it.
     """
     trial_log.begin()
+    named = _named(opened, lease)
     opened.storage.attach(lease)
     checkpoints = _Checkpoints(opened, lease, bench.store)
     try:
         try:
             return _run(opened, lease, bench, attention, checkpoints)
         except OutOfMemory as error:
-            log.warning("trial %d waits until it has the device for itself: %s", lease.number, error)
+            log.warning("%s waits until it has the device for itself: %s", named, error)
         attention.forget_training()  # and outside of the clause, whose traceback holds on to it as well
         release_memory(bench.device)
         with attention.alone():
             release_memory(bench.device)
             return _run(opened, lease, bench, attention, checkpoints)
     except LeaseLost as lost:
-        log.warning("trial %d: %s", lease.number, lost)
+        log.warning("%s: %s", named, lost)
         return None
     except Interrupted:
-        log.info("trial %d: given back, to go on from its last checkpoint", lease.number)
+        log.info("%s: given back, to go on from its last checkpoint", named)
         return None
     except (ArtifactError, PostgresError, psycopg2.Error, OSError, KeyError):
         raise  # not the trial's fault: it goes on when the store, the database or the disk is back
     except Exception as error:
-        log.exception("trial %d failed", lease.number)
+        log.exception("%s failed", named)
         reason = f"{type(error).__name__}: {error}"
         _show(opened, lease, bench.store, {"log.csv": trial_log.written()})
         opened.storage.finish_trial(lease.trial_id, TrialState.FAIL, None, {"failure": reason})
@@ -149,7 +150,7 @@ def _run(opened: OpenStudy, lease: Lease, bench: Bench, attention: Attention, ch
     seed = trial_seed(opened.plan, lease.number)
     training = build(opened.plan, params, seed, bench.sequences, bench.device)
     checkpoints.restore(training)
-    log.info("trial %d: epoch %d, %s", lease.number, len(training.history) + 1, params)
+    log.info("%s: epoch %d, %s", _named(opened, lease), len(training.history) + 1, params)
     last_s = 0.0
     state = TrialState.COMPLETE
     while not training.finished:
@@ -210,7 +211,7 @@ class _Checkpoints:
         try:
             training.restore(self.store.get(self.key))
         except MissingArtifactError as missing:
-            log.warning("trial %d starts again from its first epoch: %s", self.lease.number, missing)
+            log.warning("%s starts again from its first epoch: %s", _named(self.opened, self.lease), missing)
 
     def after(self, training: Training, attention: Attention) -> None:
         """Checkpoint where one is due. Raises Interrupted after it when the worker was asked to stop."""
@@ -283,6 +284,11 @@ def _finish(
         raise
     for key in dropped or ():
         bench.store.delete(key)
+
+
+def _named(opened: OpenStudy, lease: Lease) -> str:
+    """As the log calls it: a standing worker has trials of several studies."""
+    return f"study {opened.name}, trial {lease.number}"
 
 
 def _key(lease: Lease, name: str) -> str:

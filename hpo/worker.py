@@ -223,6 +223,7 @@ class Worker:
         self.told = told or threading.Event()
         self.room = Room()
         self.over: set[str] = set()  # studies whose end is in the log
+        self._seen_s = time.monotonic()  # when it last told the database that it lives
         self._asides: dict[str, _Aside] = {}  # by name
         self.slots = self._choose_slots() if slots is None else slots
         self._attentions: list[Attention] = []
@@ -276,6 +277,9 @@ class Worker:
         if self.only is not None:
             return [self.only]
         now = time.monotonic()
+        if now - self._seen_s >= BEAT_S:  # with no study to take trials of, nothing else would say so
+            self._seen_s = now
+            self.leases.renew(self.name, {})
         names = [row.name for row in self.leases.open_studies()]
         return [name for name in names if name not in self._asides or self._asides[name].until <= now]
 
@@ -394,7 +398,8 @@ class Slot:
             with self.attention.holding(lease, row.lease_s):
                 bench = Bench(worker.name, worker.device, worker.store, sequences)
                 state = run_trial(opened, lease, bench, self.attention)
-            log.info("trial %d: %s", lease.number, "left" if state is None else state.name.lower())
+            ending = "left" if state is None else state.name.lower()
+            log.info("study %s, trial %d: %s", opened.name, lease.number, ending)
         finally:
             self.leases.release(lease)  # does nothing to a trial that has ended or was taken away
 

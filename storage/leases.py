@@ -152,7 +152,7 @@ class Snapshot:
     best_number: int | None
     in_flight: tuple[InFlight, ...]
     places: tuple[Place, ...]  # by host and device
-    rate_per_hour: float | None  # trials ended under a lease, over the time from the first to the last end
+    rate_per_hour: float | None  # of trials ended under a lease: of the last RECENT, or of all since the first began
     first_started_at: datetime | None
     last_ended_at: datetime | None
 
@@ -333,7 +333,8 @@ RETURNING study_id"""
 
 # ---------------------------------------------------------------------------------------------------------- displaying
 
-SNAPSHOT = """
+RECENT = 50  # ended trials that tell how fast a study goes: it may have rested for a night before
+SNAPSHOT = f"""
 SELECT s.study_id, n.study_name, s.status, s.budget, s.started, s.deadline,
     CASE WHEN s.deadline IS NOT NULL
         THEN greatest(0, extract(epoch FROM s.deadline - clock_timestamp()))::float8 END, s.promoted_version,
@@ -354,15 +355,16 @@ SELECT s.study_id, n.study_name, s.status, s.budget, s.started, s.deadline,
     (SELECT json_agg(json_build_array(host, device, n) ORDER BY host, device) FROM (SELECT host, device, count(*) AS n
         FROM hpo.workers w WHERE (w.study_id = s.study_id OR w.study_id IS NULL) AND w.stopped_at IS NULL
         AND w.seen_at > clock_timestamp() - s.lease_s * interval '1 s' GROUP BY host, device) p),
-    e.rate, e.started, e.ended
+    least(r.n, {RECENT}) * 3600.0::float8
+        / nullif(extract(epoch FROM e.ended - CASE WHEN r.n > {RECENT} THEN r.since ELSE e.started END)::float8, 0),
+    e.started, e.ended
 FROM hpo.terms s JOIN studies n USING (study_id)
     JOIN study_directions d ON d.study_id = s.study_id AND d.objective = 0
-    CROSS JOIN LATERAL (SELECT
-        count(*) * 3600.0::float8 / nullif(extract(epoch FROM max(l.ended_at)
-            - min(t.datetime_start AT TIME ZONE 'UTC'))::float8, 0) AS rate,
-        min(t.datetime_start AT TIME ZONE 'UTC') AS started, max(l.ended_at) AS ended
+    CROSS JOIN LATERAL (SELECT min(t.datetime_start AT TIME ZONE 'UTC') AS started, max(l.ended_at) AS ended
         FROM hpo.leases l JOIN trials t USING (trial_id)
         WHERE l.study_id = s.study_id AND l.ended_at IS NOT NULL) e
+    CROSS JOIN LATERAL (SELECT count(*) AS n, min(ended_at) AS since FROM (SELECT ended_at FROM hpo.leases l
+        WHERE l.study_id = s.study_id AND ended_at IS NOT NULL ORDER BY ended_at DESC LIMIT {RECENT} + 1) l) r
 WHERE s.study_id = %s"""
 WORKERS = """
 SELECT worker, host, pid, device, log, stopped_at IS NULL AND seen_at > clock_timestamp() - lease_s * interval '1 s'

@@ -203,6 +203,18 @@ def wait_for(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
         time.sleep(0.05)
 
 
+def processes_of(home: str) -> list[psutil.Process]:
+    """The processes that run in this test's environment, but for the test's own."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("HPO_HOME") == home and process.pid != os.getpid():
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+            continue
+    return found
+
+
 def assert_exact(found: list[FrozenTrial], count: int) -> None:
     """`count` trials, numbered without a gap, each ended."""
     assert sorted(trial.number for trial in found) == list(range(count))

@@ -20,7 +20,7 @@ from hpo.launch import LaunchError, LocalWorkers, warm_host
 from hpo.study import OpenStudy, create_or_open
 from storage.artifacts import artifact_store
 from storage.trials import trial_storage
-from tests.conftest import Cli, assert_exact, wait_for
+from tests.conftest import Cli, assert_exact, processes_of, wait_for
 
 LONG, ENDLESS = 60, 100_000  # epochs of a trial: longer than it takes to kill its worker; longer than a test
 Trials = Callable[..., list[FrozenTrial]]
@@ -53,18 +53,6 @@ def opened(here: Path, study_file: Callable[..., Path], database_url: str) -> It
 def host() -> Iterator[Host]:
     with Host() as warm:
         yield warm
-
-
-def ours(home: str) -> list[psutil.Process]:
-    """The processes that run in this test's environment, but for the test's own."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("HPO_HOME") == home and process.pid != os.getpid():
-                found.append(process)
-        except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
-            continue
-    return found
 
 
 def at_work(opened: OpenStudy) -> int:
@@ -188,7 +176,7 @@ def test_stop_gives_trials_back_and_leaves_no_process(
         if busy:
             tend_until(group, lambda: at_work(study) == 2)
         group.stop()
-        assert ours(environment["HPO_HOME"]) == []
+        assert processes_of(environment["HPO_HOME"]) == []
     assert not any(trial.alive for trial in study.leases.snapshot(study.study_id).in_flight)
 
 
@@ -244,7 +232,7 @@ def test_a_killed_host_ends_its_workers_and_the_study_ends_exactly(
         output, _ = launcher.communicate(timeout=120)
     assert json.loads(output.splitlines()[-1])["trials"]["complete"] == 4
     assert_exact(trials(), 4)
-    assert ours(environment["HPO_HOME"]) == []
+    assert processes_of(environment["HPO_HOME"]) == []
 
 
 def test_without_their_launcher_workers_finish_the_study_and_the_host_ends(
@@ -254,8 +242,8 @@ def test_without_their_launcher_workers_finish_the_study_and_the_host_ends(
     with launched(tmp_path / "waves.toml", environment) as launcher:
         wait_for(lambda: at_work(study) > 0)
         launcher.kill()
-    assert ours(environment["HPO_HOME"]) != []
-    wait_for(lambda: ours(environment["HPO_HOME"]) == [], 240)
+    assert processes_of(environment["HPO_HOME"]) != []
+    wait_for(lambda: processes_of(environment["HPO_HOME"]) == [], 240)
     assert over(study)
     assert_exact(trials(), 4)
 
@@ -264,7 +252,7 @@ def test_an_error_before_the_study_exists_leaves_no_host(cli: Cli, environment: 
     done = cli("launch", "missing.toml")
     assert done.returncode == 1
     assert "missing.toml" in done.stderr
-    assert ours(environment["HPO_HOME"]) == []
+    assert processes_of(environment["HPO_HOME"]) == []
 
 
 def test_an_unknown_way_to_start_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,8 +17,9 @@ from optuna.distributions import FloatDistribution
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
-from storage.leases import Beat, Lease, LeaseLost, Leases, Place, StudyOver, Terms
+from storage.leases import RECENT, Beat, Lease, LeaseLost, Leases, Place, StudyOver, Terms
 from storage.trials import TrialStorage, trial_storage
+from tests.conftest import execute
 
 T = TypeVar("T")
 
@@ -545,6 +546,21 @@ def test_a_snapshot_shows_counts_the_best_and_who_works_on_what(
     assert snapshot.first_started_at < snapshot.last_ended_at
     empty = leases.snapshot(open_study(leases, Terms(budget=1)))
     assert (empty.best_value, empty.rate_per_hour, empty.seconds_left, empty.in_flight) == (None, None, None, ())
+
+
+def test_the_rate_forgets_a_night_s_rest(leases: Leases, database_url: str) -> None:
+    study_id = open_study(leases, Terms(budget=100))
+    for _ in range(RECENT + 1):
+        finish(leases, take(leases, study_id, "w"), 0.5)
+    ended = "SELECT min(ended_at) FROM hpo.leases"
+    execute(database_url, f"UPDATE hpo.leases SET ended_at = ended_at - interval '9 h' WHERE ended_at = ({ended})")
+    execute(database_url, "UPDATE trials SET datetime_start = datetime_start - interval '9 h'")
+    resting = leases.snapshot(study_id).rate_per_hour
+    assert resting == pytest.approx(RECENT / 9, rel=0.01)
+    finish(leases, take(leases, study_id, "w"), 0.5)
+    rate = leases.snapshot(study_id).rate_per_hour
+    assert rate is not None
+    assert rate > 100 * RECENT
 
 
 def test_deleting_a_study_removes_its_terms_and_leases(leases: Leases) -> None:

@@ -25,7 +25,7 @@ from hpo.study import OpenStudy, create_or_open
 from storage.artifacts import artifact_store
 from storage.leases import WorkerRow
 from storage.trials import trial_storage
-from tests.conftest import Cli, assert_exact, wait_for
+from tests.conftest import Cli, assert_exact, processes_of, wait_for
 
 Trials = Callable[..., list[FrozenTrial]]
 Launched = Callable[..., subprocess.Popen[str]]
@@ -148,18 +148,6 @@ def query(url: str, statement: str, *given: object) -> list[tuple[Any, ...]]:
         return cursor.fetchall()
 
 
-def ours(home: str) -> list[psutil.Process]:
-    """The processes that run in this test's environment, but for the test's own."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("HPO_HOME") == home and process.pid != os.getpid():
-                found.append(process)
-        except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
-            continue
-    return found
-
-
 def ended(study: OpenStudy) -> bool:
     return study.leases.snapshot(study.study_id).status == "finished"
 
@@ -227,14 +215,15 @@ def test_ray_on_this_machine_alone_outlives_its_launcher_and_ends_with_the_study
     opened: Callable[..., OpenStudy], launched: Launched, trials: Trials, ray_environment: dict[str, str]
 ) -> None:
     study, home = opened(trials=2, epochs=500), ray_environment["HPO_HOME"]
-    launcher = launched("--workers", 1, "--cpus", 0.5)
-    wait_for(lambda: len(at_work(study)) == 1, PATIENCE_S)
-    listening = [c for process in ours(home) for c in process.net_connections() if c.status == "LISTEN"]
+    launcher = launched("--cpus", 0.25)
+    wait_for(lambda: len(at_work(study)) == 2, PATIENCE_S)
+    listening = [c for process in processes_of(home) for c in process.net_connections() if c.status == "LISTEN"]
     assert {connection.laddr.ip.removeprefix("::ffff:") for connection in listening} == {"127.0.0.1"}
     launcher.kill()
     wait_for(lambda: ended(study), PATIENCE_S)
-    wait_for(lambda: ours(home) == [])
+    wait_for(lambda: processes_of(home) == [])
     assert_exact(trials(), 2)
+    assert len(study.leases.workers(study.study_id)) == 2  # not as many as fit: no more than trials
 
 
 WITHOUT_RAY = "import sys; sys.modules['ray'] = None; from hpo.cli import main; main()"

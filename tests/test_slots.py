@@ -17,7 +17,6 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hpo.slots import Room, largest
 from models.training import Interrupted
-from storage.trials import trial_storage
 from tests.conftest import Cli
 
 SPACE = """
@@ -28,7 +27,7 @@ batch_size = 16
 head_size = 4
 learning_rate = { low = 1e-3, high = 1e-1, log = true }
 """
-
+DETACHED = ("--detach", "--set", "data.validation=0.25")  # one model a trial
 
 LONG = """
 patch_length = 1
@@ -45,43 +44,22 @@ learning_rate = { low = 1e-3, high = 1e-1, log = true }
 
 
 @pytest.fixture
-def study_file(tmp_path: Path) -> Callable[..., Path]:
-    """60 noisy sines of two frequencies and 8 to 12 steps; study_file(name, trials, space) writes the file."""
-    random = np.random.default_rng(0)
-    lengths, labels = random.integers(8, 13, 60), np.arange(60) % 2
-    X = np.sin(np.arange(12)[None, :, None] * (1 + labels[:, None, None])) + random.normal(0, 0.4, (60, 12, 2))
-    np.savez(tmp_path / "waves.npz", X=X, y=labels, lengths=lengths)
+def random_study(study_file: Callable[..., Path]) -> Callable[..., Path]:
+    """random_study(9) writes a study whose trials depend on nothing but their numbers."""
 
-    def write(name: str, trials: int, space: str = SPACE, epochs: int = 8) -> Path:
-        path = tmp_path / f"{name}.toml"
-        path.write_text(
-            f'[study]\nname = "{name}"\ntrials = {trials}\nsampler = "random"\npruner = "none"\n'
-            f'[data]\ntrain = "waves.npz"\nvalidation = 0.25\n[train]\nepochs = {epochs}\n[space]\n{space}\n'
-        )
-        return path
+    def write(trials: int, space: str = SPACE, epochs: int = 8) -> Path:
+        return study_file(trials, epochs, space, study='sampler = "random"\npruner = "none"')
 
     return write
 
 
-@pytest.fixture
-def trials(database_url: str) -> Callable[[str], list[FrozenTrial]]:
-    def read_trials(name: str) -> list[FrozenTrial]:
-        storage = trial_storage(database_url)
-        try:
-            return storage.get_all_trials(storage.get_study_id_from_name(name))
-        finally:
-            storage.close()
-
-    return read_trials
-
-
 def test_results_depend_neither_on_the_number_of_slots_nor_on_the_neighbours(
-    cli: Cli, study_file: Callable[..., Path], trials: Callable[[str], list[FrozenTrial]]
+    cli: Cli, random_study: Callable[..., Path], trials: Callable[..., list[FrozenTrial]]
 ) -> None:
     found: dict[int, list[FrozenTrial]] = {}
     for slots in (1, 3):
         name = f"with-{slots}"
-        assert cli("launch", study_file(name, 9), "--detach").returncode == 0
+        assert cli("launch", random_study(9), *DETACHED, "--set", f"study.name={name}").returncode == 0
         done = cli("worker", "--study", name, "--slots", slots)
         assert done.returncode == 0, done.stderr
         assert f"slots: {slots}" in done.stderr
@@ -124,14 +102,14 @@ class TestMemoryThatRunsOut:
         self,
         cli: Cli,
         environment: dict[str, str],
-        study_file: Callable[..., Path],
-        trials: Callable[[str], list[FrozenTrial]],
+        random_study: Callable[..., Path],
+        trials: Callable[..., list[FrozenTrial]],
     ) -> None:
         space = SPACE.replace("{ low = 4, high = 12 }", "[8, 4096]")
-        assert cli("launch", study_file("never", 6, space, epochs=2), "--detach").returncode == 0
-        done = run_limited(environment, "never", 1200, 2)
+        assert cli("launch", random_study(6, space, epochs=2), *DETACHED).returncode == 0
+        done = run_limited(environment, "waves", 1200, 2)
         assert done.returncode == 0, done.stderr
-        found = trials("never")
+        found = trials()
         states = {trial.number: trial.state for trial in found}
         large = [trial for trial in found if trial.params["hidden_size"] == 4096]
         assert large
@@ -142,25 +120,25 @@ class TestMemoryThatRunsOut:
         assert "OutOfMemory: out of memory on cpu: hidden_size 4096" in large[0].user_attrs["failure"]
         assert "waits until it has the device for itself" in done.stderr
         models = json.loads(cli("models", "--json").stdout)
-        assert [model["name"] for model in models] == ["never"]
+        assert [model["name"] for model in models] == ["waves"]
 
     def test_a_trial_that_does_not_fit_beside_others_is_run_alone(
         self,
         cli: Cli,
         environment: dict[str, str],
-        study_file: Callable[..., Path],
-        trials: Callable[[str], list[FrozenTrial]],
+        random_study: Callable[..., Path],
+        trials: Callable[..., list[FrozenTrial]],
     ) -> None:
         """Long sequences on torch's LSTM: what the backward pass keeps is some 900 MiB, too much for four in 2400, and
         so little for one that it does not matter in how many pieces the others left the memory."""
-        file = study_file("alone", 4, LONG, epochs=2)
+        file = random_study(4, LONG, epochs=2)
         random = np.random.default_rng(0)
         np.savez(file.parent / "waves.npz", X=random.normal(0, 1, (80, 1500, 1)), y=np.arange(80) % 2)
-        assert cli("launch", file, "--detach").returncode == 0
-        done = run_limited(environment | {"HPO_NATIVE": "0"}, "alone", 2400, 4)
+        assert cli("launch", file, *DETACHED).returncode == 0
+        done = run_limited(environment | {"HPO_NATIVE": "0"}, "waves", 2400, 4)
         assert done.returncode == 0, done.stderr[-3000:]
         assert "waits until it has the device for itself" in done.stderr
-        found = trials("alone")
+        found = trials()
         assert [trial.user_attrs.get("failure") for trial in found] == [None] * 4
         assert [trial.state for trial in found] == [TrialState.COMPLETE] * 4
         assert [trial.user_attrs["attempt"] for trial in found] == [1] * 4

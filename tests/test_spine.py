@@ -31,6 +31,13 @@ def summary_of(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
     return found
 
 
+def launching(file: Path, workers: int, environment: dict[str, str], *options: str) -> subprocess.Popen[str]:
+    """A launch under way."""
+    command = [sys.executable, "-P", "-m", "hpo", "launch", str(file), "--workers", str(workers), *options]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=file.parent, env=environment, stdout=pipe, stderr=pipe, text=True)
+
+
 def test_a_data_file_alone_becomes_a_promoted_model(cli: Cli, data: Path, environment: dict[str, str]) -> None:
     settings = ["--set", "study.trials=4", "--set", "train.epochs=3", "--set", "space.hidden_size=6"]
     summary = summary_of(cli("launch", "waves.npz", "--workers", 2, "--json", *settings))
@@ -109,15 +116,10 @@ def test_a_contradicting_file_is_refused_with_the_difference(cli: Cli, study_fil
 
 
 def test_interrupted_and_launched_again_it_ends_exactly(
-    cli: Cli,
-    study_file: Callable[..., Path],
-    environment: dict[str, str],
-    tmp_path: Path,
-    trials: Callable[..., list[FrozenTrial]],
+    cli: Cli, study_file: Callable[..., Path], environment: dict[str, str], trials: Callable[..., list[FrozenTrial]]
 ) -> None:
     file = study_file(trials=5, epochs=40, space=SMALL + "\n", study='pruner = "none"')
-    command = [sys.executable, "-P", "-m", "hpo", "launch", str(file), "--workers", "2"]
-    running = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    running = launching(file, 2, environment)
     wait_for(lambda: any(t.intermediate_values for t in _trials_or_none(trials)))
     running.send_signal(signal.SIGINT)
     _, errors = running.communicate(timeout=60)
@@ -145,13 +147,11 @@ def test_a_killed_worker_loses_nothing_and_changes_no_value(
     cli: Cli,
     study_file: Callable[..., Path],
     environment: dict[str, str],
-    tmp_path: Path,
     trials: Callable[..., list[FrozenTrial]],
     database_url: str,
 ) -> None:
     file = study_file(trials=4, epochs=30, study='sampler = "random"\npruner = "none"\nlease = 2')
-    command = [sys.executable, "-P", "-m", "hpo", "launch", str(file), "--workers", "2", "--json"]
-    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as running:
+    with launching(file, 2, environment, "--json") as running:
         wait_for(lambda: any(t.intermediate_values for t in _trials_or_none(trials)))
         storage = trial_storage(database_url)
         os.kill(_a_busy_worker(storage), signal.SIGKILL)
@@ -175,21 +175,28 @@ def _a_busy_worker(storage: TrialStorage) -> int:
 
 
 def test_an_embedded_server_that_crashes_under_a_launch_comes_back(
-    study_file: Callable[..., Path], environment: dict[str, str], tmp_path: Path, short_folder: Path
+    study_file: Callable[..., Path], environment: dict[str, str], short_folder: Path
 ) -> None:
     file = study_file(trials=3, epochs=30, study='pruner = "none"\nlease = 2')
     outside = {"HPO_HOME": str(short_folder / "crash")}
     environment = {name: value for name, value in environment.items() if name != "HPO_DATABASE_URL"} | outside
-    command = [sys.executable, "-P", "-m", "hpo"]
-    launch = [*command, "launch", str(file), "--workers", "1", "--json"]
-    with subprocess.Popen(launch, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as running:
+    with launching(file, 1, environment, "--json") as running:
         log = short_folder / "crash" / "logs" / "waves" / "worker-0.log"
         wait_for(lambda: log.exists() and "epoch 1" in log.read_text())
         data = next((short_folder / "crash").rglob("postmaster.pid"))
         os.kill(int(data.read_text().split()[0]), signal.SIGKILL)
         output, _ = running.communicate(timeout=120)
-    subprocess.run([*command, "db", "stop"], env=environment, check=True, capture_output=True)
+    stop = [sys.executable, "-P", "-m", "hpo", "db", "stop"]
+    subprocess.run(stop, env=environment, check=True, capture_output=True)
     assert json.loads(output.splitlines()[-1])["trials"]["complete"] == 3
+
+
+def test_a_study_gets_no_more_workers_than_trials(
+    cli: Cli, study_file: Callable[..., Path], environment: dict[str, str]
+) -> None:
+    summary_of(cli("launch", study_file(trials=1, epochs=1), "--json"))
+    logs = (Path(environment["HPO_HOME"]) / "logs" / "waves").iterdir()
+    assert [log.name for log in logs] == ["worker-0.log"]
 
 
 def test_enqueued_configurations_come_first(
@@ -257,13 +264,11 @@ def test_a_stopped_study_ends_at_once_and_goes_on_at_the_next_launch(
     cli: Cli,
     study_file: Callable[..., Path],
     environment: dict[str, str],
-    tmp_path: Path,
     trials: Callable[..., list[FrozenTrial]],
 ) -> None:
     file = study_file(trials=3, epochs=250, study='pruner = "none"\nlease = 2')
     file.write_text(file.read_text().replace("[train]", "[train]\npatience = 0"))  # longer than the stop takes to start
-    command = [sys.executable, "-P", "-m", "hpo", "launch", str(file), "--workers", "1"]
-    with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as running:
+    with launching(file, 1, environment) as running:
         wait_for(lambda: any(t.intermediate_values for t in _trials_or_none(trials)))
         assert cli("stop", "waves").returncode == 0
         _, errors = running.communicate(timeout=60)
@@ -278,13 +283,11 @@ def test_deleting_a_running_study_ends_launch_and_worker_without_a_trace(
     cli: Cli,
     study_file: Callable[..., Path],
     environment: dict[str, str],
-    tmp_path: Path,
     trials: Callable[..., list[FrozenTrial]],
 ) -> None:
     file = study_file(trials=3, epochs=5000, study='pruner = "none"')
     assert cli("launch", file, "--detach", "--set", "study.name=other").returncode == 0
-    command = [sys.executable, "-P", "-m", "hpo", "launch", str(file), "--workers", "1"]
-    with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as running:
+    with launching(file, 1, environment) as running:
         wait_for(lambda: any(t.intermediate_values for t in _trials_or_none(trials)))
         workers = {row["study"]: row["workers"] for row in json.loads(cli("status", "--json").stdout)}
         assert workers == {"waves": 1, "other": 0}

@@ -219,6 +219,14 @@ def test_a_study_that_cannot_be_worked_on_does_not_keep_a_worker_from_the_others
     assert trials("newer") == []
 
 
+def test_a_worker_without_a_study_still_counts_as_alive(start: Start, database_url: str) -> None:
+    worker = start()
+    execute(database_url, "UPDATE hpo.workers SET seen_at = seen_at - interval '1 day'")
+    wait_for(lambda: rows(database_url, "SELECT seen_at > now() - interval '1 h' FROM hpo.workers") == [(True,)])
+    worker.tell()
+    worker.ended()
+
+
 # --------------------------------------------------------------------------------------------------------- told to end
 
 
