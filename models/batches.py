@@ -81,4 +81,5 @@ class Batches:
         rows = torch.from_numpy(self.rows[indices]).to(self.values.device)
         values = self.values[:longest].index_select(1, rows)
         uniform = int(lengths.min()) == longest
-        return Batch(values, None if uniform else self.lengths[rows], self.labels[rows], indices)
+        own = None if uniform else self.lengths.index_select(0, rows)
+        return Batch(values, own, self.labels.index_select(0, rows), indices)

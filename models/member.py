@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -139,8 +140,10 @@ class Member:
             return losses
         return (losses * mask).sum() / (mask if weight is None else mask * weight[labels]).sum()
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
+    def _autocast(self) -> AbstractContextManager[None]:
+        if self.config.precision == "float32":
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
 
 
 class FixedSteps:
@@ -262,6 +265,8 @@ class Flat:
         """Scale the gradients down to a norm of at most `most`, all weights taken together."""
         norms = [torch.linalg.vector_norm(gradient) for gradient in self.gradients]
         norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+        if norm.device.type == "cpu" and float(norm) < most - 2 * CLIP_EPSILON:
+            return  # the factor would be 1; on a GPU to ask would be to wait
         scale = (most / (norm + CLIP_EPSILON)).clamp(max=1.0)
         for gradient in self.gradients:
             gradient.mul_(scale)
