@@ -25,11 +25,18 @@ Row = tuple[Any, ...]
 
 # A stopped or cut-off process must not keep others waiting for its locks, nor its socket for hours. Plans are kept
 # while tables grow from nothing, so they must go by an index from the start.
-SESSION = (
-    "-c idle_in_transaction_session_timeout=10s -c lock_timeout=10s -c timezone=UTC "
-    "-c plan_cache_mode=force_generic_plan -c enable_seqscan=off -c jit=off "
-    "-c tcp_keepalives_idle=10 -c tcp_keepalives_interval=5 -c tcp_keepalives_count=4"
-)
+# Set by a statement, as poolers refuse them as options of the connection.
+SETTINGS = {
+    "idle_in_transaction_session_timeout": "10s",
+    "lock_timeout": "10s",
+    "timezone": "UTC",
+    "plan_cache_mode": "force_generic_plan",
+    "enable_seqscan": "off",
+    "jit": "off",
+    "tcp_keepalives_idle": "10",
+    "tcp_keepalives_interval": "5",
+    "tcp_keepalives_count": "4",
+}
 DEFAULTS = {
     "application_name": "hpo",
     "connect_timeout": 10,
@@ -43,6 +50,8 @@ PATIENCE = ("40P01", "40001", "55P03", "53100", "53200")
 # … or on a new one (shutting down, starting up, too many connections, a standby during failover, idle too long).
 TRANSIENT = (*PATIENCE, "57P01", "57P02", "57P03", "53300", "25006", "25P03")
 SILENCE_S = 2.0  # that a database may be away without a line in the log
+# Statements that this connection has prepared are not known, or were prepared by another one.
+MIXED = ("26000", "42P05")
 REFUSALS = ("authentication failed", "does not exist", "no pg_hba.conf entry", "no password supplied")
 
 
@@ -56,8 +65,7 @@ def connect_arguments(url: str) -> dict[str, Any]:
     if parsed.get_backend_name() not in ("postgresql", "postgres"):
         raise ValueError(f"studies live in PostgreSQL: a postgresql:// URL is needed, got {parsed.drivername}://…")
     arguments = PGDialect_psycopg2().create_connect_args(parsed)[1]  # type: ignore[no-untyped-call]
-    options = f"{SESSION} {arguments.pop('options', '')}".strip()
-    return {**DEFAULTS, **arguments, "options": options}
+    return {**DEFAULTS, **arguments}
 
 
 class Prepared:
@@ -87,6 +95,8 @@ class Connection:
         self.generation = 0
         self.trips = 0  # statements sent, for the benchmarks
         self._arguments = connect_arguments(url)
+        own = self._arguments.get("options", "")  # what the URL says goes first
+        self._settings = ";".join(f"SET {name} = '{value}'" for name, value in SETTINGS.items() if name not in own)
         self._connection: extensions.connection | None = None
         self._prepared: set[Prepared] = set()  # on this connection
         _OPEN.add(self)
@@ -112,7 +122,12 @@ class Connection:
         self._prepared.update(new)
         try:
             cursor.execute(b";\n".join(texts))
-        except psycopg2.Error:
+        except psycopg2.Error as error:
+            if error.pgcode in MIXED:
+                raise DatabaseUnavailable(
+                    f"the database at {self.address} mixes up what its clients have prepared: a pooler in front of it "
+                    "gives each transaction another connection; set its pool_mode to session"
+                ) from error
             if new and not cursor.connection.closed:  # which of them the server got to is not known
                 self._prepared.clear()
                 cursor.execute("DEALLOCATE ALL")
@@ -145,8 +160,11 @@ class Connection:
 
     def _connected(self) -> extensions.connection:
         if self._connection is None or self._connection.closed:
-            self._connection = psycopg2.connect(**self._arguments)
-            self._connection.autocommit = True
+            made = psycopg2.connect(**self._arguments)
+            made.autocommit = True
+            with made.cursor() as cursor:
+                cursor.execute(self._settings)
+            self._connection = made
             self._prepared.clear()
             self.generation += 1
         return self._connection
