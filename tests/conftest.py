@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 # A busy machine is no failure: properties are held to what they say, not to how soon.
 settings.register_profile("hpo", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("hpo")
+
+# A shell's background job ignores Ctrl-C, and so would every process that a test starts and interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 TEMPLATE = "hpo_template"
