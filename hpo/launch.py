@@ -179,8 +179,9 @@ def launch(
 
     workers: processes on this machine; None: one a CPU core, or one a GPU, but no more than trials. slots: trials at
     once in each; None: as many as fit the GPU. cluster: Ray's, to place the workers on instead, without `workers` as
-    many as fit. overrides: as in `study.trials=10`. trials: a new budget for a study that exists. detach: create the
-    study and return without starting anything. show: called with the state of the study a few times a second.
+    many as fit, and no more than trials either. overrides: as in `study.trials=10`. trials: a new budget for a study
+    that exists. detach: create the study and return without starting anything. show: called with the state of the
+    study a few times a second.
     host: a `warm_host()` that the caller has started already, to be ended here.
     Raises ConfigError, DataError, StudyError, LaunchError, and Interrupted after a Ctrl-C or SIGTERM.
     """

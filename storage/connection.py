@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import re
 import threading
 import time
 import weakref
@@ -95,7 +96,7 @@ class Connection:
         self.generation = 0
         self.trips = 0  # statements sent, for the benchmarks
         self._arguments = connect_arguments(url)
-        own = self._arguments.get("options", "")  # what the URL says goes first
+        own = set(re.findall(r"(?:-c\s*|--)(\w+)\s*=", self._arguments.get("options", "")))  # the URL's go first
         self._settings = ";".join(f"SET {name} = '{value}'" for name, value in SETTINGS.items() if name not in own)
         self._connection: extensions.connection | None = None
         self._prepared: set[Prepared] = set()  # on this connection

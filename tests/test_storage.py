@@ -27,7 +27,7 @@ from optuna.study import StudyDirection
 from optuna.trial import TrialState, create_trial
 
 from storage import postgres, tables
-from storage.connection import DatabaseUnavailable, connect_arguments
+from storage.connection import Connection, DatabaseUnavailable, connect_arguments
 from storage.leases import Beat, Leases, Terms
 from storage.trials import TrialStorage, trial_storage
 
@@ -101,6 +101,13 @@ def test_twenty_processes_may_start_on_an_empty_database(empty_database_url: str
         )
         counted = cursor.fetchone()
     assert counted == (20, [tables.HEAD], ["v3.2.0.a"], 1)
+
+
+def test_settings_of_the_url_go_before_ours_of_the_same_name(database_url: str) -> None:
+    given = {"options": "-c lock_timeout=3s --jit_above_cost=7"}
+    with closing(Connection(sa.make_url(database_url).update_query_dict(given).render_as_string(False))) as connection:
+        query = "SELECT current_setting('lock_timeout'), current_setting('jit'), current_setting('timezone')"
+        assert connection.run(query) == [("3s", "off", "UTC")]
 
 
 def test_migrating_again_is_one_query(storage: TrialStorage) -> None:
