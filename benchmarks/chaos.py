@@ -116,7 +116,7 @@ def revive(running: list[subprocess.Popen[bytes]], folder: Path) -> None:
 
 def crash_postmaster() -> None:
     """kill -9 to the embedded server's first process."""
-    from storage import postgres
+    from hpo.storage import postgres
 
     data = postgres.status().data
     assert data is not None
@@ -125,7 +125,7 @@ def crash_postmaster() -> None:
 
 def stop_immediately() -> None:
     """What `pg_ctl stop -m immediate` does: SIGQUIT to the postmaster."""
-    from storage import postgres
+    from hpo.storage import postgres
 
     data = postgres.status().data
     assert data is not None
@@ -144,11 +144,11 @@ def run(
     tell: Callable[[str], None] = lambda _: None,
 ) -> Chaos:
     """One study under chaos. HPO_HOME and HPO_ARTIFACTS must name folders of this run's own."""
-    from hpo.config import load
-    from hpo.study import create_or_open
-    from storage import postgres
-    from storage.artifacts import artifact_store
-    from storage.trials import trial_storage
+    from hpo.storage import postgres
+    from hpo.storage.artifacts import artifact_store
+    from hpo.storage.trials import trial_storage
+    from hpo.study.config import load
+    from hpo.study.lifecycle import create_or_open
 
     chance, report, started = random.Random(seed), Chaos(trials), time.monotonic()
     config = load(write_study(folder, trials, epochs, pruner))
@@ -182,9 +182,9 @@ def run(
 
 def _judge(report: Chaos, opened: Any) -> None:
     """Train every configuration again, undisturbed, in this process."""
-    from hpo.reproduce import reproduce
-    from models.machine import prepare_process
-    from storage.artifacts import artifact_store
+    from hpo.models.machine import prepare_process
+    from hpo.promote.reproduce import reproduce
+    from hpo.storage.artifacts import artifact_store
 
     prepare_process()
     found = opened.study.get_trials(deepcopy=False)
@@ -209,7 +209,7 @@ def main() -> None:
         os.environ |= {"HPO_HOME": str(folder / "home"), "HPO_ARTIFACTS": str(folder / "artifacts")}
         os.environ |= {"OMP_NUM_THREADS": "1"}
         os.environ.pop("HPO_DATABASE_URL", None)
-        from storage import postgres
+        from hpo.storage import postgres
 
         try:
             report = run(folder, trials=given.trials, count=given.workers, every_s=given.every, tell=print)

@@ -35,10 +35,10 @@ from optuna.trial import TrialState, create_trial
 # Python looks for modules beside the script first, where `storage` would be another benchmark.
 sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != Path(__file__).resolve().parent]
 
-from hpo.dashboard import describe_study  # noqa: E402
-from hpo.provenance import provenance  # noqa: E402
-from storage.postgres import database_url  # noqa: E402
-from storage.trials import TrialStorage, trial_storage  # noqa: E402
+from hpo.dashboard.server import describe_study  # noqa: E402
+from hpo.storage.postgres import database_url  # noqa: E402
+from hpo.storage.trials import TrialStorage, trial_storage  # noqa: E402
+from hpo.trial.provenance import provenance  # noqa: E402
 
 PASSWORD = "benchmark"
 EPOCHS, RUNNING = 50, 8
@@ -60,7 +60,7 @@ STOCK = """
 import sys
 from optuna_dashboard import wsgi
 from waitress import create_server
-from storage.trials import trial_storage
+from hpo.storage.trials import trial_storage
 server = create_server(wsgi(trial_storage(sys.argv[1])), host="127.0.0.1", port=0)
 print(f"at http://127.0.0.1:{server.effective_port}/", flush=True)
 server.run()

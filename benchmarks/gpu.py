@@ -3,8 +3,8 @@
     python benchmarks/gpu.py [--shapes 0 1 …] [--cpu]
 
 Shapes are (T, F, H, L, B): steps, features, hidden size, layers, batch size. (a) loop: DataLoader, nn.LSTM, BCE, Adam,
-`loss.item()` each step, tf32 in cuDNN as torch has it by default. Ours: `models.training.Training`, float32: eager, and
-with CUDA graphs in K slots, K threads with a stream each. Fused: `benchmarks/fused.py`, K trials in one kernel, as one
+`loss.item()` each step, tf32 in cuDNN as torch has it by default. Ours: our `Training`, float32: eager, and
+with CUDA graphs in K slots, K threads with a stream each. Fused: `experiments/fused.py`, K trials in one kernel, as one
 CUDA graph. All train on 1,024 sequences with Adam or AdamW without clipping and validate on 256 after each epoch. K
 doubles until it no longer pays or memory ends. Each variant is measured in windows that take turns with windows of the
 loop; a ratio is of two neighbouring windows.
@@ -41,10 +41,10 @@ import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
 
-from models.classifier import Classifier, ClassifierConfig  # noqa: E402
-from models.data import Sequences, from_arrays  # noqa: E402
-from models.machine import one_thread, prepare_process  # noqa: E402
-from models.training import Training, TrainingConfig  # noqa: E402
+from hpo.models.classifier import Classifier, ClassifierConfig  # noqa: E402
+from hpo.models.data import Sequences, from_arrays  # noqa: E402
+from hpo.models.machine import one_thread, prepare_process  # noqa: E402
+from hpo.models.training import Training, TrainingConfig  # noqa: E402
 
 CPU = "--cpu" in sys.argv
 DEVICE = "cpu" if CPU else "cuda"
@@ -233,7 +233,7 @@ class Slots:
 
 def fused_trials(shape: Shape, K: int, precision: str) -> Train:
     """K fused trials, their step a CUDA graph."""
-    from benchmarks import fused
+    from experiments import fused
 
     torch.set_float32_matmul_precision("highest" if precision == "ieee" else "high")
     data = shape.sequences()
@@ -330,7 +330,7 @@ def same(one: Training, other: Training) -> bool:
 
 def compare_fused_steps(shape: Shape) -> None:
     """Fused trials stepped as a graph and eagerly; of hidden sizes that differ, none may touch its padding."""
-    from benchmarks import fused
+    from experiments import fused
 
     data = shape.sequences()
     found = []
@@ -354,7 +354,7 @@ def fused_error(H: int, precision: str) -> dict[str, Any]:
     """A reverse layer over sequences of unlike length against nn.LSTM in float64: errors as shares of the largest
     element, of outputs and of gradients, and those of nn.LSTM in float32 without tf32.
     """
-    from benchmarks import fused
+    from experiments import fused
 
     T, inputs, B, K = (4, 2, 5, 2) if CPU else (100, 9, 37, 3)
     torch.manual_seed(0)
@@ -478,7 +478,7 @@ def measure_shape(shape: Shape, until: float) -> None:
 
 def choose_warps(measured: Measured) -> None:
     """The warps of a program by trying; the table in fused.py was written without a GPU."""
-    from benchmarks import fused
+    from experiments import fused
 
     shape, plan = measured.shape, fused.plan(measured.shape.H, "tf32")
     padded, known = plan["PADDED"], plan["num_warps"]

@@ -31,10 +31,10 @@ from optuna.trial import TrialState, create_trial
 # Python looks for modules beside the script first, where `storage` would be this file.
 sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != Path(__file__).resolve().parent]
 
-from hpo.pruning import MedianPruner  # noqa: E402
-from storage.leases import Beat, Leases, StudyOver, Terms  # noqa: E402
-from storage.postgres import database_url  # noqa: E402
-from storage.trials import TrialStorage, trial_storage  # noqa: E402
+from hpo.storage.leases import Beat, Leases, StudyOver, Terms  # noqa: E402
+from hpo.storage.postgres import database_url  # noqa: E402
+from hpo.storage.trials import TrialStorage, trial_storage  # noqa: E402
+from hpo.study.pruning import MedianPruner  # noqa: E402
 
 PROCESSES = multiprocessing.get_context("forkserver")
 DISTRIBUTION = FloatDistribution(0, 1)
@@ -268,7 +268,7 @@ def main() -> None:
     parser.add_argument("--only", help="run the cases whose name contains this")
     chosen = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    PROCESSES.set_forkserver_preload(["storage.leases", "hpo.pruning"])
+    PROCESSES.set_forkserver_preload(["hpo.storage.leases", "hpo.study.pruning"])
     url, n, few = chosen.url or database_url(), chosen.trials, chosen.quick
     repeat = 10 if few else 40
     with tempfile.TemporaryDirectory() as folder:

@@ -5,7 +5,7 @@
 (a) threads: DataLoader, nn.LSTM, BCE, Adam, `loss.item()` each step, packed sequences where lengths vary, at torch's
 own number of threads: in one process, or in one a core; the faster of the two is the figure. (b) plain: the same with
 one thread a process, one process a core. (c) lightning and (d) skorch, with one thread a process too (extra
-`benchmarks`). Ours: `models.training.Training`, one a core; as workers run it, on torch's LSTM instead of the kernel
+`benchmarks`). Ours: our `Training`, one a core; as workers run it, on torch's LSTM instead of the kernel
 of our own, and in bfloat16. All train the same network on the same data, with the same Adam, rate and batch size. Every
 process stays for the whole run and takes orders over a pipe; those of one form start at the same instant and train for
 a window, the forms in turns, several rounds. Times are taken in the processes.
@@ -47,11 +47,11 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 # Python looks for modules beside the script first, where `storage` would be the benchmark of that name.
 sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != Path(__file__).resolve().parent]
 
-from hpo.objective import lstm_kernel  # noqa: E402
-from models.classifier import ClassifierConfig  # noqa: E402
-from models.data import Sequences, from_arrays  # noqa: E402
-from models.machine import ONE_THREAD, prepare_process  # noqa: E402
-from models.training import Training, TrainingConfig  # noqa: E402
+from hpo.models.classifier import ClassifierConfig  # noqa: E402
+from hpo.models.data import Sequences, from_arrays  # noqa: E402
+from hpo.models.machine import ONE_THREAD, prepare_process  # noqa: E402
+from hpo.models.training import Training, TrainingConfig  # noqa: E402
+from hpo.trial.run import lstm_kernel  # noqa: E402
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 PROCESSES = multiprocessing.get_context("spawn")

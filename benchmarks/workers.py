@@ -36,10 +36,10 @@ def child(index: int, seconds: float, epoch_s: float, start: Any, answers: Any) 
     """Work for so long after `start`; answer (seconds asleep in epochs, seconds in all, trials)."""
     from optuna.trial import TrialState
 
-    from hpo.study import ask, open_study
-    from storage.leases import Beat
-    from storage.postgres import database_url
-    from storage.trials import trial_storage
+    from hpo.storage.leases import Beat
+    from hpo.storage.postgres import database_url
+    from hpo.storage.trials import trial_storage
+    from hpo.study.lifecycle import ask, open_study
 
     storage = trial_storage(database_url())
     opened = open_study("sleep", storage)
@@ -83,7 +83,7 @@ def main() -> None:
         folder.chmod(0o711)  # root's server runs as another user
         os.environ |= {"HPO_HOME": str(folder / "home"), "OMP_NUM_THREADS": "1"}
         os.environ.pop("HPO_DATABASE_URL", None)
-        from storage import postgres
+        from hpo.storage import postgres
 
         postgres.start()
         try:
@@ -109,11 +109,11 @@ def _prepare(folder: Path, sampler: str) -> None:
 
 
 def _create(folder: Path, sampler: str) -> None:
-    from hpo.config import load
-    from hpo.study import create_or_open
-    from storage.artifacts import artifact_store
-    from storage.postgres import database_url
-    from storage.trials import trial_storage
+    from hpo.storage.artifacts import artifact_store
+    from hpo.storage.postgres import database_url
+    from hpo.storage.trials import trial_storage
+    from hpo.study.config import load
+    from hpo.study.lifecycle import create_or_open
 
     np.savez(folder / "data.npz", X=np.random.default_rng(0).normal(size=(60, 8, 1)), y=np.arange(60) % 2)
     (folder / "study.toml").write_text(STUDY.format(sampler=sampler, data=folder / "data.npz"))
@@ -135,7 +135,7 @@ class Found:
 def _measure(workers: int, seconds: float, epoch_s: float) -> Found:
     import optuna  # noqa: F401  (before the fork, so that the children share it)
 
-    import hpo.study  # noqa: F401
+    import hpo.study.lifecycle  # noqa: F401
 
     context = multiprocessing.get_context("fork")
     start, answers = context.Event(), context.Queue()
@@ -156,7 +156,7 @@ def _measure(workers: int, seconds: float, epoch_s: float) -> Found:
 
 
 def _server() -> list[psutil.Process]:
-    from storage import postgres
+    from hpo.storage import postgres
 
     data = postgres.status().data
     assert data is not None

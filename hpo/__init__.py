@@ -10,18 +10,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hpo.launch import (
-    launch,  # after this line `hpo.launch` is the function; the module stays importable from
+from hpo.launcher.launch import (
+    launch,  # after this line `hpo.launcher.launch` is the function; the module stays importable from
 )
 
 if TYPE_CHECKING:
-    from models.bundle import Bundle
+    from hpo.models.bundle import Bundle
 
 __all__ = ["launch", "load"]
 
 
 def load(folder: str | Path, device: str = "cpu") -> Bundle:
     """A saved model folder, ready to predict. Needs no database."""
-    from models.bundle import load as load_bundle
+    from hpo.models.bundle import load as load_bundle
 
     return load_bundle(folder, device)

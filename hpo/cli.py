@@ -1,4 +1,4 @@
-"""The commands. With `hpo/progress.py` the only place that prints, and the only one that turns errors into lines."""
+"""The commands. With `hpo/terminal.py` the only place that prints, and the only one that turns errors into lines."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from hpo.cluster import Cluster
+    from hpo.launcher.ray import Cluster
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -61,7 +61,7 @@ def main() -> None:
     except Exception as error:
         if type(error).__module__.split(".")[0] not in OURS:
             raise
-        from storage.postgres import mask
+        from hpo.storage.postgres import mask
 
         typer.echo(f"hpo: {mask(str(error))}", err=True)
         sys.exit(INTERRUPTED if type(error).__name__ == "Interrupted" else 1)
@@ -85,15 +85,15 @@ def launch(
     as_json: Json = False,
 ) -> None:
     """Create or resume a study, run workers, show progress, promote the best model."""
-    from hpo.launch import launch as run
-    from hpo.launch import warm_host
+    from hpo.launcher.launch import launch as run
+    from hpo.launcher.launch import warm_host
 
     count, at_once = _number("workers", workers), _number("slots", slots)
     cluster = _cluster(address, cpus, gpus) if on is Place.ray else None
     if cluster is None and (address, cpus, gpus) != (None, 1.0, None):
         raise typer.BadParameter("--address, --cpus and --gpus go with --on ray")
     with nullcontext() if detach or cluster else warm_host() as host:  # imports torch while this imports the rest
-        from hpo.progress import Progress, show_summary
+        from hpo.terminal import Progress, show_summary
 
         with Progress(quiet=quiet) as progress:
             summary = run(
@@ -122,7 +122,7 @@ def worker(
 ) -> None:
     """One standing worker: take trials of that study, or of any open study, until told to stop."""
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # while it imports: it holds nothing yet
-    from hpo.worker import work
+    from hpo.worker.worker import work
 
     work(study, _number("slots", slots))
 
@@ -134,7 +134,7 @@ def status(
     as_json: Json = False,
 ) -> None:
     """Studies with their trials by state, best value, workers, rate and time left."""
-    from hpo.progress import show_status, status_row, studies, watch_status
+    from hpo.terminal import show_status, status_row, studies, watch_status
 
     with _opened() as (storage, leases):
         if watch:
@@ -156,9 +156,9 @@ def logs(
     address: Address = None,
 ) -> None:
     """The workers' logs: files of this machine, those of others through Ray or where they are."""
-    from hpo.logs import follow as follow_logs
-    from hpo.logs import read_logs
-    from hpo.study import study_id_of
+    from hpo.launcher.logs import follow as follow_logs
+    from hpo.launcher.logs import read_logs
+    from hpo.study.lifecycle import study_id_of
 
     with _opened() as (storage, leases):
         study_id = study_id_of(storage, name)
@@ -173,7 +173,7 @@ def logs(
 @app.command()
 def stop(name: StudyName) -> None:
     """End a study for all its workers; a later launch goes on with it."""
-    from hpo.study import study_id_of
+    from hpo.study.lifecycle import study_id_of
 
     with _opened() as (storage, leases):
         leases.stop(study_id_of(storage, name))
@@ -186,8 +186,8 @@ def delete(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     """Remove a study with its trials and checkpoints. Promoted models stay."""
-    from hpo.study import delete_study
-    from storage.artifacts import artifact_store
+    from hpo.storage.artifacts import artifact_store
+    from hpo.study.lifecycle import delete_study
 
     if not yes:
         typer.confirm(f"Delete study {name} with all its trials?", abort=True)
@@ -203,9 +203,9 @@ def dashboard(
     allow_delete: Annotated[bool, typer.Option(help="Let visitors delete studies.")] = False,
 ) -> None:
     """optuna-dashboard over the studies. The password comes from HPO_DASHBOARD_PASSWORD (or ..._FILE)."""
-    from hpo.dashboard import serve
-    from storage.artifacts import artifact_store
-    from storage.postgres import database_url
+    from hpo.dashboard.server import serve
+    from hpo.storage.artifacts import artifact_store
+    from hpo.storage.postgres import database_url
 
     serve(
         database_url(),
@@ -223,9 +223,9 @@ def promote(
     trial: Annotated[int | None, typer.Option(help="Number of a completed trial; the best without it.")] = None,
 ) -> None:
     """Make a trial's model a new version."""
-    from hpo.progress import show_models
-    from hpo.promote import promote_trial
-    from models.machine import prepare_process
+    from hpo.models.machine import prepare_process
+    from hpo.promote.promotion import promote_trial
+    from hpo.terminal import show_models
 
     prepare_process()
     with _opened() as (storage, _):
@@ -239,8 +239,8 @@ def reproduce(
     trial: Annotated[int, typer.Option(help="Number of a complete or pruned trial.")],
 ) -> None:
     """Train a finished trial again from what is recorded; exit status 1 where a bit differs."""
-    from hpo.reproduce import reproduce as again
-    from models.machine import prepare_process
+    from hpo.models.machine import prepare_process
+    from hpo.promote.reproduce import reproduce as again
 
     prepare_process()
     with _opened() as (storage, _):
@@ -256,9 +256,9 @@ def reproduce(
 @app.command()
 def models(as_json: Json = False) -> None:
     """Promoted versions with their scores."""
-    from hpo.progress import model_row, show_models
-    from storage.postgres import database_url
-    from storage.registry import Registry
+    from hpo.storage.postgres import database_url
+    from hpo.storage.registry import Registry
+    from hpo.terminal import model_row, show_models
 
     found = Registry(database_url()).models()
     if as_json:
@@ -276,8 +276,8 @@ def export(
     overwrite: Annotated[bool, typer.Option(help="Replace a saved model in that folder.")] = False,
 ) -> None:
     """Write a folder that works without the database."""
-    from hpo.promote import model_folder, training_part
-    from models.export import export as write
+    from hpo.models.export import export as write
+    from hpo.promote.promotion import model_folder, training_part
 
     folder = model_folder(model, version)
     real = None if Path(model).is_dir() or format_ is Format.safetensors else training_part(folder)
@@ -294,9 +294,9 @@ def predict(
     batch_size: Annotated[int, typer.Option(help="Sequences in a batch.", min=1)] = 256,
 ) -> None:
     """Class and probabilities of each sequence."""
-    from hpo.progress import counting, show_predictions
-    from hpo.promote import model_folder
-    from models.bundle import load
+    from hpo.models.bundle import load
+    from hpo.promote.promotion import model_folder
+    from hpo.terminal import counting, show_predictions
 
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
         raise typer.BadParameter(f"--out must name a file in a folder that exists, got {str(out)!r}")
@@ -325,7 +325,7 @@ def demo(
 @db.command("url")
 def db_url(show_password: Annotated[bool, typer.Option(help="Print the password too.")] = False) -> None:
     """The database's address; starts the embedded server if that is the one in use."""
-    from storage.postgres import database_url, mask
+    from hpo.storage.postgres import database_url, mask
 
     url = database_url()
     typer.echo(url if show_password else mask(url))
@@ -334,7 +334,7 @@ def db_url(show_password: Annotated[bool, typer.Option(help="Print the password 
 @db.command("start")
 def db_start() -> None:
     """Start the embedded server, or find it running."""
-    from storage.postgres import mask, start
+    from hpo.storage.postgres import mask, start
 
     typer.echo(f"running: {mask(start())}")
 
@@ -342,7 +342,7 @@ def db_start() -> None:
 @db.command("stop")
 def db_stop() -> None:
     """Stop the embedded server; its data stay."""
-    from storage.postgres import stop as stop_server
+    from hpo.storage.postgres import stop as stop_server
 
     typer.echo("stopped" if stop_server() else "it was not running")
 
@@ -351,7 +351,7 @@ def _cluster(address: str | None, cpus: float, gpus: float | None) -> Cluster:
     """Raises ClusterError, before anything is begun where Ray is missing."""
     from importlib.util import find_spec
 
-    from hpo.cluster import Cluster, ClusterError
+    from hpo.launcher.ray import Cluster, ClusterError
 
     if find_spec("ray") is None:
         raise ClusterError("--on ray needs Ray: pip install 'hpo[ray]', on every node of the cluster")
@@ -370,9 +370,9 @@ def _opened() -> Any:
     """The storage and the leases of the configured database, closed after the block."""
     from contextlib import contextmanager
 
-    from storage.leases import Leases
-    from storage.postgres import database_url
-    from storage.trials import trial_storage
+    from hpo.storage.leases import Leases
+    from hpo.storage.postgres import database_url
+    from hpo.storage.trials import trial_storage
 
     @contextmanager
     def opened() -> Any:

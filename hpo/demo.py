@@ -7,7 +7,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from storage.postgres import database_url, home
+from hpo.storage.postgres import database_url, home
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
@@ -20,12 +20,12 @@ def run(workers: int | None, trials: int) -> None:
     """Tune ItalyPowerDemand in a new study, then export its best model and predict with the exported folder."""
     from rich.console import Console
 
-    from hpo.config import load
-    from hpo.launch import launch
-    from hpo.progress import Progress, show_predictions, show_summary
-    from models.bundle import load as load_bundle
-    from models.data import read
-    from models.export import export
+    from hpo.launcher.launch import launch
+    from hpo.models.bundle import load as load_bundle
+    from hpo.models.data import read
+    from hpo.models.export import export
+    from hpo.study.config import load
+    from hpo.terminal import Progress, show_predictions, show_summary
 
     study_file = EXAMPLES / "italy.toml"
     if not study_file.exists():
@@ -50,7 +50,7 @@ def run(workers: int | None, trials: int) -> None:
 
 def _new_name(name: str) -> str:
     """The name itself, or with the first number that makes it new."""
-    from storage.trials import trial_storage
+    from hpo.storage.trials import trial_storage
 
     storage = trial_storage(database_url())
     try:

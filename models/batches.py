@@ -1,6 +1,6 @@
 """Sequences resident on the device, cut into batches of like length and cropped to each batch's longest.
 
-Letters: N sequences, S steps (patches), B sequences in a batch, T, F as in `models.data`.
+Letters: N sequences, S steps (patches), B sequences in a batch, T, F as in `hpo.models.data`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from models.seeds import derive
+from hpo.models.seeds import derive
 
 JITTER = 0.1  # of the longest length: how far apart in length two sequences may be and still trade places
 

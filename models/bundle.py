@@ -30,9 +30,9 @@ from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as serialize_tensors
 from torch import Tensor
 
-from models.classifier import Classifier, ClassifierConfig, to_probabilities
-from models.data import DataError, Sequences, from_arrays, read
-from models.metrics import Scores, predict_labels
+from hpo.models.classifier import Classifier, ClassifierConfig, to_probabilities
+from hpo.models.data import DataError, Sequences, from_arrays, read
+from hpo.models.metrics import Scores, predict_labels
 
 FORMAT = 1  # version of the folder's format; raised when an older reader would misread it
 FILES = ("model.safetensors", "config.json", "README.md", "curves.png", "confusion.png")
@@ -55,7 +55,9 @@ class BundleConfig:
     members: int = 1  # k networks whose probabilities are averaged
     threshold: float = 0.5  # two classes: the second one is predicted from this probability up
     best_epoch: int = 1  # whose weights these are, from 1
-    columns: dict[str, str] = field(default_factory=dict)  # `models.data.read` names columns so: label, id, step, group
+    columns: dict[str, str] = field(
+        default_factory=dict
+    )  # `hpo.models.data.read` names columns so: label, id, step, group
     validation: Scores | None = None  # the part that chose hyperparameters, epoch and threshold
     test: Scores | None = None  # never seen by tuning
     provenance: dict[str, Any] = field(default_factory=dict)  # study, trial, seed, data, versions, commit, device, …
@@ -98,7 +100,7 @@ class Bundle:
     def predict(self, data: Any, batch_size: int = 256, progress: Callable[[int], object] | None = None) -> Predictions:
         """Class and probabilities of each sequence; labels are ignored.
 
-        data is a `Sequences` or whatever `models.data.from_arrays` takes as X: (N, T, F), (N, T), or a list of
+        data is a `Sequences` or whatever `hpo.models.data.from_arrays` takes as X: (N, T, F), (N, T), or a list of
         (T_i, F) or (T_i,). Features with names are matched by name, in any order and among others. `progress`
         is told after each batch how many sequences it had. Raises DataError where features or lengths do not
         fit the model.
@@ -184,7 +186,7 @@ def save(
     metric) at least, "log_loss" if at hand. `overwrite` replaces a saved model, never another folder.
     Raises BundleError.
     """
-    from models import card
+    from hpo.models import card
 
     if len(members) != config.members:
         raise BundleError(f"config.members is {config.members}, got the weights of {len(members)}")
@@ -304,7 +306,7 @@ def _write_whole(path: Path, content: bytes) -> None:
 
 
 def _unnamed(features: tuple[str, ...]) -> bool:
-    """Whether these are the names that `models.data` gives to features without one."""
+    """Whether these are the names that `hpo.models.data` gives to features without one."""
     return features == tuple(f"x{i}" for i in range(len(features)))
 
 
@@ -331,7 +333,7 @@ def _assemble(config: BundleConfig, tensors: Weights, source: str) -> list[Class
 
 
 def _to_json(config: BundleConfig) -> str:
-    from models import card
+    from hpo.models import card
 
     content = {"format": FORMAT, **asdict(config), "preprocessing": card.preprocessing(config.classifier)}
     return json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n"

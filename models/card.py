@@ -8,12 +8,12 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from models.classifier import EPSILON, ClassifierConfig
+from hpo.models.classifier import EPSILON, ClassifierConfig
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from models.bundle import BundleConfig
+    from hpo.models.bundle import BundleConfig
 
 COUNTS_SHOWN = 30  # classes up to which the confusion matrix shows its numbers and every name
 

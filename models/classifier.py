@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from models.native import Kernel
+    from hpo.models.native import Kernel
 
 POOLINGS = ("last", "mean", "max", "attention", "flatten")
 NORMALIZATIONS = ("none", "channel", "sequence")

@@ -22,10 +22,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from models import card
-from models.bundle import FILES, Bundle, load, whole_folder
-from models.classifier import Classifier, to_probabilities
-from models.data import Sequences, from_arrays
+from hpo.models import card
+from hpo.models.bundle import FILES, Bundle, load, whole_folder
+from hpo.models.classifier import Classifier, to_probabilities
+from hpo.models.data import Sequences, from_arrays
 
 FORMATS = ("safetensors", "onnx", "pt2")
 OPSET = 17  # of ONNX: the newest that the tracing exporter has in torch 2.11
@@ -188,7 +188,7 @@ def _run_onnx(path: Path) -> Run:
 class _Scan(nn.Module):
     """The average of the members with the recurrence as a scan, all members and directions in one.
 
-    G = k members times D directions; S, B, P, H as in `models.classifier`.
+    G = k members times D directions; S, B, P, H as in `hpo.models.classifier`.
     """
 
     def __init__(self, members: tuple[Classifier, ...]) -> None:

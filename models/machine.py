@@ -32,7 +32,7 @@ def release_memory(device: str) -> None:
     if device != "cpu":
         import torch
 
-        from models.member import capturing
+        from hpo.models.member import capturing
 
         with capturing:
             torch.cuda.empty_cache()

@@ -19,13 +19,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from models.batches import Batch, Batches
-from models.classifier import Classifier, to_probabilities
-from models.optimizers import Optimizer
-from models.seeds import derive
+from hpo.models.batches import Batch, Batches
+from hpo.models.classifier import Classifier, to_probabilities
+from hpo.models.optimizers import Optimizer
+from hpo.models.seeds import derive
 
 if TYPE_CHECKING:
-    from models.training import TrainingConfig
+    from hpo.models.training import TrainingConfig
 
 log = logging.getLogger("hpo")
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from models.training import TrainingConfig
+    from hpo.models.training import TrainingConfig
 
 MOMENTUM = 0.9  # of SGD
 BETA1, BETA2 = 0.9, 0.999  # of Adam and AdamW

@@ -22,13 +22,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from models.batches import Batches
-from models.classifier import Classifier, ClassifierConfig
-from models.data import Sequences
-from models.member import EVALUATION_BATCH, Member, Weights
-from models.metrics import choose_threshold, direction, score
-from models.native import LARGEST, Kernel
-from models.seeds import derive
+from hpo.models.batches import Batches
+from hpo.models.classifier import Classifier, ClassifierConfig
+from hpo.models.data import Sequences
+from hpo.models.member import EVALUATION_BATCH, Member, Weights
+from hpo.models.metrics import choose_threshold, direction, score
+from hpo.models.native import LARGEST, Kernel
+from hpo.models.seeds import derive
 
 OPTIMIZERS = ("adamw", "adam", "rmsprop", "sgd")
 SCHEDULES = ("constant", "cosine", "plateau")
@@ -60,7 +60,7 @@ class Interrupted(Exception):
 class TrainingConfig:
     """How one trial's weights are found. JSON-able."""
 
-    metric: str  # the validation metric, one of models.metrics.METRICS
+    metric: str  # the validation metric, one of hpo.models.metrics.METRICS
     epochs: int = 50  # at most, >= 1
     patience: int | None = 10  # epochs without a better metric before the end; None: never end early
     batch_size: int = 32  # sequences, >= 1
@@ -120,7 +120,7 @@ class Training:
     ) -> None:
         """sequences: the whole training file; folds: one (training rows, validation rows) pair a member.
 
-        kernel: of `models.native`, for float32 on a CPU and sizes where it is the faster one; None: torch's own LSTM.
+        kernel: the native one, for float32 on a CPU and sizes where it is the faster one; None: torch's own LSTM.
         graphs: on a GPU, replay captured steps; else, or where capture fails, run them one operation at a time: the
         bits are the same. fixed_shapes: steps of a few fixed shapes (see `FixedSteps`); None: on a GPU.
         Raises OutOfMemory.

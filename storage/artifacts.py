@@ -218,7 +218,7 @@ def artifact_store(url: str | None = None) -> ArtifactStore:
     """
     url = url or os.environ.get("HPO_ARTIFACTS")
     if not url:
-        from storage.postgres import home
+        from hpo.storage.postgres import home
 
         return FolderStore(home() / "artifacts")
     parts = urlsplit(url) if "://" in url else None

@@ -17,7 +17,7 @@ from psycopg2 import extensions
 from sqlalchemy import make_url
 from sqlalchemy.dialects.postgresql.psycopg2 import PGDialect_psycopg2
 
-from storage.postgres import PostgresError
+from hpo.storage.postgres import PostgresError
 
 log = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
 
-from storage.connection import Prepared, Row
-from storage.trials import CLAIM, LOCK_STUDY, UTC_NOW, LeaseLost, TrialStorage, stored_float
+from hpo.storage.connection import Prepared, Row
+from hpo.storage.trials import CLAIM, LOCK_STUDY, UTC_NOW, LeaseLost, TrialStorage, stored_float
 
 __all__ = [
     "Beat",

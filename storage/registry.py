@@ -15,10 +15,10 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from storage.artifacts import ArtifactStore
-from storage.tables import aliases as _aliases
-from storage.tables import migrate
-from storage.tables import models as _models
+from hpo.storage.artifacts import ArtifactStore
+from hpo.storage.tables import aliases as _aliases
+from hpo.storage.tables import migrate
+from hpo.storage.tables import models as _models
 
 LATEST = "latest"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -49,7 +49,7 @@ class Registry:
     """The promoted models of a database; creates the tables where there are none."""
 
     def __init__(self, database: str | sa.Engine) -> None:
-        from storage.postgres import engine
+        from hpo.storage.postgres import engine
 
         if isinstance(database, str):
             migrate(database)

@@ -15,7 +15,7 @@ from optuna.storages._rdb.models import StudyModel, TrialModel
 from sqlalchemy.dialects.postgresql import JSONB, UUID
 from sqlalchemy.exc import IntegrityError, ProgrammingError
 
-from storage.connection import Connection
+from hpo.storage.connection import Connection
 
 HEAD = "0001"  # the revision in migrations/versions that this code is written for
 LOCK = 0x68706F  # advisory lock of those who create or upgrade tables ("hpo")

@@ -41,11 +41,11 @@ from optuna.study._frozen import FrozenStudy
 from optuna.trial import FrozenTrial, TrialState
 from psycopg2.extensions import cursor as Cursor  # noqa: N812
 
-from storage.connection import Connection, Part, Prepared, Row
-from storage.tables import ensure
+from hpo.storage.connection import Connection, Part, Prepared, Row
+from hpo.storage.tables import ensure
 
 if TYPE_CHECKING:
-    from storage.leases import Lease
+    from hpo.storage.leases import Lease
 
 log = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ import psycopg2
 import pytest
 from hypothesis import HealthCheck, settings
 
-from storage import postgres
+from hpo.storage import postgres
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -98,8 +98,8 @@ def execute(url: str, *statements: str) -> None:
 def template(server: str) -> str:
     """Name of a database with the project's tables, made once."""
     execute(server, f"CREATE DATABASE {TEMPLATE}")
-    if importlib.util.find_spec("storage.tables"):
-        importlib.import_module("storage.tables").migrate(_database(server, TEMPLATE))
+    if importlib.util.find_spec("hpo.storage.tables"):
+        importlib.import_module("hpo.storage.tables").migrate(_database(server, TEMPLATE))
     execute(server, f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{TEMPLATE}'")
     return TEMPLATE
 
@@ -187,7 +187,7 @@ def study_file(data: Path) -> Callable[..., Path]:
 @pytest.fixture
 def trials(database_url: str) -> Callable[..., list[FrozenTrial]]:
     """trials(name) reads a study's trials from the database."""
-    from storage.trials import trial_storage
+    from hpo.storage.trials import trial_storage
 
     def read_trials(name: str = "waves") -> list[FrozenTrial]:
         storage = trial_storage(database_url)

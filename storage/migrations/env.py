@@ -3,7 +3,7 @@
 from alembic import context
 from sqlalchemy import text
 
-from storage.tables import metadata
+from hpo.storage.tables import metadata
 
 connection = context.config.attributes["connection"]
 connection.execute(text("CREATE SCHEMA IF NOT EXISTS hpo"))

@@ -1,0 +1,1 @@
+"""optuna-dashboard over the studies, guarded."""

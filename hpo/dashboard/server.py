@@ -1,0 +1,341 @@
+"""optuna-dashboard over the studies of one database, with their artifacts, behind a password off loopback."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import errno
+import hashlib
+import hmac
+import ipaddress
+import json
+import logging
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager, nullcontext
+from http import HTTPStatus
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+from urllib.parse import parse_qs, urlsplit
+
+from optuna.exceptions import UpdateFinishedTrialError
+
+from hpo.storage.artifacts import ArtifactStore
+from hpo.storage.postgres import PostgresError
+from hpo.storage.trials import trial_storage
+
+if TYPE_CHECKING:
+    from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
+
+    from optuna.storages import BaseStorage
+
+    from hpo.dashboard.study_json import Pages
+
+log = logging.getLogger("hpo")
+
+USER = "hpo"
+_THREADS = 4
+_RETRY_S = 10.0  # how long a request waits for a database that is out of reach
+_NOTE_PART = 2045  # characters of one piece of a note, optuna-dashboard's own limit
+_NOTE = "dashboard:note_str:"
+_PROMOTED = "**Promoted:**"  # the line of a study's note that tells the model
+_SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
+_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "SAMEORIGIN",
+    "Referrer-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+_POLICY_ENDING = "base-uri 'none';form-action 'self';frame-ancestors 'self'"
+# What is no page of the dashboard runs no script: an artifact may be a web page that somebody stored.
+_POLICY = f"default-src 'none';img-src 'self';media-src 'self';style-src 'unsafe-inline';{_POLICY_ENDING}"
+
+# Attributes of many words wrap instead of making the page of a trial some screens wide.
+_STYLE = b"<style>main .MuiTypography-body1{white-space:normal}</style>"
+
+
+class DashboardError(RuntimeError):
+    """The dashboard cannot be served as asked."""
+
+
+def serve(
+    database_url: str,
+    artifact_store: ArtifactStore,
+    host: str = "127.0.0.1",
+    port: int = 8080,
+    password: str | None = None,
+    allow_delete: bool = False,
+    ready: Callable[[str], None] | None = None,
+) -> None:
+    """Serve until SIGTERM or SIGINT. `port` 0 takes a free one; `ready` is given the URL once it answers.
+
+    The password (user name `hpo`) is the argument, else HPO_DASHBOARD_PASSWORD, else in the file named by
+    HPO_DASHBOARD_PASSWORD_FILE. Raises DashboardError off loopback without one, or where the port is taken.
+    """
+    from waitress import create_server
+
+    password = dashboard_password() if password is None else password
+    with _listening(host, port, password) as listener, _ended_by_signals():
+        app = wsgi_app(database_url, artifact_store, password, allow_delete)
+        server = create_server(app, sockets=[listener], threads=_THREADS, max_request_body_size=2**26)
+        if ready:
+            address, bound_port = listener.getsockname()[:2]
+            ready(f"http://{f'[{address}]' if ':' in address else address}:{bound_port}/")
+        server.run()
+        server.close()
+
+
+def dashboard_password() -> str | None:
+    """HPO_DASHBOARD_PASSWORD, else the first line of the file HPO_DASHBOARD_PASSWORD_FILE, else None."""
+    if password := os.environ.get("HPO_DASHBOARD_PASSWORD"):
+        return password
+    if not (file := os.environ.get("HPO_DASHBOARD_PASSWORD_FILE")):
+        return None
+    try:
+        return Path(file).read_text(encoding="utf-8").partition("\n")[0].rstrip("\r")
+    except OSError as error:
+        raise DashboardError(f"HPO_DASHBOARD_PASSWORD_FILE names {file}: {error.strerror}") from error
+
+
+def wsgi_app(
+    storage: str | BaseStorage,
+    artifact_store: ArtifactStore,
+    password: str | None = None,
+    allow_delete: bool = False,
+) -> WSGIApplication:
+    """The guarded application, for a database URL or a storage object.
+
+    With a password every request needs it; without one only requests to a loopback name are answered (a page
+    that rebinds its own name to 127.0.0.1 is not). Deletion needs `allow_delete`.
+    """
+    from optuna_dashboard import wsgi
+
+    from hpo.dashboard.study_json import Pages
+
+    if password == "":
+        raise DashboardError("the dashboard's password must not be empty; set HPO_DASHBOARD_PASSWORD to one")
+    if isinstance(storage, str):
+        storage = trial_storage(storage, retry_s=_RETRY_S)  # an object: optuna-dashboard is slow on a URL
+    page: WSGIApplication = wsgi(storage, artifact_store=_ByArtifactId(artifact_store))
+    pages = Pages(storage)
+
+    def guarded(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        def start(status: str, headers: list[tuple[str, str]], *error: Any) -> Any:
+            return start_response(status, _with_security(headers), *error)
+
+        if refusal := _refusal(environ, password, allow_delete):
+            return _refused(*refusal, start)
+        if environ["REQUEST_METHOD"] == "GET" and (answer := _study(pages, environ, start)) is not None:
+            return answer
+        if re.match(r"/dashboard(/|$)", environ["PATH_INFO"]):
+            return _styled(page, environ, start)
+        return page(environ, start)
+
+    return guarded
+
+
+def attach_artifact(storage: BaseStorage, study_id: int, trial_id: int, key: str, filename: str, mimetype: str) -> None:
+    """Show what is stored under `key` as a file of this trial, running or finished; nothing is copied."""
+    artifact_id = _artifact_id(key)
+    meta = json.dumps({"artifact_id": artifact_id, "filename": filename, "mimetype": mimetype, "encoding": None})
+    try:
+        storage.set_trial_system_attr(trial_id, f"artifacts:{artifact_id}", meta)
+    except UpdateFinishedTrialError:
+        # A finished trial takes no more attributes; the dashboard also looks for them on its study. Slower to
+        # search (every trial against all of them), so only where needed.
+        storage.set_study_system_attr(study_id, f"dashboard:artifacts:{trial_id}:{artifact_id}", meta)
+
+
+def describe_study(storage: BaseStorage, study_id: int, metric_name: str, note_markdown: str) -> None:
+    """Name the study's objective and replace its note on the dashboard (Markdown) where that differs."""
+    storage.set_study_system_attr(study_id, "study:metric_names", [metric_name])
+    _set_note(storage, study_id, storage.get_study_system_attrs(study_id), note_markdown)
+
+
+def announce_model(storage: BaseStorage, study_id: int, sentence: str) -> None:
+    """Begin the study's note with what is promoted, in place of what was; the rest of it stays as visitors left it."""
+    attrs = storage.get_study_system_attrs(study_id)
+    pieces = (str(attrs.get(f"{_NOTE}{i}", "")) for i in range(_pieces(attrs)))
+    rest = re.sub(rf"(?m)^{re.escape(_PROMOTED)}.*\n*", "", "".join(pieces))
+    _set_note(storage, study_id, attrs, f"{_PROMOTED} {sentence}\n\n{rest}")
+
+
+def _set_note(storage: BaseStorage, study_id: int, attrs: Mapping[str, Any], text: str) -> None:
+    pieces = [text[i : i + _NOTE_PART] for i in range(0, len(text), _NOTE_PART)]
+    pieces += [""] * (_pieces(attrs) - len(pieces))  # a shorter note blanks the pieces of a longer one
+    if pieces == [attrs.get(f"{_NOTE}{i}") for i in range(len(pieces))]:
+        return
+    for i, part in enumerate(pieces):
+        storage.set_study_system_attr(study_id, f"{_NOTE}{i}", part)
+    storage.set_study_system_attr(study_id, "dashboard:note_ver", attrs.get("dashboard:note_ver", 0) + 1)
+
+
+def _pieces(attrs: Mapping[str, Any]) -> int:
+    return sum(name.startswith(_NOTE) for name in attrs)
+
+
+def _artifact_id(key: str) -> str:
+    """A key's bytes in hex: the dashboard's addresses take only hex digits and dashes."""
+    return key.encode().hex()
+
+
+class _ByArtifactId:
+    """The store under the dashboard's ids: a key in hex where attached, a UUID where uploaded on a page."""
+
+    def __init__(self, store: ArtifactStore) -> None:
+        self._store = store
+
+    def open_reader(self, artifact_id: str) -> BinaryIO:
+        return self._store.open_reader(artifact_id if "-" in artifact_id else bytes.fromhex(artifact_id).decode())
+
+    def write(self, artifact_id: str, content_body: BinaryIO) -> None:
+        self._store.write(artifact_id, content_body)
+
+    def remove(self, artifact_id: str) -> None:
+        """Only what was uploaded on a page: an attached artifact may belong to a promoted model."""
+        if "-" in artifact_id:
+            self._store.remove(artifact_id)
+
+
+@contextmanager
+def _listening(host: str, port: int, password: str | None) -> Iterator[socket.socket]:
+    """A listening socket; refuses an address that others can reach where there is no password."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        family, _, _, _, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
+        if password is None and not ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback:
+            raise DashboardError(
+                f"a dashboard that others can reach ({host}) needs a password; set HPO_DASHBOARD_PASSWORD or "
+                "HPO_DASHBOARD_PASSWORD_FILE, or serve on 127.0.0.1"
+            )
+        listener = socket.create_server(address[:2], family=family)
+    except (OSError, OverflowError) as error:
+        taken = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
+        reason = "another program (a dashboard?) has it" if taken else str(error)
+        raise DashboardError(f"cannot serve on {host} port {port}: {reason}; choose another --port") from error
+    with listener:
+        yield listener
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGINT end the block cleanly (in the main thread; another thread gets no signals)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    chosen = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(number, lambda *_: sys.exit(0)) for number in chosen]
+    try:
+        yield
+    except SystemExit:
+        pass
+    finally:
+        for number, handler in zip(chosen, before, strict=True):
+            signal.signal(number, handler)
+
+
+def _refusal(environ: WSGIEnvironment, password: str | None, allow_delete: bool) -> tuple[HTTPStatus, str] | None:
+    """Why a request is not answered; None where it is."""
+    if password is None and not _is_loopback_name(environ.get("HTTP_HOST", "")):
+        return HTTPStatus.FORBIDDEN, "without a password only requests to localhost or 127.0.0.1 are answered"
+    if password is not None and not _authorized(environ.get("HTTP_AUTHORIZATION", ""), password):
+        return HTTPStatus.UNAUTHORIZED, f"user name {USER} and the dashboard's password are needed"
+    if environ["REQUEST_METHOD"] not in _SAFE_METHODS and _from_another_site(environ):
+        return HTTPStatus.FORBIDDEN, "a page of another site may not change studies"
+    if not allow_delete and _deletes(environ):
+        return HTTPStatus.FORBIDDEN, "deletion is off; start the dashboard with --allow-delete"
+    return None
+
+
+def _is_loopback_name(host: str) -> bool:
+    """Whether a Host header names this machine itself: localhost, 127.x.x.x or [::1], maybe with a port."""
+    name = re.sub(r":\d+$", "", host).strip("[]").lower()
+    try:
+        return name == "localhost" or ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
+
+
+def _authorized(header: str, password: str) -> bool:
+    scheme, _, encoded = header.partition(" ")
+    try:
+        given = base64.b64decode(encoded.strip(), validate=True) if scheme.lower() == "basic" else b""
+    except binascii.Error:
+        given = b""
+    wanted = f"{USER}:{password}".encode()
+    # Digests are compared: equal lengths, in constant time.
+    return hmac.compare_digest(hashlib.sha256(given).digest(), hashlib.sha256(wanted).digest())
+
+
+def _from_another_site(environ: WSGIEnvironment) -> bool:
+    """By Sec-Fetch-Site, which browsers send over TLS and to loopback; else by Origin."""
+    if site := environ.get("HTTP_SEC_FETCH_SITE"):
+        return site not in ("same-origin", "none")
+    origin = environ.get("HTTP_ORIGIN")
+    return origin is not None and urlsplit(origin).netloc != environ.get("HTTP_HOST")
+
+
+def _deletes(environ: WSGIEnvironment) -> bool:
+    """DELETE, and renaming: optuna-dashboard copies the study under the new name and deletes the old one."""
+    path: str = environ["PATH_INFO"]
+    return environ["REQUEST_METHOD"] == "DELETE" or path.rstrip("/").endswith("/rename")
+
+
+def _refused(status: HTTPStatus, reason: str, start: Any) -> list[bytes]:
+    body = json.dumps({"reason": reason}).encode()
+    headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body)))]
+    if status is HTTPStatus.UNAUTHORIZED:
+        headers.append(("WWW-Authenticate", 'Basic realm="hpo dashboard", charset="UTF-8"'))
+    start(f"{status.value} {status.phrase}", headers)
+    return [body]
+
+
+def _study(pages: Pages, environ: WSGIEnvironment, start: Any) -> list[bytes] | None:
+    """The answer to what a study's page asks for every few seconds; None where that is not asked for."""
+    from hpo.dashboard.study_json import joined
+
+    match = re.fullmatch(r"/api/studies/(\d+)/*", environ["PATH_INFO"])
+    after = parse_qs(environ.get("QUERY_STRING", "")).get("after", ["0"])[-1]
+    try:
+        pieces = pages.study(int(match[1]), int(after)) if match and after.isdecimal() else None
+    except PostgresError as error:
+        log.warning("%s", error)
+        return _refused(HTTPStatus.SERVICE_UNAVAILABLE, "the database is out of reach", start)
+    if pieces is None:
+        return None
+    zipped = "gzip" in environ.get("HTTP_ACCEPT_ENCODING", "")
+    body = joined(pieces, zipped=zipped)
+    headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body))), ("Vary", "Accept-Encoding")]
+    start("200 OK", headers + [("Content-Encoding", "gzip")] * zipped)
+    return [body]
+
+
+def _styled(page: WSGIApplication, environ: WSGIEnvironment, start: Any) -> list[bytes]:
+    """The dashboard's page, with a style of ours in its head."""
+    said: list[Any] = []
+
+    def note(status: str, headers: list[tuple[str, str]], *_: Any) -> Any:
+        said[:] = status, headers
+
+    conditional = ("HTTP_IF_MODIFIED_SINCE", "HTTP_RANGE", "wsgi.file_wrapper")
+    sent: Any = page({name: value for name, value in environ.items() if name not in conditional}, note)
+    with closing(sent) if hasattr(sent, "close") else nullcontext():
+        body = b"".join(sent).replace(b"</head>", _STYLE + b"</head>")
+    status, headers = said
+    kept = [(name, value) for name, value in headers if name.lower() not in ("content-length", "last-modified")]
+    start(status, [*kept, ("Content-Length", str(len(body)))])
+    return [body]
+
+
+def _with_security(headers: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The page's own content policy is kept and narrowed; its answers are for no other site."""
+    own = [value for name, value in headers if name.lower() == "content-security-policy"]
+    policy = f"{own[0]};{_POLICY_ENDING}" if own else _POLICY
+    dropped = {"content-security-policy", "access-control-allow-origin", *map(str.lower, _HEADERS)}
+    kept = [(name, value) for name, value in headers if name.lower() not in dropped]
+    return [*kept, *_HEADERS.items(), ("Content-Security-Policy", policy)]

@@ -1,0 +1,1 @@
+"""From the best trial to a model version, and a finished trial trained again."""

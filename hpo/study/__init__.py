@@ -1,0 +1,1 @@
+"""A study: its file, its search space, its plan, what it draws, ranks and prunes."""

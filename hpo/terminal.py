@@ -1,0 +1,327 @@
+"""Read-only views of studies on the terminal: live progress, tables, predictions."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import Progress as Bars
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from hpo.models.metrics import METRICS
+
+if TYPE_CHECKING:
+    from hpo.models.bundle import Predictions
+    from hpo.storage.leases import InFlight, Leases, Place, Snapshot
+    from hpo.storage.registry import ModelVersion
+    from hpo.storage.trials import TrialStorage
+
+PLAIN_S = 2.0  # between two lines where the output is not a terminal
+WATCH_S = 2.0  # between two looks of `hpo status --watch`
+OVER = ("finished", "stopped")  # states of a study in which nothing more happens by itself
+SHOWN = 10  # predictions printed without an output file
+MANY = 8  # classes: of more, only the predicted one's probability is printed
+PLACES = 3  # hosts and devices named in a row of a table
+PIPED_WIDTH = 200  # columns of a table where the output is not a terminal
+
+
+class Progress:
+    """Live view of one study: a bar, the best so far, a line per trial in flight; plain lines off a terminal."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._quiet = quiet
+        self._console = Console(stderr=True, markup=False, highlight=False)
+        self._live: Live | None = None
+        self._last = ("", 0.0)
+
+    def __enter__(self) -> Progress:
+        if self._console.is_terminal and not self._quiet:
+            self._live = Live(console=self._console, refresh_per_second=4, transient=False)
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def update(self, state: Snapshot) -> None:
+        """Show the study as it is now."""
+        if self._quiet:
+            return
+        if self._live is not None:
+            self._live.update(_live_view(state))
+            return
+        line = _headline(state)
+        now = time.monotonic()
+        if line != self._last[0] and (now - self._last[1] >= PLAIN_S or state.status == "finished"):
+            self._last = (line, now)
+            self._console.print(line, soft_wrap=True)
+
+
+def _console() -> Console:
+    """The standard output: names of studies and classes are no markup, and off a terminal no line is cut."""
+    return Console(markup=False, width=None if sys.stdout.isatty() else PIPED_WIDTH)
+
+
+def _ended(state: Snapshot) -> int:
+    return sum(state.counts.get(name, 0) for name in ("complete", "pruned", "failed"))
+
+
+def _best(state: Snapshot) -> str:
+    return "none yet" if state.best_value is None else f"{state.best_value:.4f} (trial {state.best_number})"
+
+
+def _counts(state: Snapshot) -> str:
+    return ", ".join(f"{state.counts.get(name, 0)} {name}" for name in ("complete", "pruned", "failed", "running"))
+
+
+def _headline(state: Snapshot) -> str:
+    parts = [
+        f"{state.name}: {_ended(state)}/{state.budget} trials",
+        _counts(state),
+        f"best {_best(state)}",
+        *([state.status] if state.status != "open" else []),
+    ]
+    return "; ".join(parts)
+
+
+def _live_view(state: Snapshot) -> Group:
+    bar = Table.grid(padding=(0, 1))
+    ended = _ended(state)
+    bar.add_row(
+        state.name, ProgressBar(total=max(state.budget, 1), completed=ended, width=40), f"{ended}/{state.budget} trials"
+    )
+    left_s = _seconds_left(state)
+    told = [f"best {_best(state)}", _counts(state)]
+    told += [f"{state.rate_per_hour:.0f} an hour"] if state.rate_per_hour else []
+    told += [f"{_duration(left_s)} left"] if left_s else []
+    told += [state.status] if state.status != "open" else ["promoting"] if ended >= state.budget else []
+    return Group(bar, Text("; ".join(told)), *(Text(f"  {_in_flight(trial)}") for trial in state.in_flight))
+
+
+def _in_flight(trial: InFlight) -> str:
+    metric = "" if trial.metric is None else f", {trial.metric:.4f}"
+    epoch = "starting" if trial.epoch is None else f"epoch {trial.epoch}{metric}"
+    attempt = f", attempt {trial.attempt}" if trial.attempt > 1 else ""
+    waits = "" if trial.alive else ", waits for another worker"
+    return f"trial {trial.number}: {epoch} on {trial.device} ({trial.worker}{attempt}{waits})"
+
+
+def _seconds_left(state: Snapshot) -> int | None:
+    """Until the budget is spent at the rate so far, or the study's time is up."""
+    if state.status != "open":
+        return None
+    left = [] if state.seconds_left is None else [state.seconds_left]
+    if state.rate_per_hour:
+        left.append(3600 * max(state.budget - _ended(state), 0) / state.rate_per_hour)
+    return round(min(left)) if left else None
+
+
+def studies(storage: TrialStorage, leases: Leases, name: str | None) -> list[Snapshot]:
+    """The study of that name, or all, as they are now. Raises StudyError."""
+    from hpo.study.lifecycle import StudyError, study_id_of
+
+    if name is not None:
+        try:
+            return [leases.snapshot(study_id_of(storage, name))]
+        except KeyError:
+            raise StudyError(f"study {name!r} was not made by `hpo launch`; see it with `hpo dashboard`") from None
+    found = []
+    for row in leases.studies():
+        with suppress(KeyError):  # deleted since
+            found.append(leases.snapshot(row.study_id))
+    return found
+
+
+def status_row(state: Snapshot) -> dict[str, Any]:
+    """A study, JSON-able."""
+    return {
+        "study": state.name,
+        "status": state.status,
+        "trials": dict(state.counts),
+        "budget": state.budget,
+        "best": None if state.best_value is None else {"number": state.best_number, "value": state.best_value},
+        "version": state.promoted_version,
+        "per_hour": None if state.rate_per_hour is None else round(state.rate_per_hour, 1),
+        "seconds_left": _seconds_left(state),
+        "workers": state.workers,
+        "places": [vars(place) for place in state.places],
+        "in_flight": [
+            {
+                "trial": item.number,
+                "worker": item.worker,
+                "host": item.host,
+                "device": item.device,
+                "epoch": item.epoch,
+                "metric": item.metric,
+                "attempt": item.attempt,
+            }
+            for item in state.in_flight
+        ],
+    }
+
+
+def show_status(states: Sequence[Snapshot], *, detailed: bool) -> None:
+    """Studies as tables."""
+    _console().print(_status_view(states, detailed=detailed))
+
+
+def watch_status(look: Callable[[], list[Snapshot]], *, as_json: bool, named: bool) -> None:
+    """`look` every WATCH_S: tables in place on a terminal, else what has changed in plain lines, or in JSON.
+
+    Returns when the study that was named is over, and at a Ctrl-C.
+    """
+    console = _console()
+    in_place = console.is_terminal and not as_json
+    shown: list[str] = []
+    with suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) if in_place else nullcontext() as live:
+        while True:
+            states = look()
+            if live is not None:
+                live.update(_status_view(states, detailed=named), refresh=True)
+            else:
+                lines = [json.dumps(status_row(state)) if as_json else _headline(state) for state in states]
+                for line in lines:
+                    if line not in shown:
+                        print(line, flush=True)
+                shown = lines
+            if named and states[0].status in OVER:
+                return
+            time.sleep(WATCH_S)
+
+
+def _status_view(states: Sequence[Snapshot], *, detailed: bool) -> Group:
+    if not states:
+        return Group(Text("no studies yet; `hpo launch STUDY.toml` makes one"))
+    table = Table("study", "status")
+    for name in ("complete", "pruned", "failed", "running", "budget"):
+        table.add_column(name, justify="right")
+    table.add_column("best")
+    table.add_column("workers")
+    table.add_column("per hour", justify="right")
+    table.add_column("left", justify="right")
+    for state in states:
+        left_s = _seconds_left(state)
+        table.add_row(
+            Text(state.name),
+            state.status,
+            *(str(state.counts.get(name, 0)) for name in ("complete", "pruned", "failed", "running")),
+            str(state.budget),
+            "" if state.best_value is None else _best(state),
+            _workers(state.places, len(state.places) if detailed else PLACES),
+            "" if state.rate_per_hour is None else f"{state.rate_per_hour:.0f}",
+            "" if left_s is None else _duration(left_s),
+        )
+    return Group(table, *([_flights(states[0])] if detailed and states[0].in_flight else []))
+
+
+def _workers(places: Sequence[Place], most: int) -> str:
+    """Those alive by host and device, a line each."""
+    if len(places) > most:
+        hosts = len({place.host for place in places})
+        return f"{sum(place.workers for place in places)} on {hosts} hosts"
+    lines = (f"{place.workers} on {place.host or 'an unknown host'} {place.device or ''}" for place in places)
+    return "\n".join(line.rstrip() for line in lines) or "0"
+
+
+def _flights(state: Snapshot) -> Table:
+    flying = Table("trial", "epoch", "metric", "worker", "host", "device", "attempt", title="in flight")
+    for item in state.in_flight:
+        metric = None if item.metric is None else f"{item.metric:.4f}"
+        cells = (item.number, item.epoch, metric, item.worker, item.host, item.device, item.attempt)
+        flying.add_row(*("" if cell is None else str(cell) for cell in cells))
+    return flying
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes}:{rest:02d} min"
+
+
+def model_row(model: ModelVersion) -> dict[str, Any]:
+    """A promoted version, JSON-able."""
+    return {
+        "name": model.name,
+        "version": model.version,
+        "trial": model.trial_number,
+        "created": model.created_at.isoformat(),
+        "validation": model.scores["validation"],
+        "test": model.scores.get("test"),
+        "params": model.config["params"],
+    }
+
+
+def show_models(found: Sequence[ModelVersion]) -> None:
+    """Promoted versions as a table."""
+    console = _console()
+    if not found:
+        console.print("no models yet; a study promotes its best trial when it ends")
+        return
+    table = Table("model", "version", "trial", "metric", "validation", "test", "95 % interval", "created")
+    for model in found:
+        metric = model.scores["metric"]
+        test = model.scores.get("test") or {}
+        interval = (model.scores.get("intervals") or {}).get(metric)
+        table.add_row(
+            model.name,
+            str(model.version),
+            str(model.trial_number),
+            metric,
+            f"{model.scores['validation'][metric]:.4f}",
+            f"{test[metric]:.4f}" if metric in test else "",
+            f"{interval[0]:.4f} to {interval[1]:.4f}" if interval else "",
+            f"{model.created_at:%Y-%m-%d %H:%M}",
+        )
+    console.print(table)
+
+
+def show_summary(summary: dict[str, Any]) -> None:
+    """What a launch ended with."""
+    console = _console()
+    trials, model, best = summary["trials"], summary["model"], summary["best"]
+    console.print(
+        f"{summary['study']}: {trials['complete']} complete, {trials['pruned']} pruned, {trials['failed']} failed "
+        f"in {summary['seconds']:.1f} s, ended by {summary['ended_by']}; best is trial {best['number']}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    table = Table("metric", "validation", "test")
+    for name in METRICS:
+        if (value := summary["validation"].get(name)) is None:
+            continue
+        test = (summary["test"] or {}).get(name)
+        table.add_row(name, f"{value:.4f}", "" if test is None else f"{test:.4f}")
+    console.print(table)
+    console.print(f"model {model['name']} version {model['version']}: {model['path']}", highlight=False, soft_wrap=True)
+
+
+def show_predictions(predictions: Predictions, rows: int = SHOWN) -> None:
+    """The first rows as a table."""
+    few = len(predictions.classes) <= MANY
+    chances = [f"p({name})" for name in predictions.classes] if few else ["p(class)"]
+    table = Table("id", "class", *chances)
+    for index in range(min(rows, len(predictions.labels))):
+        row = predictions.probabilities[index]
+        values = (f"{value:.4f}" for value in (row if few else [row.max()]))
+        table.add_row(predictions.ids[index], predictions.labels[index], *values)
+    console = _console()
+    console.print(table)
+    if len(predictions.labels) > rows:
+        console.print(f"{rows} of {len(predictions.labels)} rows; --out FILE.csv writes all", highlight=False)
+
+
+@contextmanager
+def counting(total: int, what: str) -> Iterator[Callable[[int], None]]:
+    """A bar on the standard error; the block is given a function that takes the number of rows just done."""
+    with Bars(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bars:
+        task = bars.add_task(what, total=total)
+        yield lambda rows: bars.advance(task, rows)

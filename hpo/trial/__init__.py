@@ -1,0 +1,1 @@
+"""One trial, from its parameters to its outcome."""

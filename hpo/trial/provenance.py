@@ -1,0 +1,47 @@
+"""What a result was made with: versions, commit, device, threads."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+
+PACKAGES = ("hpo", "torch", "optuna", "numpy", "scikit-learn", "SQLAlchemy", "safetensors")
+
+
+@cache
+def provenance() -> dict[str, str | int | None]:
+    """Package versions, Python, platform, CPU threads and the git commit of a source checkout (else None)."""
+    import torch
+
+    found: dict[str, str | int | None] = {name.lower(): version(name) for name in PACKAGES}
+    return found | {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "threads": torch.get_num_threads(),
+        "commit": _commit(),
+    }
+
+
+def device_name(device: str) -> str:
+    """`cpu`, or the card's name behind its index, as in `cuda:0 (NVIDIA L4)`."""
+    if device == "cpu":
+        return device
+    import torch
+
+    return f"{device} ({torch.cuda.get_device_name(device)})"
+
+
+def _commit() -> str | None:
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        answer = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() or None

@@ -1,0 +1,1 @@
+"""One worker process: what it serves, its slots, its signals."""

@@ -1,0 +1,573 @@
+"""Budget, leases, adoption, fencing, promotion: with real processes, real kills and the database's clock."""
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
+from typing import TypeVar
+
+import optuna
+import pytest
+from optuna.distributions import FloatDistribution
+from optuna.study import StudyDirection
+from optuna.trial import TrialState
+
+from hpo.storage.leases import RECENT, Beat, Lease, LeaseLost, Leases, Place, StudyOver, Terms
+from hpo.storage.trials import TrialStorage, trial_storage
+from tests.conftest import execute
+
+T = TypeVar("T")
+
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["hpo.storage.leases"])
+SHORT_S = 1.0  # a lease for tests in which it runs out
+PARAMS = {"x": (0.25, FloatDistribution(0, 1))}
+
+
+@pytest.fixture
+def storage(database_url: str) -> Iterator[TrialStorage]:
+    made = trial_storage(database_url)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def leases(storage: TrialStorage) -> Leases:
+    return Leases(storage)
+
+
+@pytest.fixture
+def elsewhere(database_url: str) -> Iterator[Leases]:
+    """The same database as another worker sees it."""
+    made = trial_storage(database_url)
+    yield Leases(made)
+    made.close()
+
+
+def open_study(leases: Leases, terms: Terms, direction: StudyDirection = StudyDirection.MAXIMIZE) -> int:
+    study = optuna.create_study(storage=leases.storage, direction=direction)
+    leases.open_study(study._study_id, terms, {"seed": 0})
+    return study._study_id
+
+
+def until(look: Callable[[], T | None], patience_s: float = 60.0) -> T:
+    deadline = time.monotonic() + patience_s
+    while time.monotonic() < deadline:
+        found = look()
+        if found:
+            return found
+        time.sleep(0.02)
+    raise AssertionError("it did not happen")
+
+
+def take(leases: Leases, study_id: int, worker: str) -> Lease:
+    """A lease on the next trial, waiting for one to run out if need be."""
+    return until(lambda: leases.take(study_id, worker))
+
+
+def finish(leases: Leases, lease: Lease, value: float = 0.5) -> None:
+    leases.storage.finish_trial(lease.trial_id, TrialState.COMPLETE, [value])
+
+
+def start(work: Callable[..., None], *args: object) -> BaseProcess:
+    process = PROCESSES.Process(target=work, args=args, daemon=True)
+    process.start()
+    return process
+
+
+# -------------------------------------------------------------------------------------------------------------- budget
+
+
+def run_all(url: str, study_id: int, worker: str) -> None:
+    """A whole worker, without training."""
+    leases = Leases(trial_storage(url))
+    while True:
+        try:
+            lease = leases.take(study_id, worker)
+        except StudyOver as over:
+            sys.exit(0 if over.reason == "budget" else 1)
+        if lease is None:
+            time.sleep(0.01)
+            continue
+        leases.storage.set_trial_params(lease.trial_id, PARAMS)
+        leases.storage.set_trial_intermediate_value(lease.trial_id, 0, lease.number)
+        leases.storage.finish_trial(lease.trial_id, TrialState.COMPLETE, [lease.number], {"worker": lease.worker})
+
+
+def test_sixteen_processes_start_exactly_the_budget(leases: Leases, database_url: str) -> None:
+    study_id = open_study(leases, Terms(budget=100))
+    workers = [start(run_all, database_url, study_id, f"w{i}") for i in range(16)]
+    for worker in workers:
+        worker.join(240)
+    assert [worker.exitcode for worker in workers] == [0] * 16
+    trials = leases.storage.get_all_trials(study_id)
+    assert [trial.number for trial in trials] == list(range(100))
+    assert all(trial.state == TrialState.COMPLETE and trial.values == [trial.number] for trial in trials)
+    snapshot = leases.snapshot(study_id)
+    assert (snapshot.started, snapshot.counts["complete"], snapshot.best_number) == (100, 100, 99)
+
+
+def test_a_relaunch_goes_on_to_the_budget_and_more_trials_raise_it(leases: Leases) -> None:
+    study_id = open_study(leases, Terms(budget=2))
+    for _ in range(2):
+        finish(leases, take(leases, study_id, "w"))
+    again = leases.open_study(study_id, Terms(budget=99), {"seed": 1})
+    assert (again.budget, again.started, again.config) == (2, 2, {"seed": 0})
+    with pytest.raises(StudyOver, match="budget"):
+        leases.take(study_id, "w")
+    assert leases.set_budget(study_id, 3).budget == 3
+    assert take(leases, study_id, "w").number == 2
+    with pytest.raises(ValueError, match="only be raised: it is 3 trials, got 2"):
+        leases.set_budget(study_id, 2)
+
+
+def test_failed_trials_count_and_copied_ones_do_not(leases: Leases) -> None:
+    study_id = open_study(leases, Terms(budget=2))
+    leases.storage.create_new_trial(study_id, optuna.trial.create_trial(value=0.5))
+    first = take(leases, study_id, "w")
+    leases.storage.finish_trial(first.trial_id, TrialState.FAIL, None, {"failure": "it diverged"})
+    assert (first.number, take(leases, study_id, "w").number) == (1, 2)
+    assert leases.take(study_id, "w") is None
+    row = leases.study(study_id)
+    assert row is not None
+    assert row.started == 2
+
+
+def test_waiting_trials_are_taken_first_in_the_order_of_their_numbers(leases: Leases) -> None:
+    study_id = open_study(leases, Terms(budget=3))
+    study = optuna.load_study(study_name=None, storage=leases.storage)
+    for x in (0.1, 0.2):
+        study.enqueue_trial({"x": x})
+    numbers = [take(leases, study_id, "w").number for _ in range(3)]
+    assert numbers == [0, 1, 2]
+    states = {trial.state for trial in leases.storage.get_all_trials(study_id)}
+    assert states == {TrialState.RUNNING}
+    assert all(trial.datetime_start for trial in leases.storage.get_all_trials(study_id))
+
+
+def test_a_study_without_terms_is_an_error_that_says_so(leases: Leases) -> None:
+    study = optuna.create_study(storage=leases.storage)
+    with pytest.raises(KeyError, match="has no terms; open it with"):
+        leases.take(study._study_id, "w")
+    assert leases.study(study._study_id) is None
+    with pytest.raises(ValueError, match="lease_s above 0"):
+        leases.open_study(study._study_id, Terms(budget=1, lease_s=0), {})
+
+
+# ----------------------------------------------------------------------------------------------- adoption and fencing
+
+
+def report_for_ever(url: str, study_id: int, worker: str) -> None:
+    """Takes a trial, checkpoints step 2, and reports steps without end; ends with status 7 when it is fenced off."""
+    leases = Leases(trial_storage(url))
+    lease = take(leases, study_id, worker)
+    leases.storage.set_trial_params(lease.trial_id, PARAMS)
+    for step in range(3):
+        leases.storage.set_trial_intermediate_value(lease.trial_id, step, step)
+    leases.checkpoint(lease, f"checkpoint-{lease.attempt}-2", 2)
+    try:
+        for step in range(3, 10**6):
+            leases.storage.set_trial_intermediate_value(lease.trial_id, step, -1.0)
+            leases.storage.set_trial_user_attr(lease.trial_id, "last", step)
+            leases.storage.get_trial(lease.trial_id)
+            time.sleep(0.01)
+            leases.renew(worker, {lease: Beat(step)})
+    except LeaseLost:
+        sys.exit(7)
+
+
+def late(leases: Leases, study_id: int) -> bool:
+    """Whether the first trial has reports after its checkpoint."""
+    trials = leases.storage.get_all_trials(study_id)
+    return bool(trials) and (trials[0].last_step or 0) > 5
+
+
+@pytest.mark.parametrize("worker_signal", [signal.SIGKILL, signal.SIGSTOP])
+def test_the_trial_of_a_silent_worker_is_adopted_and_its_late_writes_do_not_land(
+    leases: Leases, database_url: str, worker_signal: signal.Signals
+) -> None:
+    study_id = open_study(leases, Terms(budget=1, lease_s=SHORT_S))
+    worker = start(report_for_ever, database_url, study_id, "first")
+    until(lambda: late(leases, study_id))
+    assert worker.pid is not None
+    os.kill(worker.pid, worker_signal)
+    lease = take(leases, study_id, "second")
+    assert (lease.number, lease.attempt, lease.adopted) == (0, 2, True)
+    assert (lease.checkpoint_key, lease.checkpoint_epoch) == ("checkpoint-1-2", 2)
+    trial = leases.storage.get_trial(lease.trial_id)
+    assert trial.intermediate_values == {0: 0.0, 1: 1.0, 2: 2.0}
+    assert trial.params == {"x": 0.25}
+    if worker_signal == signal.SIGSTOP:
+        os.kill(worker.pid, signal.SIGCONT)
+        worker.join(60)
+        assert worker.exitcode == 7
+    leases.storage.set_trial_intermediate_value(lease.trial_id, 3, 3.0)
+    finish(leases, lease, 0.75)
+    ended = leases.storage.get_trial(lease.trial_id)
+    assert ended.intermediate_values == {0: 0.0, 1: 1.0, 2: 2.0, 3: 3.0}
+    assert (ended.state, ended.value, ended.user_attrs) == (TrialState.COMPLETE, 0.75, trial.user_attrs)
+    assert leases.snapshot(study_id).started == 1
+
+
+def test_every_write_under_a_lost_lease_is_refused(leases: Leases, elsewhere: Leases) -> None:
+    study_id = open_study(leases, Terms(budget=1, lease_s=SHORT_S))
+    old = take(leases, study_id, "old")
+    new = take(elsewhere, study_id, "new")
+    assert (new.trial_id, new.attempt) == (old.trial_id, 2)
+    storage, trial_id = leases.storage, old.trial_id
+    writes: list[Callable[[], object]] = [
+        lambda: storage.set_trial_params(trial_id, PARAMS),
+        lambda: storage.set_trial_param(trial_id, "x", *PARAMS["x"]),
+        lambda: storage.set_trial_intermediate_value(trial_id, 0, 1.0),
+        lambda: storage.set_trial_user_attr(trial_id, "a", 1),
+        lambda: storage.set_trial_attrs(trial_id, {"a": 1}, {"b": 2}),
+        lambda: storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [1.0]),
+        lambda: storage.finish_trial(trial_id, TrialState.FAIL, None),
+        lambda: leases.checkpoint(old, "key", 1),
+        lambda: storage.get_trial(trial_id),
+    ]
+    for write in writes:
+        with pytest.raises(LeaseLost, match="trial 0"):
+            write()
+    assert leases.renew("old", {old: Beat(1)}).lost == {old}
+    leases.release(old)
+    finish(elsewhere, new)
+    trial = storage.get_trial(trial_id)
+    assert (trial.state, trial.params, trial.user_attrs, trial.intermediate_values) == (
+        TrialState.COMPLETE,
+        {},
+        {},
+        {},
+    )
+
+
+@pytest.mark.parametrize("reports_first", [False, True])
+def test_a_trial_cannot_be_ended_under_a_lost_lease(leases: Leases, elsewhere: Leases, reports_first: bool) -> None:
+    study_id = open_study(leases, Terms(budget=1, lease_s=SHORT_S))
+    old = take(leases, study_id, "old")
+    take(elsewhere, study_id, "new")
+    if reports_first:  # held back: not known to be refused yet
+        leases.storage.set_trial_intermediate_value(old.trial_id, 0, 1.0)
+    with pytest.raises(LeaseLost, match="worker old has lost its lease on trial 0"):
+        finish(leases, old)
+    assert elsewhere.storage.get_trial(old.trial_id).state == TrialState.RUNNING
+    assert elsewhere.storage.get_trial(old.trial_id).intermediate_values == {}
+
+
+def test_an_expired_lease_refuses_writes_and_renewal_before_anyone_adopts(leases: Leases) -> None:
+    study_id = open_study(leases, Terms(budget=1, lease_s=0.2))
+    lease = take(leases, study_id, "w")
+    until(lambda: not leases.snapshot(study_id).in_flight[0].alive)
+    assert leases.renew("w", {lease: Beat(10)}).lost == {lease}
+    with pytest.raises(LeaseLost):
+        leases.storage.set_trial_params(lease.trial_id, PARAMS)
+
+
+def test_a_lost_trial_does_not_take_the_writes_of_others_with_it(leases: Leases, elsewhere: Leases) -> None:
+    study_id = open_study(leases, Terms(budget=1, lease_s=SHORT_S))
+    lost = take(leases, study_id, "w")
+    take(elsewhere, study_id, "adopter")
+    own = leases.storage.create_new_trial(study_id)
+    leases.storage.set_trial_intermediate_value(lost.trial_id, 0, 1.0)
+    leases.storage.set_trial_intermediate_value(own, 0, 2.0)
+    assert leases.storage.get_trial(own).intermediate_values == {0: 2.0}
+    with pytest.raises(LeaseLost):
+        leases.storage.set_trial_intermediate_value(lost.trial_id, 1, 1.0)
+
+
+def test_a_lease_without_progress_runs_out_and_a_slow_one_with_progress_does_not(leases: Leases) -> None:
+    study_id = open_study(leases, Terms(budget=2, lease_s=SHORT_S, stall_s=0.3))
+    hung, busy = (take(leases, study_id, "w") for _ in range(2))
+    batches = iter(range(1, 10**6))
+
+    def renewed() -> bool:
+        lost = leases.renew("w", {hung: Beat(0), busy: Beat(next(batches), 0, 0.5)}).lost
+        assert busy not in lost
+        return lost == {hung}
+
+    assert until(renewed)
+    assert take(leases, study_id, "w").trial_id == hung.trial_id
+
+
+def test_a_lease_is_renewed_while_everything_else_waits(leases: Leases, elsewhere: Leases) -> None:
+    study_id = open_study(leases, Terms(budget=2, lease_s=SHORT_S))
+    lease = take(leases, study_id, "w")
+    lock = elsewhere.storage.connection
+    lock.run("SELECT pg_advisory_lock(7)")
+    wait = "SELECT pg_advisory_lock(7)"
+    stuck = threading.Thread(target=leases.storage.connection.run, args=(wait,))
+    stuck.start()
+    expired = "SELECT clock_timestamp() > taken + interval '2 s' FROM (SELECT %s::timestamptz AS taken) t"
+    taken = lock.run("SELECT clock_timestamp()")[0][0]
+    batches = 0
+    while not lock.run(expired, (taken,))[0][0]:
+        batches += 1
+        assert leases.renew("w", {lease: Beat(batches)}).lost == frozenset()
+        time.sleep(0.05)
+    assert stuck.is_alive()
+    lock.run("SELECT pg_advisory_unlock(7)")
+    stuck.join(60)
+    leases.storage.set_trial_params(lease.trial_id, PARAMS)
+
+
+def test_a_released_trial_is_adopted_at_once_and_does_not_count_as_lost(leases: Leases) -> None:
+    study_id = open_study(leases, Terms(budget=1, max_attempts=1))
+    for attempt in range(1, 5):
+        lease = take(leases, study_id, f"w{attempt}")
+        assert (lease.number, lease.attempt, lease.adopted) == (0, attempt, attempt > 1)
+        leases.storage.set_trial_intermediate_value(lease.trial_id, attempt, 1.0)
+        leases.checkpoint(lease, f"key-{attempt}", attempt)
+        leases.release(lease)
+    assert leases.storage.get_trial(lease.trial_id).intermediate_values == dict.fromkeys(range(1, 5), 1.0)
+
+
+def test_a_trial_lost_too_often_fails_with_the_reason(leases: Leases) -> None:
+    study_id = open_study(leases, Terms(budget=1, lease_s=0.2, max_attempts=3))
+    attempts = [take(leases, study_id, f"w{i}").attempt for i in range(3)]
+
+    def over() -> bool:
+        try:
+            return bool(leases.take(study_id, "w"))
+        except StudyOver:
+            return True
+
+    until(over)
+    (trial,) = leases.storage.get_all_trials(study_id)
+    assert attempts == [1, 2, 3]
+    assert trial.state == TrialState.FAIL
+    assert trial.datetime_complete is not None
+    assert trial.user_attrs["failure"].startswith("given up after 3 attempts")
+    assert trial.user_attrs["failure"].endswith("the last time w2")
+    assert leases.snapshot(study_id).in_flight == ()
+
+
+def test_a_running_trial_without_a_lease_is_foreign(leases: Leases, database_url: str) -> None:
+    study_id = open_study(leases, Terms(budget=1))
+    stock = optuna.storages.RDBStorage(database_url)
+    foreign = stock.create_new_trial(study_id)
+    lease = take(leases, study_id, "w")
+    assert (lease.number, lease.attempt) == (1, 1)
+    finish(leases, lease)
+    with pytest.raises(StudyOver, match="budget"):
+        leases.take(study_id, "w")
+    assert leases.storage.get_trial(foreign).state == TrialState.RUNNING
+    assert leases.take_promotion(study_id, "w")
+    stock.remove_session()
+    stock.engine.dispose()
+
+
+def test_a_leased_trial_that_a_plain_script_ended_is_not_adopted(leases: Leases, database_url: str) -> None:
+    study_id = open_study(leases, Terms(budget=1, lease_s=SHORT_S))
+    lease = take(leases, study_id, "w")
+    stock = optuna.storages.RDBStorage(database_url)
+    stock.set_trial_state_values(lease.trial_id, TrialState.COMPLETE, [0.5])
+    with pytest.raises(LeaseLost):
+        finish(leases, lease)
+    with pytest.raises(StudyOver, match="budget"):
+        leases.take(study_id, "w")
+    stock.remove_session()
+    stock.engine.dispose()
+
+
+def test_adopting_again_in_the_same_process_drops_what_was_held_back(leases: Leases) -> None:
+    study_id = open_study(leases, Terms(budget=1, lease_s=0.2))
+    first = take(leases, study_id, "w")
+    until(lambda: not leases.snapshot(study_id).in_flight[0].alive)
+    leases.storage.set_trial_intermediate_value(first.trial_id, 0, 1.0)
+    second = take(leases, study_id, "w")
+    assert second.attempt == 2
+    assert leases.storage.get_trial(second.trial_id).intermediate_values == {}
+
+
+# --------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def test_a_checkpoint_names_the_one_that_it_replaces(leases: Leases, elsewhere: Leases) -> None:
+    study_id = open_study(leases, Terms(budget=1))
+    lease = take(leases, study_id, "w")
+    leases.storage.set_trial_intermediate_value(lease.trial_id, 0, 1.0)
+    assert leases.checkpoint(lease, "one", 0) is None
+    assert elsewhere.storage.get_trial(lease.trial_id).intermediate_values == {0: 1.0}
+    assert leases.checkpoint(lease, "two", 1) == "one"
+    assert leases.checkpoint(lease, "two", 1) == "one"  # as after a lost connection
+    leases.release(lease)
+    adopted = take(elsewhere, study_id, "other")
+    assert (adopted.checkpoint_key, adopted.checkpoint_epoch) == ("two", 1)
+    assert elsewhere.checkpoint(adopted, "three", 2) == "two"
+
+
+def test_the_checkpoints_of_ended_trials_are_known_until_they_are_deleted(leases: Leases) -> None:
+    study_id = open_study(leases, Terms(budget=2))
+    ended, running = (take(leases, study_id, "w") for _ in range(2))
+    for key in ("a", "b"):
+        leases.checkpoint(ended, key, 0)
+    leases.checkpoint(running, "c", 0)
+    finish(leases, ended)
+    assert sorted(leases.spent_checkpoints(study_id)) == ["a", "b"]
+    leases.forget_checkpoints(study_id, ["a", "c"])
+    assert leases.spent_checkpoints(study_id) == ["b"]
+    leases.release(running)
+    assert take(leases, study_id, "w").checkpoint_key == "c"
+
+
+# ------------------------------------------------------------------------------------------------- the end of a study
+
+
+def test_a_stopped_study_gives_out_nothing_and_tells_its_workers(leases: Leases) -> None:
+    study_id = open_study(leases, Terms(budget=5))
+    lease = take(leases, study_id, "w")
+    leases.stop(study_id)
+    assert leases.renew("w", {lease: Beat(1)}).stopped == {study_id}
+    assert leases.take(study_id, "other") is None
+    leases.release(lease)
+    with pytest.raises(StudyOver, match="stopped"):
+        leases.take(study_id, "other")
+    assert not leases.take_promotion(study_id, "w")
+    assert [row.status for row in leases.studies()] == ["stopped"]
+    assert leases.open_studies() == []
+    assert leases.reopen(study_id).status == "open"
+    assert take(leases, study_id, "other").trial_id == lease.trial_id
+
+
+def test_after_the_deadline_nothing_starts_and_more_time_opens_the_study(leases: Leases) -> None:
+    study_id = open_study(leases, Terms(budget=5, timeout_s=0.3))
+    lease = take(leases, study_id, "w")
+    assert until(lambda: leases.renew("w", {lease: Beat(1)}).out_of_time) == {study_id}
+    assert leases.take(study_id, "w") is None
+    finish(leases, lease)
+    with pytest.raises(StudyOver, match="timeout"):
+        leases.take(study_id, "w")
+    assert leases.snapshot(study_id).seconds_left == 0.0
+    assert leases.take_promotion(study_id, "w")
+    leases.finish_promotion(study_id, "w", 1)
+    assert leases.reopen(study_id, trials=5, timeout_s=0.3).status == "finished"
+    row = leases.reopen(study_id, timeout_s=600)
+    assert (row.status, row.out_of_time, row.promoted_version) == ("open", False, None)
+    assert take(leases, study_id, "w").number == 1
+
+
+def test_an_exhausted_study_ends_with_the_trials_in_flight(leases: Leases) -> None:
+    study_id = open_study(leases, Terms(budget=5))
+    lease = take(leases, study_id, "w")
+    leases.exhaust(study_id)
+    assert leases.take(study_id, "w") is None
+    leases.release(lease)
+    assert not leases.take_promotion(study_id, "w")
+    finish(leases, take(leases, study_id, "w"))
+    with pytest.raises(StudyOver, match="exhausted") as caught:
+        leases.take(study_id, "w")
+    assert caught.value.reason == "exhausted"
+
+
+# ----------------------------------------------------------------------------------------------------------- promotion
+
+
+def promote(url: str, study_id: int, worker: str, gate: str) -> None:
+    """Ends with status 1 for the one that may promote. All wait for a lock, to come at the same time."""
+    leases = Leases(trial_storage(url))
+    leases.storage.connection.run("SELECT pg_advisory_lock_shared(%s)", (int(gate),))
+    sys.exit(int(leases.take_promotion(study_id, worker)))
+
+
+def test_one_of_many_promotes(leases: Leases, elsewhere: Leases, database_url: str) -> None:
+    study_id = open_study(leases, Terms(budget=1))
+    assert not leases.take_promotion(study_id, "w")
+    lease = take(leases, study_id, "w")
+    assert not leases.take_promotion(study_id, "w")
+    finish(leases, lease)
+    elsewhere.storage.connection.run("SELECT pg_advisory_lock(99)")
+    processes = [start(promote, database_url, study_id, f"w{i}", "99") for i in range(6)]
+    waiting = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted HAVING count(*) = 6"
+    until(lambda: leases.storage.connection.run(waiting))
+    elsewhere.storage.connection.run("SELECT pg_advisory_unlock(99)")
+    for process in processes:
+        process.join(60)
+    assert Counter(process.exitcode for process in processes) == {0: 5, 1: 1}
+
+
+def test_a_promotion_is_a_lease_that_runs_out_and_is_done_once(leases: Leases) -> None:
+    study_id = open_study(leases, Terms(budget=1, lease_s=0.3))
+    finish(leases, take(leases, study_id, "w"))
+    assert leases.take_promotion(study_id, "slow")
+    assert leases.take_promotion(study_id, "slow")
+    assert until(lambda: leases.take_promotion(study_id, "quick"))
+    with pytest.raises(LeaseLost, match="has left worker slow"):
+        leases.finish_promotion(study_id, "slow", 1)
+    leases.finish_promotion(study_id, "quick", 2)
+    leases.finish_promotion(study_id, "quick", 2)  # as after a lost connection
+    assert not leases.take_promotion(study_id, "quick")
+    snapshot = leases.snapshot(study_id)
+    assert (snapshot.status, snapshot.promoted_version) == ("finished", 2)
+    row = leases.set_budget(study_id, 2)
+    assert (row.status, row.promoted_version) == ("open", None)
+    finish(leases, take(leases, study_id, "w"))
+    assert leases.take_promotion(study_id, "w")
+
+
+# ------------------------------------------------------------------------------------------------------------ displays
+
+
+@pytest.mark.parametrize(("direction", "best"), [(StudyDirection.MAXIMIZE, 2), (StudyDirection.MINIMIZE, 1)])
+def test_a_snapshot_shows_counts_the_best_and_who_works_on_what(
+    leases: Leases, direction: StudyDirection, best: int
+) -> None:
+    study_id = open_study(leases, Terms(budget=9, timeout_s=600), direction)
+    leases.register("w", study_id, "host", 1, "cpu", "worker.log")
+    leases.register("standing", None, "host", 2)
+    leases.register("w2", study_id, "host", 4, "cpu")
+    leases.register("far", study_id, "far", 5, "cuda:1")
+    leases.register("other", open_study(leases, Terms(budget=1)), "host", 6, "cpu")
+    leases.register("gone", study_id, "host", 3)
+    leases.retire("gone")
+    held = [take(leases, study_id, "w") for _ in range(6)]
+    for lease, value in zip(held, [0.5, float("-inf"), float("inf"), 0.25], strict=False):
+        finish(leases, lease, value)
+    leases.storage.finish_trial(held[4].trial_id, TrialState.PRUNED, [0.0])
+    leases.renew("w", {held[5]: Beat(12, 3, float("nan"))})
+    leases.storage.create_new_trial(study_id, optuna.trial.create_trial(state=TrialState.WAITING))
+    snapshot = leases.snapshot(study_id)
+    assert snapshot.counts == {"complete": 4, "pruned": 1, "failed": 0, "running": 1, "waiting": 1}
+    assert (snapshot.best_number, snapshot.budget, snapshot.started) == (best, 9, 6)
+    (trial,) = snapshot.in_flight
+    assert (trial.number, trial.worker, trial.host, trial.device) == (5, "w", "host", "cpu")
+    assert (trial.epoch, trial.metric, trial.attempt, trial.alive) == (3, None, 1, True)
+    assert snapshot.places == (Place("far", "cuda:1", 1), Place("host", "cpu", 2), Place("host", None, 1))
+    assert snapshot.workers == 4
+    assert snapshot.seconds_left is not None
+    assert 0 < snapshot.seconds_left <= 600
+    assert snapshot.rate_per_hour is not None
+    assert snapshot.first_started_at is not None
+    assert snapshot.last_ended_at is not None
+    assert snapshot.first_started_at < snapshot.last_ended_at
+    empty = leases.snapshot(open_study(leases, Terms(budget=1)))
+    assert (empty.best_value, empty.rate_per_hour, empty.seconds_left, empty.in_flight) == (None, None, None, ())
+
+
+def test_the_rate_forgets_a_night_s_rest(leases: Leases, database_url: str) -> None:
+    study_id = open_study(leases, Terms(budget=100))
+    for _ in range(RECENT + 1):
+        finish(leases, take(leases, study_id, "w"), 0.5)
+    ended = "SELECT min(ended_at) FROM hpo.leases"
+    execute(database_url, f"UPDATE hpo.leases SET ended_at = ended_at - interval '9 h' WHERE ended_at = ({ended})")
+    execute(database_url, "UPDATE trials SET datetime_start = datetime_start - interval '9 h'")
+    resting = leases.snapshot(study_id).rate_per_hour
+    assert resting == pytest.approx(RECENT / 9, rel=0.01)
+    finish(leases, take(leases, study_id, "w"), 0.5)
+    rate = leases.snapshot(study_id).rate_per_hour
+    assert rate is not None
+    assert rate > 100 * RECENT
+
+
+def test_deleting_a_study_removes_its_terms_and_leases(leases: Leases) -> None:
+    study_id = open_study(leases, Terms(budget=1))
+    lease = take(leases, study_id, "w")
+    leases.storage.delete_study(study_id)
+    assert leases.study(study_id) is None
+    assert leases.renew("w", {lease: Beat(1)}).lost == {lease}
+    with pytest.raises(KeyError):
+        leases.snapshot(study_id)

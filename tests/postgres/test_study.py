@@ -1,0 +1,278 @@
+"""Studies without training: what is drawn, by which sampler, what is repeated, what contradicts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from hpo.models.bundle import Predictions
+from hpo.models.data import DataError
+from hpo.storage.artifacts import artifact_store
+from hpo.storage.leases import StudyOver
+from hpo.storage.trials import TrialStorage, trial_storage
+from hpo.study.config import SAMPLERS, StudyConfig, load
+from hpo.study.lifecycle import (
+    BEGUN,
+    OpenStudy,
+    Plan,
+    StudyError,
+    ask,
+    create_or_open,
+    exhausted,
+    make_pruner,
+    open_study,
+    ranked,
+)
+from hpo.terminal import show_predictions
+from hpo.trial.run import drop_spent_checkpoints
+from hpo.worker.worker import Attention
+
+FINITE = """
+normalization = "none"
+bidirectional = false
+pooling = "mean"
+patch_length = 1
+head_size = 0
+dropout = [0.1, 0.2]
+batch_size = 16
+optimizer = "adamw"
+learning_rate = [0.001, 0.01]
+weight_decay = 0.0
+schedule = "constant"
+hidden_size = [4, 8]
+layers = [1, 2]
+"""
+
+
+@pytest.fixture
+def storage(database_url: str) -> Iterator[TrialStorage]:
+    made = trial_storage(database_url)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Callable[..., StudyConfig]:
+    """config(study="…", space="…") over a small npz file."""
+    random = np.random.default_rng(0)
+    np.savez(tmp_path / "waves.npz", X=random.normal(size=(60, 8, 2)), y=np.arange(60) % 2)
+
+    def made(study: str = "", space: str = "", data: str = "") -> StudyConfig:
+        text = f'[study]\nname = "waves"\n{study}\n[data]\ntrain = "waves.npz"\n{data}\n[space]\n{space}\n'
+        (tmp_path / "waves.toml").write_text(text)
+        return load(tmp_path / "waves.toml")
+
+    return made
+
+
+@pytest.fixture
+def opened(config: Callable[..., StudyConfig], storage: TrialStorage, tmp_path: Path) -> Callable[..., OpenStudy]:
+    return lambda **given: create_or_open(config(**given), storage, artifact_store(str(tmp_path / "artifacts")))
+
+
+def run(study: OpenStudy, count: int) -> list[dict[str, Any]]:
+    """Take, ask and complete `count` trials, each worth its hidden size."""
+    drawn = []
+    for _ in range(count):
+        lease = study.leases.take(study.study_id, "tester", "cpu")
+        assert lease is not None
+        params = ask(study, lease)
+        study.storage.finish_trial(lease.trial_id, TrialState.COMPLETE, [float(params["hidden_size"])])
+        drawn.append(params)
+    return drawn
+
+
+@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "grid"])
+def test_every_sampler_draws_from_the_space_and_repeats_itself(
+    opened: Callable[..., OpenStudy], sampler: str, storage: TrialStorage
+) -> None:
+    study = opened(study=f'sampler = "{sampler}"\ntrials = 14')
+    first = run(study, 14)
+    for params in first:
+        assert 8 <= params["hidden_size"] <= 128
+        assert (params["dropout"] == 0) == (params["layers"] == 1 and params["head_size"] == 0)
+    storage.delete_study(study.study_id)
+    again = run(opened(study=f'sampler = "{sampler}"\ntrials = 14'), 14)
+    assert again == first
+
+
+def test_the_grid_covers_a_finite_space_once_and_no_dropout_twice(opened: Callable[..., OpenStudy]) -> None:
+    """One layer leaves dropout without effect: 2 rates x 2 sizes x (1 + 2) configurations."""
+    study = opened(study='sampler = "grid"\ntrials = 50', space=FINITE)
+    drawn = run(study, 12)
+    assert len({tuple(params.items()) for params in drawn}) == 12
+    assert exhausted(study)
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+def test_a_small_space_is_drawn_without_repetition(opened: Callable[..., OpenStudy], sampler: str) -> None:
+    study = opened(study=f'sampler = "{sampler}"\ntrials = 50', space=FINITE)
+    drawn = run(study, 12)
+    assert len({tuple(params.items()) for params in drawn}) == 12
+    assert exhausted(study)
+    study.leases.exhaust(study.study_id)
+    with pytest.raises(StudyOver, match="exhausted"):
+        study.leases.take(study.study_id, "tester", "cpu")
+
+
+def test_a_continuous_range_has_no_grid(opened: Callable[..., OpenStudy]) -> None:
+    with pytest.raises(StudyError, match=r'"grid" needs finite entries, but space.\w+ is continuous; list its values'):
+        opened(study='sampler = "grid"')
+
+
+def test_an_adopted_trial_keeps_its_parameters(opened: Callable[..., OpenStudy]) -> None:
+    study = opened(study="trials = 1")
+    lease = study.leases.take(study.study_id, "one", "cpu")
+    assert lease is not None
+    params = ask(study, lease)
+    study.leases.release(lease)
+    adopted = study.leases.take(study.study_id, "two", "cpu")
+    assert adopted is not None
+    assert adopted.number == lease.number
+    assert ask(study, adopted) == params
+
+
+def test_alike_values_go_to_the_lower_log_loss(opened: Callable[..., OpenStudy]) -> None:
+    """60 sequences less the 12 of the holdout: half a sequence's share is 0.0104."""
+    study = opened(study="trials = 4")
+    for value, log_loss in ((0.900, 0.7), (0.892, 0.3), (0.889, 0.1), (0.900, 0.5)):
+        lease = study.leases.take(study.study_id, "tester", "cpu")
+        assert lease is not None
+        ask(study, lease)
+        attributes = {"log_loss": log_loss, "seed": 1}
+        study.storage.finish_trial(lease.trial_id, TrialState.COMPLETE, [value], attributes)
+    assert [trial.number for trial in ranked(study)] == [1, 3, 0, 2]
+
+
+def test_a_plan_survives_the_database(opened: Callable[..., OpenStudy], storage: TrialStorage) -> None:
+    study = opened(study='sampler = "gp"\ntimeout = "2h"', space="layers = [1, 2]", data="validation = { folds = 3 }")
+    assert open_study("waves", storage).plan == study.plan
+    assert Plan.from_json(study.plan.to_json()) == study.plan
+
+
+@pytest.mark.parametrize("pruner", ["hyperband", "halving", "median", "none"])
+def test_every_pruner_is_made_for_the_epochs_of_the_study(opened: Callable[..., OpenStudy], pruner: str) -> None:
+    study = opened(study=f'pruner = "{pruner}"')
+    lease = study.leases.take(study.study_id, "tester", "cpu")
+    assert lease is not None
+    ask(study, lease)
+    for epoch in range(1, 51):
+        study.storage.set_trial_intermediate_value(lease.trial_id, epoch, epoch / 50)
+        trial = study.storage.get_trial(lease.trial_id)
+        assert not make_pruner(study.plan).prune(study.study, trial)  # a first trial has nobody to lose against
+
+
+def test_other_data_under_the_same_name_are_refused(
+    opened: Callable[..., OpenStudy], tmp_path: Path, config: Callable[..., StudyConfig]
+) -> None:
+    opened()
+    np.savez(tmp_path / "waves.npz", X=np.ones((60, 8, 2)), y=np.arange(60) % 2)
+    with pytest.raises(StudyError, match=r"data.train: the content of the file differs"):
+        opened()
+
+
+def test_a_missing_study_names_the_known_ones(opened: Callable[..., OpenStudy], storage: TrialStorage) -> None:
+    opened()
+    with pytest.raises(StudyError, match="there is no study named 'wave'; known: waves"):
+        open_study("wave", storage)
+
+
+def test_an_unknown_warm_start_leaves_no_study_behind(opened: Callable[..., OpenStudy], storage: TrialStorage) -> None:
+    with pytest.raises(StudyError, match=r"study.warm_start names the study 'ghost', which does not exist"):
+        opened(study='warm_start = "ghost"')
+    assert storage.get_all_studies() == []
+
+
+def test_launches_of_one_file_at_once_fill_one_study_once(
+    config: Callable[..., StudyConfig], opened: Callable[..., OpenStudy], database_url: str, tmp_path: Path
+) -> None:
+    run(opened(), 3)
+    written = config(study='warm_start = "waves"', space="hidden_size = [8, 16]")
+    written = replace(
+        written, study=replace(written.study, name="learner"), enqueue=({"hidden_size": 8}, {"hidden_size": 16})
+    )
+
+    def launch(_: int) -> list[TrialState]:
+        with closing(trial_storage(database_url)) as mine:
+            study = create_or_open(written, mine, artifact_store(str(tmp_path / "artifacts")))
+            return [trial.state for trial in study.study.get_trials()]
+
+    with ThreadPoolExecutor(6) as pool:
+        for states in pool.map(launch, range(6)):
+            assert states.count(TrialState.WAITING) == 2
+
+
+def test_a_study_half_made_by_a_launch_that_died_is_completed(
+    config: Callable[..., StudyConfig], storage: TrialStorage, tmp_path: Path
+) -> None:
+    written = replace(config(), enqueue=({"hidden_size": 16}, {"hidden_size": 32}))
+    study = optuna.create_study(study_name="waves", storage=storage, direction="maximize")
+    storage.set_study_system_attr(study._study_id, BEGUN, True)
+    study.enqueue_trial({"hidden_size": 16})
+    found = create_or_open(written, storage, artifact_store(str(tmp_path / "artifacts")))
+    fixed = [trial.system_attrs["fixed_params"] for trial in found.study.get_trials()]
+    assert fixed == [{"hidden_size": 16}, {"hidden_size": 32}]
+
+
+@pytest.mark.parametrize("data", ["validation = { folds = 100 }", "holdout = 0.99"])
+def test_data_that_cannot_be_split_leave_no_study_behind(
+    opened: Callable[..., OpenStudy], storage: TrialStorage, data: str
+) -> None:
+    with pytest.raises(DataError, match="folds must be 2 to"):
+        opened(data=data)
+    assert storage.get_all_studies() == []
+
+
+def test_a_failed_trial_leaves_no_checkpoint(opened: Callable[..., OpenStudy], tmp_path: Path) -> None:
+    study, store = opened(), artifact_store(str(tmp_path / "artifacts"))
+    lease = study.leases.take(study.study_id, "tester", "cpu")
+    assert lease is not None
+    store.put("checkpoint-1", b"state")
+    study.leases.checkpoint(lease, "checkpoint-1", 1)
+    drop_spent_checkpoints(study, store)
+    assert store.exists("checkpoint-1")
+    study.storage.finish_trial(lease.trial_id, TrialState.FAIL, None)
+    drop_spent_checkpoints(study, store)
+    assert not store.exists("checkpoint-1")
+
+
+def test_a_stopped_study_ends_its_trial_and_a_signal_the_worker(opened: Callable[..., OpenStudy]) -> None:
+    study = opened()
+    attention = Attention(study.leases, "tester")
+    lease = study.leases.take(study.study_id, "tester", "cpu")
+    assert lease is not None
+    study.leases.stop(study.study_id)
+    with attention.holding(lease, 1.0):
+        deadline = time.monotonic() + 30
+        while not attention.asked_to_stop:
+            assert time.monotonic() < deadline, "the news did not come"
+            time.sleep(0.02)
+    assert not attention.told
+    attention.stop()
+    with attention.holding(lease, 60.0):
+        assert attention.asked_to_stop
+    assert attention.told
+
+
+def test_class_names_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    classes = ("[/]", "[bold]b")
+    show_predictions(Predictions(classes, np.full((1, 2), 0.5, np.float32), np.array(["[/]"]), ("[red]1",)))
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("p([/])", "p([bold]b)", "[red]1"))
+
+
+def test_a_class_of_one_is_refused(opened: Callable[..., OpenStudy], tmp_path: Path) -> None:
+    opened()
+    np.savez(tmp_path / "waves.npz", X=np.ones((20, 8, 2)), y=np.zeros(20))
+    with pytest.raises(DataError, match="one class"):
+        opened(study="seed = 1")

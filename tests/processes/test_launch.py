@@ -1,0 +1,381 @@
+"""The main job through the real command line: real workers, a real Postgres, real interruptions."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from optuna.trial import FrozenTrial, TrialState
+
+from hpo.models.bundle import load
+from hpo.models.data import read
+from hpo.models.metrics import score
+from hpo.storage.artifacts import artifact_store
+from hpo.storage.leases import Leases
+from hpo.storage.trials import TrialStorage, trial_storage
+from tests.conftest import SMALL, Cli, assert_exact, wait_for
+
+
+def summary_of(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def launching(file: Path, workers: int, environment: dict[str, str], *options: str) -> subprocess.Popen[str]:
+    """A launch under way."""
+    command = [sys.executable, "-P", "-m", "hpo", "launch", str(file), "--workers", str(workers), *options]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=file.parent, env=environment, stdout=pipe, stderr=pipe, text=True)
+
+
+def test_a_data_file_alone_becomes_a_promoted_model(cli: Cli, data: Path, environment: dict[str, str]) -> None:
+    settings = ["--set", "study.trials=4", "--set", "train.epochs=3", "--set", "space.hidden_size=6"]
+    summary = summary_of(cli("launch", "waves.npz", "--workers", 2, "--json", *settings))
+    assert summary["study"] == "waves"
+    assert sum(summary["trials"].values()) == 4
+    assert summary["best"]["params"]["hidden_size"] == 6
+    assert summary["validation"]["auroc"] == summary["best"]["value"]
+    folder = Path(summary["model"]["path"])
+    names = {"model.safetensors", "config.json", "README.md", "curves.png", "confusion.png"}
+    assert names <= {path.name for path in folder.iterdir()}
+    assert load(folder).predict(read(data)).classes == ("fast", "slow")
+    leftover = artifact_store(environment["HPO_ARTIFACTS"]).keys("checkpoint-")
+    assert leftover == []
+
+
+def test_the_main_job_from_study_file_to_predictions(
+    cli: Cli, study_file: Callable[..., Path], trials: Callable[..., list[FrozenTrial]], tmp_path: Path
+) -> None:
+    summary = summary_of(cli("launch", study_file(), "--workers", 2, "--json"))
+    found = trials()
+    assert_exact(found, 6)
+    complete = [trial for trial in found if trial.state == TrialState.COMPLETE]
+    top = max(trial.value or 0.0 for trial in complete)
+    alike = [trial for trial in complete if (trial.value or 0.0) >= top - 0.5 / 48]  # 60 less the holdout
+    best = min(alike, key=lambda t: t.user_attrs["log_loss"])
+    assert summary["best"] == {"number": best.number, "value": best.value, "params": best.user_attrs["params"]}
+    for trial in found:
+        names = {"seed", "device", "parameters", "worker", "provenance", "curve", "training_seconds"}
+        assert names <= trial.user_attrs.keys()
+        assert {"torch", "commit"} <= trial.user_attrs["provenance"].keys()
+        assert list(trial.intermediate_values) == list(range(1, trial.user_attrs["epochs"] + 1))
+
+    assert "waves" in cli("models").stdout
+    row = json.loads(cli("status", "waves", "--json").stdout)[0]
+    assert (row["status"], row["version"], row["budget"]) == ("finished", 1, 6)
+    assert cli("export", "waves", "--out", "out").returncode == 0
+    done = cli("predict", "out", "waves.npz", "--out", "predictions.csv")
+    assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "predictions.csv").read_text().splitlines()
+    assert lines[0] == "id,predicted,probability_fast,probability_slow"
+    assert len(lines) == 61
+    assert "10 of 60 rows" in cli("predict", "waves", "waves.npz").stdout
+    other = next(t.number for t in found if t.state == TrialState.COMPLETE and t.number != best.number)
+    assert cli("promote", "waves", "--trial", other).returncode == 0
+    assert len(json.loads(cli("models", "--json").stdout)) == 2
+    for number in (0, 5):
+        again = cli("reproduce", "waves", "--trial", number)
+        assert again.returncode == 0, again.stdout + again.stderr
+        assert "bit-equal" in again.stdout
+    assert cli("delete", "waves", "--yes").returncode == 0
+    assert "waves" in cli("models").stdout
+    gone = cli("status", "waves")
+    assert gone.returncode == 1
+    assert "there is no study named 'waves'" in gone.stderr
+
+
+def test_a_relaunch_goes_on_to_a_raised_budget(
+    cli: Cli, study_file: Callable[..., Path], trials: Callable[..., list[FrozenTrial]]
+) -> None:
+    file = study_file(trials=2, epochs=2)
+    first = summary_of(cli("launch", file, "--workers", 1, "--json"))
+    again = summary_of(cli("launch", file, "--workers", 1, "--json"))
+    assert again["model"] == first["model"]
+    assert_exact(trials(), 2)
+    more = summary_of(cli("launch", file, "--workers", 2, "--json", "--trials", 5))
+    assert_exact(trials(), 5)
+    assert sum(more["trials"].values()) == 5
+
+
+def test_a_contradicting_file_is_refused_with_the_difference(cli: Cli, study_file: Callable[..., Path]) -> None:
+    file = study_file(trials=1, epochs=1)
+    assert cli("launch", file, "--workers", 1).returncode == 0
+    done = cli("launch", file, "--workers", 1, "--set", "space.layers=2")
+    assert done.returncode == 1
+    assert "space.layers: stored 1, file 2" in done.stderr
+
+
+def test_interrupted_and_launched_again_it_ends_exactly(
+    cli: Cli, study_file: Callable[..., Path], environment: dict[str, str], trials: Callable[..., list[FrozenTrial]]
+) -> None:
+    file = study_file(trials=5, epochs=40, space=SMALL + "\n", study='pruner = "none"')
+    running = launching(file, 2, environment)
+    wait_for(lambda: any(t.intermediate_values for t in _trials_or_none(trials)))
+    running.send_signal(signal.SIGINT)
+    _, errors = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert "the same command goes on" in errors
+    in_flight = [t for t in trials() if t.state == TrialState.RUNNING]
+    summary_of(cli("launch", file, "--workers", 2, "--json"))
+    found = trials()
+    assert_exact(found, 5)
+    for trial in in_flight:
+        assert found[trial.number].params == trial.params
+        assert list(found[trial.number].intermediate_values) == list(
+            range(1, found[trial.number].user_attrs["epochs"] + 1)
+        )
+
+
+def _trials_or_none(trials: Callable[..., list[FrozenTrial]]) -> list[FrozenTrial]:
+    try:
+        return trials()
+    except KeyError:
+        return []
+
+
+def test_a_killed_worker_loses_nothing_and_changes_no_value(
+    cli: Cli,
+    study_file: Callable[..., Path],
+    environment: dict[str, str],
+    trials: Callable[..., list[FrozenTrial]],
+    database_url: str,
+) -> None:
+    file = study_file(trials=4, epochs=30, study='sampler = "random"\npruner = "none"\nlease = 2')
+    with launching(file, 2, environment, "--json") as running:
+        wait_for(lambda: any(t.intermediate_values for t in _trials_or_none(trials)))
+        storage = trial_storage(database_url)
+        os.kill(_a_busy_worker(storage), signal.SIGKILL)
+        storage.close()
+        output, _ = running.communicate(timeout=120)
+    assert json.loads(output.splitlines()[-1])["trials"]["complete"] == 4
+    found = trials()
+    assert_exact(found, 4)
+    summary_of(cli("launch", file, "--workers", 1, "--json", "--set", 'study.name="calm"'))
+    calm = trials("calm")
+    assert [t.params for t in found] == [t.params for t in calm]
+    assert [t.value for t in found] == [t.value for t in calm]
+    assert [t.user_attrs["curve"] for t in found] == [t.user_attrs["curve"] for t in calm]
+
+
+def _a_busy_worker(storage: TrialStorage) -> int:
+    """Process id of a worker that holds a trial."""
+    leases = Leases(storage)
+    state = leases.snapshot(storage.get_study_id_from_name("waves"))
+    return int(state.in_flight[0].worker.rsplit("-", 1)[1])
+
+
+def test_an_embedded_server_that_crashes_under_a_launch_comes_back(
+    study_file: Callable[..., Path], environment: dict[str, str], short_folder: Path
+) -> None:
+    file = study_file(trials=3, epochs=30, study='pruner = "none"\nlease = 2')
+    outside = {"HPO_HOME": str(short_folder / "crash")}
+    environment = {name: value for name, value in environment.items() if name != "HPO_DATABASE_URL"} | outside
+    with launching(file, 1, environment, "--json") as running:
+        log = short_folder / "crash" / "logs" / "waves" / "worker-0.log"
+        wait_for(lambda: log.exists() and "epoch 1" in log.read_text())
+        data = next((short_folder / "crash").rglob("postmaster.pid"))
+        os.kill(int(data.read_text().split()[0]), signal.SIGKILL)
+        output, _ = running.communicate(timeout=120)
+    stop = [sys.executable, "-P", "-m", "hpo", "db", "stop"]
+    subprocess.run(stop, env=environment, check=True, capture_output=True)
+    assert json.loads(output.splitlines()[-1])["trials"]["complete"] == 3
+
+
+def test_a_study_gets_no_more_workers_than_trials(
+    cli: Cli, study_file: Callable[..., Path], environment: dict[str, str]
+) -> None:
+    summary_of(cli("launch", study_file(trials=1, epochs=1), "--json"))
+    logs = (Path(environment["HPO_HOME"]) / "logs" / "waves").iterdir()
+    assert [log.name for log in logs] == ["worker-0.log"]
+
+
+def test_enqueued_configurations_come_first(
+    cli: Cli, study_file: Callable[..., Path], trials: Callable[..., list[FrozenTrial]]
+) -> None:
+    file = study_file(trials=3, epochs=1, more="[[enqueue]]\nhidden_size = 12\nlearning_rate = 0.01\n")
+    summary_of(cli("launch", file, "--workers", 1, "--json"))
+    first = trials()[0]
+    assert (first.params["hidden_size"], first.params["learning_rate"]) == (12, 0.01)
+
+
+def test_a_study_learns_from_another(
+    cli: Cli, study_file: Callable[..., Path], trials: Callable[..., list[FrozenTrial]]
+) -> None:
+    file = study_file(trials=3, epochs=1, study='pruner = "none"')
+    summary_of(cli("launch", file, "--workers", 1, "--json"))
+    summary_of(
+        cli("launch", file, "--workers", 1, "--json", "--set", "study.name=heir", "--set", "study.warm_start=waves")
+    )
+    copied = [t for t in trials("heir") if "copied_from" in t.user_attrs]
+    own = [t for t in trials("heir") if "copied_from" not in t.user_attrs]
+    assert [t.value for t in copied] == [t.value for t in trials("waves")]
+    assert len(own) == 3
+
+
+def test_a_finite_space_ends_the_study_early(
+    cli: Cli, study_file: Callable[..., Path], trials: Callable[..., list[FrozenTrial]]
+) -> None:
+    constants = "\n".join(
+        [
+            "layers = 1\nhead_size = 0\nbatch_size = 16\nlearning_rate = 0.01\nweight_decay = 0.0",
+            'optimizer = "adamw"\nbidirectional = false\npooling = "mean"\npatch_length = 1',
+            'normalization = "none"\nschedule = "constant"\nhidden_size = [4, 8, 12]',
+        ]
+    )
+    summary = summary_of(cli("launch", study_file(trials=9, epochs=1, space=constants), "--workers", 1, "--json"))
+    assert sum(summary["trials"].values()) == 3
+    assert summary["ended_by"] == "exhausted space"
+    assert {t.params["hidden_size"] for t in trials()} == {4, 8, 12}
+
+
+def test_one_worker_and_one_seed_repeat_a_study(
+    cli: Cli, study_file: Callable[..., Path], trials: Callable[..., list[FrozenTrial]]
+) -> None:
+    file = study_file(trials=12, epochs=2, space="hidden_size = { low = 4, high = 12 }\nlayers = { low = 1, high = 2 }")
+    for name in ("one", "two"):
+        summary_of(cli("launch", file, "--workers", 1, "--json", "--set", f"study.name={name}"))
+    one, two = trials("one"), trials("two")
+    assert [(t.params, t.value) for t in one] == [(t.params, t.value) for t in two]
+
+
+def test_a_trial_that_diverges_fails_with_its_reason_and_the_study_goes_on(
+    cli: Cli, study_file: Callable[..., Path], trials: Callable[..., list[FrozenTrial]]
+) -> None:
+    wild = SMALL + 'optimizer = "sgd"\ngradient_clip = 0.0\nlearning_rate = [0.01, 1e38]\n'
+    more = "[[enqueue]]\nlearning_rate = 1e38\n[[enqueue]]\nlearning_rate = 0.01\n"
+    summary_of(cli("launch", study_file(trials=2, space=wild, more=more), "--workers", 1, "--json"))
+    failed, fine = trials()
+    assert failed.state == TrialState.FAIL
+    assert failed.user_attrs["failure"].startswith("Diverged: ")
+    assert fine.state == TrialState.COMPLETE
+
+
+def test_a_stopped_study_ends_at_once_and_goes_on_at_the_next_launch(
+    cli: Cli,
+    study_file: Callable[..., Path],
+    environment: dict[str, str],
+    trials: Callable[..., list[FrozenTrial]],
+) -> None:
+    file = study_file(trials=3, epochs=250, study='pruner = "none"\nlease = 2')
+    file.write_text(file.read_text().replace("[train]", "[train]\npatience = 0"))  # longer than the stop takes to start
+    with launching(file, 1, environment) as running:
+        wait_for(lambda: any(t.intermediate_values for t in _trials_or_none(trials)))
+        assert cli("stop", "waves").returncode == 0
+        _, errors = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert "was stopped" in errors
+    assert any(trial.state == TrialState.RUNNING for trial in trials())
+    summary_of(cli("launch", file, "--workers", 2, "--json"))
+    assert_exact(trials(), 3)
+
+
+def test_deleting_a_running_study_ends_launch_and_worker_without_a_trace(
+    cli: Cli,
+    study_file: Callable[..., Path],
+    environment: dict[str, str],
+    trials: Callable[..., list[FrozenTrial]],
+) -> None:
+    file = study_file(trials=3, epochs=5000, study='pruner = "none"')
+    assert cli("launch", file, "--detach", "--set", "study.name=other").returncode == 0
+    with launching(file, 1, environment) as running:
+        wait_for(lambda: any(t.intermediate_values for t in _trials_or_none(trials)))
+        workers = {row["study"]: row["workers"] for row in json.loads(cli("status", "--json").stdout)}
+        assert workers == {"waves": 1, "other": 0}
+        assert cli("delete", "waves", "--yes").returncode == 0
+        _, errors = running.communicate(timeout=60)
+    assert running.returncode == 1
+    assert errors.splitlines()[-1].startswith("hpo: study 'waves' was deleted while it ran")
+    assert "Traceback" not in errors + (Path(environment["HPO_HOME"]) / "logs/waves/worker-0.log").read_text()
+    assert not [path for path in Path(environment["HPO_ARTIFACTS"]).iterdir() if not path.name.startswith("data-")]
+
+
+def test_an_output_that_cannot_be_written_is_one_line(cli: Cli, tmp_path: Path) -> None:
+    done = cli("predict", "waves", "waves.npz", "--out", tmp_path / "missing" / "p.csv")
+    assert done.returncode == 2
+    assert "must name a file in a folder that exists" in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+
+
+def test_a_full_disk_is_a_clear_error_and_loses_no_finished_trial(
+    cli: Cli,
+    study_file: Callable[..., Path],
+    environment: dict[str, str],
+    tmp_path: Path,
+    trials: Callable[..., list[FrozenTrial]],
+) -> None:
+    artifacts = Path(environment["HPO_ARTIFACTS"])
+    artifacts.mkdir()
+    mount = ["unshare", "--map-root-user", "--mount", "sh", "-c", 'mount -t tmpfs -o size=600k none "$0" && "$@"']
+    if not shutil.which("unshare") or subprocess.run([*mount, str(artifacts), "true"], capture_output=True).returncode:
+        pytest.skip("a full file system needs user namespaces, which this machine does not allow")
+    space = SMALL.replace("hidden_size = { low = 4, high = 12, step = 4 }", "hidden_size = [4, 256]")
+    more = "[[enqueue]]\nhidden_size = 4\n[[enqueue]]\nhidden_size = 256\n"
+    file = study_file(trials=2, epochs=2, space=space, more=more)
+    hasty = "import sys, hpo.cli; sys.modules['hpo.launcher.launch'].PAUSE_S = 0.1; hpo.cli.main()"
+    command = [*mount, str(artifacts), sys.executable, "-P", "-c", hasty, "launch", str(file), "--workers", "1"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "cannot write '" in done.stderr  # a checkpoint or, of a trial too short for one, its weights
+    assert "MiB free" in done.stderr
+    finished, waiting = trials()
+    assert (finished.state, waiting.state) == (TrialState.COMPLETE, TrialState.RUNNING)
+    summary_of(cli("launch", file, "--workers", 1, "--json"))  # on another disk, with an empty artifact store
+    again = trials()
+    assert_exact(again, 2)
+    assert again[0].value == finished.value
+
+
+def test_a_study_out_of_time_promotes_what_it_has(
+    cli: Cli, study_file: Callable[..., Path], trials: Callable[..., list[FrozenTrial]]
+) -> None:
+    file = study_file(trials=500, epochs=100000, study='pruner = "none"\ntimeout = 8\nlease = 2')
+    file.write_text(file.read_text().replace("[train]", "[train]\npatience = 0"))
+    summary = summary_of(cli("launch", file, "--workers", 1, "--json"))
+    assert summary["ended_by"] == "timeout"
+    assert summary["trials"]["complete"] == len(trials()) == 1
+
+
+def test_the_test_score_is_that_of_the_saved_model(
+    cli: Cli, data: Path, study_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    arrays = dict(np.load(data))
+    np.savez(tmp_path / "test.npz", **{name: value[:30] for name, value in arrays.items()})
+    file = study_file(trials=2, epochs=2)
+    file.write_text(file.read_text().replace('train = "waves.npz"', 'train = "waves.npz"\ntest = "test.npz"'))
+    summary = summary_of(cli("launch", file, "--workers", 1, "--json"))
+    test = read(tmp_path / "test.npz")
+    predictions = load(summary["model"]["path"]).predict(test)
+    assert test.labels is not None
+    assert score("auroc", predictions.probabilities, test.labels) == pytest.approx(summary["test"]["auroc"], abs=1e-6)
+
+
+def test_the_library_needs_no_main_guard(
+    environment: dict[str, str], tmp_path: Path, study_file: Callable[..., Path]
+) -> None:
+    study_file(trials=2, epochs=1)
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import hpo\nfrom hpo.models.data import read\n"
+        'summary = hpo.launch("waves.toml", workers=2)\n'
+        'model = hpo.load(summary["model"]["path"])\n'
+        'print(len(model.predict(read("waves.npz")).labels))\n'
+    )
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["60"]
+
+
+def test_help_does_not_import_torch() -> None:
+    code = "import sys, hpo.cli, hpo.launcher.launch, hpo.study.config, hpo.terminal; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

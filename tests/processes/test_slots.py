@@ -1,0 +1,229 @@
+"""Several trials at once in one worker process: the same bits as one at a time, and memory that runs out."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from optuna.trial import FrozenTrial, TrialState
+
+from hpo.models.training import Interrupted
+from hpo.worker.slots import Room, largest
+from tests.conftest import Cli
+
+SPACE = """
+hidden_size = { low = 4, high = 12 }
+layers = 2
+dropout = { low = 0.1, high = 0.5 }
+batch_size = 16
+head_size = 4
+learning_rate = { low = 1e-3, high = 1e-1, log = true }
+"""
+DETACHED = ("--detach", "--set", "data.validation=0.25")  # one model a trial
+
+LONG = """
+patch_length = 1
+sequence_length = 0
+hidden_size = 128
+layers = 1
+bidirectional = false
+batch_size = 64
+pooling = "last"
+head_size = 0
+normalization = "none"
+learning_rate = { low = 1e-3, high = 1e-1, log = true }
+"""
+
+
+@pytest.fixture
+def random_study(study_file: Callable[..., Path]) -> Callable[..., Path]:
+    """random_study(9) writes a study whose trials depend on nothing but their numbers."""
+
+    def write(trials: int, space: str = SPACE, epochs: int = 8) -> Path:
+        return study_file(trials, epochs, space, study='sampler = "random"\npruner = "none"')
+
+    return write
+
+
+def test_results_depend_neither_on_the_number_of_slots_nor_on_the_neighbours(
+    cli: Cli, random_study: Callable[..., Path], trials: Callable[..., list[FrozenTrial]]
+) -> None:
+    found: dict[int, list[FrozenTrial]] = {}
+    for slots in (1, 3):
+        name = f"with-{slots}"
+        assert cli("launch", random_study(9), *DETACHED, "--set", f"study.name={name}").returncode == 0
+        done = cli("worker", "--study", name, "--slots", slots)
+        assert done.returncode == 0, done.stderr
+        assert f"slots: {slots}" in done.stderr
+        found[slots] = trials(name)
+    one, three = found[1], found[3]
+    assert [trial.number for trial in three] == list(range(9))
+    for alone, beside in zip(one, three, strict=True):
+        assert beside.params == alone.params
+        assert beside.user_attrs["curve"] == alone.user_attrs["curve"]
+        assert beside.value == alone.value
+    assert overlaps(three)
+    assert not overlaps(one)
+
+
+def overlaps(found: list[FrozenTrial]) -> bool:
+    """Whether some trial began before another that began earlier had ended."""
+    spans = sorted((trial.datetime_start, trial.datetime_complete) for trial in found)
+    return any(later[0] < earlier[1] for earlier, later in itertools.pairwise(spans))  # type: ignore[operator]
+
+
+# The worker's own entry, in a process whose memory is limited to what it has once all is loaded, and so much more.
+LIMITED = """
+import resource, sys
+import torch, hpo.worker.worker, hpo.trial.run, hpo.study.lifecycle, hpo.promote.promotion
+size = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize")) * 1024
+limit = size + int(sys.argv[2]) * 2**20
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+hpo.worker.worker.work(sys.argv[1], slots=int(sys.argv[3]))
+"""
+
+
+def run_limited(environment: dict[str, str], name: str, mib: int, slots: int) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-P", "-c", LIMITED, name, str(mib), str(slots)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits a process's memory as Linux does")
+class TestMemoryThatRunsOut:
+    def test_a_trial_that_never_fits_fails_with_its_sizes_and_leaves_its_neighbours_alone(
+        self,
+        cli: Cli,
+        environment: dict[str, str],
+        random_study: Callable[..., Path],
+        trials: Callable[..., list[FrozenTrial]],
+    ) -> None:
+        space = SPACE.replace("{ low = 4, high = 12 }", "[8, 4096]")
+        assert cli("launch", random_study(6, space, epochs=2), *DETACHED).returncode == 0
+        done = run_limited(environment, "waves", 1200, 2)
+        assert done.returncode == 0, done.stderr
+        found = trials()
+        states = {trial.number: trial.state for trial in found}
+        large = [trial for trial in found if trial.params["hidden_size"] == 4096]
+        assert large
+        assert len(states) == 6
+        for trial in found:
+            failed = trial.params["hidden_size"] == 4096
+            assert trial.state == (TrialState.FAIL if failed else TrialState.COMPLETE)
+        assert "OutOfMemory: out of memory on cpu: hidden_size 4096" in large[0].user_attrs["failure"]
+        assert "waits until it has the device for itself" in done.stderr
+        models = json.loads(cli("models", "--json").stdout)
+        assert [model["name"] for model in models] == ["waves"]
+
+    def test_a_trial_that_does_not_fit_beside_others_is_run_alone(
+        self,
+        cli: Cli,
+        environment: dict[str, str],
+        random_study: Callable[..., Path],
+        trials: Callable[..., list[FrozenTrial]],
+    ) -> None:
+        """Long sequences on torch's LSTM: what the backward pass keeps is some 900 MiB, too much for four in 2400, and
+        so little for one that it does not matter in how many pieces the others left the memory."""
+        file = random_study(4, LONG, epochs=2)
+        random = np.random.default_rng(0)
+        np.savez(file.parent / "waves.npz", X=random.normal(0, 1, (80, 1500, 1)), y=np.arange(80) % 2)
+        assert cli("launch", file, *DETACHED).returncode == 0
+        done = run_limited(environment | {"HPO_NATIVE": "0"}, "waves", 2400, 4)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert "waits until it has the device for itself" in done.stderr
+        found = trials()
+        assert [trial.user_attrs.get("failure") for trial in found] == [None] * 4
+        assert [trial.state for trial in found] == [TrialState.COMPLETE] * 4
+        assert [trial.user_attrs["attempt"] for trial in found] == [1] * 4
+
+
+class TestRoom:
+    def test_who_wants_to_be_alone_waits_for_those_inside_and_keeps_others_out(self) -> None:
+        room, order = Room(), []
+        inside, leave, alone = threading.Event(), threading.Event(), threading.Event()
+
+        def neighbour() -> None:
+            with room.shared(never):
+                inside.set()
+                leave.wait(30)
+                order.append("neighbour left")
+
+        def late() -> None:
+            alone.wait(30)
+            with room.shared(never):
+                order.append("late came in")
+
+        threads = [threading.Thread(target=target) for target in (neighbour, late)]
+        for thread in threads:
+            thread.start()
+        inside.wait(30)
+        with room.shared(never):
+            leave.set()
+            with room.alone(never):
+                alone.set()
+                threads[1].join(0.3)
+                order.append("alone")
+        for thread in threads:
+            thread.join(30)
+        assert order == ["neighbour left", "alone", "late came in"]
+
+    def test_two_that_want_to_be_alone_take_turns(self) -> None:
+        room, both, now, most = Room(), threading.Barrier(2), [0], [0]
+
+        def trial() -> None:
+            with room.shared(never):
+                both.wait(30)
+                with room.alone(never):
+                    now[0] += 1
+                    most[0] = max(most[0], now[0])
+                    threading.Event().wait(0.05)
+                    now[0] -= 1
+
+        threads = [threading.Thread(target=trial) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        assert most == [1]
+        with room.shared(never), room.alone(never):
+            pass  # nothing is left behind
+
+    def test_waiting_ends_when_it_is_no_longer_wanted_and_leaves_the_room_open(self) -> None:
+        room, leave = Room(), threading.Event()
+        inside = threading.Event()
+
+        def neighbour() -> None:
+            with room.shared(never):
+                inside.set()
+                leave.wait(30)
+
+        thread = threading.Thread(target=neighbour)
+        thread.start()
+        inside.wait(30)
+        with pytest.raises(Interrupted), room.shared(never), room.alone(lambda: True):
+            raise AssertionError("it cannot have been alone")
+        with room.shared(lambda: True):
+            leave.set()
+        thread.join(30)
+
+
+def never() -> bool:
+    return False
+
+
+def test_the_largest_trial_of_a_space_takes_the_most_memory() -> None:
+    from hpo.study.space import default_space
+
+    space = default_space(n=1000, steps=500, features=3, classes=2, variable=True)
+    plan: Any = type("OfASpace", (), {"config": type("Config", (), {"space": space})})
+    found = largest(plan)
+    assert (found["hidden_size"], found["layers"], found["bidirectional"]) == (128, 2, True)
+    assert found["patch_length"] == min(space["patch_length"].values)  # type: ignore[union-attr]
+    assert found["normalization"] == "channel"

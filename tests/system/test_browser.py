@@ -1,0 +1,196 @@
+"""The dashboard in a real headless browser, over a study that real workers have run.
+
+Needs Chromium: as root with apt-get it is installed where it is missing, else these tests are skipped.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from optuna.trial import FrozenTrial, TrialState
+
+from hpo.storage.trials import trial_storage
+from tests.conftest import _fresh
+from tests.system.browser import Page, page
+
+PASSWORD = "käse & brot"
+LOGIN = ("hpo", PASSWORD)
+REFUSAL = "user name hpo and the dashboard's password are needed"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+INSTALL_S = 240
+# Five good trials, one that learns nothing and is pruned, one that diverges.
+STUDY = """
+[study]
+name = "waves"
+metric = "log_loss"
+trials = 7
+pruner = "median"
+[data]
+train = "waves.npz"
+validation = 0.25
+[train]
+epochs = 6
+[space]
+hidden_size = { low = 4, high = 8, step = 1 }
+learning_rate = [0.05, 1e-9, 1e38]
+batch_size = 16
+layers = 1
+head_size = 0
+gradient_clip = 0.0
+optimizer = "adamw"
+pooling = "mean"
+normalization = "none"
+"""
+
+
+class Site(NamedTuple):
+    """A dashboard process, and what it shows."""
+
+    url: str
+    study: str  # address of the study's page
+    trials: list[FrozenTrial]
+
+    def trial(self, state: TrialState) -> FrozenTrial:
+        return next(trial for trial in self.trials if trial.state == state)
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """The browser's path."""
+    why = "this is not root with apt-get"
+    if not _found() and os.geteuid() == 0 and shutil.which("apt-get"):
+        why = _install()
+    return _found() or pytest.skip(f"install Chromium (Debian: apt-get install chromium); it could not be done: {why}")
+
+
+def _found() -> str | None:
+    return next(filter(None, map(shutil.which, BROWSERS)), None)
+
+
+def _install() -> str:
+    """One attempt; why it did not work."""
+    apt = ["apt-get", "-qy", "-o", "Acquire::http::Timeout=20", "-o", "DPkg::Lock::Timeout=60"]
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    try:
+        for command in (["update"], ["install", "--no-install-recommends", "chromium"]):
+            subprocess.run(
+                [*apt, *command], env=environment, timeout=INSTALL_S, check=True, capture_output=True, text=True
+            )
+    except subprocess.SubprocessError as error:  # a status, or out of time
+        return f"{error}: {str(getattr(error, 'stderr', ''))[-500:]}"
+    return "the package brought no browser"
+
+
+@pytest.fixture(scope="module")
+def site(server: str, template: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    folder = tmp_path_factory.mktemp("site")
+    _write_study(folder)
+    with contextmanager(_fresh)(server, template) as url:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("HPO_", "PG"))} | {
+            "HPO_HOME": str(folder / "home"),
+            "HPO_DATABASE_URL": url,
+            "HPO_ARTIFACTS": str(folder / "artifacts"),
+            "HPO_DASHBOARD_PASSWORD": PASSWORD,
+        }
+        hpo = [sys.executable, "-P", "-m", "hpo"]
+        launch = [*hpo, "launch", "waves.toml", "--workers", "1", "--quiet"]
+        subprocess.run(launch, cwd=folder, env=environment, check=True, timeout=120)
+        storage = trial_storage(url)
+        study_id = storage.get_study_id_from_name("waves")
+        trials = storage.get_all_trials(study_id)
+        storage.close()
+        command = [*hpo, "dashboard", "--port", "0"]
+        with subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True) as dashboard:
+            assert dashboard.stdout is not None
+            try:
+                address = dashboard.stdout.readline().split()[2].rstrip("/")
+                yield Site(address, f"{address}/dashboard/studies/{study_id}", trials)
+            finally:
+                dashboard.terminate()
+
+
+def _write_study(folder: Path) -> None:
+    """Sines of two frequencies that are easy to tell apart."""
+    random = np.random.default_rng(0)
+    y = np.arange(60) % 2
+    X = np.sin(np.arange(12)[None, :, None] * (1 + y[:, None, None])) + random.normal(0, 0.2, (60, 12, 2))
+    np.savez(folder / "waves.npz", X=X, y=np.array(["slow", "fast"])[y])
+    queued = [(size, 0.05) for size in range(4, 9)] + [(4, 1e-9), (4, 1e38)]
+    tables = (f"[[enqueue]]\nhidden_size = {size}\nlearning_rate = {rate}\n" for size, rate in queued)
+    (folder / "waves.toml").write_text(STUDY + "".join(tables))
+
+
+@pytest.fixture
+def tab(chromium: str, tmp_path: Path) -> Iterator[Page]:
+    with page(chromium, tmp_path / "profile") as tab:
+        yield tab
+
+
+@pytest.mark.parametrize("login", [None, ("hpo", "wrong"), ("admin", PASSWORD)])
+def test_without_the_right_password_nothing_is_shown(tab: Page, site: Site, login: tuple[str, str] | None) -> None:
+    for address in (f"{site.url}/", site.study, f"{site.url}/api/studies"):
+        tab.open(address, login)
+        tab.shows(REFUSAL)
+        assert "waves" not in tab.text()
+        assert tab.statuses[address] == 401
+
+
+def test_the_list_leads_to_the_study_and_its_trials(tab: Page, site: Site) -> None:
+    assert [t.state.name for t in site.trials] == ["COMPLETE"] * 5 + ["PRUNED", "FAIL"]
+    tab.open(site.url, LOGIN)
+    tab.shows("waves")
+    tab.shows("Direction: MINIMIZE")
+    tab.click("a", "waves")
+    tab.shows("Hyperparameter Importance")
+    tab.until("document.querySelectorAll('.js-plotly-plot .point').length >= 5")
+    assert tab.evaluate("location.href") == site.study
+    tab.click("a", "Trials (List)")
+    tab.shows("7 Trials")
+    for number in range(7):
+        tab.shows(f"Trial {number}\n")
+    for state in ("Complete", "Pruned", "Fail", "Best Trial"):
+        tab.shows(state)
+    tab.click("a", "Note")
+    tab.shows("Promoted: model waves version 1 is trial")
+    tab.shows('"metric": "log_loss"')
+    assert tab.complaints == []
+
+
+def test_the_page_of_the_best_trial_shows_its_curve_its_log_and_its_model(tab: Page, site: Site) -> None:
+    best = min((t for t in site.trials if t.state == TrialState.COMPLETE), key=lambda t: t.value or 0.0)
+    tab.open(f"{site.study}/trials?numbers={best.number}", LOGIN)
+    tab.shows(f"Trial {best.number} (trial_id=")
+    tab.until("[...document.images].some(image => image.alt == 'curve.svg' && image.naturalWidth > 0)")
+    for name in ("model.safetensors", "config.json", "confusion.png", "log.csv"):
+        tab.shows(name)
+    tab.evaluate("document.querySelector('[aria-label=\"show artifact table\"]').click()")
+    tab.shows("epoch 1: log_loss")
+    tab.shows("'learning_rate': 0.05")
+    assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth"), "the page is wider than the window"
+    assert tab.complaints == []
+
+
+def test_the_page_of_a_failed_trial_shows_why(tab: Page, site: Site) -> None:
+    failed = site.trial(TrialState.FAIL)
+    tab.open(f"{site.study}/trials?numbers={failed.number}", LOGIN)
+    tab.shows(f"failure {failed.user_attrs['failure']}")
+    tab.evaluate("document.querySelector('[aria-label=\"show artifact table\"]').click()")
+    tab.shows("Traceback (most recent call last)")
+    assert tab.complaints == []
+
+
+def test_what_was_not_allowed_cannot_be_deleted(tab: Page, site: Site) -> None:
+    tab.open(site.url, LOGIN)
+    tab.shows("waves")
+    api = site.study.replace("/dashboard/", "/api/")
+    statuses = f"fetch({api!r}, {{method: 'DELETE'}}).then(a => fetch({api!r}).then(b => [a.status, b.status]))"
+    assert tab.evaluate(statuses) == [403, 200]

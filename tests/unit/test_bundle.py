@@ -1,0 +1,403 @@
+"""The saved model: what is written is what is loaded, and predictions depend on the sequences alone."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from hpo.models import bundle, card, metrics
+from hpo.models.bundle import Bundle, BundleConfig, BundleError
+from hpo.models.classifier import NORMALIZATIONS, POOLINGS, Classifier, ClassifierConfig
+from hpo.models.data import DataError, from_arrays
+
+LENGTHS = (9, 3, 1, 5, 9, 2, 8)
+CURVE = {"train_loss": [0.9, 0.5, 0.3], "value": [0.6, 0.9, 0.8], "log_loss": [0.8, 0.4, 0.5]}
+TOLERANCE = 2e-6  # float32 sums of some ten terms, in another order where the batch has another shape
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def weights(config: ClassifierConfig, seed: int = 0) -> dict[str, torch.Tensor]:
+    torch.manual_seed(seed)
+    model = Classifier(config)
+    model.fit_normalization(torch.randn(20, 9, config.features) * 3 + 1, torch.full((20,), 9))
+    return model.state_dict()
+
+
+@functools.cache
+def scores(K: int) -> metrics.Scores:
+    return metrics.measure(np.random.default_rng(0).dirichlet(np.ones(K), 60), np.arange(60) % K)
+
+
+def make(members: int = 2, **given: Any) -> tuple[list[dict[str, torch.Tensor]], BundleConfig]:
+    """Members of a small network and the configuration that goes with them."""
+    classifier = ClassifierConfig(**{"features": 2, "classes": 3, "steps": 9, "hidden_size": 5} | given)
+    config = BundleConfig(
+        classifier=classifier,
+        classes=tuple(f"class {i}" for i in range(classifier.classes)),
+        features=("pulse", "breath")[: classifier.features],
+        metric="macro_f1",
+        members=members,
+        best_epoch=2,
+        columns={"label": "y"},
+        validation=scores(classifier.classes),
+        test=replace(scores(classifier.classes), sequences=61),
+        provenance={"study": "hearts", "trial": 3, "packages": {"torch": "2.13"}, "commit": None},
+    )
+    return [weights(classifier, seed) for seed in range(members)], config
+
+
+def saved(folder: Path, members: int = 2, **given: Any) -> Path:
+    states, config = make(members, **given)
+    return bundle.save(folder, states, config, CURVE)
+
+
+def sequences(*lengths: int, features: int = 2) -> list[np.ndarray[Any, np.dtype[np.float32]]]:
+    rng = np.random.default_rng(sum(lengths))
+    return [(rng.normal(size=(n, features)) * 3 + 1).astype(np.float32) for n in lengths]
+
+
+class TestFolder:
+    def test_what_is_saved_is_what_is_loaded(self, tmp_path: Path) -> None:
+        states, config = make(normalization="channel", head_size=4, layers=2, bidirectional=True)
+        loaded = bundle.load(bundle.save(tmp_path / "model", states, config, CURVE))
+        assert loaded.config == config
+        assert loaded.folder == tmp_path / "model"
+        for model, state in zip(loaded.models, states, strict=True):
+            assert not model.training
+            assert model.state_dict().keys() == state.keys()
+            assert all(torch.equal(model.state_dict()[name], state[name]) for name in state)
+
+    def test_holds_its_five_files_readable_by_those_who_may_read_new_files(self, tmp_path: Path) -> None:
+        folder = saved(tmp_path / "new" / "model")
+        assert {path.name for path in folder.iterdir()} == set(bundle.FILES)
+        assert list(folder.parent.iterdir()) == [folder]
+        plain = tmp_path / "plain"
+        plain.mkdir()
+        assert folder.stat().st_mode == plain.stat().st_mode
+
+    def test_saving_twice_gives_the_same_bytes(self, tmp_path: Path) -> None:
+        first, second = saved(tmp_path / "a"), saved(tmp_path / "b")
+        assert all((first / name).read_bytes() == (second / name).read_bytes() for name in bundle.FILES)
+
+    def test_loading_leaves_the_callers_random_numbers_alone(self, tmp_path: Path) -> None:
+        folder = saved(tmp_path / "model")
+        torch.manual_seed(5)
+        expected = torch.rand(1)
+        torch.manual_seed(5)
+        bundle.load(folder)
+        assert torch.equal(torch.rand(1), expected)
+
+    def test_weights_of_an_lstm_load_into_a_plain_one(self, tmp_path: Path) -> None:
+        folder = saved(tmp_path / "model", layers=2, bidirectional=True, patch_length=2)
+        tensors = load_file(folder / "model.safetensors")
+        lstm = torch.nn.LSTM(4, 5, 2, bidirectional=True)
+        prefix = "member.1.lstm."
+        lstm.load_state_dict({key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)})
+
+    def test_pack_and_unpack_are_inverse(self) -> None:
+        states, _ = make(members=11)
+        for found, state in zip(bundle.unpack(bundle.pack(states)), states, strict=True):
+            assert all(torch.equal(found[name], state[name]) for name in state)
+
+    def test_an_existing_model_is_replaced_only_when_asked(self, tmp_path: Path) -> None:
+        folder = saved(tmp_path / "model")
+        states, config = make()
+        with pytest.raises(BundleError, match="holds a saved model already"):
+            bundle.save(folder, states, config, CURVE)
+        bundle.save(folder, states, replace(config, best_epoch=1), CURVE, overwrite=True)
+        assert bundle.load(folder).config.best_epoch == 1
+        assert list(tmp_path.iterdir()) == [folder]
+
+    def test_another_folder_is_never_replaced(self, tmp_path: Path) -> None:
+        (tmp_path / "notes.txt").write_text("mine")
+        states, config = make()
+        with pytest.raises(BundleError, match="is no saved model: name a new folder"):
+            bundle.save(tmp_path, states, config, CURVE, overwrite=True)
+        assert (tmp_path / "notes.txt").read_text() == "mine"
+
+    def test_an_empty_folder_is_taken(self, tmp_path: Path) -> None:
+        assert bundle.load(saved(tmp_path)).config.members == 2
+
+    def test_a_save_that_fails_leaves_nothing(self, tmp_path: Path) -> None:
+        states, config = make()
+        with pytest.raises(ValueError, match="JSON"):
+            bundle.save(tmp_path / "model", states, replace(config, threshold=float("nan")), CURVE)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_weights_that_do_not_fit_are_not_saved(self, tmp_path: Path) -> None:
+        states, config = make()
+        with pytest.raises(BundleError, match=r"members is 2, got the weights of 1"):
+            bundle.save(tmp_path / "model", states[:1], config, CURVE)
+        wider = replace(config, classifier=replace(config.classifier, hidden_size=6))
+        with pytest.raises(BundleError, match=r"lstm.weight_ih_l0 has shape \(20, 2\), expected \(24, 2\)"):
+            bundle.save(tmp_path / "model", states, wider, CURVE)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved(tmp_path_factory.mktemp("whole") / "model")
+
+
+class TestBrokenFolder:
+    @pytest.fixture
+    def folder(self, whole: Path, tmp_path: Path) -> Path:
+        return Path(shutil.copytree(whole, tmp_path / "model"))
+
+    def change(self, folder: Path, **given: Any) -> None:
+        content = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({k: v for k, v in (content | given).items() if v != "gone"}))
+
+    def test_missing_files_are_named(self, folder: Path) -> None:
+        (folder / "model.safetensors").unlink()
+        with pytest.raises(BundleError, match=r"is no saved model: it lacks model\.safetensors"):
+            bundle.load(folder)
+        with pytest.raises(BundleError, match=r"it lacks model\.safetensors and config\.json"):
+            bundle.load(folder / "nowhere")
+
+    def test_a_newer_format_names_the_way_out(self, folder: Path) -> None:
+        self.change(folder, format=2)
+        with pytest.raises(BundleError, match="has format 2, this version of hpo reads 1: install a newer hpo"):
+            bundle.load(folder)
+
+    def test_missing_and_unexpected_keys_are_named(self, folder: Path) -> None:
+        self.change(folder, metric="gone", colour="red")
+        with pytest.raises(BundleError, match=r"config\.json: missing metric, unexpected colour"):
+            bundle.load(folder)
+
+    def test_missing_and_unexpected_tensors_are_named(self, folder: Path) -> None:
+        states, _ = make()
+        states[0]["tail.weight"] = states[0].pop("head.weight")
+        (folder / "model.safetensors").write_bytes(bundle.pack(states))
+        expected = r"missing member.0.head.weight; unexpected member.0.tail.weight"
+        with pytest.raises(BundleError, match=expected):
+            bundle.load(folder)
+
+    @pytest.mark.parametrize("content", ["", "[]", "{}", '{"format"', "3"])
+    def test_a_configuration_that_is_none(self, folder: Path, content: str) -> None:
+        (folder / "config.json").write_text(content)
+        with pytest.raises(BundleError, match="is not the configuration of a saved model"):
+            bundle.load(folder)
+
+    def test_weights_cut_short(self, folder: Path) -> None:
+        path = folder / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:-5])
+        with pytest.raises(BundleError, match="is not a whole safetensors file"):
+            bundle.load(folder)
+
+    def test_too_few_class_names(self, folder: Path) -> None:
+        self.change(folder, classes=["a", "b"])
+        with pytest.raises(BundleError, match=r"a classifier of 3 classes needs as many names, got \['a', 'b'\]"):
+            bundle.load(folder)
+
+
+class TestPredict:
+    def ready(self, **given: Any) -> Bundle:
+        states, config = make(**given)
+        return bundle.assemble(config, states)
+
+    @pytest.mark.parametrize("pooling", [name for name in POOLINGS if name != "flatten"])
+    @pytest.mark.parametrize("bidirectional", [False, True])
+    @pytest.mark.parametrize("layers", [1, 2])
+    @pytest.mark.parametrize("normalization", NORMALIZATIONS)
+    @settings(max_examples=4, deadline=None)
+    @given(
+        lengths=st.lists(st.integers(1, 9), min_size=1, max_size=8), patch=st.integers(1, 4), batch=st.integers(1, 9)
+    )
+    def test_neither_batch_size_nor_company_nor_order_changes_an_answer(
+        self,
+        pooling: str,
+        bidirectional: bool,
+        layers: int,
+        normalization: str,
+        lengths: list[int],
+        patch: int,
+        batch: int,
+    ) -> None:
+        model = self.ready(
+            pooling=pooling,
+            bidirectional=bidirectional,
+            layers=layers,
+            patch_length=patch,
+            normalization=normalization,
+        )
+        data = sequences(*lengths)
+        together = model.predict(data, batch_size=batch).probabilities
+        alone = np.concatenate([model.predict([one]).probabilities for one in data])
+        np.testing.assert_allclose(together, alone, atol=TOLERANCE, rtol=0)
+
+    def test_probabilities_are_the_mean_of_the_members(self) -> None:
+        states, config = make()
+        data = sequences(*LENGTHS)
+        each = [bundle.assemble(replace(config, members=1), [state]).predict(data).probabilities for state in states]
+        together = bundle.assemble(config, states).predict(data).probabilities
+        assert not np.allclose(each[0], each[1], atol=1e-3)
+        np.testing.assert_allclose(together, (each[0] + each[1]) / 2, atol=1e-6)
+
+    def test_labels_are_names_and_follow_the_threshold(self) -> None:
+        model = self.ready(classes=2)
+        p = model.predict(sequences(*LENGTHS)).probabilities[:, 1]
+        threshold = float(np.median(p))
+        found = replace(model, config=replace(model.config, threshold=threshold)).predict(sequences(*LENGTHS))
+        assert found.labels.tolist() == ["class 1" if value >= threshold else "class 0" for value in p]
+        assert len(set(found.labels)) == 2
+
+    def test_more_classes_take_the_most_probable(self) -> None:
+        found = self.ready().predict(sequences(*LENGTHS))
+        assert found.labels.tolist() == [f"class {i}" for i in found.probabilities.argmax(axis=1)]
+
+    def test_progress_hears_of_every_sequence(self) -> None:
+        heard: list[int] = []
+        self.ready().predict(sequences(*LENGTHS), batch_size=3, progress=heard.append)
+        assert heard == [3, 3, 1]
+
+    def test_a_padded_array_gives_what_the_list_gives(self) -> None:
+        model, data = self.ready(), sequences(*LENGTHS)
+        padded = np.full((len(data), 9, 2), np.nan)
+        for row, one in zip(padded, data, strict=True):
+            row[: len(one)] = one
+        np.testing.assert_array_equal(model.predict(padded).probabilities, model.predict(data).probabilities)
+
+    def test_named_features_are_taken_by_name(self) -> None:
+        model, data = self.ready(), from_arrays(sequences(*LENGTHS), features=("pulse", "breath"))
+        mixed = np.stack([data.values[:, :, 1], data.values[:, :, 0] * 0, data.values[:, :, 0]], axis=2)
+        shuffled = replace(data, values=mixed, features=("breath", "age", "pulse"))
+        expected = model.predict(data).probabilities
+        np.testing.assert_array_equal(model.predict(shuffled).probabilities, expected)
+
+    def test_features_that_do_not_fit_are_errors(self) -> None:
+        model = self.ready()
+        named = from_arrays(sequences(3), features=("pulse", "age"))
+        with pytest.raises(DataError, match=r"lacks the features \['breath'\] of the model; it has"):
+            model.predict(named)
+        with pytest.raises(DataError, match=r"needs 2 features \['pulse', 'breath'\], the data has 3"):
+            model.predict(sequences(4, features=3))
+
+    @pytest.mark.parametrize("keep", [0, 4])
+    def test_flatten_takes_the_lengths_it_has_weights_for(self, keep: int) -> None:
+        model = self.ready(pooling="flatten", sequence_length=keep)
+        assert model.predict(sequences(9, 9)).probabilities.shape == (2, 3)
+        needed = "4 or more" if keep else "exactly 9"
+        with pytest.raises(DataError, match=f"needs {needed} steps, sequence '1' has 3"):
+            model.predict(sequences(9, 3))
+
+    def test_a_batch_size_of_zero_is_refused(self) -> None:
+        with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+            self.ready().predict(sequences(3), batch_size=0)
+
+    def test_a_file_is_read_by_the_columns_of_training(self, tmp_path: Path) -> None:
+        model, path = self.ready(), tmp_path / "new.csv"
+        path.write_text("id,step,breath,age,pulse,y\na,0,1,9,2,\na,1,3,9,4,\nb,0,5,9,6,\n")
+        expected = model.predict([np.array([[2, 1], [4, 3]]), np.array([[6, 5]])])
+        found = model.predict(model.read(path))
+        assert found.ids == ("a", "b")
+        np.testing.assert_array_equal(found.probabilities, expected.probabilities)
+
+
+class TestCsv:
+    def test_holds_ids_classes_and_probabilities(self, tmp_path: Path) -> None:
+        states, config = make(classes=2)
+        model = bundle.assemble(replace(config, classes=('say "no"', "yes, é")), states)
+        found = replace(model.predict(sequences(*LENGTHS)), ids=tuple("abcdefg"))
+        found.to_csv(tmp_path / "out.csv")
+        with (tmp_path / "out.csv").open(encoding="utf-8", newline="") as file:
+            rows = list(csv.reader(file))
+        assert rows[0] == ["id", "predicted", 'probability_say "no"', "probability_yes, é"]
+        assert [row[:2] for row in rows[1:]] == [[i, name] for i, name in zip("abcdefg", found.labels, strict=True)]
+        np.testing.assert_array_equal(np.array([row[2:] for row in rows[1:]], np.float32), found.probabilities)
+
+    def test_a_write_that_fails_leaves_the_old_file(self, tmp_path: Path) -> None:
+        states, config = make()
+        found = bundle.assemble(config, states).predict(sequences(3))
+        (tmp_path / "taken").mkdir()
+        with pytest.raises(OSError, match="taken"):
+            found.to_csv(tmp_path / "taken")
+        assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def run_example(readme: Path, needle: str) -> dict[str, Any]:
+    """Run the README's python block that contains `needle`, in its folder; its names."""
+    blocks = [block.split("```")[0] for block in readme.read_text(encoding="utf-8").split("```python\n")[1:]]
+    (code,) = [block for block in blocks if needle in block]
+    names: dict[str, Any] = {}
+    before = Path.cwd()
+    os.chdir(readme.parent)
+    try:
+        exec(compile(code, str(readme), "exec"), names)
+    finally:
+        os.chdir(before)
+    return names
+
+
+class TestCard:
+    @pytest.mark.parametrize("pooling", POOLINGS)
+    @pytest.mark.parametrize("bidirectional", [False, True])
+    @pytest.mark.parametrize("layers", [1, 2])
+    @pytest.mark.parametrize(
+        "rest",
+        [
+            {"classes": 2, "normalization": "channel", "head_size": 4},
+            {"classes": 3, "normalization": "sequence", "patch_length": 4},
+            {"classes": 2, "sequence_length": 5, "patch_length": 2},
+        ],
+        ids=["channel", "sequence", "crop"],
+    )
+    def test_its_plain_torch_example_gives_what_predict_gives(
+        self, tmp_path: Path, pooling: str, bidirectional: bool, layers: int, rest: dict[str, Any]
+    ) -> None:
+        states, config = make(pooling=pooling, bidirectional=bidirectional, layers=layers, **rest)
+        (tmp_path / "model.safetensors").write_bytes(bundle.pack(states))
+        (tmp_path / "README.md").write_text(card.readme(config), encoding="utf-8")
+        probabilities = run_example(tmp_path / "README.md", "def member")["probabilities"]
+        data = sequences(9, 9) if pooling == "flatten" else sequences(*LENGTHS)
+        found = np.stack([probabilities(torch.from_numpy(one)) for one in data])
+        expected = bundle.assemble(config, states).predict(data).probabilities
+        np.testing.assert_allclose(found, expected, atol=TOLERANCE, rtol=0)
+
+    def test_shows_scores_with_intervals(self, tmp_path: Path) -> None:
+        folder = saved(tmp_path / "model")
+        text = (folder / "README.md").read_text()
+        test = bundle.load(folder).config.test
+        assert test is not None
+        low, high = test.intervals["auroc"]
+        assert "validation (60) | test (61)" in text
+        assert f"| {test.metrics['auroc']:.4f} [{low:.4f}, {high:.4f}] |" in text
+        assert "- trial: 3" in text
+
+    def test_lists_what_happens_before_the_lstm(self) -> None:
+        _, config = make(normalization="channel", patch_length=4, sequence_length=5)
+        steps = card.preprocessing(config.classifier)
+        assert [word for word in ("last 5 steps", "`mean`", "4 consecutive") if any(word in s for s in steps)] == [
+            "last 5 steps",
+            "`mean`",
+            "4 consecutive",
+        ]
+
+    @pytest.mark.parametrize("K", [2, 31])
+    def test_pictures_take_any_class_name(self, K: int) -> None:
+        names = [f"$x_{{{i} 名 " * 4 for i in range(K)]
+        picture = card.confusion(np.eye(K, dtype=int).tolist(), names, "test part")
+        assert picture.startswith(b"\x89PNG")
+
+    def test_a_single_epoch_makes_a_picture(self) -> None:
+        assert card.curves({"train_loss": [1.0], "value": [0.5]}, 1, "auroc").startswith(b"\x89PNG")

@@ -1,0 +1,146 @@
+"""Padding never changes an answer, for every pooling, direction, depth, normalisation, patch and crop."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from hpo.models.classifier import (
+    NORMALIZATIONS,
+    POOLINGS,
+    Classifier,
+    ClassifierConfig,
+    ClassifierError,
+    channel_statistics,
+    crop_last,
+    fold_patches,
+)
+
+LENGTHS = torch.tensor([9, 3, 1, 5])
+VARIABLE = [name for name in POOLINGS if name != "flatten"]
+TOLERANCE = 2e-6  # float32 sums of some ten terms, in another order where the batch has another shape
+
+
+def network(**given: object) -> tuple[Classifier, torch.Tensor]:
+    """A network in evaluation mode and values (4, 9, 2), zero after each length."""
+    torch.manual_seed(0)
+    values = torch.randn(4, 9, 2) * 3 + 1
+    values[torch.arange(9)[None, :] >= LENGTHS[:, None]] = 0
+    config = {"features": 2, "classes": 2, "steps": 9, "hidden_size": 5, "dropout": 0.4} | given
+    model = Classifier(ClassifierConfig(**config)).eval()  # type: ignore[arg-type]
+    model.fit_normalization(values, LENGTHS)
+    return model, values
+
+
+@pytest.mark.parametrize("pooling", VARIABLE)
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("layers", [1, 3])
+class TestPaddingNeverChangesTheAnswer:
+    @pytest.fixture(params=[*itertools.product((1, 4), (0, 4), (2, 3))], ids=str)
+    def model(
+        self, request: pytest.FixtureRequest, pooling: str, bidirectional: bool, layers: int
+    ) -> tuple[Classifier, torch.Tensor]:
+        patch, keep, classes = request.param
+        return network(
+            pooling=pooling,
+            bidirectional=bidirectional,
+            layers=layers,
+            patch_length=patch,
+            sequence_length=keep,
+            classes=classes,
+            head_size=3,
+        )
+
+    def test_alone_or_in_a_batch(self, model: tuple[Classifier, torch.Tensor]) -> None:
+        net, values = model
+        together = net(values, LENGTHS)
+        alone = [net(values[i : i + 1, :n], LENGTHS[i : i + 1])[0] for i, n in enumerate(LENGTHS.tolist())]
+        torch.testing.assert_close(together, torch.stack(alone), atol=TOLERANCE, rtol=0)
+
+    def test_longer_padding_with_whatever_values(self, model: tuple[Classifier, torch.Tensor]) -> None:
+        net, values = model
+        padded = nn.functional.pad(values, (0, 0, 0, 5))
+        padded[torch.arange(14)[None, :] >= LENGTHS[:, None]] = 7.0
+        torch.testing.assert_close(net(padded, LENGTHS), net(values, LENGTHS), atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_normalization_ignores_padding(normalization: str) -> None:
+    net, values = network(normalization=normalization)
+    padded = nn.functional.pad(values, (0, 0, 0, 5), value=9.0)
+    torch.testing.assert_close(net(padded, LENGTHS), net(values, LENGTHS), atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize(("pooling", "bidirectional"), [*itertools.product(POOLINGS, [False, True])])
+def test_full_length_path_equals_the_general_one(pooling: str, bidirectional: bool) -> None:
+    net, values = network(pooling=pooling, bidirectional=bidirectional, layers=2)
+    patches, lengths = net.prepare(values, torch.full((4,), 9))
+    torch.testing.assert_close(net.logits(patches, None), net.logits(patches, lengths), atol=TOLERANCE, rtol=0)
+
+
+def test_last_reads_the_last_valid_step_as_packed_sequences_do() -> None:
+    """Held against torch's own variable-length path."""
+    net, values = network(bidirectional=True, layers=2)
+    packed = nn.utils.rnn.pack_padded_sequence(values, LENGTHS, batch_first=True, enforce_sorted=False)
+    net.lstm.batch_first = True
+    _, (hidden, _) = net.lstm(packed)
+    expected = net.head(torch.cat([hidden[-2], hidden[-1]], 1)).squeeze(-1)
+    net.lstm.batch_first = False
+    torch.testing.assert_close(net(values, LENGTHS), expected, atol=TOLERANCE, rtol=0)
+
+
+def test_a_partial_patch_is_zero_filled_and_counts() -> None:
+    values = torch.arange(1.0, 6).reshape(1, 5, 1)
+    patches, lengths = fold_patches(values, torch.tensor([5]), 2)
+    assert patches.tolist() == [[[1, 2], [3, 4], [5, 0]]]
+    assert lengths.tolist() == [3]
+
+
+def test_crop_keeps_the_last_valid_steps() -> None:
+    values = torch.arange(1.0, 6).reshape(1, 5, 1).repeat(2, 1, 1)
+    cropped, lengths = crop_last(values, torch.tensor([4, 1]), 2)
+    assert cropped[0, :, 0].tolist() == [3, 4]
+    assert cropped[1, 0, 0] == 1
+    assert lengths.tolist() == [2, 1]
+
+
+def test_a_constant_channel_normalizes_to_zero() -> None:
+    values = torch.full((3, 4, 1), 5.0)
+    mean, deviation = channel_statistics(values, torch.tensor([4, 2, 1]))
+    assert (mean.item(), deviation.item()) == (5, 0)
+    for name in ("channel", "sequence"):
+        net = Classifier(ClassifierConfig(features=1, classes=2, steps=4, normalization=name))
+        net.fit_normalization(values, torch.tensor([4, 2, 1]))
+        patches, _ = net.prepare(values, torch.tensor([4, 2, 1]))
+        assert patches.abs().max() == 0
+
+
+def test_weights_load_into_a_plain_lstm() -> None:
+    net, values = network(layers=2, bidirectional=True)
+    plain = nn.LSTM(2, 5, 2, bidirectional=True)
+    plain.load_state_dict({name[5:]: value for name, value in net.state_dict().items() if name.startswith("lstm.")})
+    torch.testing.assert_close(plain(values.transpose(0, 1))[0], net.lstm(values.transpose(0, 1))[0])
+
+
+def test_binary_probabilities_sum_to_one() -> None:
+    net, values = network()
+    probabilities = net.probabilities(values, LENGTHS)
+    assert probabilities.shape == (4, 2)
+    torch.testing.assert_close(probabilities.sum(1), torch.ones(4))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"hidden_size": 0}, "hidden_size must be at least 1, got 0"),
+        ({"classes": 1}, "classes must be at least 2, got 1"),
+        ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
+        ({"pooling": "sum"}, "pooling must be one of last, mean, max, attention, flatten, got 'sum'"),
+    ],
+)
+def test_a_configuration_out_of_range_names_rule_and_value(given: dict[str, object], message: str) -> None:
+    with pytest.raises(ClassifierError, match=message):
+        network(**given)

@@ -1,0 +1,223 @@
+"""Exports give torch's answers for every pooling, direction, depth, normalisation, patch and crop."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hpo.models import bundle, export
+from hpo.models.bundle import BundleError
+from hpo.models.classifier import POOLINGS
+from hpo.models.data import Sequences, from_arrays
+from hpo.models.export import ExportError
+from tests.unit.test_bundle import CURVE, make, run_example, sequences
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "channel": {"classes": 2, "normalization": "channel", "head_size": 4, "dropout": 0.5},
+    "sequence": {"classes": 3, "normalization": "sequence", "patch_length": 4},
+    "crop": {"classes": 2, "sequence_length": 5, "patch_length": 2},
+}
+NETWORKS = [*itertools.product(POOLINGS, (False, True), (1, 2), VARIANTS)]
+# Every pair of pooling, direction, depth and variant: the pt2 exporter needs seconds for each network.
+PAIRS = [
+    (pooling, bool((i + j) % 2), 1 + (i + j) // 2 % 2, variant)
+    for i, pooling in enumerate(POOLINGS)
+    for j, variant in enumerate(VARIANTS)
+]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def saved(folder: Path, **given: Any) -> Path:
+    states, config = make(**given)
+    return bundle.save(folder, states, config, CURVE)
+
+
+def light(folder: Path, **given: Any) -> Path:
+    """A saved model without its pictures, which take most of the time to draw."""
+    states, config = make(**given)
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(bundle.pack(states))
+    (folder / "config.json").write_text(bundle._to_json(config))
+    return folder
+
+
+def padded(*lengths: int) -> Sequences:
+    return from_arrays(sequences(*lengths))
+
+
+def probes(pooling: str, keep: int) -> list[Sequences]:
+    """Batches that the export itself does not check: other N, T and lengths."""
+    if pooling == "flatten" and not keep:
+        return [padded(9), padded(*[9] * 6)]
+    if pooling == "flatten":
+        return [padded(5), padded(12, 5, 7)]
+    return [padded(1), padded(14), padded(2, 7, 1, 3, 3, 6), padded(*range(1, 12))]
+
+
+def check_graph(folder: Path, out: Path, format: str, pooling: str, keep: int = 0) -> None:
+    export.export(folder, out, format)
+    loaded = bundle.load(out)
+    run = {"onnx": export._run_onnx, "pt2": export._run_pt2}[format](out / f"model.{format}")
+    for probe in probes(pooling, keep):
+        expected = loaded.predict(probe).probabilities
+        np.testing.assert_allclose(run(probe.values, probe.lengths), expected, atol=2e-6, rtol=0)
+
+
+class TestEveryNetwork:
+    @pytest.mark.parametrize(("pooling", "bidirectional", "layers", "variant"), NETWORKS)
+    def test_onnx(self, tmp_path: Path, pooling: str, bidirectional: bool, layers: int, variant: str) -> None:
+        rest = VARIANTS[variant] | {"pooling": pooling, "bidirectional": bidirectional, "layers": layers}
+        folder = light(tmp_path / "model", **rest)
+        check_graph(folder, tmp_path / "out", "onnx", pooling, rest.get("sequence_length", 0))
+
+    @pytest.mark.parametrize(("pooling", "bidirectional", "layers", "variant"), PAIRS)
+    def test_pt2(self, tmp_path: Path, pooling: str, bidirectional: bool, layers: int, variant: str) -> None:
+        rest = VARIANTS[variant] | {"pooling": pooling, "bidirectional": bidirectional, "layers": layers}
+        folder = light(tmp_path / "model", **rest)
+        check_graph(folder, tmp_path / "out", "pt2", pooling, rest.get("sequence_length", 0))
+
+
+@pytest.mark.parametrize("format", ["onnx", "pt2"])
+class TestGraph:
+    def test_of_one_member_and_one_step(self, tmp_path: Path, format: str) -> None:
+        folder = light(tmp_path / "model", members=1, steps=1, features=1)
+        export.export(folder, tmp_path / "out", format)
+
+    def test_is_silent(self, tmp_path: Path, format: str, capfd: pytest.CaptureFixture[str]) -> None:
+        export.export(light(tmp_path / "model", layers=2), tmp_path / "out", format)
+        assert capfd.readouterr() == ("", "")
+
+    def test_is_checked_on_the_sequences_given(
+        self, tmp_path: Path, format: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        folder, data = light(tmp_path / "model"), padded(*range(1, 9), *range(1, 40))
+        checked = set()
+        run = getattr(export, f"_run_{format}")
+
+        def noting(path: Path) -> export.Run:
+            graph = run(path)
+
+            def note(values: Any, lengths: Any) -> Any:
+                checked.add(values.shape)
+                return graph(values, lengths)
+
+            return note
+
+        monkeypatch.setattr(export, f"_run_{format}", noting)
+        export.export(folder, tmp_path / "out", format, sequences=data)
+        assert {(32, 39, 2), (7, 39, 2), (1, 39, 2)} <= checked
+
+    def test_a_graph_that_differs_is_not_kept(
+        self, tmp_path: Path, format: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        folder = light(tmp_path / "model")
+        wrong = light(tmp_path / "wrong", pooling="mean")  # has the same weights
+        write = getattr(export, f"_write_{format}")
+        monkeypatch.setattr(export, f"_write_{format}", lambda _, path: write(bundle.load(wrong), path))
+        expected = rf"model.{format} must give torch's probabilities within 1e-05, its largest difference is 0\.\d+;"
+        with pytest.raises(ExportError, match=expected):
+            export.export(folder, tmp_path / "out", format)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "wrong"]
+
+    def test_a_graph_that_gives_no_numbers_is_not_kept(
+        self, tmp_path: Path, format: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(export, "_difference", lambda *_: float("nan"))
+        with pytest.raises(ExportError, match="largest difference is nan"):
+            export.export(light(tmp_path / "model"), tmp_path / "out", format)
+        assert not (tmp_path / "out").exists()
+
+    def test_an_exporter_that_fails_says_why(
+        self, tmp_path: Path, format: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(*_: object) -> None:
+            raise RuntimeError("unsupported operator")
+
+        monkeypatch.setattr(export, f"_write_{format}", fail)
+        with pytest.raises(ExportError, match=rf"cannot export this model as model.{format}: unsupported operator"):
+            export.export(light(tmp_path / "model"), tmp_path / "out", format)
+        assert not (tmp_path / "out").exists()
+
+
+class TestReadme:
+    def test_onnx_example_predicts_with_numpy_and_onnxruntime_alone(self, tmp_path: Path) -> None:
+        out = export.export(light(tmp_path / "model", classes=2, members=1), tmp_path / "out", "onnx")
+        predict = run_example(out / "README.md", "onnxruntime")["predict"]
+        data = padded(9, 3, 1, 5)
+        labels, probabilities = predict(data.values, data.lengths)
+        expected = bundle.load(out).predict(data)
+        assert labels.tolist() == expected.labels.tolist()
+        np.testing.assert_allclose(probabilities, expected.probabilities, atol=2e-6)
+
+    def test_pt2_example_loads_the_graph(self, tmp_path: Path) -> None:
+        out = export.export(light(tmp_path / "model"), tmp_path / "out", "pt2")
+        model = run_example(out / "README.md", "torch.export.load")["model"]
+        data = padded(9, 3, 1, 5)
+        found = model(torch.from_numpy(data.values), torch.from_numpy(data.lengths)).numpy()
+        np.testing.assert_allclose(found, bundle.load(out).predict(data).probabilities, atol=2e-6)
+
+    def test_says_that_flatten_needs_the_training_length(self, tmp_path: Path) -> None:
+        out = export.export(light(tmp_path / "model", pooling="flatten"), tmp_path / "out", "onnx")
+        assert "values (N, 9, 2) float32" in (out / "README.md").read_text()
+
+
+class TestFolder:
+    def test_safetensors_is_the_saved_model(self, tmp_path: Path) -> None:
+        folder = saved(tmp_path / "model")
+        out = export.export(folder, tmp_path / "out")
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == {
+            path.name: path.read_bytes() for path in folder.iterdir()
+        }
+
+    def test_an_export_exports_again_without_the_graph_of_another_format(self, tmp_path: Path) -> None:
+        first = export.export(light(tmp_path / "model"), tmp_path / "first", "onnx")
+        second = export.export(bundle.load(first), tmp_path / "second")
+        assert {path.name for path in second.iterdir()} == {"model.safetensors", "config.json", "README.md"}
+
+    def test_works_where_the_original_is_gone(self, tmp_path: Path) -> None:
+        folder = light(tmp_path / "model")
+        expected = bundle.load(folder).predict(padded(9, 3)).probabilities
+        out = export.export(folder, tmp_path / "out")
+        shutil.rmtree(folder)
+        np.testing.assert_array_equal(bundle.load(out).predict(padded(9, 3)).probabilities, expected)
+
+    def test_an_existing_model_is_replaced_only_when_asked(self, tmp_path: Path) -> None:
+        folder, out = light(tmp_path / "model"), light(tmp_path / "out", classes=2)
+        with pytest.raises(BundleError, match="holds a saved model already"):
+            export.export(folder, out)
+        export.export(folder, out, overwrite=True)
+        assert json.loads((out / "config.json").read_text())["classifier"]["classes"] == 3
+
+    def test_a_model_in_memory_is_saved_first(self, tmp_path: Path) -> None:
+        states, config = make()
+        with pytest.raises(ExportError, match="save it and load its folder"):
+            export.export(bundle.assemble(config, states), tmp_path / "out")
+
+    def test_an_unknown_format_is_an_error_that_names_the_known_ones(self, tmp_path: Path) -> None:
+        with pytest.raises(ExportError, match="one of safetensors, onnx, pt2, got 'tflite'"):
+            export.export(tmp_path, tmp_path / "out", "tflite")
+
+    @pytest.mark.parametrize("absent", ["onnx", "onnxruntime"])
+    def test_without_onnx_it_names_the_extra(
+        self, tmp_path: Path, absent: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(sys.modules, absent, None)  # as if it were not installed
+        with pytest.raises(ExportError, match=rf"needs {absent}: pip install 'hpo\[onnx\]'"):
+            export.export(light(tmp_path / "model"), tmp_path / "out", "onnx")
+        assert not (tmp_path / "out").exists()
