@@ -221,7 +221,7 @@ def _test_scores(opened: OpenStudy, store: ArtifactStore, config: BundleConfig, 
 
 def _show(opened: OpenStudy, trial: FrozenTrial, model: ModelVersion) -> None:
     """On the dashboard the bundle's files appear beside their trial, and the study's note tells the model."""
-    from hpo.dashboard.server import announce_model, attach_artifact
+    from hpo.study.notes import announce_model, attach_artifact
 
     for name, key in sorted(model.artifacts.items()):
         mimetype = MIMETYPES.get(Path(name).suffix, "application/octet-stream")

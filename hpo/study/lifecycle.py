@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hpo.dashboard.server import describe_study
 from hpo.models.data import (
     Sequences,
     Split,
@@ -31,6 +30,7 @@ from hpo.storage.leases import Lease, Leases, Terms
 from hpo.storage.postgres import alone
 from hpo.storage.trials import TrialStorage
 from hpo.study.config import Folds, StudyConfig, complete, differences, from_dict, to_dict
+from hpo.study.notes import describe_study
 from hpo.study.space import NEUTRAL, Entry, Value, cardinality, distribution, distributions, values, walk
 
 if TYPE_CHECKING:

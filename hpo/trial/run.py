@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import psycopg2
 from optuna.trial import TrialState
 
-from hpo.dashboard.server import attach_artifact
 from hpo.models.bundle import pack
 from hpo.models.classifier import ClassifierConfig
 from hpo.models.data import Sequences
@@ -28,6 +27,7 @@ from hpo.storage.leases import Lease
 from hpo.storage.postgres import PostgresError, home
 from hpo.storage.trials import LeaseLost
 from hpo.study.lifecycle import OpenStudy, Plan, ask, folds, rank, ranked
+from hpo.study.notes import attach_artifact
 from hpo.trial import log as trial_log
 from hpo.trial.curve import curve_svg
 from hpo.trial.provenance import device_name, provenance

@@ -24,17 +24,10 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState
 
-from hpo.dashboard.server import (
-    DashboardError,
-    announce_model,
-    attach_artifact,
-    dashboard_password,
-    describe_study,
-    serve,
-    wsgi_app,
-)
+from hpo.dashboard.server import DashboardError, dashboard_password, serve, wsgi_app
 from hpo.storage.artifacts import ArtifactStore, artifact_store
 from hpo.storage.trials import TrialStorage, trial_storage
+from hpo.study.notes import announce_model, attach_artifact, describe_study
 from tests.conftest import execute
 
 PASSWORD = "käse & brot"

@@ -1,0 +1,20 @@
+"""The one base of our exceptions. It imports nothing, so that every part of the project may raise and know them."""
+
+from __future__ import annotations
+
+
+class HpoError(Exception):
+    """What a user can act on: the message states the rule, the value and the way out.
+
+    The command line turns these, and only these and the operating system's errors, into one line and an exit status.
+    Whatever else is raised is a defect of ours and shows its traceback.
+    """
+
+    exit_status = 1
+
+
+class StudyFault(HpoError):
+    """One study cannot be worked on: its data, its plan, its model, or the store under it. Others can.
+
+    A standing worker quarantines such a study, with backoff, and goes on with the others.
+    """

@@ -1,0 +1,65 @@
+"""What the dashboard shows of a study beside Optuna's own: the note of a study, the files of a trial.
+
+Attributes under optuna-dashboard's own names, written by whoever works on the study.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from optuna.exceptions import UpdateFinishedTrialError
+
+if TYPE_CHECKING:
+    from optuna.storages import BaseStorage
+
+_NOTE_PART = 2045  # characters of one piece of a note, optuna-dashboard's own limit
+_NOTE = "dashboard:note_str:"
+_PROMOTED = "**Promoted:**"  # the line of a study's note that tells the model
+
+
+def attach_artifact(storage: BaseStorage, study_id: int, trial_id: int, key: str, filename: str, mimetype: str) -> None:
+    """Show what is stored under `key` as a file of this trial, running or finished; nothing is copied."""
+    shown = artifact_id(key)
+    meta = json.dumps({"artifact_id": shown, "filename": filename, "mimetype": mimetype, "encoding": None})
+    try:
+        storage.set_trial_system_attr(trial_id, f"artifacts:{shown}", meta)
+    except UpdateFinishedTrialError:
+        # A finished trial takes no more attributes; the dashboard also looks for them on its study. Slower to
+        # search (every trial against all of them), so only where needed.
+        storage.set_study_system_attr(study_id, f"dashboard:artifacts:{trial_id}:{shown}", meta)
+
+
+def describe_study(storage: BaseStorage, study_id: int, metric_name: str, note_markdown: str) -> None:
+    """Name the study's objective and replace its note on the dashboard (Markdown) where that differs."""
+    storage.set_study_system_attr(study_id, "study:metric_names", [metric_name])
+    _set_note(storage, study_id, storage.get_study_system_attrs(study_id), note_markdown)
+
+
+def announce_model(storage: BaseStorage, study_id: int, sentence: str) -> None:
+    """Begin the study's note with what is promoted, in place of what was; the rest of it stays as visitors left it."""
+    attrs = storage.get_study_system_attrs(study_id)
+    pieces = (str(attrs.get(f"{_NOTE}{i}", "")) for i in range(_pieces(attrs)))
+    rest = re.sub(rf"(?m)^{re.escape(_PROMOTED)}.*\n*", "", "".join(pieces))
+    _set_note(storage, study_id, attrs, f"{_PROMOTED} {sentence}\n\n{rest}")
+
+
+def _set_note(storage: BaseStorage, study_id: int, attrs: Mapping[str, Any], text: str) -> None:
+    pieces = [text[i : i + _NOTE_PART] for i in range(0, len(text), _NOTE_PART)]
+    pieces += [""] * (_pieces(attrs) - len(pieces))  # a shorter note blanks the pieces of a longer one
+    if pieces == [attrs.get(f"{_NOTE}{i}") for i in range(len(pieces))]:
+        return
+    for i, part in enumerate(pieces):
+        storage.set_study_system_attr(study_id, f"{_NOTE}{i}", part)
+    storage.set_study_system_attr(study_id, "dashboard:note_ver", attrs.get("dashboard:note_ver", 0) + 1)
+
+
+def _pieces(attrs: Mapping[str, Any]) -> int:
+    return sum(name.startswith(_NOTE) for name in attrs)
+
+
+def artifact_id(key: str) -> str:
+    """A key's bytes in hex: the dashboard's addresses take only hex digits and dashes."""
+    return key.encode().hex()
