@@ -321,7 +321,7 @@ def test_a_full_disk_is_a_clear_error_and_loses_no_finished_trial(
     space = SMALL.replace("hidden_size = { low = 4, high = 12, step = 4 }", "hidden_size = [4, 256]")
     more = "[[enqueue]]\nhidden_size = 4\n[[enqueue]]\nhidden_size = 256\n"
     file = study_file(trials=2, epochs=2, space=space, more=more)
-    hasty = "import sys, hpo.cli; sys.modules['hpo.launcher.launch'].PAUSE_S = 0.1; hpo.cli.main()"
+    hasty = "import hpo.cli, hpo.launcher.local as local; local.PAUSE_S = 0.1; hpo.cli.main()"
     command = [*mount, str(artifacts), sys.executable, "-P", "-c", hasty, "launch", str(file), "--workers", "1"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1

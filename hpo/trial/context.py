@@ -1,0 +1,185 @@
+"""What one trial sees of the world: its lease, its study, its worker's resources, and whether it is to stop."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from optuna.trial import TrialState
+
+from hpo.datasets import Datasets
+from hpo.models.data.sequences import Sequences
+from hpo.models.training.training import Epoch, Training
+from hpo.storage.artifacts import ArtifactStore
+from hpo.storage.keys import trial_file_key
+from hpo.storage.leases import Lease, LeaseLost, Progress
+from hpo.study.lifecycle import OpenStudy
+from hpo.study.notes import attach_artifact
+from hpo.study.plan import Plan
+from hpo.study.ranking import displaced
+from hpo.study.record import FAILURE, TrialRecord
+from hpo.study.space import Value
+from hpo.trial import log as trial_log
+from hpo.trial.checkpoints import Checkpoints, drop_spent_checkpoints
+from hpo.trial.device_lock import SharedExclusiveLock
+
+SHOWN = {"curve.svg": "image/svg+xml", "log.csv": "text/csv"}  # on the trial's page; the weights are not
+
+
+class StopReason(Enum):
+    """Why a trial is not to go on as it does."""
+
+    LEASE_LOST = "it is in other hands: nothing more of it is written"
+    OUT_OF_TIME = "the study's wall-clock budget is spent: it ends with its whole epochs"
+    WORKER_STOPS = "the worker is to end: it is given back"
+    STUDY_STOPPED = "somebody stopped the study: it is given back"
+
+    @property
+    def gives_back(self) -> bool:
+        """Whether the trial is to be given back after a checkpoint, for another worker to go on with."""
+        return self in (StopReason.WORKER_STOPS, StopReason.STUDY_STOPPED)
+
+
+@dataclass(frozen=True)
+class WorkerResources:
+    """What a worker brings to every trial of its slots."""
+
+    worker: str  # HOST-PID
+    device: str
+    store: ArtifactStore
+    datasets: Datasets
+    device_lock: SharedExclusiveLock
+    stop_requested: threading.Event  # once set, all slots of the worker end
+
+
+class TrialContext:
+    """One leased trial and all that may be done with it. The training asks it between two batches whether to stop."""
+
+    def __init__(self, study: OpenStudy, lease: Lease, resources: WorkerResources, sequences: Sequences) -> None:
+        """sequences: the study's training part."""
+        self.lease, self.resources, self.sequences = lease, resources, sequences
+        self.plan: Plan = study.plan
+        self.name = f"study {study.name}, trial {lease.number}"  # in logs: a worker has trials of several studies
+        self.checkpoints = Checkpoints(study.leases, lease, resources.store, self.name)
+        self.reported = 0  # the last epoch that the database was told of under this lease
+        self._study = study
+        self._training: Training | None = None
+        self._short_epochs = True  # short enough to be finished before the trial stops
+        self._waiting = False  # for the device
+        self._renewals_waited = 0  # waiting for the device is progress too
+        lease.heartbeat.progress = self._progress
+
+    # ------------------------------------------------------------------------------------------------- whether to stop
+
+    @property
+    def stop_reason(self) -> StopReason | None:
+        """The first that applies; None: go on."""
+        heartbeat = self.lease.heartbeat
+        if heartbeat.lost:
+            return StopReason.LEASE_LOST
+        if heartbeat.out_of_time:
+            return StopReason.OUT_OF_TIME
+        if self.resources.stop_requested.is_set():
+            return StopReason.WORKER_STOPS
+        return StopReason.STUDY_STOPPED if heartbeat.study_stopped else None
+
+    def interrupts_epoch(self) -> bool:
+        """Whether the running epoch is to be given up between two batches. A short one is finished first."""
+        reason = self.stop_reason
+        return reason is StopReason.LEASE_LOST or (reason is not None and not self._short_epochs)
+
+    def watch(self, training: Training, *, short_epochs: bool) -> None:
+        """Tell the lease's heartbeat of this training's progress from now on."""
+        self._training, self._short_epochs = training, short_epochs
+
+    def forget_training(self) -> None:
+        """Let go of it: its memory is needed."""
+        self._training = None
+
+    @contextmanager
+    def exclusive_device(self) -> Iterator[None]:
+        """Wait until the other slots' trials have ended, and keep new ones waiting until the block ends.
+
+        Raises TrainingInterrupted when the trial is to stop while it waits.
+        """
+        self._waiting = True
+        with self.resources.device_lock.exclusive(lambda: self.stop_reason is not None):
+            self._waiting = False
+            yield
+
+    def _progress(self) -> Progress:
+        """In batches: a hung training makes none, a long epoch does, and so does waiting for the device."""
+        self._renewals_waited += self._waiting
+        training = self._training
+        batches = self._renewals_waited + (0 if training is None else training.batches)
+        if training is None or not training.history:
+            return Progress(batches)
+        last = training.history[-1]
+        return Progress(batches, last.number, last.value)
+
+    # ------------------------------------------------------------------------------------------------ what is recorded
+
+    @property
+    def seed(self) -> int:
+        return self.plan.trial_seed(self.lease.number)
+
+    def parameters(self) -> dict[str, Value]:
+        """Drawn and recorded for a new trial, read for an adopted one."""
+        return self._study.sampler.parameters(self.lease.trial_id)
+
+    def report(self, epoch: Epoch) -> None:
+        """Tell the database and the pruner of an epoch, once."""
+        self._study.storage.set_trial_intermediate_value(self.lease.trial_id, epoch.number, epoch.value)
+        self.reported = epoch.number
+
+    def should_prune(self) -> bool:
+        return self._study.should_prune(self.lease.trial_id)
+
+    def displaced_weights(self, best: Epoch) -> list[str] | None:
+        """Weights to drop once this trial is complete; None where its own are not among the best that are kept."""
+        score = (best.value, best.log_loss)
+        return displaced(self._study.best_first(), self.plan, self.lease.number, score)
+
+    def finish(self, record: TrialRecord, files: Mapping[str, bytes]) -> None:
+        """Store the trial's files and end it with its record, in one transaction.
+
+        Raises LeaseLost, and KeyError for a study that was deleted: then what was stored is removed again.
+        """
+        state = TrialState.COMPLETE if record.complete else TrialState.PRUNED
+        try:
+            self._store(files)
+            self._end(state, [record.value], record.attributes())
+        except (LeaseLost, KeyError):
+            for name in files:
+                self.resources.store.delete(self.key(name))
+            raise
+
+    def fail(self, reason: str) -> None:
+        """End it as failed, with the reason and its log."""
+        self._store({"log.csv": trial_log.written()})
+        self._end(TrialState.FAIL, None, {FAILURE: reason})
+
+    def key(self, name: str) -> str:
+        """The artifact key of a file of this attempt, such as "curve.svg"."""
+        return trial_file_key(name, self.lease.study_id, self.lease.number, self.lease.attempt)
+
+    def _end(self, state: TrialState, values: list[float] | None, attributes: Mapping[str, Any]) -> None:
+        self._study.storage.finish_trial(self.lease.trial_id, state, values, attributes)
+
+    def drop_spent_checkpoints(self) -> None:
+        drop_spent_checkpoints(self._study.leases, self.resources.store, self.lease.study_id)
+
+    def _store(self, files: Mapping[str, bytes]) -> None:
+        """All at once, as each waits for the disk; what can be looked at appears on the trial's page."""
+        with ThreadPoolExecutor(len(files)) as pool:
+            list(pool.map(lambda name: self.resources.store.put(self.key(name), files[name]), files))
+        for name, mimetype in SHOWN.items():
+            if name in files:
+                attach_artifact(
+                    self._study.storage, self.lease.study_id, self.lease.trial_id, self.key(name), name, mimetype
+                )
