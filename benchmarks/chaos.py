@@ -153,11 +153,11 @@ def run(
     chance, report, started = random.Random(seed), Chaos(trials), time.monotonic()
     config = load(write_study(folder, trials, epochs, pruner))
     storage = trial_storage(postgres.database_url())
-    opened = create_or_open(config, storage, artifact_store())
+    study = create_or_open(config, storage, artifact_store())
     attacks: list[Callable[[], None]] = [stop_immediately, crash_postmaster]
     with workers(count, folder) as running:
         last = time.monotonic()
-        while (state := opened.leases.snapshot(opened.study_id)).status != "finished":
+        while (state := study.leases.snapshot(study.study_id)).status != "finished":
             time.sleep(0.2)
             revive(running, folder)
             ended = sum(state.counts[name] for name in ("complete", "pruned", "failed"))
@@ -174,25 +174,25 @@ def run(
                 postgres.start()
                 report.stops, report.crashes = report.stops + (len(attacks) == 1), report.crashes + (not attacks)
             tell(f"{ended}/{trials} trials ended, {report.kills} workers killed")
-    _judge(report, opened)
+    _judge(report, study)
     storage.close()
     report.seconds = time.monotonic() - started
     return report
 
 
-def _judge(report: Chaos, opened: Any) -> None:
+def _judge(report: Chaos, study: Any) -> None:
     """Train every configuration again, undisturbed, in this process."""
     from hpo.models.machine import prepare_process
     from hpo.promote.reproduce import reproduce
     from hpo.storage.artifacts import artifact_store
 
     prepare_process()
-    found = opened.study.get_trials(deepcopy=False)
+    found = study.optuna_study.get_trials(deepcopy=False)
     report.numbers = sorted(trial.number for trial in found)
     report.states = dict(Counter(trial.state.name for trial in found))
     report.adopted = sum(trial.user_attrs.get("attempt", 1) > 1 for trial in found)
-    report.started = opened.leases.study(opened.study_id).started
-    again = (reproduce(opened.storage, opened.name, trial.number) for trial in found if "curve" in trial.user_attrs)
+    report.started = study.leases.study(study.study_id).started
+    again = (reproduce(study.storage, study.name, trial.number) for trial in found if "curve" in trial.user_attrs)
     report.differing = [f"trial {item.number}, {item.first_difference}" for item in again if not item.equal]
     report.leftovers = artifact_store().keys("checkpoint-")
 

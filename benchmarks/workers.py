@@ -15,7 +15,6 @@ import multiprocessing
 import os
 import sys
 import tempfile
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,38 +35,29 @@ def child(index: int, seconds: float, epoch_s: float, start: Any, answers: Any) 
     """Work for so long after `start`; answer (seconds asleep in epochs, seconds in all, trials)."""
     from optuna.trial import TrialState
 
-    from hpo.storage.leases import Beat
-    from hpo.storage.postgres import database_url
+    from hpo.storage.database import database_url
+    from hpo.storage.leases import Progress
     from hpo.storage.trials import trial_storage
-    from hpo.study.lifecycle import ask, open_study
+    from hpo.study.lifecycle import open_study
 
     storage = trial_storage(database_url())
-    opened = open_study("sleep", storage)
-    lease = None
-    done = threading.Event()
-
-    def renew() -> None:
-        while not done.wait(2.0):
-            if lease is not None:
-                opened.leases.renew(f"sleeper-{index}", {lease: Beat(int(time.monotonic() * 1000))})
-
-    threading.Thread(target=renew, daemon=True).start()
+    study = open_study("sleep", storage)
     start.wait()
     time.sleep(epoch_s * EPOCHS * index / 64)  # not all in step
     began, asleep, trials = time.monotonic(), 0.0, 0
     while time.monotonic() - began < seconds:
-        lease = opened.leases.take(opened.study_id, f"sleeper-{index}", "cpu")
-        assert lease is not None
-        ask(opened, lease)
-        for epoch in range(1, EPOCHS + 1):
-            time.sleep(epoch_s)
-            asleep += epoch_s
-            storage.set_trial_intermediate_value(lease.trial_id, epoch, 1 / epoch)
-            opened.study.pruner.prune(opened.study, storage.get_trial(lease.trial_id))
-        storage.finish_trial(lease.trial_id, TrialState.COMPLETE, [0.5], {"note": "slept well"})
-        lease, trials = None, trials + 1
+        with study.leases.take(study.study_id, f"sleeper-{index}", "cpu") as lease:
+            assert lease is not None
+            lease.heartbeat.progress = lambda: Progress(int(time.monotonic() * 1000))
+            study.sampler.parameters(lease.trial_id)
+            for epoch in range(1, EPOCHS + 1):
+                time.sleep(epoch_s)
+                asleep += epoch_s
+                storage.set_trial_intermediate_value(lease.trial_id, epoch, 1 / epoch)
+                study.optuna_study.pruner.prune(study.optuna_study, storage.get_trial(lease.trial_id))
+            storage.finish_trial(lease.trial_id, TrialState.COMPLETE, [0.5], {"note": "slept well"})
+        trials += 1
     answers.put((asleep, time.monotonic() - began, trials))
-    done.set()
     storage.close()
 
 
