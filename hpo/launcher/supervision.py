@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import threading
@@ -20,20 +19,18 @@ from hpo.promote.promotion import materialise_model
 from hpo.storage.artifacts import artifact_store
 from hpo.storage.background import BackgroundLoop
 from hpo.storage.database import database_url
+from hpo.storage.errors import MissingRecord, PostgresError
 from hpo.storage.home import home
 from hpo.storage.leases import Leases, Snapshot
 from hpo.storage.registry import Registry
 from hpo.storage.server.server import revive
 from hpo.storage.trials import trial_storage
-from hpo.storage.url import PostgresError
 from hpo.study.config import StudyConfig, config_for_data, load
 from hpo.study.lifecycle import OpenStudy, create_or_open
 from hpo.study.record import failure_of
 
 if TYPE_CHECKING:
     from hpo.launcher.ray import Cluster
-
-log = logging.getLogger("hpo")
 
 REVIVE_S = 2.0  # between two looks at the embedded server
 LOOK_S = 0.25  # between two looks at the study, or less when a worker ends
@@ -112,7 +109,7 @@ class WatchedStudy:
         """Raises LaunchError for a study that was deleted."""
         try:
             return self.leases.snapshot(self.study_id)
-        except KeyError:
+        except MissingRecord:
             raise LaunchError(f"study {self.name!r} was deleted while it ran; launch it again to begin anew") from None
 
 
@@ -146,15 +143,10 @@ def _server_kept_up() -> Iterator[None]:
     if os.environ.get("HPO_DATABASE_URL"):
         yield
         return
-    with BackgroundLoop(_revive, REVIVE_S, "server"):
+    with BackgroundLoop(
+        revive, REVIVE_S, name="hpo-revive", failure="the embedded server is down", expected=(PostgresError,)
+    ):
         yield
-
-
-def _revive() -> None:
-    try:
-        revive()
-    except PostgresError:
-        log.exception("the embedded server is down")
 
 
 @contextmanager

@@ -19,9 +19,10 @@ from hpo.models.training.member import Weights
 from hpo.models.training.training import Training
 from hpo.storage.artifacts import ArtifactStore, MissingArtifactError, artifact_store
 from hpo.storage.database import database_url
+from hpo.storage.errors import LeaseLost
 from hpo.storage.home import home
 from hpo.storage.keys import model_prefix
-from hpo.storage.leases import LeaseLost, Leases
+from hpo.storage.leases import Leases
 from hpo.storage.registry import ModelVersion, Registry, materialise, publish
 from hpo.storage.trials import TrialStorage
 from hpo.study.config import to_dict

@@ -17,6 +17,7 @@ from hpo.models.data.canonical import save
 from hpo.models.data.sequences import Sequences
 from hpo.models.metrics import direction
 from hpo.storage.artifacts import ArtifactStore
+from hpo.storage.errors import MissingRecord
 from hpo.storage.keys import study_prefixes
 from hpo.storage.leases import Leases, Snapshot, Terms
 from hpo.storage.locks import exclusively
@@ -108,7 +109,7 @@ def study_id_of(storage: TrialStorage, name: str) -> int:
     """Raises StudyError, naming those that there are, when there is no study of that name."""
     try:
         return storage.get_study_id_from_name(name)
-    except KeyError:
+    except MissingRecord:
         known = ", ".join(sorted(study.study_name for study in storage.get_all_studies())) or "none yet"
         raise StudyError(f"there is no study named {name!r}; known: {known}") from None
 
@@ -118,11 +119,11 @@ def snapshots(storage: TrialStorage, leases: Leases, name: str | None) -> list[S
     if name is not None:
         try:
             return [leases.snapshot(study_id_of(storage, name))]
-        except KeyError:
+        except MissingRecord:
             raise StudyError(f"study {name!r} was not made by `hpo launch`; see it with `hpo dashboard`") from None
     found = []
     for row in leases.studies():
-        with suppress(KeyError):  # deleted since
+        with suppress(MissingRecord):  # deleted since
             found.append(leases.snapshot(row.study_id))
     return found
 

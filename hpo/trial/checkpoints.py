@@ -7,8 +7,9 @@ import time
 
 from hpo.models.training.training import Training
 from hpo.storage.artifacts import ArtifactStore, MissingArtifactError
+from hpo.storage.errors import LeaseLost
 from hpo.storage.keys import checkpoint_key
-from hpo.storage.leases import Lease, LeaseLost, Leases
+from hpo.storage.leases import Lease, Leases
 
 log = logging.getLogger("hpo")
 

@@ -16,8 +16,10 @@ from hpo.datasets import Datasets
 from hpo.models.data.sequences import Sequences
 from hpo.models.training.training import Epoch, Training
 from hpo.storage.artifacts import ArtifactStore
-from hpo.storage.keys import trial_file_key
-from hpo.storage.leases import Lease, LeaseLost, Progress
+from hpo.storage.errors import LeaseLost, MissingRecord
+from hpo.storage.heartbeat import Progress
+from hpo.storage.keys import trial_key
+from hpo.storage.leases import Lease
 from hpo.study.lifecycle import OpenStudy
 from hpo.study.notes import attach_artifact
 from hpo.study.plan import Plan
@@ -148,13 +150,13 @@ class TrialContext:
     def finish(self, record: TrialRecord, files: Mapping[str, bytes]) -> None:
         """Store the trial's files and end it with its record, in one transaction.
 
-        Raises LeaseLost, and KeyError for a study that was deleted: then what was stored is removed again.
+        Raises LeaseLost, and MissingRecord for a study that was deleted: then what was stored is removed again.
         """
         state = TrialState.COMPLETE if record.complete else TrialState.PRUNED
         try:
             self._store(files)
             self._end(state, [record.value], record.attributes())
-        except (LeaseLost, KeyError):
+        except (LeaseLost, MissingRecord):
             for name in files:
                 self.resources.store.delete(self.key(name))
             raise
@@ -166,7 +168,7 @@ class TrialContext:
 
     def key(self, name: str) -> str:
         """The artifact key of a file of this attempt, such as "curve.svg"."""
-        return trial_file_key(name, self.lease.study_id, self.lease.number, self.lease.attempt)
+        return trial_key(self.lease.study_id, self.lease.number, self.lease.attempt, name)
 
     def _end(self, state: TrialState, values: list[float] | None, attributes: Mapping[str, Any]) -> None:
         self._study.storage.finish_trial(self.lease.trial_id, state, values, attributes)

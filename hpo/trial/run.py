@@ -12,8 +12,7 @@ from hpo.models.bundle.bundle import pack
 from hpo.models.training.memory import release_memory
 from hpo.models.training.training import Epoch, OutOfMemory, Training, TrainingInterrupted
 from hpo.storage.artifacts import ArtifactError
-from hpo.storage.leases import LeaseLost
-from hpo.storage.url import PostgresError
+from hpo.storage.errors import LeaseLost, MissingRecord, PostgresError
 from hpo.study.record import TrialRecord
 from hpo.study.space import Value
 from hpo.trial import log as trial_log
@@ -27,8 +26,8 @@ log = logging.getLogger("hpo")
 
 SHORT_EPOCH_S = 5.0  # asked to stop, a worker still finishes an epoch that takes no longer than this
 
-# Not the trial's fault: it goes on when the store, the database or the disk is back. KeyError: the study was deleted.
-NOT_ITS_FAULT = (ArtifactError, PostgresError, psycopg2.Error, OSError, KeyError)
+# Not the trial's fault: it goes on when the store, the database or the disk is back, or its study was deleted.
+NOT_ITS_FAULT = (ArtifactError, PostgresError, psycopg2.Error, OSError, MissingRecord)
 
 
 def run_trial(context: TrialContext) -> TrialState | None:

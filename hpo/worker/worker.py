@@ -20,9 +20,10 @@ from hpo.models.training.training import TrainingInterrupted
 from hpo.promote.promotion import promote_when_over
 from hpo.storage.artifacts import artifact_store
 from hpo.storage.database import database_url
-from hpo.storage.leases import Lease, Leases, StudyOver
+from hpo.storage.errors import MissingRecord, PostgresError, StudyOver
+from hpo.storage.leases import Lease, Leases
 from hpo.storage.trials import trial_storage
-from hpo.storage.url import PostgresError, mask
+from hpo.storage.url import mask
 from hpo.study.lifecycle import OpenStudy, open_study, study_id_of
 from hpo.trial.context import TrialContext, WorkerResources
 from hpo.trial.device import choose_device
@@ -183,7 +184,7 @@ class Slot:
                         return True
                 except StudyOver as ended:
                     over += self._promote(study, ended)
-                except KeyError:
+                except MissingRecord:
                     if worker.leases.study(study.study_id) is not None:
                         raise
                     log.warning("study %s was deleted", name)

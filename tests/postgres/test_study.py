@@ -19,7 +19,8 @@ from hpo.datasets import Datasets
 from hpo.models.bundle.config import Predictions
 from hpo.models.data.sequences import DataError
 from hpo.storage.artifacts import artifact_store
-from hpo.storage.leases import Lease, StudyOver
+from hpo.storage.errors import StudyOver
+from hpo.storage.leases import Lease
 from hpo.storage.trials import TrialStorage, trial_storage
 from hpo.study.config import SAMPLERS, StudyConfig, load
 from hpo.study.lifecycle import BEGUN, OpenStudy, create_or_open, open_study
