@@ -15,13 +15,13 @@ from hpo.launcher.launch import (
 )
 
 if TYPE_CHECKING:
-    from hpo.models.bundle import Bundle
+    from hpo.models.bundle.bundle import Bundle
 
 __all__ = ["launch", "load"]
 
 
 def load(folder: str | Path, device: str = "cpu") -> Bundle:
     """A saved model folder, ready to predict. Needs no database."""
-    from hpo.models.bundle import load as load_bundle
+    from hpo.models.bundle.bundle import load as load_bundle
 
     return load_bundle(folder, device)

@@ -276,7 +276,7 @@ def export(
     overwrite: Annotated[bool, typer.Option(help="Replace a saved model in that folder.")] = False,
 ) -> None:
     """Write a folder that works without the database."""
-    from hpo.models.export import export as write
+    from hpo.models.bundle.export import export as write
     from hpo.promote.promotion import model_folder, training_part
 
     folder = model_folder(model, version)
@@ -294,7 +294,7 @@ def predict(
     batch_size: Annotated[int, typer.Option(help="Sequences in a batch.", min=1)] = 256,
 ) -> None:
     """Class and probabilities of each sequence."""
-    from hpo.models.bundle import load
+    from hpo.models.bundle.bundle import load
     from hpo.promote.promotion import model_folder
     from hpo.terminal import counting, show_predictions
 

@@ -21,9 +21,9 @@ def run(workers: int | None, trials: int) -> None:
     from rich.console import Console
 
     from hpo.launcher.launch import launch
-    from hpo.models.bundle import load as load_bundle
-    from hpo.models.data import read
-    from hpo.models.export import export
+    from hpo.models.bundle.bundle import load as load_bundle
+    from hpo.models.bundle.export import export
+    from hpo.models.data.readers import read
     from hpo.study.config import load
     from hpo.terminal import Progress, show_predictions, show_summary
 

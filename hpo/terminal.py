@@ -16,10 +16,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from hpo.models.metrics import METRICS
+from hpo.models.config import METRICS
 
 if TYPE_CHECKING:
-    from hpo.models.bundle import Predictions
+    from hpo.models.bundle.predictions import Predictions
     from hpo.storage.leases import InFlight, Leases, Place, Snapshot
     from hpo.storage.registry import ModelVersion
     from hpo.storage.trials import TrialStorage

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hpo.models.data import Sequences
+from hpo.models.data.sequences import Sequences
 from hpo.storage.artifacts import ArtifactStore, MissingArtifactError, artifact_store
 from hpo.storage.leases import LeaseLost
 from hpo.storage.postgres import database_url, home
@@ -24,10 +24,10 @@ from hpo.study.lifecycle import OpenStudy, open_study, ranked
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
-    from hpo.models.bundle import BundleConfig
-    from hpo.models.member import Weights
+    from hpo.models.bundle.config import BundleConfig
+    from hpo.models.classifier import Weights
     from hpo.models.metrics import Scores
-    from hpo.models.training import Training
+    from hpo.models.training.training import Training
     from hpo.storage.trials import TrialStorage
 
 log = logging.getLogger("hpo")
@@ -103,7 +103,7 @@ def promote(opened: OpenStudy, store: ArtifactStore, trial: FrozenTrial, sequenc
     The members are evaluated on validation, which must give the recorded score, and then, together, once on
     the test part. Raises PromotionError.
     """
-    from hpo.models.bundle import save
+    from hpo.models.bundle.bundle import save
     from hpo.trial.run import rebuild
     from hpo.worker.worker import choose_device
 
@@ -116,7 +116,7 @@ def promote(opened: OpenStudy, store: ArtifactStore, trial: FrozenTrial, sequenc
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / opened.name
         scored = replace(config, validation=validation, test=test)
-        save(folder, [member.weights() for member in training.members], scored, attributes["curve"])
+        save(folder, training.weights(), scored, attributes["curve"])
         artifacts = publish(store, folder, f"model-{opened.study_id}-{trial.number}")
     model = Registry(database_url()).promote(
         name=opened.name,
@@ -140,7 +140,7 @@ def promote(opened: OpenStudy, store: ArtifactStore, trial: FrozenTrial, sequenc
 
 def _weights(store: ArtifactStore, attributes: dict[str, Any], training: Training) -> list[Weights]:
     """The best epoch's weights: as kept, else trained again (training is exact)."""
-    from hpo.models.bundle import unpack
+    from hpo.models.bundle.bundle import unpack
 
     key = attributes.get("weights")
     if key is not None:
@@ -179,13 +179,13 @@ def _check_score(opened: OpenStudy, trial: FrozenTrial, training: Training) -> S
 
 
 def _bundle_config(opened: OpenStudy, trial: FrozenTrial, training: Training) -> BundleConfig:
-    from hpo.models.bundle import BundleConfig
+    from hpo.models.bundle.config import BundleConfig
 
     plan, attributes = opened.plan, trial.user_attrs
     data = plan.config.data
     kept = ("params", "seed", "parameters", "training_seconds", "device", "worker", "fused_optimizer", "lstm_kernel")
     return BundleConfig(
-        classifier=training.members[0].model.config,
+        classifier=training.classifier,
         classes=plan.classes,
         features=plan.features,
         metric=plan.metric,
@@ -207,7 +207,7 @@ def _bundle_config(opened: OpenStudy, trial: FrozenTrial, training: Training) ->
 
 def _test_scores(opened: OpenStudy, store: ArtifactStore, config: BundleConfig, training: Training) -> Scores | None:
     """The members together on the test part: the only time that it is touched."""
-    from hpo.models.bundle import assemble
+    from hpo.models.bundle.bundle import assemble
     from hpo.models.metrics import measure
     from hpo.worker.worker import fetch_sequences
 
@@ -215,7 +215,7 @@ def _test_scores(opened: OpenStudy, store: ArtifactStore, config: BundleConfig, 
         return None
     test = fetch_sequences(store, opened.plan.test)
     assert test.labels is not None
-    bundle = assemble(config, [member.weights() for member in training.members], str(training.device))
+    bundle = assemble(config, training.weights(), str(training.device))
     return measure(bundle.predict(test).probabilities, test.labels, config.threshold, opened.plan.config.study.seed)
 
 
@@ -249,7 +249,7 @@ def model_folder(model: str, version: int | None) -> Path:
 
 def training_part(folder: Path) -> Sequences | None:
     """The data that a saved model was trained on, where the artifact store still has them."""
-    from hpo.models.bundle import load
+    from hpo.models.bundle.bundle import load
     from hpo.worker.worker import fetch_sequences
 
     try:

@@ -12,7 +12,7 @@ from hpo.study.lifecycle import open_study
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
-    from hpo.models.training import Training
+    from hpo.models.training.training import Training
     from hpo.storage.trials import TrialStorage
 
 COMPARED = (

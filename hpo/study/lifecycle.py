@@ -12,26 +12,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hpo.models.data import (
-    Sequences,
-    Split,
-    check_trainable,
-    fingerprint,
-    holdout,
-    read,
-    save,
-    split_folds,
-    split_share,
-)
+from hpo.models.data.canonical import fingerprint, save
+from hpo.models.data.readers import read
+from hpo.models.data.sequences import Sequences
+from hpo.models.data.splits import Split, check_trainable, holdout, split_folds, split_share
+from hpo.models.fields import Value
 from hpo.models.metrics import direction
 from hpo.models.seeds import derive
 from hpo.storage.artifacts import ArtifactStore
 from hpo.storage.leases import Lease, Leases, Terms
 from hpo.storage.postgres import alone
 from hpo.storage.trials import TrialStorage
-from hpo.study.config import Folds, StudyConfig, complete, differences, from_dict, to_dict
+from hpo.study.config import ConfigError, Folds, StudyConfig, complete, differences, from_dict, to_dict
+from hpo.study.entries import Entry, distribution, values
 from hpo.study.notes import describe_study
-from hpo.study.space import NEUTRAL, Entry, Value, cardinality, distribution, distributions, values, walk
+from hpo.study.space import NEUTRAL, cardinality, distributions, walk
 
 if TYPE_CHECKING:
     import optuna
@@ -163,7 +158,7 @@ def open_study(name: str, storage: TrialStorage) -> OpenStudy:
         raise StudyError(f"study {name!r} was not made by `hpo launch`, so it has no plan to work from")
     try:
         plan = Plan.from_json(row.config)
-    except (TypeError, KeyError, ValueError) as error:
+    except (TypeError, KeyError, ValueError, ConfigError) as error:
         raise StudyError(f"study {name!r} was made by another version of hpo: use that one; {error}") from error
     study = optuna.load_study(
         study_name=name, storage=storage, sampler=optuna.samplers.RandomSampler(), pruner=make_pruner(plan)

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 import psycopg2
 from optuna.trial import TrialState
 
-from hpo.models.bundle import pack
-from hpo.models.classifier import ClassifierConfig
-from hpo.models.data import Sequences
-from hpo.models.machine import release_memory
-from hpo.models.native import Kernel
-from hpo.models.native import load as load_kernel
+from hpo.models.bundle.bundle import pack
+from hpo.models.config import ClassifierConfig, TrainingConfig
+from hpo.models.data.sequences import Sequences
+from hpo.models.kernel.native import Kernel
+from hpo.models.kernel.native import load as load_kernel
 from hpo.models.seeds import derive
-from hpo.models.training import Epoch, Interrupted, OutOfMemory, Training, TrainingConfig
+from hpo.models.training.memory import release_memory
+from hpo.models.training.training import Epoch, OutOfMemory, Training, TrainingInterrupted
 from hpo.storage.artifacts import ArtifactError, ArtifactStore, MissingArtifactError
 from hpo.storage.leases import Lease
 from hpo.storage.postgres import PostgresError, home
@@ -127,7 +127,7 @@ def run_trial(opened: OpenStudy, lease: Lease, bench: Bench, attention: Attentio
     except LeaseLost as lost:
         log.warning("%s: %s", named, lost)
         return None
-    except Interrupted:
+    except TrainingInterrupted:
         log.info("%s: given back, to go on from its last checkpoint", named)
         return None
     except (ArtifactError, PostgresError, psycopg2.Error, OSError, KeyError):
@@ -157,7 +157,7 @@ def _run(opened: OpenStudy, lease: Lease, bench: Bench, attention: Attention, ch
         attention.watch(lease, training, patient=last_s < PATIENT_EPOCH_S)
         try:
             epoch = training.advance(attention.interrupted)
-        except Interrupted:
+        except TrainingInterrupted:
             if attention.out_of_time and training.history:
                 break  # long epochs: the trial ends with what the whole ones gave
             raise
@@ -214,7 +214,7 @@ class _Checkpoints:
             log.warning("%s starts again from its first epoch: %s", _named(self.opened, self.lease), missing)
 
     def after(self, training: Training, attention: Attention) -> None:
-        """Checkpoint where one is due. Raises Interrupted after it when the worker was asked to stop."""
+        """Checkpoint where one is due. Raises TrainingInterrupted after it when the worker was asked to stop."""
         number = training.history[-1].number
         if training.finished:
             return
@@ -224,7 +224,7 @@ class _Checkpoints:
         if asked or now - self.written_at >= due_s:
             self._write(training.state(), number)
         if asked:
-            raise Interrupted
+            raise TrainingInterrupted
 
     def _write(self, state: bytes, epoch: int) -> None:
         lease = self.lease

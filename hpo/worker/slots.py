@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from hpo.models.training import Interrupted
+from hpo.models.training.training import TrainingInterrupted
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -32,7 +32,7 @@ class Room:
 
     @contextmanager
     def shared(self, give_up: Callable[[], bool]) -> Iterator[None]:
-        """Come in beside others, after those that wait to be alone. Raises Interrupted when `give_up()` is true."""
+        """Come in beside others, after those that wait to be alone. Raises TrainingInterrupted if `give_up()`."""
         with self._changed:
             self._wait(lambda: self._alone == 0, give_up)
             self._inside += 1
@@ -52,7 +52,7 @@ class Room:
             self._changed.notify_all()
             try:
                 self._wait(lambda: self._inside == 0 and not self._taken, give_up)
-            except Interrupted:
+            except TrainingInterrupted:
                 self._alone -= 1
                 raise
             finally:
@@ -69,7 +69,7 @@ class Room:
     def _wait(self, ready: Callable[[], bool], give_up: Callable[[], bool]) -> None:
         while not ready():
             if give_up():
-                raise Interrupted
+                raise TrainingInterrupted
             self._changed.wait(LOOK_S)
 
 
@@ -81,7 +81,7 @@ def choose_slots(plan: Plan, device: str) -> int:
         return 1
     import torch
 
-    from hpo.models.training import memory_bytes
+    from hpo.models.training.memory import memory_bytes
     from hpo.trial.run import configurations
 
     classifier, config = configurations(plan, largest(plan), 0)

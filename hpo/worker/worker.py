@@ -21,9 +21,11 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy.exc import OperationalError
 
-from hpo.models.data import Sequences, load
+from hpo.errors import StudyFault
+from hpo.models.data.canonical import load
+from hpo.models.data.sequences import Sequences
 from hpo.models.machine import one_thread, prepare_process
-from hpo.models.training import Interrupted
+from hpo.models.training.training import TrainingInterrupted
 from hpo.promote.promotion import PromotionError
 from hpo.storage.artifacts import ArtifactError, ArtifactStore, artifact_store
 from hpo.storage.leases import Beat, Lease, Leases, StudyOver
@@ -33,7 +35,7 @@ from hpo.storage.trials import trial_storage
 from hpo.worker.slots import Room, choose_slots
 
 if TYPE_CHECKING:
-    from hpo.models.training import Training
+    from hpo.models.training.training import Training
     from hpo.study.lifecycle import OpenStudy
 
 log = logging.getLogger("hpo")
@@ -48,7 +50,7 @@ ASIDE_S, ASIDE_MOST_S = 5.0, 300.0  # until a study that cannot be worked on is 
 
 # What makes one study unworkable for a standing worker, and others not: its data, its plan, its model; the store or the
 # database gone in the middle of it.
-FAULTS = (ArtifactError, PromotionError, RegistryError, ValueError, OSError, OperationalError)
+FAULTS = (ArtifactError, PromotionError, RegistryError, StudyFault, ValueError, OSError, OperationalError)
 
 
 class Attention:
@@ -110,7 +112,7 @@ class Attention:
 
     @contextmanager
     def beside_others(self) -> Iterator[None]:
-        """Take and run a trial beside those of other slots. Raises Interrupted when told to end while it waits."""
+        """Take and run a trial beside those of other slots. Raises TrainingInterrupted when told to end."""
         with self._room.shared(lambda: self.told):
             yield
 
@@ -346,7 +348,7 @@ class Slot:
             try:
                 if not self._work() and self.worker.only is not None:
                     return
-            except Interrupted:  # told to end while it waited for memory, with no trial in hand
+            except TrainingInterrupted:  # told to end while it waited for memory, with no trial in hand
                 return
 
     def _work(self) -> bool:

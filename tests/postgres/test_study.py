@@ -15,8 +15,8 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from hpo.models.bundle import Predictions
-from hpo.models.data import DataError
+from hpo.models.bundle.predictions import Predictions
+from hpo.models.data.sequences import DataError
 from hpo.storage.artifacts import artifact_store
 from hpo.storage.leases import StudyOver
 from hpo.storage.trials import TrialStorage, trial_storage

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from optuna.trial import FrozenTrial, TrialState
 
-from hpo.models.training import Interrupted
+from hpo.models.training.training import TrainingInterrupted
 from hpo.worker.slots import Room, largest
 from tests.conftest import Cli
 
@@ -207,7 +207,7 @@ class TestRoom:
         thread = threading.Thread(target=neighbour)
         thread.start()
         inside.wait(30)
-        with pytest.raises(Interrupted), room.shared(never), room.alone(lambda: True):
+        with pytest.raises(TrainingInterrupted), room.shared(never), room.alone(lambda: True):
             raise AssertionError("it cannot have been alone")
         with room.shared(lambda: True):
             leave.set()
@@ -221,7 +221,7 @@ def never() -> bool:
 def test_the_largest_trial_of_a_space_takes_the_most_memory() -> None:
     from hpo.study.space import default_space
 
-    space = default_space(n=1000, steps=500, features=3, classes=2, variable=True)
+    space = default_space(n=1000, steps=500, features=3)
     plan: Any = type("OfASpace", (), {"config": type("Config", (), {"space": space})})
     found = largest(plan)
     assert (found["hidden_size"], found["layers"], found["bidirectional"]) == (128, 2, True)

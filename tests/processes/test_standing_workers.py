@@ -23,7 +23,8 @@ from sqlalchemy import make_url
 
 import hpo
 from hpo.launcher.forkserver import Forked, Host
-from hpo.models.data import read, save
+from hpo.models.data.canonical import save
+from hpo.models.data.readers import read
 from hpo.promote.promotion import model_folder
 from hpo.storage import postgres
 from hpo.storage.artifacts import ArtifactError, artifact_store
