@@ -36,7 +36,9 @@ import numpy as np
 # Python looks for modules beside the script first, where `storage` would be the benchmark of that name.
 sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != Path(__file__).resolve().parent]
 
-from hpo.models.data import Sequences, from_arrays, read, split_share  # noqa: E402
+from hpo.models.data.readers import read  # noqa: E402
+from hpo.models.data.sequences import Sequences, from_arrays  # noqa: E402
+from hpo.models.data.splits import split_share  # noqa: E402
 from hpo.models.machine import ONE_THREAD  # noqa: E402
 from hpo.models.seeds import derive  # noqa: E402
 
@@ -171,7 +173,7 @@ def configurations(case: Case) -> list[dict[str, Any]]:
 
 def ours(case: Case, folder: Path, name: str, pruner: str | None) -> Run:
     """`hpo launch` over the list, or, without a pruner named, over its default space with its default pruner."""
-    from hpo.study.space import show
+    from hpo.study.entries import show
 
     options = "" if pruner is None else f'pruner = "{pruner}"'
     text = STUDY.format(**vars(case) | {"name": name}, folder=folder, share=SHARE, options=options)

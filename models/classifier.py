@@ -6,71 +6,16 @@ D directions (1 or 2), K classes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from hpo.models.native import Kernel
+from hpo.models.config import ClassifierConfig
+from hpo.models.kernel.native import Kernel
 
-POOLINGS = ("last", "mean", "max", "attention", "flatten")
-NORMALIZATIONS = ("none", "channel", "sequence")
+Weights = dict[str, Tensor]  # a classifier's state by parameter name
 EPSILON = 1e-5  # added to a standard deviation, so that a constant channel becomes 0 and not NaN
-
-
-class ClassifierError(ValueError):
-    """The classifier's configuration does not fit itself or the data."""
-
-
-@dataclass(frozen=True)
-class ClassifierConfig:
-    """What fixes a network's shape and arithmetic. JSON-able."""
-
-    features: int  # F, channels of the data, >= 1
-    classes: int  # K, >= 2; two classes share one logit
-    steps: int  # T, the longest training sequence; `flatten` needs exactly this length
-    hidden_size: int = 64  # H, units a direction and layer, >= 1
-    layers: int = 1  # stacked LSTM layers, >= 1
-    dropout: float = 0.0  # in [0, 1): between layers, and inside a two-layer head
-    bidirectional: bool = False  # D = 2
-    pooling: str = "last"  # one of POOLINGS
-    head_size: int = 0  # 0: one linear layer; else linear, ReLU, dropout, linear of this width
-    patch_length: int = 1  # P, consecutive steps folded into the features, >= 1
-    sequence_length: int = 0  # keep only the last so many steps; 0: all
-    normalization: str = "none"  # one of NORMALIZATIONS
-
-    def __post_init__(self) -> None:
-        least = {"features": 1, "classes": 2, "steps": 1, "hidden_size": 1, "layers": 1, "patch_length": 1}
-        for name, low in (least | {"head_size": 0, "sequence_length": 0}).items():
-            if getattr(self, name) < low:
-                raise ClassifierError(f"{name} must be at least {low}, got {getattr(self, name)}")
-        if not 0 <= self.dropout < 1:
-            raise ClassifierError(f"dropout must be in [0, 1), got {self.dropout}")
-        for name, known in (("pooling", POOLINGS), ("normalization", NORMALIZATIONS)):
-            if getattr(self, name) not in known:
-                raise ClassifierError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-
-    @property
-    def kept_steps(self) -> int:
-        """T after cropping to `sequence_length`."""
-        return min(self.steps, self.sequence_length) if self.sequence_length else self.steps
-
-    @property
-    def fixed_length(self) -> bool:
-        """Whether every sequence must have exactly `steps` steps: `flatten` without a crop to fewer."""
-        return self.pooling == "flatten" and self.kept_steps == self.steps
-
-    @property
-    def patches(self) -> int:
-        """S of the longest sequence: a last, partial patch counts."""
-        return -(-self.kept_steps // self.patch_length)
-
-    @property
-    def outputs(self) -> int:
-        """Logits a sequence: 1 when binary, else K."""
-        return 1 if self.classes == 2 else self.classes
 
 
 def valid(lengths: Tensor, steps: int) -> Tensor:

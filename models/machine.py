@@ -1,4 +1,4 @@
-"""How a process that trains is set up: one thread, glibc's allocator, denormal numbers, memory given back."""
+"""How a process that trains is set up: one thread, glibc's allocator, denormal numbers flushed to zero."""
 
 from __future__ import annotations
 
@@ -22,22 +22,6 @@ def tune_allocator() -> bool:
     except (AttributeError, OSError):  # not glibc
         return False
     return bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
-
-
-def release_memory(device: str) -> None:
-    """Give back what dropped trainings have left behind: to the device, and to the system what malloc keeps."""
-    import gc
-
-    gc.collect()
-    if device != "cpu":
-        import torch
-
-        from hpo.models.member import capturing
-
-        with capturing:
-            torch.cuda.empty_cache()
-    if os.name == "posix" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
-        trim(0)
 
 
 def one_thread() -> None:

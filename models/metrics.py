@@ -17,16 +17,18 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from hpo.errors import StudyFault
+from hpo.models.config import METRICS
+
 Floats = NDArray[np.float64]
 Labels = NDArray[np.int64]
 
-METRICS = ("accuracy", "balanced_accuracy", "f1", "macro_f1", "auroc", "average_precision", "log_loss")
-BY_THRESHOLD = METRICS[:4]  # those that depend on the predicted class alone
+BY_THRESHOLD = ("accuracy", "balanced_accuracy", "f1", "macro_f1")  # those that depend on the predicted class alone
 BY_RANK = ("auroc", "average_precision")
 CLIP = float(np.finfo(np.float32).eps)  # of log_loss: networks give float32, whatever type carries it here
 
 
-class MetricError(ValueError):
+class MetricError(StudyFault):
     """A metric is unknown, or undefined for these probabilities and labels."""
 
 

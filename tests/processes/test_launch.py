@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from optuna.trial import FrozenTrial, TrialState
 
-from hpo.models.bundle import load
-from hpo.models.data import read
+from hpo.models.bundle.bundle import load
+from hpo.models.data.readers import read
 from hpo.models.metrics import score
 from hpo.storage.artifacts import artifact_store
 from hpo.storage.leases import Leases

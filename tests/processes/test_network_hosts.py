@@ -24,8 +24,8 @@ import psycopg2
 import pytest
 from sqlalchemy import make_url
 
-from hpo.models.bundle import load
-from hpo.models.data import read
+from hpo.models.bundle.bundle import load
+from hpo.models.data.readers import read
 from hpo.storage import postgres
 from hpo.storage.trials import trial_storage
 from tests.conftest import assert_exact, execute, wait_for

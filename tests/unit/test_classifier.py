@@ -8,16 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from hpo.models.classifier import (
-    NORMALIZATIONS,
-    POOLINGS,
-    Classifier,
-    ClassifierConfig,
-    ClassifierError,
-    channel_statistics,
-    crop_last,
-    fold_patches,
-)
+from hpo.models.classifier import Classifier, channel_statistics, crop_last, fold_patches
+from hpo.models.config import NORMALIZATIONS, POOLINGS, ClassifierConfig, ClassifierError
 
 LENGTHS = torch.tensor([9, 3, 1, 5])
 VARIABLE = [name for name in POOLINGS if name != "flatten"]

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from sklearn import metrics as sk
 
 from hpo.models import metrics
-from hpo.models.metrics import METRICS, MetricError
+from hpo.models.config import METRICS
+from hpo.models.metrics import MetricError
 
 
 def drawn(N: int, K: int, seed: int) -> tuple[NDArray[Any], NDArray[np.int64]]:

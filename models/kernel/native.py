@@ -14,13 +14,15 @@ import platform
 import shlex
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from hpo.errors import HpoError
+from hpo.models.files import whole_file
 
 log = logging.getLogger("hpo")
 
@@ -33,28 +35,54 @@ ARM = platform.machine().lower() in ("arm64", "aarch64")
 MACHINE = ("-mcpu=native",) if ARM else ("-march=native", "-mtune=generic")
 FLAGS = ("-std=gnu11", "-O3", *MACHINE, "-ffp-contract=fast", "-shared", "-fPIC")
 LARGEST = 256  # hidden size up to which it is the faster one; at 512 torch is its equal, at 1024 some 1.1 times as fast
-TOLERANCE = 1e-4  # of a fresh build against torch: any wrong sum is far off, rounding far below
+TOLERANCE = 1e-4  # of a fresh build compared with torch: any wrong sum is far off, rounding far below
 
 
-class NativeError(RuntimeError):
+class NativeError(HpoError):
     """The kernel cannot be built here, or does not take what it was given."""
+
+
+class _Shape(ctypes.Structure):
+    """`struct lstm_shape` of native.c, which says what the fields are; so do the next two."""
+
+    _fields_ = [
+        (name, ctypes.c_int64) for name in ("S", "B", "F", "H", "reverse", "training", "final", "step", "sequence")
+    ]
+
+
+class _Inputs(ctypes.Structure):
+    """`struct lstm_inputs`."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in ("x", "lengths", "w_ih", "w_hh", "b_ih", "b_hh")]
+
+
+class _Gradients(ctypes.Structure):
+    """`struct lstm_gradients`."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("dy", "w_ih", "w_hh", "dx")),
+        ("add", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("dw_ih", "dw_hh", "db_ih", "db_hh")),
+    ]
 
 
 class Kernel:
     """The compiled kernel. Any number of threads may call it at once; each call runs in the calling thread alone."""
 
     def __init__(self, library: Path, name: str) -> None:
+        """Raises NativeError where the library cannot be loaded."""
         self.name = name  # of its source, compiler, flags and processor: same name and input, same bits
-        number, pointer = ctypes.c_int64, ctypes.c_void_p
+        pointer = ctypes.c_void_p
         try:
             functions = ctypes.CDLL(str(library))
         except OSError as error:
             raise NativeError(f"the compiled kernel cannot be loaded: {error}") from None
         self.bytes, self.forward, self.backward = functions.lstm_bytes, functions.lstm_forward, functions.lstm_backward
-        self.bytes.argtypes = (number,) * 5
-        self.forward.argtypes = (*(number,) * 6, *(pointer,) * 7, *(number,) * 3, pointer)
-        self.backward.argtypes = (*(number,) * 5, pointer, *(number,) * 3, *(pointer,) * 3, number, *(pointer,) * 5)
-        self.bytes.restype = self.forward.restype = number
+        shape = ctypes.POINTER(_Shape)
+        self.bytes.argtypes = (shape,)
+        self.forward.argtypes = (shape, ctypes.POINTER(_Inputs), pointer, pointer)
+        self.backward.argtypes = (shape, ctypes.POINTER(_Gradients), pointer)
+        self.bytes.restype = self.forward.restype = ctypes.c_int64
         self.backward.restype = None
 
     def layer(self, inputs: Tensor, lengths: Tensor | None, *weights: Tensor, final: bool = False) -> Tensor:
@@ -64,6 +92,8 @@ class Kernel:
         one, which runs over each sequence backwards within its own length. lengths None: all are S. What `inputs`
         holds beyond a length is never read, and its gradient is zero. final: instead of all outputs those that each
         direction ends a sequence with, (B, D*H); zero for a sequence of length 0. All float32 on a CPU.
+
+        Raises NativeError for other types, devices or shapes, and for a length that is not in 0..S.
         """
         inputs, lengths = inputs.contiguous(), None if lengths is None else lengths.contiguous()
         weights = tuple(weight.contiguous() for weight in weights)
@@ -96,13 +126,13 @@ class _Layer(torch.autograd.Function):
             own = slice(4 * reverse, 4 * reverse + 4)
             weight_ih, weight_hh, _, _ = weights[own]
             H = weight_hh.shape[1]
-            ctx.kernel.backward(
-                *(S, B, F, H, reverse, gradient.data_ptr() + 4 * reverse * H),
-                *(gradient.stride(0), gradient.stride(-2), ctx.final),
-                *(weight_ih.data_ptr(), weight_hh.data_ptr(), None if inputs is None else inputs.data_ptr(), reverse),
+            shape = _Shape(S, B, F, H, reverse, True, ctx.final, gradient.stride(0), gradient.stride(-2))
+            arguments = _Gradients(
+                *(gradient.data_ptr() + 4 * reverse * H, weight_ih.data_ptr(), weight_hh.data_ptr()),
+                *(None if inputs is None else inputs.data_ptr(), reverse),
                 *(tensor.data_ptr() for tensor in gradients[own]),
-                memory.data_ptr(),
             )
+            ctx.kernel.backward(shape, arguments, memory.data_ptr())
         return None, None, inputs, None, *gradients
 
 
@@ -112,17 +142,15 @@ def _forward(
     """The outputs and, for each direction, the memory that its backward pass reads."""
     (S, B, F), H, directions = inputs.shape, weights[1].shape[1], len(weights) // 4
     outputs = torch.empty((B, directions * H) if final else (S, B, directions * H))
-    size = kernel.bytes(S, B, F, H, training)
     memories = []
     for reverse in range(directions):
-        memory = torch.empty(size, dtype=torch.uint8)
-        wrong = kernel.forward(
-            *(S, B, F, H, reverse, training),
+        shape = _Shape(S, B, F, H, reverse, training, final, B * directions * H, directions * H)
+        memory = torch.empty(kernel.bytes(shape), dtype=torch.uint8)
+        arguments = _Inputs(
             *(inputs.data_ptr(), None if lengths is None else lengths.data_ptr()),
             *(weight.data_ptr() for weight in weights[4 * reverse : 4 * reverse + 4]),
-            *(outputs.data_ptr() + 4 * reverse * H, B * directions * H, directions * H, final),
-            memory.data_ptr(),
         )
+        wrong = kernel.forward(shape, arguments, outputs.data_ptr() + 4 * reverse * H, memory.data_ptr())
         if wrong:
             raise NativeError(f"a length must be from 0 to the number of steps, {S}, got {cast(Tensor, lengths)}")
         memories.append(memory)
@@ -147,8 +175,8 @@ def _check(inputs: Tensor, lengths: Tensor | None, weights: tuple[Tensor, ...]) 
 def load(folder: Path) -> Kernel | None:
     """The kernel, from the folder or compiled into it; None, with the reason logged, where that cannot be done.
 
-    A build takes about a second, once for each machine, compiler and version of the source. It appears whole or not
-    at all, and only after it was held against torch.
+    A build takes about a second, once for each machine, compiler and version of the source. The file appears whole or
+    not at all, and only after the kernel's outputs and gradients were compared with torch's.
     """
     try:
         return _build(folder)
@@ -167,11 +195,9 @@ def _build(folder: Path) -> Kernel:
         return Kernel(library, name)
     try:
         folder.mkdir(0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".native-", dir=folder) as scratch:
-            built = Path(scratch) / library.name
-            _run([*compiler, *FLAGS, str(SOURCE), "-o", str(built)])
-            _compare(Kernel(built, name))
-            built.replace(library)
+        with whole_file(library) as beside:
+            _run([*compiler, *FLAGS, str(SOURCE), "-o", str(beside)])
+            _compare(Kernel(beside, name))
     except OSError as error:
         raise NativeError(f"the kernel cannot be kept in {folder}: {error.strerror}") from None
     return Kernel(library, name)
@@ -211,7 +237,10 @@ def _processor() -> str:
 @torch.inference_mode(False)
 @torch.enable_grad()
 def _compare(kernel: Kernel) -> None:
-    """Hold a fresh build against torch on a ragged batch: a compiler or processor of which we know nothing."""
+    """Compare a fresh build with torch on a ragged batch: nothing is known of the compiler or the processor.
+
+    Raises NativeError.
+    """
     random = torch.Generator().manual_seed(0)
     S, B, F, H = 7, 9, 3, 19
     inputs = torch.randn(S, B, F, generator=random)

@@ -7,13 +7,12 @@ The first of those in a process imports torch's compiler, which takes a second, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from hpo.models.training import TrainingConfig
+from hpo.models.config import TrainingConfig
 
 MOMENTUM = 0.9  # of SGD
 BETA1, BETA2 = 0.9, 0.999  # of Adam and AdamW
@@ -30,7 +29,7 @@ MEMORY = {  # what is remembered of each weight, by torch's names; a momentum of
 class Optimizer:
     """One optimiser over a few buffers, each with its gradient in a buffer of its own.
 
-    rate: the learning rate; on a GPU it lies on the device and no step waits for the host, so that a step can be
+    rate: the learning rate; on a GPU it lies on the device and no step waits for the CPU, so that a step can be
     captured. state: of each buffer by torch's names, all zero before the first step, and always the same tensors.
     fused: whether one kernel makes the whole step (its bits differ from those of several).
     """
@@ -52,6 +51,7 @@ class Optimizer:
             own["step"] = step
 
     def set_rate(self, rate: float) -> None:
+        """The learning rate of the steps from now on."""
         if isinstance(self.rate, Tensor):
             self.rate.fill_(rate)
         else:
@@ -59,6 +59,7 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self) -> None:
+        """Move the weights by their gradients."""
         if self.kind == "sgd":
             self._sgd()
         elif self.kind == "rmsprop":

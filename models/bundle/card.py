@@ -8,28 +8,14 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from hpo.models.classifier import EPSILON, ClassifierConfig
+from hpo.models.bundle.config import BundleConfig, preprocessing
+from hpo.models.classifier import EPSILON
+from hpo.models.config import ClassifierConfig
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from hpo.models.bundle import BundleConfig
-
 COUNTS_SHOWN = 30  # classes up to which the confusion matrix shows its numbers and every name
-
-
-def preprocessing(config: ClassifierConfig) -> list[str]:
-    """What happens to a sequence (T, F) before the LSTM, step by step."""
-    steps = ["missing values are filled: linearly between known steps, the nearest one at the ends, 0 where none is"]
-    if config.sequence_length:
-        steps.append(f"only its last {config.sequence_length} steps are kept")
-    if config.normalization == "channel":
-        steps.append(f"each feature: minus `mean`, divided by `deviation` + {EPSILON} (both with the weights)")
-    if config.normalization == "sequence":
-        steps.append(f"each feature: minus its mean in the sequence, divided by its deviation there + {EPSILON}")
-    if config.patch_length > 1:
-        steps.append(f"{config.patch_length} consecutive steps become one; the last, partial one is filled with zeros")
-    return steps
 
 
 def readme(config: BundleConfig, exported: str = "safetensors") -> str:

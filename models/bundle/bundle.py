@@ -10,17 +10,11 @@ Shapes: N sequences, T steps, F features, K classes, k members whose probabiliti
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
-from uuid import uuid4
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,63 +24,16 @@ from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as serialize_tensors
 from torch import Tensor
 
-from hpo.models.classifier import Classifier, ClassifierConfig, to_probabilities
-from hpo.models.data import DataError, Sequences, from_arrays, read
-from hpo.models.metrics import Scores, predict_labels
+from hpo.models.bundle import card
+from hpo.models.bundle.config import BundleConfig, BundleError, from_json, to_json
+from hpo.models.bundle.predictions import Predictions
+from hpo.models.classifier import Classifier, Weights, to_probabilities
+from hpo.models.data.readers import read
+from hpo.models.data.sequences import DataError, Sequences, from_arrays
+from hpo.models.files import whole_folder
+from hpo.models.metrics import predict_labels
 
-FORMAT = 1  # version of the folder's format; raised when an older reader would misread it
 FILES = ("model.safetensors", "config.json", "README.md", "curves.png", "confusion.png")
-Weights = Mapping[str, Tensor]  # one member's state, by parameter name
-T = TypeVar("T")
-
-
-class BundleError(ValueError):
-    """The folder is no whole saved model, is of a newer format, or must not be replaced."""
-
-
-@dataclass(frozen=True)
-class BundleConfig:
-    """What a saved model is, how good it is, and where it comes from. JSON-able."""
-
-    classifier: ClassifierConfig
-    classes: tuple[str, ...]  # (K,) names, in the order of the probabilities
-    features: tuple[str, ...]  # (F,) names, in the order of the training data
-    metric: str  # that the study tuned
-    members: int = 1  # k networks whose probabilities are averaged
-    threshold: float = 0.5  # two classes: the second one is predicted from this probability up
-    best_epoch: int = 1  # whose weights these are, from 1
-    columns: dict[str, str] = field(
-        default_factory=dict
-    )  # `hpo.models.data.read` names columns so: label, id, step, group
-    validation: Scores | None = None  # the part that chose hyperparameters, epoch and threshold
-    test: Scores | None = None  # never seen by tuning
-    provenance: dict[str, Any] = field(default_factory=dict)  # study, trial, seed, data, versions, commit, device, …
-
-    def __post_init__(self) -> None:
-        for what, names in (("classes", self.classes), ("features", self.features)):
-            if len(names) != getattr(self.classifier, what):
-                expected = getattr(self.classifier, what)
-                raise BundleError(f"a classifier of {expected} {what} needs as many names, got {list(names)}")
-
-
-@dataclass(frozen=True, eq=False)
-class Predictions:
-    """What the model says of N sequences, in the order given."""
-
-    classes: tuple[str, ...]  # (K,)
-    probabilities: NDArray[np.float32]  # (N, K)
-    labels: NDArray[np.str_]  # (N,) predicted class names
-    ids: tuple[str, ...]  # (N,)
-
-    def to_csv(self, path: str | Path) -> None:
-        """Write columns id, predicted and probability_<class> of each class; the file appears whole or not at all."""
-        text = io.StringIO(newline="")
-        writer = csv.writer(text)
-        writer.writerow(["id", "predicted", *(f"probability_{name}" for name in self.classes)])
-        writer.writerows(
-            [self.ids[i], label, *map(str, self.probabilities[i])] for i, label in enumerate(self.labels.tolist())
-        )
-        _write_whole(Path(path), text.getvalue().encode())
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,10 +47,10 @@ class Bundle:
     def predict(self, data: Any, batch_size: int = 256, progress: Callable[[int], object] | None = None) -> Predictions:
         """Class and probabilities of each sequence; labels are ignored.
 
-        data is a `Sequences` or whatever `hpo.models.data.from_arrays` takes as X: (N, T, F), (N, T), or a list of
-        (T_i, F) or (T_i,). Features with names are matched by name, in any order and among others. `progress`
-        is told after each batch how many sequences it had. Raises DataError where features or lengths do not
-        fit the model.
+        data is a `Sequences` or whatever `from_arrays` takes as X: (N, T, F), (N, T), or a list of (T_i, F) or
+        (T_i,). Features with names are matched by name, in any order and among others. `progress` is called after
+        each batch with the number of its sequences. Raises DataError where features or lengths do not fit the
+        model, ValueError where `batch_size` is below 1.
         """
         sequences = self.conform(data)
         probabilities = self._probabilities(sequences, batch_size, progress)
@@ -117,7 +64,7 @@ class Bundle:
         return read(path, labeled=False, features=features, **columns)
 
     def conform(self, data: Any) -> Sequences:
-        """`data` with the model's features in the model's order, and lengths that it can take."""
+        """`data` with the model's features in the model's order. Raises DataError where they or lengths do not fit."""
         sequences = data if isinstance(data, Sequences) else from_arrays(data)
         names, wanted = sequences.features, self.config.features
         if _unnamed(names) or _unnamed(wanted):
@@ -184,17 +131,15 @@ def save(
 
     members: k states of a `Classifier`. curve: per-epoch numbers by name, "train_loss" and "value" (of the
     metric) at least, "log_loss" if at hand. `overwrite` replaces a saved model, never another folder.
-    Raises BundleError.
+    Raises BundleError and OSError.
     """
-    from hpo.models import card
-
     if len(members) != config.members:
         raise BundleError(f"config.members is {config.members}, got the weights of {len(members)}")
     content = pack(members)
-    _assemble(config, parse_tensors(content), "these weights")  # they fit the configuration
-    with whole_folder(Path(folder), overwrite) as beside:
+    _models(config, parse_tensors(content), "these weights")  # they fit the configuration
+    with model_folder(Path(folder), overwrite) as beside:
         (beside / "model.safetensors").write_bytes(content)
-        (beside / "config.json").write_text(_to_json(config), encoding="utf-8")
+        (beside / "config.json").write_text(to_json(config), encoding="utf-8")
         (beside / "README.md").write_text(card.readme(config), encoding="utf-8")
         (beside / "curves.png").write_bytes(card.curves(curve, config.best_epoch, config.metric))
         scores = config.test or config.validation
@@ -210,19 +155,19 @@ def load(folder: str | Path, device: str = "cpu") -> Bundle:
     missing = [name for name in FILES[:2] if not (folder / name).is_file()]
     if missing:
         raise BundleError(f"{folder} is no saved model: it lacks {' and '.join(missing)}")
-    config = _from_json((folder / "config.json").read_bytes(), str(folder / "config.json"))
+    config = from_json((folder / "config.json").read_bytes(), str(folder / "config.json"))
     source = folder / "model.safetensors"
     try:
         tensors = parse_tensors(source.read_bytes())
     except SafetensorError as error:
         raise BundleError(f"{source} is not a whole safetensors file ({error}); fetch or export it again") from None
-    models = _assemble(config, tensors, str(source))
+    models = _models(config, tensors, str(source))
     return Bundle(config, tuple(model.to(device) for model in models), folder)
 
 
 def assemble(config: BundleConfig, members: Sequence[Weights], device: str = "cpu") -> Bundle:
     """The bundle that `save` would write, in memory. Raises BundleError."""
-    models = _assemble(config, parse_tensors(pack(members)), "these weights")
+    models = _models(config, parse_tensors(pack(members)), "these weights")
     return Bundle(config, tuple(model.to(device) for model in models))
 
 
@@ -232,9 +177,9 @@ def pack(members: Sequence[Weights]) -> bytes:
     return serialize_tensors({name: tensor.detach().cpu().clone().contiguous() for name, tensor in named.items()})
 
 
-def unpack(content: bytes) -> list[dict[str, Tensor]]:
+def unpack(content: bytes) -> list[Weights]:
     """The members' weights of a file that `pack` made."""
-    members: dict[int, dict[str, Tensor]] = {}
+    members: dict[int, Weights] = {}
     for key, tensor in parse_tensors(content).items():
         _, index, name = key.split(".", 2)
         members.setdefault(int(index), {})[name] = tensor
@@ -242,24 +187,14 @@ def unpack(content: bytes) -> list[dict[str, Tensor]]:
 
 
 @contextmanager
-def whole_folder(out: Path, overwrite: bool) -> Iterator[Path]:
-    """A new folder beside `out` to write into, which takes its name when the block ends, else is removed.
+def model_folder(out: Path, overwrite: bool) -> Iterator[Path]:
+    """A new folder to write a saved model into, which becomes `out` when the block ends and is removed if it raises.
 
-    Only an empty folder or, with `overwrite`, a saved model is replaced. Raises BundleError.
+    Only an empty folder or, with `overwrite`, a saved model is replaced. Raises BundleError and OSError.
     """
-    out = out.resolve()
-    _check_free(out, overwrite)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    beside = out.with_name(f".{out.name}.{uuid4().hex[:8]}")
-    beside.mkdir()
-    try:
+    _check_free(out.resolve(), overwrite)
+    with whole_folder(out) as beside:
         yield beside
-        for path in (*beside.iterdir(), beside):
-            _flush(path)
-        _rename(beside, out)
-        _flush(out.parent)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _check_free(out: Path, overwrite: bool) -> None:
@@ -271,46 +206,12 @@ def _check_free(out: Path, overwrite: bool) -> None:
         raise BundleError(f"{out} holds a saved model already: name a new folder, or overwrite it")
 
 
-def _rename(beside: Path, out: Path) -> None:
-    """Give `beside` the name `out`; a folder of that name is moved away first and back if that fails."""
-    if not out.exists() or not any(out.iterdir()):
-        beside.rename(out)
-        return
-    old = beside.with_name(f"{beside.name}.old")
-    out.rename(old)
-    try:
-        beside.rename(out)
-    except OSError:
-        old.rename(out)
-        raise
-    shutil.rmtree(old)
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file or a folder's entries are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    beside = path.with_name(f".{path.name}.{uuid4().hex[:8]}")
-    try:
-        beside.write_bytes(content)
-        _flush(beside)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
 def _unnamed(features: tuple[str, ...]) -> bool:
-    """Whether these are the names that `hpo.models.data` gives to features without one."""
+    """Whether these are the names that readers give to features without one."""
     return features == tuple(f"x{i}" for i in range(len(features)))
 
 
-def _assemble(config: BundleConfig, tensors: Weights, source: str) -> list[Classifier]:
+def _models(config: BundleConfig, tensors: dict[str, Tensor], source: str) -> list[Classifier]:
     """The members in evaluation mode, once every tensor is there in its shape and no other."""
     models = []
     for _ in range(config.members):
@@ -330,41 +231,3 @@ def _assemble(config: BundleConfig, tensors: Weights, source: str) -> list[Class
         state = {name: tensors[f"member.{i}.{name}"].float() for name in model.state_dict()}
         model.load_state_dict(state, assign=True)
     return models
-
-
-def _to_json(config: BundleConfig) -> str:
-    from hpo.models import card
-
-    content = {"format": FORMAT, **asdict(config), "preprocessing": card.preprocessing(config.classifier)}
-    return json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-
-
-def _from_json(text: bytes, source: str) -> BundleConfig:
-    try:
-        content = json.loads(text)
-        version = content.pop("format")
-        content.pop("preprocessing", None)  # for readers; the classifier's configuration decides
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise BundleError(f"{source} is not the configuration of a saved model") from None
-    if version != FORMAT:
-        raise BundleError(f"{source} has format {version}, this version of hpo reads {FORMAT}: install a newer hpo")
-    content["classifier"] = _exactly(ClassifierConfig, content.get("classifier"), f"{source}, classifier")
-    for part in ("validation", "test"):
-        if content.get(part) is not None:
-            scores = _exactly(Scores, content[part], f"{source}, {part}")
-            intervals = {name: (low, high) for name, (low, high) in scores.intervals.items()}
-            content[part] = replace(scores, intervals=intervals, confusion=tuple(map(tuple, scores.confusion)))
-    for names in ("classes", "features"):
-        content[names] = tuple(content.get(names, ()))
-    return _exactly(BundleConfig, content, source)
-
-
-def _exactly(kind: type[T], content: Any, source: str) -> T:
-    """`kind` from a JSON object that has its fields and no others."""
-    found = content if isinstance(content, dict) else {}
-    names = [item.name for item in fields(kind)]  # type: ignore[arg-type]
-    faults = [f"missing {name}" for name in names if name not in found]
-    faults += [f"unexpected {name}" for name in found if name not in names]
-    if faults:
-        raise BundleError(f"{source}: {', '.join(faults)}")
-    return kind(**found)

@@ -22,10 +22,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from hpo.models import card
-from hpo.models.bundle import FILES, Bundle, load, whole_folder
+from hpo.errors import HpoError
+from hpo.models.bundle import card
+from hpo.models.bundle.bundle import FILES, Bundle, load, model_folder
 from hpo.models.classifier import Classifier, to_probabilities
-from hpo.models.data import Sequences, from_arrays
+from hpo.models.data.sequences import Sequences, from_arrays
 
 FORMATS = ("safetensors", "onnx", "pt2")
 OPSET = 17  # of ONNX: the newest that the tracing exporter has in torch 2.11
@@ -38,7 +39,7 @@ CHECKED = 32  # real sequences that the graph is run on
 Run = Callable[[NDArray[np.float32], NDArray[np.int64]], NDArray[np.float32]]
 
 
-class ExportError(RuntimeError):
+class ExportError(HpoError):
     """The model cannot be exported like this, or the exported graph does not give torch's answers."""
 
 
@@ -63,7 +64,7 @@ def export(
     if folder is None:
         raise ExportError("only a saved model can be exported: save it and load its folder")
     bundle = load(folder)
-    with whole_folder(Path(out), overwrite) as beside:
+    with model_folder(Path(out), overwrite) as beside:
         for name in FILES:
             if (folder / name).exists():
                 shutil.copyfile(folder / name, beside / name)

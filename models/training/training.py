@@ -22,69 +22,34 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hpo.models.batches import Batches
-from hpo.models.classifier import Classifier, ClassifierConfig
-from hpo.models.data import Sequences
-from hpo.models.member import EVALUATION_BATCH, Member, Weights
+from hpo.errors import HpoError
+from hpo.models.classifier import Classifier, Weights
+from hpo.models.config import ClassifierConfig, TrainingConfig
+from hpo.models.data.sequences import Sequences
+from hpo.models.kernel.native import LARGEST, Kernel
 from hpo.models.metrics import choose_threshold, direction, score
-from hpo.models.native import LARGEST, Kernel
 from hpo.models.seeds import derive
+from hpo.models.training.batches import Batches
+from hpo.models.training.member import Member
+from hpo.models.training.memory import is_out_of_memory, memory_bytes
+from hpo.models.training.schedules import learning_rate
 
-OPTIMIZERS = ("adamw", "adam", "rmsprop", "sgd")
-SCHEDULES = ("constant", "cosine", "plateau")
-PLATEAU_PATIENCE, PLATEAU_FACTOR = 3, 0.5  # epochs without a better validation loss, then this factor
-PLATEAU_BETTER = 1e-4  # share by which a validation loss must fall to be better
 MIB = 2**20
-Part = NDArray[np.int64]  # rows of a data set
+Rows = NDArray[np.int64]  # of a data set
 _own = threading.local()  # each thread's streams: what one captures no other may write into
 _initialising = threading.Lock()  # first weights are drawn from torch's own random state
 
 
-class TrainingError(ValueError):
-    """The training configuration is out of range or does not fit the data."""
-
-
-class Diverged(RuntimeError):
+class Diverged(HpoError):
     """Loss, gradients or predictions stopped being finite numbers."""
 
 
-class OutOfMemory(RuntimeError):
+class OutOfMemory(HpoError):
     """The training does not fit the device's memory; the message has its sizes."""
 
 
-class Interrupted(Exception):
-    """The epoch was given up between two batches, as asked; the last checkpoint stands."""
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """How one trial's weights are found. JSON-able."""
-
-    metric: str  # the validation metric, one of hpo.models.metrics.METRICS
-    epochs: int = 50  # at most, >= 1
-    patience: int | None = 10  # epochs without a better metric before the end; None: never end early
-    batch_size: int = 32  # sequences, >= 1
-    optimizer: str = "adamw"  # one of OPTIMIZERS
-    learning_rate: float = 1e-3  # > 0
-    weight_decay: float = 0.0  # >= 0
-    gradient_clip: float = 1.0  # largest norm of a step's gradients; 0: no limit
-    schedule: str = "constant"  # one of SCHEDULES: of the learning rate
-    class_weight: str = "none"  # none | balanced: weigh each class by the inverse of its share
-    threshold: str = "half"  # half | chosen: the binary decision threshold, 0.5 or the best on validation data
-    precision: str = "float32"  # float32 | bfloat16 (autocast)
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, low in (("epochs", 1), ("batch_size", 1), ("weight_decay", 0), ("gradient_clip", 0)):
-            if getattr(self, name) < low:
-                raise TrainingError(f"{name} must be at least {low}, got {getattr(self, name)}")
-        if self.learning_rate <= 0:
-            raise TrainingError(f"learning_rate must be above 0, got {self.learning_rate}")
-        choices = {"optimizer": OPTIMIZERS, "schedule": SCHEDULES, "class_weight": ("none", "balanced")}
-        choices |= {"threshold": ("half", "chosen"), "precision": ("float32", "bfloat16")}
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise TrainingError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+class TrainingInterrupted(Exception):
+    """The epoch was given up between two batches, as asked; the last checkpoint is valid."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +67,9 @@ class Epoch:
 class Training:
     """One trial in training on one device.
 
+    history: the epochs so far. best: the best of them, best_weights: its members' states. labels (n,): those of the
+    validation parts, pooled in the order of the folds. bytes: an estimate of the memory that it takes.
+
     Trainings may run beside one another in one process, each in a thread of its own: nothing random is shared, and on
     a GPU each one has a stream of its own.
     """
@@ -109,7 +77,7 @@ class Training:
     def __init__(
         self,
         sequences: Sequences,
-        folds: Sequence[tuple[Part, Part]],
+        folds: Sequence[tuple[Rows, Rows]],
         classifier: ClassifierConfig,
         config: TrainingConfig,
         device: str = "cpu",
@@ -133,7 +101,7 @@ class Training:
         self.history: list[Epoch] = []
         self.best: Epoch | None = None
         self.best_weights: list[Weights] = []
-        self.batches = 0  # trained since this object was made: the progress that a lease wants to see
+        self.batches = 0  # trained since this object was made
         gpu = self.device.type == "cuda"
         fits = not gpu and config.precision == "float32" and classifier.hidden_size <= LARGEST
         self.kernel = kernel if fits else None
@@ -141,8 +109,9 @@ class Training:
         with self._at_work():
             fixed = gpu if fixed_shapes is None else fixed_shapes
             self.members = self._members(sequences, folds, fixed, graphs)
-        self.parameters = sum(p.numel() for m in self.members for p in m.model.parameters())
-        self.fused = self.members[0].fused
+        learners = [member.learner for member in self.members]
+        self.parameters = sum(weight.numel() for learner in learners for weight in learner.model.parameters())
+        self.fused = learners[0].optimizer.fused
 
     @property
     def lstm_kernel(self) -> str:
@@ -161,20 +130,17 @@ class Training:
     def advance(self, interrupted: Callable[[], bool] = lambda: False) -> Epoch:
         """Train one epoch and validate.
 
-        Raises Interrupted as soon as `interrupted()` is true between two batches, Diverged and OutOfMemory. After
-        any of them the object holds half an epoch: `restore` a checkpoint or drop it.
+        Raises TrainingInterrupted as soon as `interrupted()` is true between two batches, Diverged and OutOfMemory.
+        After any of them the object holds half an epoch: `restore` a checkpoint or drop it.
         """
         started = time.perf_counter()
         number = len(self.history) + 1
         with self._at_work():
             self._train(number, interrupted)
             probabilities = self._validate()
-            loss = float(torch.stack([member.loss_sum for member in self.members]).sum())
+            loss = float(torch.stack([member.learner.loss_sum for member in self.members]).sum())
         loss /= sum(len(member.train) for member in self.members)
-        if not math.isfinite(loss):
-            raise Diverged(f"the training loss became {loss} in epoch {number}")
-        if not np.isfinite(probabilities).all():
-            raise Diverged(f"validation predictions are not finite numbers after epoch {number}")
+        _check_finite(number, loss, probabilities)
         threshold = self._threshold(probabilities)
         value = score(self.config.metric, probabilities, self.labels, threshold)
         log_loss = score("log_loss", probabilities, self.labels)
@@ -182,7 +148,7 @@ class Training:
         self.history.append(epoch)
         if self._is_best(epoch):
             self.best = epoch
-            self.best_weights = self._weights()
+            self.best_weights = self.weights()
         return epoch
 
     def validate(self) -> NDArray[np.float64]:
@@ -194,12 +160,17 @@ class Training:
         """Put these weights into the members, to `validate` them."""
         with self._at_work():
             for member, weights in zip(self.members, members, strict=True):
-                member.model.load_state_dict(weights)
+                member.learner.model.load_state_dict(weights)
+
+    def weights(self) -> list[Weights]:
+        """Each member's state, on the CPU."""
+        with self._at_work():
+            return [member.learner.weights() for member in self.members]
 
     def state(self) -> bytes:
         """A checkpoint: everything that the next epoch depends on. Devices may take it from one another."""
         with self._at_work():
-            members = [member.state() for member in self.members]
+            members = [member.learner.state() for member in self.members]
         content = {
             "history": [vars(epoch) for epoch in self.history],
             "best": None if self.best is None else self.best.number,
@@ -211,30 +182,29 @@ class Training:
         return buffer.getvalue()
 
     def restore(self, checkpoint: bytes) -> None:
-        """Go on where `state()` was taken: the next epoch gives the same bits as without the break."""
+        """Go on where `state()` was taken: the next epoch gives the same bits as without the break.
+
+        checkpoint: of `state`, of a training of the same data and configurations on any device.
+        """
         content: dict[str, Any] = torch.load(io.BytesIO(checkpoint), map_location="cpu", weights_only=True)
         self.history = [Epoch(**epoch) for epoch in content["history"]]
         self.best = next((epoch for epoch in self.history if epoch.number == content["best"]), None)
         self.best_weights = content["best_weights"]
         with self._at_work():
             for member, state in zip(self.members, content["members"], strict=True):
-                member.restore(state)
+                member.learner.restore(state)
 
     def _train(self, number: int, interrupted: Callable[[], bool]) -> None:
         rate = learning_rate(self.config, [epoch.log_loss for epoch in self.history])
         for member in self.members:
             for step in member.epoch(number, rate):
                 if interrupted():
-                    raise Interrupted
+                    raise TrainingInterrupted
                 step()
                 self.batches += 1
 
     def _validate(self) -> NDArray[np.float64]:
         return torch.cat([member.validate() for member in self.members]).cpu().numpy().astype(np.float64)
-
-    def _weights(self) -> list[Weights]:
-        with self._at_work():
-            return [member.weights() for member in self.members]
 
     @contextmanager
     def _at_work(self) -> Iterator[None]:
@@ -244,20 +214,21 @@ class Training:
             with stream:
                 yield
         except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             raise OutOfMemory(f"out of memory on {self.device}: {self._size()}") from None
 
     def _size(self) -> str:
         shape, config = self.classifier, self.config
+        inputs = shape.features * shape.patch_length
         return (
             f"hidden_size {shape.hidden_size}, layers {shape.layers}, batch_size {config.batch_size}, up to "
-            f"{shape.patches} steps of {shape.features * shape.patch_length} values, {shape.bidirectional=}: some "
+            f"{shape.patches} steps of {inputs} values, bidirectional={shape.bidirectional}: some "
             f"{self.bytes / MIB:.0f} MiB; allow smaller sizes in [space], or fewer slots or workers on this device"
-        ).replace("shape.bidirectional", "bidirectional")
+        )
 
     def _members(
-        self, sequences: Sequences, folds: Sequence[tuple[Part, Part]], fixed_shapes: bool, graphs: bool
+        self, sequences: Sequences, folds: Sequence[tuple[Rows, Rows]], fixed_shapes: bool, graphs: bool
     ) -> list[Member]:
         values, lengths = torch.from_numpy(sequences.values), torch.from_numpy(sequences.lengths)
         labels = torch.from_numpy(sequences.labels).to(self.device)
@@ -272,10 +243,8 @@ class Training:
                 with torch.no_grad():
                     patches, counts = model.prepare(values.to(self.device), lengths.to(self.device))
                 whole = patches.contiguous(), counts
-            parts = [Batches(*whole, labels, rows) for rows in (train, validation)]
-            found.append(
-                Member(model, parts[0], parts[1], self.config, index, fixed_shapes=fixed_shapes, graphs=graphs)
-            )
+            parts = Batches(*whole, labels, train), Batches(*whole, labels, validation)
+            found.append(Member(model, *parts, self.config, index, fixed_shapes=fixed_shapes, graphs=graphs))
         return found
 
     def _threshold(self, probabilities: NDArray[np.float64]) -> float:
@@ -296,41 +265,11 @@ class Training:
         return sign * epoch.value >= least and epoch.log_loss < self.best.log_loss
 
 
-def learning_rate(config: TrainingConfig, log_losses: Sequence[float]) -> float:
-    """The rate of the epoch that follows epochs with these validation log-losses.
-
-    cosine: from the rate to 0 over all epochs (Loshchilov and Hutter, 2017, without restarts); plateau: halved after
-    PLATEAU_PATIENCE epochs without a lower loss, as torch's ReduceLROnPlateau counts them.
-    """
-    rate, epoch = config.learning_rate, len(log_losses)
-    if config.schedule == "cosine":
-        return rate * (1 + math.cos(math.pi * epoch / config.epochs)) / 2
-    if config.schedule == "plateau":
-        least, stale = math.inf, 0
-        for loss in log_losses:
-            least, stale = (loss, 0) if loss < least * (1 - PLATEAU_BETTER) else (least, stale + 1)
-            if stale > PLATEAU_PATIENCE:
-                rate, stale = rate * PLATEAU_FACTOR, 0
-    return rate
-
-
-def memory_bytes(n: int, members: int, classifier: ClassifierConfig, config: TrainingConfig, device: str) -> int:
-    """A rough upper estimate of what a training of n sequences takes on its device, in bytes.
-
-    Data; weights, gradients and optimiser; what the backward pass keeps of each step (four gates, cell, output and
-    their gradients). On a GPU each member keeps its own, in the pool of its graphs.
-    """
-    directions = 2 if classifier.bidirectional else 1
-    width, inputs = directions * classifier.hidden_size, classifier.features * classifier.patch_length
-    copies = members if classifier.normalization == "channel" else 1
-    data = 2 * copies * n * classifier.patches * inputs
-    weights, kept = 0, 0
-    for _ in range(classifier.layers):
-        weights += 4 * width * (inputs + classifier.hidden_size + 2)
-        kept += classifier.patches * (12 * width + inputs)
-        inputs = width
-    rows = max(config.batch_size, EVALUATION_BATCH[device] // 4)
-    return 4 * (data + members * 4 * weights + (members if device == "cuda" else 1) * rows * kept)
+def _check_finite(number: int, loss: float, probabilities: NDArray[np.float64]) -> None:
+    if not math.isfinite(loss):
+        raise Diverged(f"the training loss became {loss} in epoch {number}")
+    if not np.isfinite(probabilities).all():
+        raise Diverged(f"validation predictions are not finite numbers after epoch {number}")
 
 
 def _own_stream(device: torch.device) -> torch.cuda.Stream:
@@ -346,9 +285,3 @@ def _model(config: ClassifierConfig, seed: int) -> Classifier:
     with torch.random.fork_rng(devices=[]), _initialising:
         torch.manual_seed(seed)
         return Classifier(config)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Whether a GPU's, a CPU's or a library's allocator says so: only some of them have a type of their own."""
-    signs = ("out of memory", "can't allocate memory", "could not allocate", "ALLOC_FAILED")
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)

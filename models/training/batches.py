@@ -1,6 +1,6 @@
 """Sequences resident on the device, cut into batches of like length and cropped to each batch's longest.
 
-Letters: N sequences, S steps (patches), B sequences in a batch, T, F as in `hpo.models.data`.
+Letters: N sequences, S steps (patches), B sequences in a batch, F features of a patch.
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ from torch import Tensor
 
 from hpo.models.seeds import derive
 
+EVALUATION_BATCH = {"cpu": 256, "cuda": 1024}  # sequences of a batch that is validated on, by type of device
 JITTER = 0.1  # of the longest length: how far apart in length two sequences may be and still trade places
 
 
 @dataclass(frozen=True)
 class Batch:
+    """Sequences of one step."""
+
     values: Tensor  # (S, B, F), cropped to the longest sequence of the batch
     lengths: Tensor | None  # (B,); None: every sequence fills all S steps
     labels: Tensor  # (B,)
@@ -38,7 +41,7 @@ class Batches:
         self.lengths = lengths
         self.labels = labels
         self.rows = np.arange(len(lengths)) if rows is None else rows
-        self._lengths = lengths.cpu().numpy()[self.rows]  # on the host: cutting a batch never waits for the device
+        self._lengths = lengths.cpu().numpy()[self.rows]  # on the CPU: cutting a batch never waits for the device
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -48,15 +51,11 @@ class Batches:
         """Whether all sequences of the part are equally long."""
         return bool(self._lengths.min() == self._lengths.max())
 
-    def training(self, batch_size: int, *seed: object) -> Iterator[Batch]:
-        """Every sequence once, in an order that is a function of the seed alone.
+    def parts(self, batch_size: int, *seed: object) -> list[NDArray[np.int64]]:
+        """An epoch's batches, as indices into the part: every sequence once, in an order that the seed alone decides.
 
         Batches are of even size, at most `batch_size`; where lengths vary, of like length.
         """
-        return (self.batch(part) for part in self.parts(batch_size, *seed))
-
-    def parts(self, batch_size: int, *seed: object) -> list[NDArray[np.int64]]:
-        """The batches of `training`, as indices into the part."""
         random = np.random.default_rng(derive("order", *seed))
         order = random.permutation(len(self))
         if not self.uniform:
@@ -65,11 +64,15 @@ class Batches:
         parts = np.array_split(order, -(-len(self) // batch_size))
         return [parts[index] for index in random.permutation(len(parts))]
 
+    def part_labels(self) -> Tensor:
+        """The labels (N,) of the part's sequences, on the device."""
+        return self.labels[torch.from_numpy(self.rows).to(self.labels.device)]
+
     def longest(self, indices: NDArray[np.int64] | None = None) -> int:
         """The steps of the longest of these sequences, or of all."""
         return int((self._lengths if indices is None else self._lengths[indices]).max())
 
-    def evaluation(self, batch_size: int = 256) -> Iterator[Batch]:
+    def evaluation(self, batch_size: int) -> Iterator[Batch]:
         """Every sequence once, sorted by length."""
         order = np.argsort(self._lengths, kind="stable")
         return (self.batch(order[i : i + batch_size]) for i in range(0, len(order), batch_size))

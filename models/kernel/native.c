@@ -9,10 +9,30 @@
  * Units go through the vector's lanes in blocks of LANES, rows through the registers in tiles. A tile of the forward
  * product ends with the four gates of a block of units, and the non-linearities follow while they are in cache.
  * Each row's arithmetic is the same in every tile, so a sequence's bits do not depend on the batch that it is in.
+ *
+ * The entry points, at the end, take the three structs that follow, which native.py mirrors: every field has 8 bytes.
  */
 
 #include <stdint.h>
 #include <string.h>
+
+struct lstm_shape { /* a layer, what is wanted of it, and where its outputs y and their gradients dy lie */
+    int64_t S, B, F, H;
+    int64_t reverse, training, final; /* 0 or 1: each sequence backwards within its own length; keep what lstm_backward
+                                         needs; y has only the output that each sequence ends with */
+    int64_t step, sequence;           /* floats from one step of y to the next, from one sequence to the next */
+};
+struct lstm_inputs { /* x (S, B, F); lengths (B) or NULL: all are S; w_ih (4 H, F), w_hh (4 H, H), b_ih and b_hh (4 H) */
+    const float *x;
+    const int64_t *lengths;
+    const float *w_ih, *w_hh, *b_ih, *b_hh;
+};
+struct lstm_gradients { /* dy; the weights again; dx (S, B, F) or NULL, written or, with `add`, added to; the rest written */
+    const float *dy, *w_ih, *w_hh;
+    float *dx;
+    int64_t add;
+    float *dw_ih, *dw_hh, *db_ih, *db_hh;
+};
 
 #if defined(__AVX512F__)
 #define LANES 16
@@ -35,7 +55,7 @@ typedef float anywhere __attribute__((vector_size(4 * LANES), aligned(4), may_al
 
 INLINE vec load(const float *from) { return *(const anywhere *)from; }
 INLINE void store(float *to, vec value) { *(anywhere *)to = value; }
-INLINE vec all(float value) { return value - (vec){0}; }
+INLINE vec broadcast(float value) { return value - (vec){0}; }
 
 /* The first `room` of a vector's lanes, which may be more than there are; the others are zero. */
 INLINE vec load_some(const float *from, int64_t room) {
@@ -50,14 +70,14 @@ INLINE void store_some(float *to, vec value, int64_t room) {
 }
 
 static const int32_t edge[32] = {[0 ... 15] = -1}; /* from `edge + 16 - n` on, a mask of the first n lanes */
-INLINE vec choose(ivec mask, vec a, vec b) { return (vec)(((ivec)a & mask) | ((ivec)b & ~mask)); }
+INLINE vec vec_select(ivec mask, vec a, vec b) { return (vec)(((ivec)a & mask) | ((ivec)b & ~mask)); }
 
 /* exp(x) as scale + scale * p: with x = n ln 2 + r and |r| <= ln 2 / 2, scale is 2^n and p is exp(r) - 1 by its
  * series up to r^7. Kept apart, exp(x) - 1 loses nothing where x is near 0. */
 INLINE void split_exp(vec x, vec *scale, vec *p) {
     const float shift = 12582912.0f; /* 1.5 * 2^23: a number added to it is rounded and stands in the low bits */
-    x = choose((ivec)(x > 88.0f), all(88.0f), x); /* what is greater would overflow; NaN stays NaN */
-    x = choose((ivec)(x < -87.0f), all(-87.0f), x);
+    x = vec_select((ivec)(x > 88.0f), broadcast(88.0f), x); /* what is greater would overflow; NaN stays NaN */
+    x = vec_select((ivec)(x < -87.0f), broadcast(-87.0f), x);
     vec shifted = x * 1.44269504f + shift, n = shifted - shift;
     vec r = x - n * 0.693145752f - n * 1.42860677e-6f, square = r * r;
     vec low = 0.5f + r * (1.0f / 6), middle = 1.0f / 24 + r * (1.0f / 120), high = 1.0f / 720 + r * (1.0f / 5040);
@@ -66,14 +86,14 @@ INLINE void split_exp(vec x, vec *scale, vec *p) {
 }
 
 /* 1 / (1 + exp(-x)), to 2.4 units in the last place. */
-INLINE vec sigmoid(vec x) {
+INLINE vec vec_sigmoid(vec x) {
     vec scale, p;
     split_exp(-x, &scale, &p);
     return 1.0f / (scale * p + (scale + 1.0f));
 }
 
 /* (exp(2x) - 1) / (exp(2x) + 1), to 2.9 units in the last place. */
-INLINE vec hyperbolic(vec x) {
+INLINE vec vec_tanh(vec x) {
     vec scale, p;
     split_exp(2.0f * x, &scale, &p);
     return (scale * p + (scale - 1.0f)) / (scale * p + (scale + 1.0f));
@@ -87,7 +107,7 @@ INLINE void multiply(const int rows, const int vectors, vec sums[TILE][4], const
     for (int64_t k = 0; k < depth; k++, a += depth_stride, w += w_stride) {
         vec left[TILE];
 #pragma GCC unroll 6
-        for (int r = 0; r < rows; r++) left[r] = all(a[r * row_stride]);
+        for (int r = 0; r < rows; r++) left[r] = broadcast(a[r * row_stride]);
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; v++) {
             vec right = load(w + v * LANES);
@@ -148,12 +168,13 @@ static void *take(uintptr_t *memory, int64_t bytes) {
 }
 
 /* Lay a layer out in `arena`; `bytes` is how much it takes. Without training two steps are kept in place of all. */
-static struct layer arrange(void *arena, int64_t S, int64_t B, int64_t F, int64_t H, int64_t reverse,
-                            int64_t training, int64_t *bytes) {
+static struct layer arrange(void *arena, const struct lstm_shape *shape, int64_t *bytes) {
+    int64_t S = shape->S, B = shape->B, F = shape->F, H = shape->H, training = shape->training;
     struct layer l = {.S = S, .B = B, .F = F, .H = H, .K = F + 1 + H};
     int64_t rows = training ? S * B : 2 * B, chunk = B > CHUNK ? B : CHUNK;
     uintptr_t memory = (uintptr_t)arena;
-    l.reverse = reverse, l.training = training;
+    l.reverse = shape->reverse, l.training = training;
+    l.step = shape->final ? 0 : shape->step, l.sequence = shape->sequence, l.final = shape->final;
     l.width = whole(H), l.blocks = l.width / LANES;
     l.start = whole(F + 1) - (F + 1), l.stride = whole(F + 1) + l.width, l.dstride = 4 * l.width + LANES;
     l.order = take(&memory, 8 * B);
@@ -174,9 +195,10 @@ static struct layer arrange(void *arena, int64_t S, int64_t B, int64_t F, int64_
     return l;
 }
 
-int64_t lstm_bytes(int64_t S, int64_t B, int64_t F, int64_t H, int64_t training) {
+/* The bytes that the memory of such a layer takes. */
+int64_t lstm_bytes(const struct lstm_shape *shape) {
     int64_t bytes;
-    arrange(0, S, B, F, H, 0, training, &bytes);
+    arrange(0, shape, &bytes);
     return bytes;
 }
 
@@ -260,7 +282,7 @@ static void forward_tile(const struct layer l, int64_t rows, int64_t s, int64_t 
     float *cells = l.cells + here * l.width + block * LANES;
     /* Two loops: more rows are under way at once than if the processor had to see past both chains of a row. */
     for (int64_t r = 0; r < rows; r++) {
-        vec i = sigmoid(z[r][0]), f = sigmoid(z[r][1]), g = hyperbolic(z[r][2]), o = sigmoid(z[r][3]);
+        vec i = vec_sigmoid(z[r][0]), f = vec_sigmoid(z[r][1]), g = vec_tanh(z[r][2]), o = vec_sigmoid(z[r][3]);
         vec before = {0};
         if (s) before = load(past + r * l.width);
         vec c = f * before + i * g;
@@ -268,7 +290,7 @@ static void forward_tile(const struct layer l, int64_t rows, int64_t s, int64_t 
         z[r][0] = i, z[r][1] = f, z[r][2] = g, z[r][3] = o;
     }
     for (int64_t r = 0; r < rows; r++) {
-        vec h = z[r][3] * hyperbolic(load(cells + r * l.width));
+        vec h = z[r][3] * vec_tanh(load(cells + r * l.width));
         for (int64_t v = 0; l.training && v < 4; v++)
             store(l.gates + (((here + r) * l.blocks + block) * 4 + v) * LANES, z[r][v]);
         if (first + r < l.counts[s + 1])
@@ -279,23 +301,22 @@ static void forward_tile(const struct layer l, int64_t rows, int64_t s, int64_t 
     }
 }
 
-/* x (S, B, F) to y, whose steps and sequences are so many floats apart; lengths (B) or NULL: all S. Beyond a length y
- * is zero. With `final` y has one step: the last one that each sequence runs through. With `training` `memory` keeps
- * what lstm_backward needs. -1: a length is not in 0..S. */
-int64_t lstm_forward(int64_t S, int64_t B, int64_t F, int64_t H, int64_t reverse, int64_t training, const float *x,
-                     const int64_t *lengths, const float *w_ih, const float *w_hh, const float *b_ih,
-                     const float *b_hh, float *y, int64_t step, int64_t sequence, int64_t final, void *memory) {
-    int64_t bytes;
-    struct layer l = arrange(memory, S, B, F, H, reverse, training, &bytes);
-    l.y = y, l.step = final ? 0 : step, l.sequence = sequence, l.final = final;
+/* x (S, B, F) to y. Beyond a length y is zero. With `final` y has one step: the last one that each sequence runs
+ * through. With `training` `memory` keeps what lstm_backward needs. -1: a length is not in 0..S. */
+int64_t lstm_forward(const struct lstm_shape *shape, const struct lstm_inputs *in, float *y, void *memory) {
+    int64_t bytes, S = shape->S, B = shape->B, F = shape->F, H = shape->H;
+    const int64_t *lengths = in->lengths;
+    struct layer l = arrange(memory, shape, &bytes);
+    l.y = y;
     if (!rank(&l, lengths)) return -1;
-    pack(&l, w_ih, w_hh, b_ih, b_hh);
+    pack(&l, in->w_ih, in->w_hh, in->b_ih, in->b_hh);
     for (int64_t b = 0; lengths && b < B; b++)
-        for (int64_t s = lengths[b]; s < (final ? !lengths[b] : S); s++) memset(y + s * step + b * sequence, 0, 4 * H);
+        for (int64_t s = lengths[b]; s < (l.final ? !lengths[b] : S); s++)
+            memset(y + s * l.step + b * l.sequence, 0, 4 * H);
     for (int64_t s = 0; s < S && l.counts[s]; s++) {
         for (int64_t n = 0; n < l.counts[s]; n++) {
             struct place at = l.places[l.offsets[s] + n];
-            const float *from = x + (at.step * B + at.sequence) * F;
+            const float *from = in->x + (at.step * B + at.sequence) * F;
             float *to = l.inputs + (begin(&l, s) + n) * l.stride + l.start;
             for (int64_t k = 0; k < F; k++) to[k] = from[k];
             to[F] = 1.0f;
@@ -331,7 +352,7 @@ static void backward_tile(const struct layer l, int64_t rows, int64_t vectors, i
         for (int64_t v = 0, unit = block * LANES; v < vectors; v++, unit += LANES) {
             const float *gates = l.gates + row * 4 * l.width + 4 * unit;
             vec i = load(gates), f = load(gates + LANES), g = load(gates + 2 * LANES), o = load(gates + 3 * LANES);
-            vec c = hyperbolic(load(l.cells + row * l.width + unit)), past = {0};
+            vec c = vec_tanh(load(l.cells + row * l.width + unit)), past = {0};
             if (s) past = load(l.cells + (row - l.counts[s - 1]) * l.width + unit);
             vec d = dh[r][v];
             if (!l.final || !depth) d += load_some(dy + unit, l.H - unit);
@@ -383,18 +404,17 @@ static void inputs_gradient(const struct layer *l, int64_t row, int64_t count, c
     }
 }
 
-/* Gradients after lstm_forward with the same memory, from dy, laid out as y there. dx (S, B, F) or NULL: written, or
- * with `add` added to. */
-void lstm_backward(int64_t S, int64_t B, int64_t F, int64_t H, int64_t reverse, const float *dy, int64_t step,
-                   int64_t sequence, int64_t final, const float *w_ih, const float *w_hh, float *dx, int64_t add,
-                   float *dw_ih, float *dw_hh, float *db_ih, float *db_hh, void *memory) {
-    int64_t bytes, end = S, turn = 0;
-    struct layer l = arrange(memory, S, B, F, H, reverse, 1, &bytes);
+/* Gradients after lstm_forward with the same shape and memory, from dy. dx, if not NULL, is written, or with `add`
+ * added to. */
+void lstm_backward(const struct lstm_shape *shape, const struct lstm_gradients *g, void *memory) {
+    int64_t bytes, S = shape->S, B = shape->B, F = shape->F, H = shape->H, end = S, turn = 0;
+    struct layer l = arrange(memory, shape, &bytes);
     const float *after = l.dgates[0];
-    l.dy = dy, l.step = final ? 0 : step, l.sequence = sequence, l.final = final;
-    pack_backward(&l, w_hh, H, l.recurrent);
-    if (dx) pack_backward(&l, w_ih, F, l.entering);
-    if (dx && !add) memset(dx, 0, 4 * S * B * F);
+    float *dx = g->dx;
+    l.dy = g->dy;
+    pack_backward(&l, g->w_hh, H, l.recurrent);
+    if (dx) pack_backward(&l, g->w_ih, F, l.entering);
+    if (dx && !g->add) memset(dx, 0, 4 * S * B * F);
     memset(l.dweights, 0, 4 * l.K * 4 * l.width);
     while (end && !l.counts[end - 1]) end--;
     for (int64_t start; end > 0; end = start, turn = !turn) { /* a chunk: steps start .. end */
@@ -412,7 +432,7 @@ void lstm_backward(int64_t S, int64_t B, int64_t F, int64_t H, int64_t reverse, 
         }
         int64_t row = l.offsets[start], rows = l.offsets[end] - row;
         weights_gradient(&l, row, rows, l.dgates[turn]);
-        if (dx) inputs_gradient(&l, row, rows, l.dgates[turn], dx, add);
+        if (dx) inputs_gradient(&l, row, rows, l.dgates[turn], dx, g->add);
     }
-    unpack(&l, dw_ih, dw_hh, db_ih, db_hh);
+    unpack(&l, g->dw_ih, g->dw_hh, g->db_ih, g->db_hh);
 }
