@@ -61,7 +61,7 @@ def main() -> None:
     except Exception as error:
         if type(error).__module__.split(".")[0] not in OURS:
             raise
-        from hpo.storage.postgres import mask
+        from hpo.storage.url import mask
 
         typer.echo(f"hpo: {mask(str(error))}", err=True)
         sys.exit(INTERRUPTED if type(error).__name__ == "Interrupted" else 1)
@@ -205,7 +205,7 @@ def dashboard(
     """optuna-dashboard over the studies. The password comes from HPO_DASHBOARD_PASSWORD (or ..._FILE)."""
     from hpo.dashboard.server import serve
     from hpo.storage.artifacts import artifact_store
-    from hpo.storage.postgres import database_url
+    from hpo.storage.database import database_url
 
     serve(
         database_url(),
@@ -256,7 +256,7 @@ def reproduce(
 @app.command()
 def models(as_json: Json = False) -> None:
     """Promoted versions with their scores."""
-    from hpo.storage.postgres import database_url
+    from hpo.storage.database import database_url
     from hpo.storage.registry import Registry
     from hpo.terminal import model_row, show_models
 
@@ -325,7 +325,8 @@ def demo(
 @db.command("url")
 def db_url(show_password: Annotated[bool, typer.Option(help="Print the password too.")] = False) -> None:
     """The database's address; starts the embedded server if that is the one in use."""
-    from hpo.storage.postgres import database_url, mask
+    from hpo.storage.database import database_url
+    from hpo.storage.url import mask
 
     url = database_url()
     typer.echo(url if show_password else mask(url))
@@ -334,7 +335,8 @@ def db_url(show_password: Annotated[bool, typer.Option(help="Print the password 
 @db.command("start")
 def db_start() -> None:
     """Start the embedded server, or find it running."""
-    from hpo.storage.postgres import mask, start
+    from hpo.storage.server.server import start
+    from hpo.storage.url import mask
 
     typer.echo(f"running: {mask(start())}")
 
@@ -342,7 +344,7 @@ def db_start() -> None:
 @db.command("stop")
 def db_stop() -> None:
     """Stop the embedded server; its data stay."""
-    from hpo.storage.postgres import stop as stop_server
+    from hpo.storage.server.server import stop as stop_server
 
     typer.echo("stopped" if stop_server() else "it was not running")
 
@@ -370,8 +372,8 @@ def _opened() -> Any:
     """The storage and the leases of the configured database, closed after the block."""
     from contextlib import contextmanager
 
+    from hpo.storage.database import database_url
     from hpo.storage.leases import Leases
-    from hpo.storage.postgres import database_url
     from hpo.storage.trials import trial_storage
 
     @contextmanager

@@ -7,7 +7,8 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from hpo.storage.postgres import database_url, home
+from hpo.storage.database import database_url
+from hpo.storage.home import home
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 

@@ -20,8 +20,9 @@ from hpo.models.metrics import METRICS
 
 if TYPE_CHECKING:
     from hpo.models.bundle import Predictions
-    from hpo.storage.leases import InFlight, Leases, Place, Snapshot
+    from hpo.storage.leases import Leases
     from hpo.storage.registry import ModelVersion
+    from hpo.storage.snapshot import InFlight, Snapshot, WorkerGroup
     from hpo.storage.trials import TrialStorage
 
 PLAIN_S = 2.0  # between two lines where the output is not a terminal
@@ -153,7 +154,7 @@ def status_row(state: Snapshot) -> dict[str, Any]:
         "per_hour": None if state.rate_per_hour is None else round(state.rate_per_hour, 1),
         "seconds_left": _seconds_left(state),
         "workers": state.workers,
-        "places": [vars(place) for place in state.places],
+        "places": [vars(group) for group in state.worker_groups],
         "in_flight": [
             {
                 "trial": item.number,
@@ -216,14 +217,14 @@ def _status_view(states: Sequence[Snapshot], *, detailed: bool) -> Group:
             *(str(state.counts.get(name, 0)) for name in ("complete", "pruned", "failed", "running")),
             str(state.budget),
             "" if state.best_value is None else _best(state),
-            _workers(state.places, len(state.places) if detailed else PLACES),
+            _workers(state.worker_groups, len(state.worker_groups) if detailed else PLACES),
             "" if state.rate_per_hour is None else f"{state.rate_per_hour:.0f}",
             "" if left_s is None else _duration(left_s),
         )
     return Group(table, *([_flights(states[0])] if detailed and states[0].in_flight else []))
 
 
-def _workers(places: Sequence[Place], most: int) -> str:
+def _workers(places: Sequence[WorkerGroup], most: int) -> str:
     """Those alive by host and device, a line each."""
     if len(places) > most:
         hosts = len({place.host for place in places})

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from urllib.parse import parse_qs, urlsplit
 
 from hpo.storage.artifacts import ArtifactStore
-from hpo.storage.postgres import PostgresError
+from hpo.storage.errors import PostgresError
 from hpo.storage.trials import trial_storage
 
 if TYPE_CHECKING:

@@ -19,12 +19,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpo.models.machine import ONE_THREAD
-from hpo.storage.postgres import PostgresError, database_url, home, revive
+from hpo.storage.database import database_url
+from hpo.storage.errors import PostgresError
+from hpo.storage.home import home
+from hpo.storage.server.server import revive
 
 if TYPE_CHECKING:
     from hpo.launcher.forkserver import Forked, Host
     from hpo.launcher.ray import Cluster, RayWorkers
-    from hpo.storage.leases import Snapshot
+    from hpo.storage.snapshot import Snapshot
     from hpo.study.config import StudyConfig
     from hpo.study.lifecycle import OpenStudy
 

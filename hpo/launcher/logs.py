@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hpo.launcher.launch import tail
-from hpo.storage.postgres import home
+from hpo.storage.home import home
 
 if TYPE_CHECKING:
     from hpo.storage.leases import Leases

@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hpo.launcher.launch import PAUSE_S, RESTARTS, STOP_S, LaunchError, tail
 from hpo.models.machine import ONE_THREAD
-from hpo.storage.postgres import home
+from hpo.storage.home import home
 
 if TYPE_CHECKING:
     from types import ModuleType

@@ -6,17 +6,15 @@ import logging
 import math
 import socket
 import tempfile
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpo.models.data import Sequences
 from hpo.storage.artifacts import ArtifactStore, MissingArtifactError, artifact_store
-from hpo.storage.leases import LeaseLost
-from hpo.storage.postgres import database_url, home
+from hpo.storage.database import database_url
+from hpo.storage.errors import LeaseLost
+from hpo.storage.home import home
 from hpo.storage.registry import ModelVersion, Registry, materialise, publish
 from hpo.study.config import to_dict
 from hpo.study.lifecycle import OpenStudy, open_study, ranked
@@ -32,7 +30,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("hpo")
 
-RENEWALS = 4  # of the promotion's lease within its time
 MIMETYPES = {".png": "image/png", ".json": "application/json", ".md": "text/markdown"}
 TOLERANCE = 1e-5  # the least between the recorded score and the same weights' on another machine or version
 
@@ -50,9 +47,9 @@ def promote_once(opened: OpenStudy, store: ArtifactStore, worker: str, sequences
     row = leases.study(study_id)
     if row is None or row.status == "finished":
         return True
-    if not leases.take_promotion(study_id, worker):
-        return False
-    with _renewing(opened, worker, row.lease_s / RENEWALS):
+    with leases.promotion(study_id, worker) as held:
+        if not held:
+            return False
         own = ranked(opened)
         version = None
         if own:
@@ -63,24 +60,6 @@ def promote_once(opened: OpenStudy, store: ArtifactStore, worker: str, sequences
         log.warning("%s", lost)
         return False
     return True
-
-
-@contextmanager
-def _renewing(opened: OpenStudy, worker: str, interval_s: float) -> Iterator[None]:
-    """Keep the promotion's lease for as long as the block runs."""
-    done = threading.Event()
-
-    def renew() -> None:
-        while not done.wait(interval_s):
-            opened.leases.take_promotion(opened.study_id, worker)
-
-    thread = threading.Thread(target=renew, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
 
 
 def promote_trial(storage: TrialStorage, name: str, number: int | None) -> ModelVersion:
@@ -118,7 +97,7 @@ def promote(opened: OpenStudy, store: ArtifactStore, trial: FrozenTrial, sequenc
         scored = replace(config, validation=validation, test=test)
         save(folder, [member.weights() for member in training.members], scored, attributes["curve"])
         artifacts = publish(store, folder, f"model-{opened.study_id}-{trial.number}")
-    model = Registry(database_url()).promote(
+    model = Registry(opened.storage.connection).promote(
         name=opened.name,
         study_id=opened.study_id,
         study_name=opened.name,

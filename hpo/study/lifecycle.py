@@ -26,8 +26,9 @@ from hpo.models.data import (
 from hpo.models.metrics import direction
 from hpo.models.seeds import derive
 from hpo.storage.artifacts import ArtifactStore
-from hpo.storage.leases import Lease, Leases, Terms
-from hpo.storage.postgres import alone
+from hpo.storage.leases import Lease, Leases
+from hpo.storage.locks import exclusively
+from hpo.storage.terms import Terms
 from hpo.storage.trials import TrialStorage
 from hpo.study.config import Folds, StudyConfig, complete, differences, from_dict, to_dict
 from hpo.study.notes import describe_study
@@ -113,7 +114,9 @@ def create_or_open(config: StudyConfig, storage: TrialStorage, store: ArtifactSt
     plan, train, test = _plan(config)
     leases = Leases(storage)
     _check_warm_start(storage, config)
-    with alone(storage.url, f"study {config.study.name}"):  # launches of one file at once: the first one's is the study
+    with exclusively(
+        storage.url, f"study {config.study.name}"
+    ):  # launches of one file at once: the first one's is the study
         study_id = _find_or_create(storage, plan)
         stored = leases.study(study_id)
         if stored is not None:

@@ -23,9 +23,9 @@ from hpo.models.native import load as load_kernel
 from hpo.models.seeds import derive
 from hpo.models.training import Epoch, Interrupted, OutOfMemory, Training, TrainingConfig
 from hpo.storage.artifacts import ArtifactError, ArtifactStore, MissingArtifactError
+from hpo.storage.errors import LeaseLost, PostgresError
+from hpo.storage.home import home
 from hpo.storage.leases import Lease
-from hpo.storage.postgres import PostgresError, home
-from hpo.storage.trials import LeaseLost
 from hpo.study.lifecycle import OpenStudy, Plan, ask, folds, rank, ranked
 from hpo.study.notes import attach_artifact
 from hpo.trial import log as trial_log
@@ -112,7 +112,6 @@ def run_trial(opened: OpenStudy, lease: Lease, bench: Bench, attention: Attentio
     """
     trial_log.begin()
     named = _named(opened, lease)
-    opened.storage.attach(lease)
     checkpoints = _Checkpoints(opened, lease, bench.store)
     try:
         try:
@@ -140,7 +139,6 @@ def run_trial(opened: OpenStudy, lease: Lease, bench: Bench, attention: Attentio
         drop_spent_checkpoints(opened, bench.store)
         return TrialState.FAIL
     finally:
-        opened.storage.detach(lease)
         if bench.device != "cpu":
             release_memory(bench.device)  # one stream's memory is of no use to another
 

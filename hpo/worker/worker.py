@@ -26,10 +26,14 @@ from hpo.models.machine import one_thread, prepare_process
 from hpo.models.training import Interrupted
 from hpo.promote.promotion import PromotionError
 from hpo.storage.artifacts import ArtifactError, ArtifactStore, artifact_store
-from hpo.storage.leases import Beat, Lease, Leases, StudyOver
-from hpo.storage.postgres import PostgresError, database_url, home, mask
+from hpo.storage.database import database_url
+from hpo.storage.errors import PostgresError, StudyOver
+from hpo.storage.heartbeat import Progress
+from hpo.storage.home import home
+from hpo.storage.leases import Lease, Leases
 from hpo.storage.registry import RegistryError
 from hpo.storage.trials import trial_storage
+from hpo.storage.url import mask
 from hpo.worker.slots import Room, choose_slots
 
 if TYPE_CHECKING:
@@ -39,8 +43,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("hpo")
 
 IDLE_S = 0.5  # between two looks for work when there is none
-BEATS = 4  # renewals within the time of a lease …
-BEAT_S = 2.0  # … and at least one in so long: a renewal also brings the news that a study was stopped
+BEAT_S = 2.0  # between two signs of life of a worker without a trial
 LEAVE_S = 6.0  # after a signal a worker ends, whatever it hangs in …
 GIVE_BACK_S = 1.5  # … and tries for so long to give back what it holds
 HURRY_S = 1.0  # after a signal a lost database is not tried for longer
@@ -62,13 +65,10 @@ class Attention:
     ) -> None:
         """told: what tells all slots of the worker to end; room: the memory that they share."""
         self.leases, self.worker = leases, worker
-        self.out_of_time = False  # the study's wall-clock budget is spent
         self._told = told or threading.Event()
         self._room = room or Room()
         self._queued = 0  # renewals while the trial waited for memory: waiting in line is progress
         self._in_line = False
-        self._lost = False
-        self._study_stopped = False
         self._patient = True
         self._lease: Lease | None = None
         self._training: Training | None = None
@@ -76,6 +76,19 @@ class Attention:
     def stop(self) -> None:
         """A signal: finish what is short, give the trial back, end."""
         self._told.set()
+
+    @property
+    def _lost(self) -> bool:
+        return self._lease is not None and self._lease.heartbeat.lost
+
+    @property
+    def _study_stopped(self) -> bool:
+        return self._lease is not None and self._lease.heartbeat.study_stopped
+
+    @property
+    def out_of_time(self) -> bool:
+        """Whether the study's wall-clock budget is spent."""
+        return self._lease is not None and self._lease.heartbeat.out_of_time
 
     @property
     def told(self) -> bool:
@@ -123,46 +136,28 @@ class Attention:
             yield
 
     @contextmanager
-    def holding(self, lease: Lease, lease_s: float) -> Iterator[None]:
-        """Renew the lease from a thread for as long as the block runs."""
-        self._lease, self._training = lease, None
-        self._lost = self._study_stopped = self.out_of_time = self._in_line = False
-        done = threading.Event()
-        thread = threading.Thread(target=self._renew, args=(done, min(lease_s / BEATS, BEAT_S)), daemon=True)
-        thread.start()
+    def holding(self, lease: Lease) -> Iterator[None]:
+        """Tell the lease's heartbeat of the progress for as long as the block runs."""
+        self._lease, self._training, self._in_line = lease, None, False
+        lease.heartbeat.progress = self._progress
         try:
             yield
         finally:
-            done.set()
-            thread.join()
             self._lease = self._training = None
 
-    def _renew(self, done: threading.Event, interval_s: float) -> None:
-        while not done.wait(interval_s):
-            lease, training = self._lease, self._training
-            assert lease is not None
-            self._queued += self._in_line
-            try:
-                news = self.leases.renew(self.worker, {lease: _beat(training, self._queued)})
-            except PostgresError as error:
-                log.warning("the lease of trial %d could not be renewed: %s", lease.number, error)
-                continue
-            except Exception:
-                log.exception("the lease of trial %d could not be renewed", lease.number)
-                continue
-            self._lost = self._lost or lease in news.lost
-            self._study_stopped = self._study_stopped or lease.study_id in news.stopped
-            self.out_of_time = self.out_of_time or lease.study_id in news.out_of_time
+    def _progress(self) -> Progress:
+        self._queued += self._in_line
+        return _beat(self._training, self._queued)
 
 
-def _beat(training: Training | None, queued: int) -> Beat:
+def _beat(training: Training | None, queued: int) -> Progress:
     """Progress counted in batches: a hung training makes none, a long epoch does, and so does waiting in line."""
     if training is None:
-        return Beat(queued)
+        return Progress(queued)
     if not training.history:
-        return Beat(queued + training.batches)
+        return Progress(queued + training.batches)
     last = training.history[-1]
-    return Beat(queued + training.batches, last.number, last.value)
+    return Progress(queued + training.batches, last.number, last.value)
 
 
 class Signals:
@@ -215,7 +210,7 @@ class Worker:
         self.url = database_url()
         self.storage = trial_storage(self.url)
         if study is None:  # it stands until it is told to end, also while the database is away
-            self.storage.connection.retry_s = self.storage.heart.retry_s = math.inf
+            self.storage.set_retry(math.inf)
         self.leases = Leases(self.storage)
         self.store = artifact_store()
         self.name = f"{socket.gethostname()}-{os.getpid()}"
@@ -261,7 +256,7 @@ class Worker:
 
     def hurry(self) -> None:
         """Told to end: a database that is away is not waited for."""
-        self.storage.connection.retry_s = self.storage.heart.retry_s = HURRY_S
+        self.storage.set_retry(HURRY_S)
 
     def give_back(self) -> None:
         """All that it holds, over a connection of its own: nobody knows what the others hang in."""
@@ -382,26 +377,22 @@ class Slot:
         with self.attention.beside_others():
             if exhausted(opened):
                 self.leases.exhaust(opened.study_id)
-            lease = self.leases.take(opened.study_id, self.worker.name, self.worker.device)
+            with self.leases.take(opened.study_id, self.worker.name, self.worker.device) as lease:
+                if lease is not None:
+                    self._run_trial(opened, lease, sequences)
             if lease is not None:
-                self._run_trial(opened, lease, sequences)
                 self.worker.worked(opened.name)
         return lease is not None
 
     def _run_trial(self, opened: OpenStudy, lease: Lease, sequences: Sequences) -> None:
         from hpo.trial.run import Bench, run_trial
 
-        row = self.leases.study(opened.study_id)
-        assert row is not None
         worker = self.worker
-        try:
-            with self.attention.holding(lease, row.lease_s):
-                bench = Bench(worker.name, worker.device, worker.store, sequences)
-                state = run_trial(opened, lease, bench, self.attention)
-            ending = "left" if state is None else state.name.lower()
-            log.info("study %s, trial %d: %s", opened.name, lease.number, ending)
-        finally:
-            self.leases.release(lease)  # does nothing to a trial that has ended or was taken away
+        with self.attention.holding(lease):
+            bench = Bench(worker.name, worker.device, worker.store, sequences)
+            state = run_trial(opened, lease, bench, self.attention)
+        ending = "left" if state is None else state.name.lower()
+        log.info("study %s, trial %d: %s", opened.name, lease.number, ending)
 
     def _promote(self, opened: OpenStudy, ended: StudyOver) -> bool:
         """Whether nothing is left to do for this study, here or in another worker's hands."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -18,7 +17,7 @@ from optuna.trial import TrialState
 from hpo.models.bundle import Predictions
 from hpo.models.data import DataError
 from hpo.storage.artifacts import artifact_store
-from hpo.storage.leases import StudyOver
+from hpo.storage.errors import StudyOver
 from hpo.storage.trials import TrialStorage, trial_storage
 from hpo.study.config import SAMPLERS, StudyConfig, load
 from hpo.study.lifecycle import (
@@ -84,7 +83,7 @@ def run(study: OpenStudy, count: int) -> list[dict[str, Any]]:
     """Take, ask and complete `count` trials, each worth its hidden size."""
     drawn = []
     for _ in range(count):
-        lease = study.leases.take(study.study_id, "tester", "cpu")
+        lease = study.leases.acquire(study.study_id, "tester", "cpu")
         assert lease is not None
         params = ask(study, lease)
         study.storage.finish_trial(lease.trial_id, TrialState.COMPLETE, [float(params["hidden_size"])])
@@ -122,7 +121,7 @@ def test_a_small_space_is_drawn_without_repetition(opened: Callable[..., OpenStu
     assert exhausted(study)
     study.leases.exhaust(study.study_id)
     with pytest.raises(StudyOver, match="exhausted"):
-        study.leases.take(study.study_id, "tester", "cpu")
+        study.leases.acquire(study.study_id, "tester", "cpu")
 
 
 def test_a_continuous_range_has_no_grid(opened: Callable[..., OpenStudy]) -> None:
@@ -132,11 +131,11 @@ def test_a_continuous_range_has_no_grid(opened: Callable[..., OpenStudy]) -> Non
 
 def test_an_adopted_trial_keeps_its_parameters(opened: Callable[..., OpenStudy]) -> None:
     study = opened(study="trials = 1")
-    lease = study.leases.take(study.study_id, "one", "cpu")
+    lease = study.leases.acquire(study.study_id, "one", "cpu")
     assert lease is not None
     params = ask(study, lease)
     study.leases.release(lease)
-    adopted = study.leases.take(study.study_id, "two", "cpu")
+    adopted = study.leases.acquire(study.study_id, "two", "cpu")
     assert adopted is not None
     assert adopted.number == lease.number
     assert ask(study, adopted) == params
@@ -146,7 +145,7 @@ def test_alike_values_go_to_the_lower_log_loss(opened: Callable[..., OpenStudy])
     """60 sequences less the 12 of the holdout: half a sequence's share is 0.0104."""
     study = opened(study="trials = 4")
     for value, log_loss in ((0.900, 0.7), (0.892, 0.3), (0.889, 0.1), (0.900, 0.5)):
-        lease = study.leases.take(study.study_id, "tester", "cpu")
+        lease = study.leases.acquire(study.study_id, "tester", "cpu")
         assert lease is not None
         ask(study, lease)
         attributes = {"log_loss": log_loss, "seed": 1}
@@ -163,7 +162,7 @@ def test_a_plan_survives_the_database(opened: Callable[..., OpenStudy], storage:
 @pytest.mark.parametrize("pruner", ["hyperband", "halving", "median", "none"])
 def test_every_pruner_is_made_for_the_epochs_of_the_study(opened: Callable[..., OpenStudy], pruner: str) -> None:
     study = opened(study=f'pruner = "{pruner}"')
-    lease = study.leases.take(study.study_id, "tester", "cpu")
+    lease = study.leases.acquire(study.study_id, "tester", "cpu")
     assert lease is not None
     ask(study, lease)
     for epoch in range(1, 51):
@@ -235,7 +234,7 @@ def test_data_that_cannot_be_split_leave_no_study_behind(
 
 def test_a_failed_trial_leaves_no_checkpoint(opened: Callable[..., OpenStudy], tmp_path: Path) -> None:
     study, store = opened(), artifact_store(str(tmp_path / "artifacts"))
-    lease = study.leases.take(study.study_id, "tester", "cpu")
+    lease = study.leases.acquire(study.study_id, "tester", "cpu")
     assert lease is not None
     store.put("checkpoint-1", b"state")
     study.leases.checkpoint(lease, "checkpoint-1", 1)
@@ -249,18 +248,16 @@ def test_a_failed_trial_leaves_no_checkpoint(opened: Callable[..., OpenStudy], t
 def test_a_stopped_study_ends_its_trial_and_a_signal_the_worker(opened: Callable[..., OpenStudy]) -> None:
     study = opened()
     attention = Attention(study.leases, "tester")
-    lease = study.leases.take(study.study_id, "tester", "cpu")
-    assert lease is not None
-    study.leases.stop(study.study_id)
-    with attention.holding(lease, 1.0):
-        deadline = time.monotonic() + 30
-        while not attention.asked_to_stop:
-            assert time.monotonic() < deadline, "the news did not come"
-            time.sleep(0.02)
+    with study.leases.take(study.study_id, "tester", "cpu") as lease:
+        assert lease is not None
+        with attention.holding(lease):
+            assert not attention.asked_to_stop
+            study.leases.stop(study.study_id)
+            assert lease.heartbeat.wait_for_rounds(2, 30)
+            assert attention.asked_to_stop
     assert not attention.told
     attention.stop()
-    with attention.holding(lease, 60.0):
-        assert attention.asked_to_stop
+    assert attention.asked_to_stop
     assert attention.told
 
 
