@@ -120,9 +120,9 @@ def network() -> Iterator[Network]:
 # Our embedded server, on an address that other hosts reach; its socket file is for the test itself.
 POSTGRES = """
 import sys
-from hpo.storage import postgres
-postgres.SETTINGS |= {"listen_addresses": "127.0.0.1," + sys.argv[1], "unix_socket_directories": sys.argv[2]}
-print(postgres.start())
+from hpo.storage.server import server as embedded
+embedded.SETTINGS |= {"listen_addresses": "127.0.0.1," + sys.argv[1], "unix_socket_directories": sys.argv[2]}
+print(embedded.start())
 """
 
 
@@ -151,7 +151,7 @@ def _stop(home: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HPO_HOME", str(home))
         patch.delenv("HPO_DATABASE_URL", raising=False)
-        postgres.stop()
+        embedded.stop()
 
 
 MAKE_BUCKET = """

@@ -21,7 +21,7 @@ from sqlalchemy import make_url
 
 from hpo.launcher.ray import Cluster, ClusterError, settings
 from hpo.storage.artifacts import artifact_store
-from hpo.storage.leases import WorkerRow
+from hpo.storage.snapshot import WorkerRow
 from hpo.storage.trials import trial_storage
 from hpo.study.config import load
 from hpo.study.lifecycle import OpenStudy, create_or_open

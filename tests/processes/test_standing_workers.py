@@ -27,7 +27,6 @@ from hpo.launcher.forkserver import ForkedProcess, ForkServer
 from hpo.models.data.canonical import fingerprint, save
 from hpo.models.data.readers import read
 from hpo.promote.promotion import model_folder
-from hpo.storage import postgres
 from hpo.storage.artifacts import ArtifactError, artifact_store
 from hpo.storage.keys import data_key
 from hpo.storage.trials import trial_storage
@@ -296,12 +295,12 @@ def own_server(short_folder: Path) -> Iterator[SimpleNamespace]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HPO_HOME", str(short_folder / "frozen"))
         patch.delenv("HPO_DATABASE_URL", raising=False)
-        url = postgres.start()
-        data = postgres.status().data
+        url = embedded.start()
+        data = embedded.status().data
     assert data is not None
 
     def each(action: str) -> None:
-        for pid in postgres._processes(data):
+        for pid in server_processes(data):
             with suppress(psutil.NoSuchProcess):
                 getattr(psutil.Process(pid), action)()
 
@@ -309,7 +308,7 @@ def own_server(short_folder: Path) -> Iterator[SimpleNamespace]:
         each("resume")
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("HPO_HOME", str(short_folder / "frozen"))
-            postgres.stop()
+            embedded.stop()
 
     yield SimpleNamespace(url=url, each=each, stop=stop)
     stop()
@@ -436,7 +435,7 @@ def test_a_dump_and_then_a_copy_of_the_artifacts_restore_models_studies_and_tria
         parts = make_url(url)
         address = {"PGHOST": parts.host, "PGPORT": str(parts.port), "PGUSER": parts.username}
         settings = {**os.environ, **address, "PGPASSWORD": str(parts.password)}
-        command = [next(postgres._candidates()) / name, "--dbname", parts.database, *options]
+        command = [next(candidates()) / name, "--dbname", parts.database, *options]
         subprocess.run(list(map(str, command)), env=settings, check=True, capture_output=True)  # type: ignore[arg-type]
 
     program("pg_dump", database_url, "--format=custom", "--file", tmp_path / "hpo.dump")
