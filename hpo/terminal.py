@@ -19,9 +19,9 @@ from rich.text import Text
 from hpo.models.config import METRICS
 
 if TYPE_CHECKING:
-    from hpo.models.bundle.config import Predictions
-    from hpo.storage.leases import InFlight, Snapshot, WorkerGroup
+    from hpo.models.bundle.predictions import Predictions
     from hpo.storage.registry import ModelVersion
+    from hpo.storage.snapshot import InFlight, Snapshot, WorkerGroup
 
 PLAIN_S = 2.0  # between two lines where the output is not a terminal
 WATCH_S = 2.0  # between two looks of `hpo status --watch`

@@ -12,7 +12,7 @@ from hpo.launcher.local import start_forkserver
 
 if TYPE_CHECKING:
     from hpo.launcher.ray import Cluster
-    from hpo.storage.leases import Snapshot
+    from hpo.storage.snapshot import Snapshot
     from hpo.study.config import StudyConfig
 
 

@@ -21,9 +21,10 @@ from hpo.storage.background import BackgroundLoop
 from hpo.storage.database import database_url
 from hpo.storage.errors import MissingRecord, PostgresError
 from hpo.storage.home import home
-from hpo.storage.leases import Leases, Snapshot
+from hpo.storage.leases import Leases
 from hpo.storage.registry import Registry
 from hpo.storage.server.server import revive
+from hpo.storage.snapshot import Snapshot
 from hpo.storage.trials import trial_storage
 from hpo.study.config import StudyConfig, config_for_data, load
 from hpo.study.lifecycle import OpenStudy, create_or_open
@@ -153,15 +154,15 @@ def _server_kept_up() -> Iterator[None]:
 def _noted_signals() -> Iterator[threading.Event]:
     """SIGINT and SIGTERM set the event instead of being raised while the block runs (main thread only)."""
     received = threading.Event()
-    earlier: dict[int, Any] = {}
+    earlier: dict[signal.Signals, Any] = {}
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
             earlier[number] = signal.signal(number, lambda *_: received.set())
     try:
         yield received
     finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)
+        for known, handler in earlier.items():
+            signal.signal(known, handler)
 
 
 # ----------------------------------------------------------------------------------------------------- the summary

@@ -13,9 +13,9 @@ from hpo.datasets import fetch_sequences
 from hpo.errors import StudyFault
 from hpo.models.bundle.bundle import assemble, load, save, unpack
 from hpo.models.bundle.config import BundleConfig
+from hpo.models.classifier import Weights
 from hpo.models.data.sequences import Sequences
 from hpo.models.metrics import Scores, measure
-from hpo.models.training.member import Weights
 from hpo.models.training.training import Training
 from hpo.storage.artifacts import ArtifactStore, MissingArtifactError, artifact_store
 from hpo.storage.database import database_url
@@ -90,7 +90,7 @@ def promote(study: OpenStudy, store: ArtifactStore, record: TrialRecord, sequenc
     training = rebuild(study.plan, record, sequences, choose_device())
     training.load(_best_weights(store, record, training))
     validation = _check_score(study.plan.metric, record, training)
-    members = [member.weights() for member in training.members]
+    members = training.weights()
     config = _bundle_config(study, record, training)
     test = _test_scores(study.plan, store, config, members, str(training.device))
     with tempfile.TemporaryDirectory() as scratch:
@@ -160,7 +160,7 @@ def _bundle_config(study: OpenStudy, record: TrialRecord, training: Training) ->
     plan = study.plan
     data = plan.config.data
     return BundleConfig(
-        classifier=training.members[0].model.config,
+        classifier=training.classifier,
         classes=plan.classes,
         features=plan.features,
         metric=plan.metric,

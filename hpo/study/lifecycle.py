@@ -19,17 +19,19 @@ from hpo.models.metrics import direction
 from hpo.storage.artifacts import ArtifactStore
 from hpo.storage.errors import MissingRecord
 from hpo.storage.keys import study_prefixes
-from hpo.storage.leases import Leases, Snapshot, Terms
+from hpo.storage.leases import Leases
 from hpo.storage.locks import exclusively
+from hpo.storage.snapshot import Snapshot
+from hpo.storage.terms import Terms
 from hpo.storage.trials import TrialStorage
 from hpo.study.config import ConfigError, StudyConfig
+from hpo.study.entries import distribution
 from hpo.study.notes import describe_study
 from hpo.study.plan import Plan, StudyError, check_same, make_plan
 from hpo.study.pruning import make_pruner
 from hpo.study.ranking import best_first
 from hpo.study.record import COPIED_FROM, TrialRecord
 from hpo.study.sampling import ConfigurationSampler, grid
-from hpo.study.space import distribution
 
 BEGUN = "hpo:begun"  # a study's system attribute: `hpo launch` has begun to fill it
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
-from hpo.study.space import Value
+from hpo.models.fields import Value
 
 FAILURE = "failure"  # attribute of a failed trial: why it failed
 COPIED_FROM = "copied_from"  # attribute of a trial that a study was warm-started with: STUDY/NUMBER

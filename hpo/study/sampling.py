@@ -12,10 +12,12 @@ import optuna
 from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial
 
+from hpo.models.fields import Value
 from hpo.models.seeds import derive
 from hpo.storage.trials import TrialStorage
+from hpo.study.entries import Entry, distribution, values
 from hpo.study.plan import Plan, StudyError
-from hpo.study.space import NEUTRAL, Entry, Value, cardinality, distribution, distributions, values, walk
+from hpo.study.space import NEUTRAL, cardinality, distributions, walk
 
 Drawn = dict[str, tuple[Value, BaseDistribution]]  # a value by name, and what it was drawn from
 

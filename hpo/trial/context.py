@@ -14,6 +14,7 @@ from optuna.trial import TrialState
 
 from hpo.datasets import Datasets
 from hpo.models.data.sequences import Sequences
+from hpo.models.fields import Value
 from hpo.models.training.training import Epoch, Training
 from hpo.storage.artifacts import ArtifactStore
 from hpo.storage.errors import LeaseLost, MissingRecord
@@ -25,7 +26,6 @@ from hpo.study.notes import attach_artifact
 from hpo.study.plan import Plan
 from hpo.study.ranking import displaced
 from hpo.study.record import FAILURE, TrialRecord
-from hpo.study.space import Value
 from hpo.trial import log as trial_log
 from hpo.trial.checkpoints import Checkpoints, drop_spent_checkpoints
 from hpo.trial.device_lock import SharedExclusiveLock

@@ -9,12 +9,12 @@ import psycopg2
 from optuna.trial import TrialState
 
 from hpo.models.bundle.bundle import pack
+from hpo.models.fields import Value
 from hpo.models.training.memory import release_memory
 from hpo.models.training.training import Epoch, OutOfMemory, Training, TrainingInterrupted
 from hpo.storage.artifacts import ArtifactError
 from hpo.storage.errors import LeaseLost, MissingRecord, PostgresError
 from hpo.study.record import TrialRecord
-from hpo.study.space import Value
 from hpo.trial import log as trial_log
 from hpo.trial.build import build
 from hpo.trial.context import StopReason, TrialContext

@@ -16,7 +16,7 @@ import pytest
 from optuna.trial import TrialState
 
 from hpo.datasets import Datasets
-from hpo.models.bundle.config import Predictions
+from hpo.models.bundle.predictions import Predictions
 from hpo.models.data.sequences import DataError
 from hpo.storage.artifacts import artifact_store
 from hpo.storage.errors import StudyOver

@@ -26,7 +26,7 @@ from sqlalchemy import make_url
 
 from hpo.models.bundle.bundle import load
 from hpo.models.data.readers import read
-from hpo.storage import postgres
+from hpo.storage.server import server as embedded
 from hpo.storage.trials import trial_storage
 from tests.conftest import assert_exact, execute, wait_for
 

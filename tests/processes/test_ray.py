@@ -19,7 +19,8 @@ import pytest
 from optuna.trial import FrozenTrial
 from sqlalchemy import make_url
 
-from hpo.launcher.ray import Cluster, ClusterError, settings
+from hpo.launcher.ray import Cluster, settings
+from hpo.launcher.ray_import import ClusterError
 from hpo.storage.artifacts import artifact_store
 from hpo.storage.snapshot import WorkerRow
 from hpo.storage.trials import trial_storage

@@ -221,7 +221,7 @@ def never() -> bool:
 
 
 def test_the_largest_trial_of_a_space_takes_the_most_memory() -> None:
-    space = default_space(n=1000, steps=500, features=3, classes=2, variable=True)
+    space = default_space(n=1000, steps=500, features=3)
     plan: Any = type("OfASpace", (), {"config": type("Config", (), {"space": space})})
     found = largest(plan)
     assert (found["hidden_size"], found["layers"], found["bidirectional"]) == (128, 2, True)

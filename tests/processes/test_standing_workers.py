@@ -29,6 +29,9 @@ from hpo.models.data.readers import read
 from hpo.promote.promotion import model_folder
 from hpo.storage.artifacts import ArtifactError, artifact_store
 from hpo.storage.keys import data_key
+from hpo.storage.server import server as embedded
+from hpo.storage.server.processes import server_processes
+from hpo.storage.server.programs import candidates
 from hpo.storage.trials import trial_storage
 from hpo.study.lifecycle import delete_study
 from tests.conftest import assert_exact, execute, wait_for
