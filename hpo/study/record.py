@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from types import MappingProxyType
 from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
@@ -14,7 +13,7 @@ from hpo.models.fields import Value
 
 FAILURE = "failure"  # attribute of a failed trial: why it failed
 COPIED_FROM = "copied_from"  # attribute of a trial that a study was warm-started with: STUDY/NUMBER
-COLUMN: Mapping[str, Any] = MappingProxyType({"column": True})  # of what Optuna keeps outside its user attributes
+COLUMN = {"column": True}  # of what Optuna keeps outside its user attributes
 Curve = dict[str, list[float]]  # "value", "train_loss" and "log_loss", one number an epoch
 
 
@@ -61,7 +60,7 @@ class TrialRecord:
         return {name: value for name, value in found.items() if name != "weights" or value is not None}
 
 
-ATTRIBUTES = tuple(item.name for item in fields(TrialRecord) if item.metadata is not COLUMN)
+ATTRIBUTES = tuple(item.name for item in fields(TrialRecord) if item.metadata != COLUMN)
 
 
 def failure_of(trial: FrozenTrial) -> str | None:
