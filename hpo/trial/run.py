@@ -8,19 +8,15 @@ from collections.abc import Mapping
 import psycopg2
 from optuna.trial import TrialState
 
-from hpo.models.bundle.bundle import pack
 from hpo.models.fields import Value
 from hpo.models.training.memory import release_memory
 from hpo.models.training.training import Epoch, OutOfMemory, Training, TrainingInterrupted
 from hpo.storage.artifacts import ArtifactError
 from hpo.storage.errors import LeaseLost, MissingRecord, PostgresError
-from hpo.study.record import TrialRecord
 from hpo.trial import log as trial_log
 from hpo.trial.build import build
 from hpo.trial.context import StopReason, TrialContext
-from hpo.trial.curve import curve_svg
-from hpo.trial.device import device_name
-from hpo.trial.provenance import provenance
+from hpo.trial.curve import curve_of, curve_svg
 
 log = logging.getLogger("hpo")
 
@@ -77,7 +73,7 @@ def _train(context: TrialContext) -> TrialState:
     """The epochs, from the last checkpoint on, until the training is finished, pruned or stopped."""
     params = context.parameters()
     training = build(context.plan, params, context.seed, context.sequences, context.resources.device)
-    context.checkpoints.restore(training)
+    context.restore(training)
     log.info("%s: epoch %d, %s", context.name, len(training.history) + 1, params)
     complete, last_s = True, 0.0
     while not training.finished:
@@ -118,47 +114,15 @@ def _checkpoint(context: TrialContext, training: Training) -> None:
         return
     reason = context.stop_reason
     gives_back = reason is not None and reason.gives_back
-    if gives_back or context.checkpoints.due:
-        context.checkpoints.write(training)
+    if gives_back or context.checkpoint_due:
+        context.checkpoint(training)
     if gives_back:
         raise TrainingInterrupted
 
 
 def _finish(context: TrialContext, training: Training, params: Mapping[str, Value], *, complete: bool) -> None:
-    """Record all that is known of the trial, and keep its weights if it is among the best."""
-    best = training.best
-    assert best is not None
-    curve = {name: [getattr(epoch, name) for epoch in training.history] for name in ("value", "train_loss", "log_loss")}
-    files = {
-        "curve.svg": curve_svg(curve, best.number, context.plan.metric).encode(),
-        "log.csv": trial_log.written(),
-    }
-    dropped = context.displaced_weights(best) if complete else None
-    if dropped is not None:
-        files["weights.safetensors"] = pack(training.best_weights)
-    lease, resources = context.lease, context.resources
-    record = TrialRecord(
-        trial_id=lease.trial_id,
-        number=lease.number,
-        value=best.value if complete else training.history[-1].value,
-        complete=complete,
-        seed=context.seed,
-        params=params,
-        best_epoch=best.number,
-        epochs=training.history[-1].number,
-        log_loss=best.log_loss,
-        threshold=best.threshold,
-        curve=curve,
-        parameters=training.parameters,
-        training_seconds=round(sum(epoch.seconds for epoch in training.history), 3),
-        device=device_name(resources.device),
-        worker=resources.worker,
-        attempt=lease.attempt,
-        fused_optimizer=training.fused,
-        lstm_kernel=training.lstm_kernel,
-        provenance=provenance(),
-        weights=None if dropped is None else context.key("weights.safetensors"),
-    )
-    context.finish(record, files)
-    for key in dropped or ():
-        resources.store.delete(key)
+    """End it with what can be looked at: its curve and its log."""
+    assert training.best is not None
+    picture = curve_svg(curve_of(training.history), training.best.number, context.plan.metric)
+    files = {"curve.svg": picture.encode(), "log.csv": trial_log.written()}
+    context.finish(training, params, files, complete)

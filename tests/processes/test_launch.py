@@ -365,10 +365,10 @@ def test_the_library_needs_no_main_guard(
     study_file(trials=2, epochs=1)
     script = tmp_path / "script.py"
     script.write_text(
-        "import hpo\nfrom hpo.models.data import read\n"
+        "import hpo\n"
         'summary = hpo.launch("waves.toml", workers=2)\n'
         'model = hpo.load(summary["model"]["path"])\n'
-        'print(len(model.predict(read("waves.npz")).labels))\n'
+        'print(len(model.predict(hpo.read("waves.npz")).labels))\n'
     )
     done = subprocess.run([sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
