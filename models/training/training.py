@@ -131,7 +131,7 @@ class Training:
         """Train one epoch and validate.
 
         Raises TrainingInterrupted as soon as `interrupted()` is true between two batches, Diverged and OutOfMemory.
-        After any of them the object holds half an epoch: `restore` a checkpoint or drop it.
+        After any of them the object is in the middle of an epoch: `restore` a checkpoint or drop it.
         """
         started = time.perf_counter()
         number = len(self.history) + 1
@@ -255,7 +255,7 @@ class Training:
     def _is_best(self, epoch: Epoch) -> bool:
         """Whether the latest epoch is the best so far: of those whose metric is no worse than the top by more than
         half a validation sequence's share, the one with the lowest log-loss. A ranking metric on some dozens of
-        sequences is soon at its top, long before the probabilities are any good.
+        sequences soon reaches its maximum, long before the log-loss reaches its minimum.
         """
         sign = 1.0 if direction(self.config.metric) == "maximize" else -1.0
         alike = 0.0 if self.config.metric == "log_loss" else 0.5 / len(self.labels)

@@ -365,7 +365,7 @@ def test_the_library_needs_no_main_guard(
     study_file(trials=2, epochs=1)
     script = tmp_path / "script.py"
     script.write_text(
-        "import hpo\nfrom hpo.models.data import read\n"
+        "import hpo\nfrom hpo.models.data.readers import read\n"
         'summary = hpo.launch("waves.toml", workers=2)\n'
         'model = hpo.load(summary["model"]["path"])\n'
         'print(len(model.predict(read("waves.npz")).labels))\n'
