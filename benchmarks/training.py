@@ -370,7 +370,7 @@ def difference(case: Case, native: bool) -> float:
     model.load_state_dict(known)
     optimizer = torch.optim.Adam(model.parameters(), lr=RATE)
     worst = before = 0.0
-    batches = map(member.train.batch, member.train.parts(case.B, trained.config.seed, 0, 1))
+    batches = map(member.train.batch, member.train.epoch(case.B, trained.config.seed, 0, 1))
     for batch, step in itertools.islice(zip(batches, member.epoch(1, RATE), strict=True), CHECKED):
         optimizer.zero_grad()
         logits = model(batch.values.transpose(0, 1), batch.lengths)

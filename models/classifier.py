@@ -91,7 +91,7 @@ class Classifier(nn.Module):
     def prepare(self, values: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Crop, normalise and fold: (B, T, F) to time-major patches (S, B, P*F) and their lengths (B,).
 
-        It has no parameters to train, so a training run does it once for all its data.
+        Nothing in it is trained, so a training run does it once for all its data.
         """
         if self.config.sequence_length:
             values, lengths = crop_last(values, lengths, self.config.sequence_length)
@@ -103,10 +103,10 @@ class Classifier(nn.Module):
     def logits(self, patches: Tensor, lengths: Tensor | None, generator: torch.Generator | None = None) -> Tensor:
         """Time-major patches (S, B, P*F) to logits; `lengths` None says that every sequence fills all S.
 
-        generator: where dropout draws from in training; None: torch's own.
+        generator: of dropout's random numbers in training; None: torch's own.
         """
         if self.kernel is not None and self.config.pooling == "last":
-            return self._decide(self.outputs(patches, lengths, generator, final=True), generator)
+            return self._apply_head(self.outputs(patches, lengths, generator, final=True), generator)
         return self.classify(self.outputs(patches, lengths, generator), lengths, generator)
 
     def outputs(
@@ -117,9 +117,9 @@ class Classifier(nn.Module):
         *,
         final: bool = False,
     ) -> Tensor:
-        """The last layer's outputs (S, B, D*H); what they hold beyond a sequence's length is of no account.
+        """The last layer's outputs (S, B, D*H); those beyond a sequence's length have no meaning.
 
-        final: those alone that each direction ends with, (B, D*H); the native kernel gives them at less cost.
+        final: only those that each direction ends with, (B, D*H), which cost the native kernel less.
         """
         dropout = self.config.dropout if self.training and self.config.layers > 1 else 0.0
         flipped = self.kernel is None and lengths is not None and self.config.bidirectional
@@ -136,9 +136,9 @@ class Classifier(nn.Module):
 
     def classify(self, outputs: Tensor, lengths: Tensor | None, generator: torch.Generator | None = None) -> Tensor:
         """The last layer's outputs (S, B, D*H) to logits: pooling and head."""
-        return self._decide(self._pool(outputs, lengths), generator)
+        return self._apply_head(self._pool(outputs, lengths), generator)
 
-    def _decide(self, pooled: Tensor, generator: torch.Generator | None) -> Tensor:
+    def _apply_head(self, pooled: Tensor, generator: torch.Generator | None) -> Tensor:
         """The head: pooled outputs (B, D*H), or (B, S*D*H) for `flatten`, to logits."""
         result = pooled
         for module in self.head if isinstance(self.head, nn.Sequential) else [self.head]:
@@ -227,7 +227,7 @@ def to_probabilities(logits: Tensor) -> Tensor:
 
 
 def drop(values: Tensor, probability: float, generator: torch.Generator | None) -> Tensor:
-    """Dropout that draws from a generator of the caller's, so that a training's masks are its own."""
+    """Dropout with random numbers of the caller's generator; torch's own dropout takes none."""
     if not probability:
         return values
     kept = torch.empty_like(values).bernoulli_(1 - probability, generator=generator)

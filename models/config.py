@@ -95,8 +95,5 @@ class TrainingConfig:
         check(self, TrainingError)
 
 
-POOLINGS = rules(ClassifierConfig)["pooling"].names
-NORMALIZATIONS = rules(ClassifierConfig)["normalization"].names
 METRICS = rules(TrainingConfig)["metric"].names
-OPTIMIZERS = rules(TrainingConfig)["optimizer"].names
 PRECISIONS = rules(TrainingConfig)["precision"].names

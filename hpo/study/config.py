@@ -43,7 +43,7 @@ def checked(check: Check, key: str | None = None) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class StudySection:
-    """[study]: what is sought, how, and for how long."""
+    """[study]: what is optimised, how, and for how long."""
 
     name: str = field(metadata=checked(study_name))  # unique in the database
     # None: auroc for two classes, macro_f1 for more

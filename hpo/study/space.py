@@ -68,7 +68,7 @@ DEFAULTS: dict[str, Entry] = {  # whatever the data; patch_length and batch_size
     "head_size": Choices((0, 128)),
     "dropout": Range(0.0, 0.5),
     "optimizer": "adamw",
-    "learning_rate": Range(1e-3, 2e-2, log=True),  # below, a small set never gets off the ground in 50 epochs
+    "learning_rate": Range(1e-3, 2e-2, log=True),  # with a lower rate a small set is not learnt in 50 epochs
     "weight_decay": Range(1e-6, 1e-2, log=True),
     "gradient_clip": 1.0,
     "schedule": "cosine",
@@ -128,8 +128,8 @@ def complete(
 ) -> dict[str, Entry]:
     """The space with its defaults filled in, in drawing order, and checked against the training data.
 
-    `n` counts the training sequences before any are set aside for validation: a batch larger than what a
-    fold leaves is that fold whole. Lengths are `variable` or all alike. A default follows from the steps that
+    `n` counts the training sequences before any are set aside for validation: a batch size above what a
+    fold leaves means all of it. Lengths are `variable` or all alike. A default follows from the steps that
     `sequence_length` keeps. Raises SpaceError where an entry cannot work with these data.
     """
     kept = _steps_kept(space.get("sequence_length", 0), steps)

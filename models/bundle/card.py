@@ -1,4 +1,4 @@
-"""What people see of a saved model: the model card with its code examples, and two pictures."""
+"""The model card with its code examples, and the pictures of a saved model."""
 
 from __future__ import annotations
 
@@ -95,7 +95,28 @@ def _cell(value: float | None, interval: tuple[float, float] | None) -> str:
 
 
 def _torch_example(config: BundleConfig) -> str:
-    c = config.classifier
+    """The model in plain torch."""
+    return "\n".join(
+        [
+            "import torch",
+            "from safetensors.torch import load_file",
+            "",
+            'tensors = load_file("model.safetensors")',
+            "",
+            "",
+            "@torch.no_grad()",
+            f"def member(i, x):  # x: (T, {config.classifier.features}) float32, one sequence without padding",
+            *(f"    {line}" for line in _member_code(config.classifier)),
+            "",
+            "",
+            f"def probabilities(x):  # of {json.dumps(config.classes, ensure_ascii=False)}",
+            f"    return sum(member(i, x) for i in range({config.members})) / {config.members}",
+        ]
+    )
+
+
+def _member_code(c: ClassifierConfig) -> list[str]:
+    """Lines of Python that give one member's probabilities of a sequence x, from the tensors of all members."""
     width, inputs = c.hidden_size, c.features * c.patch_length
     prepare = {
         f"x = x[-{c.sequence_length}:]": c.sequence_length,
@@ -116,7 +137,7 @@ def _torch_example(config: BundleConfig) -> str:
     if c.head_size:
         head = ['hidden = (w["head.0.weight"] @ pooled + w["head.0.bias"]).relu()']
         head += ['logits = w["head.3.weight"] @ hidden + w["head.3.bias"]']
-    body = [
+    return [
         'w = {name.removeprefix(f"member.{i}."): t for name, t in tensors.items() if name.startswith(f"member.{i}.")}',
         *(line for line, used in prepare.items() if used),
         f"lstm = torch.nn.LSTM({inputs}, {width}, {c.layers}, bidirectional={c.bidirectional})",
@@ -126,23 +147,6 @@ def _torch_example(config: BundleConfig) -> str:
         *head,
         "return torch.cat([1 - logits.sigmoid(), logits.sigmoid()])" if c.classes == 2 else "return logits.softmax(0)",
     ]
-    return "\n".join(
-        [
-            "import torch",
-            "from safetensors.torch import load_file",
-            "",
-            'tensors = load_file("model.safetensors")',
-            "",
-            "",
-            "@torch.no_grad()",
-            f"def member(i, x):  # x: (T, {c.features}) float32, one sequence without padding",
-            *(f"    {line}" for line in body),
-            "",
-            "",
-            f"def probabilities(x):  # of {json.dumps(config.classes, ensure_ascii=False)}",
-            f"    return sum(member(i, x) for i in range({config.members})) / {config.members}",
-        ]
-    )
 
 
 def _exported(config: BundleConfig, exported: str) -> list[str]:

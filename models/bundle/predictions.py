@@ -1,4 +1,4 @@
-"""What a saved model says of sequences."""
+"""The predictions of a saved model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hpo.models.files import whole_file
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
-    """What the model says of N sequences, in the order given."""
+    """Predictions for N sequences, in the order given."""
 
     classes: tuple[str, ...]  # (K,)
     probabilities: NDArray[np.float32]  # (N, K)

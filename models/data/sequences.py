@@ -102,7 +102,7 @@ class Raw:
     values: NDArray[Any]  # (N, T, F); NaN: missing or padding
     labels: Sequence[object] | None  # (N,)
     groups: Sequence[object] | None  # (N,)
-    place: str  # "row", "line" or "sequence": what `marks` count
+    unit: str  # "row", "line" or "sequence": what `marks` count
     marks: Sequence[object]  # (N,) where each sequence stands, for error messages
     ids: tuple[str, ...] | None = None  # None: not named in the file
     features: tuple[str, ...] | None = None  # None: not named in the file
@@ -110,7 +110,7 @@ class Raw:
 
     def at(self, i: int) -> str:
         """Where sequence i stands, for error messages."""
-        return f"{self.source}, {self.place} {self.marks[i]}"
+        return f"{self.source}, {self.unit} {self.marks[i]}"
 
 
 def to_sequences(

@@ -104,7 +104,7 @@ def _share(labels: Indices, wanted: int, rng: np.random.Generator) -> Mask:
 def _grouped_folds(labels: Indices, groups: Indices, folds: int, rng: np.random.Generator) -> Indices:
     """(N,) fold of each sequence: of ten draws the first whose training parts hold every class, or the first.
 
-    scikit-learn's StratifiedGroupKFold refuses data in which all classes have fewer members than folds, and
+    scikit-learn's StratifiedGroupKFold rejects data in which all classes have fewer members than folds, and
     more often leaves a training part without a class.
     """
     draw = _deal_groups(labels, groups, folds, rng)

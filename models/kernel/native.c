@@ -16,22 +16,26 @@
 #include <stdint.h>
 #include <string.h>
 
-struct lstm_shape { /* a layer, what is wanted of it, and where its outputs y and their gradients dy lie */
+struct lstm_shape { /* the layer, and where its outputs y and their gradients dy lie */
     int64_t S, B, F, H;
-    int64_t reverse, training, final; /* 0 or 1: each sequence backwards within its own length; keep what lstm_backward
-                                         needs; y has only the output that each sequence ends with */
-    int64_t step, sequence;           /* floats from one step of y to the next, from one sequence to the next */
+    int64_t reverse;  /* 1: each sequence runs backwards within its own length */
+    int64_t training; /* 1: the memory keeps what lstm_backward needs */
+    int64_t final;    /* 1: y has only the output that each sequence ends with */
+    int64_t step;     /* floats from one step of y to the next */
+    int64_t sequence; /* floats from one sequence of y to the next */
 };
-struct lstm_inputs { /* x (S, B, F); lengths (B) or NULL: all are S; w_ih (4 H, F), w_hh (4 H, H), b_ih and b_hh (4 H) */
-    const float *x;
-    const int64_t *lengths;
-    const float *w_ih, *w_hh, *b_ih, *b_hh;
+
+struct lstm_inputs {
+    const float *x;                            /* (S, B, F) */
+    const int64_t *lengths;                    /* (B), or NULL: all are S */
+    const float *w_ih, *w_hh, *b_ih, *b_hh;    /* (4 H, F), (4 H, H), (4 H), (4 H) */
 };
-struct lstm_gradients { /* dy; the weights again; dx (S, B, F) or NULL, written or, with `add`, added to; the rest written */
+
+struct lstm_gradients {
     const float *dy, *w_ih, *w_hh;
-    float *dx;
+    float *dx;                                 /* (S, B, F) or NULL: written, or with `add` added to */
     int64_t add;
-    float *dw_ih, *dw_hh, *db_ih, *db_hh;
+    float *dw_ih, *dw_hh, *db_ih, *db_hh;      /* written */
 };
 
 #if defined(__AVX512F__)
@@ -51,22 +55,22 @@ struct lstm_gradients { /* dy; the weights again; dx (S, B, F) or NULL, written 
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
-typedef float anywhere __attribute__((vector_size(4 * LANES), aligned(4), may_alias)); /* a vec, unaligned */
+typedef float unaligned_vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias)); /* a vec, unaligned */
 
-INLINE vec load(const float *from) { return *(const anywhere *)from; }
-INLINE void store(float *to, vec value) { *(anywhere *)to = value; }
+INLINE vec load(const float *from) { return *(const unaligned_vec *)from; }
+INLINE void store(float *to, vec value) { *(unaligned_vec *)to = value; }
 INLINE vec broadcast(float value) { return value - (vec){0}; }
 
-/* The first `room` of a vector's lanes, which may be more than there are; the others are zero. */
-INLINE vec load_some(const float *from, int64_t room) {
-    if (room >= LANES) return load(from);
+/* The first `lanes` of a vector's lanes, which may be more than there are; the others are zero. */
+INLINE vec load_some(const float *from, int64_t lanes) {
+    if (lanes >= LANES) return load(from);
     vec value = {0};
-    memcpy(&value, from, 4 * room);
+    memcpy(&value, from, 4 * lanes);
     return value;
 }
-INLINE void store_some(float *to, vec value, int64_t room) {
-    if (room >= LANES) store(to, value);
-    else memcpy(to, &value, 4 * room);
+INLINE void store_some(float *to, vec value, int64_t lanes) {
+    if (lanes >= LANES) store(to, value);
+    else memcpy(to, &value, 4 * lanes);
 }
 
 static const int32_t edge[32] = {[0 ... 15] = -1}; /* from `edge + 16 - n` on, a mask of the first n lanes */
@@ -143,7 +147,7 @@ static int64_t tile(int64_t left) {
 
 static int64_t whole(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
 
-struct place { int32_t step, sequence; };
+struct position { int32_t step, sequence; };
 
 struct layer {
     int64_t S, B, F, H, K, reverse, training;
@@ -151,7 +155,7 @@ struct layer {
     int64_t start, stride;             /* of `inputs`: where x begins in a row (so that h is aligned), row to row */
     int64_t dstride;                   /* of `dgates`: row to row, no power of two (cache sets) */
     int64_t *order, *counts, *offsets; /* rank to sequence (B); rows of each step and before it (S + 1) */
-    struct place *places;              /* of each row in x, y and their gradients */
+    struct position *positions;        /* of each row in x, y and their gradients */
     float *weights, *dweights;         /* (blocks, K, 4, LANES) */
     float *inputs, *gates, *cells;     /* (rows, stride), (rows, blocks, 4, LANES), (rows, width) */
     float *recurrent, *entering;       /* w_hh and w_ih for the backward product: see pack_backward */
@@ -167,7 +171,7 @@ static void *take(uintptr_t *memory, int64_t bytes) {
     return (void *)taken;
 }
 
-/* Lay a layer out in `arena`; `bytes` is how much it takes. Without training two steps are kept in place of all. */
+/* Lay a layer out in `arena`; `bytes` is how much it takes. Without training two steps are kept instead of all. */
 static struct layer arrange(void *arena, const struct lstm_shape *shape, int64_t *bytes) {
     int64_t S = shape->S, B = shape->B, F = shape->F, H = shape->H, training = shape->training;
     struct layer l = {.S = S, .B = B, .F = F, .H = H, .K = F + 1 + H};
@@ -179,7 +183,7 @@ static struct layer arrange(void *arena, const struct lstm_shape *shape, int64_t
     l.start = whole(F + 1) - (F + 1), l.stride = whole(F + 1) + l.width, l.dstride = 4 * l.width + LANES;
     l.order = take(&memory, 8 * B);
     l.counts = take(&memory, 8 * (S + 1)), l.offsets = take(&memory, 8 * (S + 1));
-    l.places = take(&memory, sizeof(struct place) * S * B);
+    l.positions = take(&memory, sizeof(struct position) * S * B);
     l.weights = take(&memory, 4 * l.K * 4 * l.width);
     l.inputs = take(&memory, 4 * rows * l.stride);
     l.cells = take(&memory, 4 * rows * l.width);
@@ -202,7 +206,7 @@ int64_t lstm_bytes(const struct lstm_shape *shape) {
     return bytes;
 }
 
-/* Fill order, counts, offsets and places; whether all lengths lie in 0..S. `lengths` NULL: all are S. */
+/* Fill order, counts, offsets and positions; whether all lengths lie in 0..S. `lengths` NULL: all are S. */
 static int rank(const struct layer *l, const int64_t *lengths) {
     int64_t longer = 0, *next = l->offsets;
     memset(l->counts, 0, 8 * (l->S + 1));
@@ -221,7 +225,7 @@ static int rank(const struct layer *l, const int64_t *lengths) {
         l->offsets[s] = row;
         for (int64_t n = 0; n < l->counts[s]; n++, row++) {
             int64_t b = l->order[n], length = lengths ? lengths[b] : l->S;
-            l->places[row] = (struct place){(int32_t)(l->reverse ? length - 1 - s : s), (int32_t)b};
+            l->positions[row] = (struct position){(int32_t)(l->reverse ? length - 1 - s : s), (int32_t)b};
         }
     }
     return 1;
@@ -272,12 +276,12 @@ static int64_t begin(const struct layer *l, int64_t s) { return l->training ? l-
 /* Step s of the sequences ranked first .. first + rows, one block of units. */
 static void forward_tile(const struct layer l, int64_t rows, int64_t s, int64_t first, int64_t block) {
     vec z[TILE][4];
-    int64_t here = begin(&l, s) + first, next = begin(&l, s + 1) + first, room = l.H - block * LANES;
+    int64_t here = begin(&l, s) + first, next = begin(&l, s + 1) + first, lanes = l.H - block * LANES;
     product(rows, 4, z, l.inputs + here * l.stride + l.start, l.stride, 1, l.weights + block * l.K * 4 * LANES,
             4 * LANES, l.K);
     /* Units that there are not stay 0, where an infinite input times their weight of 0 would be NaN. */
-    ivec units = (ivec)load((const float *)(edge + 16 - (room < LANES ? room : LANES)));
-    for (int64_t v = 0; room < LANES && v < 4 * rows; v++) z[v / 4][v % 4] = (vec)((ivec)z[v / 4][v % 4] & units);
+    ivec units = (ivec)load((const float *)(edge + 16 - (lanes < LANES ? lanes : LANES)));
+    for (int64_t v = 0; lanes < LANES && v < 4 * rows; v++) z[v / 4][v % 4] = (vec)((ivec)z[v / 4][v % 4] & units);
     const float *past = s ? l.cells + (begin(&l, s - 1) + first) * l.width + block * LANES : 0;
     float *cells = l.cells + here * l.width + block * LANES;
     /* Two loops: more rows are under way at once than if the processor had to see past both chains of a row. */
@@ -296,8 +300,8 @@ static void forward_tile(const struct layer l, int64_t rows, int64_t s, int64_t 
         if (first + r < l.counts[s + 1])
             store(l.inputs + (next + r) * l.stride + l.start + l.F + 1 + block * LANES, h);
         if (l.final && first + r < l.counts[s + 1]) continue;
-        struct place at = l.places[l.offsets[s] + first + r];
-        store_some(l.y + at.step * l.step + at.sequence * l.sequence + block * LANES, h, room);
+        struct position at = l.positions[l.offsets[s] + first + r];
+        store_some(l.y + at.step * l.step + at.sequence * l.sequence + block * LANES, h, lanes);
     }
 }
 
@@ -315,7 +319,7 @@ int64_t lstm_forward(const struct lstm_shape *shape, const struct lstm_inputs *i
             memset(y + s * l.step + b * l.sequence, 0, 4 * H);
     for (int64_t s = 0; s < S && l.counts[s]; s++) {
         for (int64_t n = 0; n < l.counts[s]; n++) {
-            struct place at = l.places[l.offsets[s] + n];
+            struct position at = l.positions[l.offsets[s] + n];
             const float *from = in->x + (at.step * B + at.sequence) * F;
             float *to = l.inputs + (begin(&l, s) + n) * l.stride + l.start;
             for (int64_t k = 0; k < F; k++) to[k] = from[k];
@@ -347,7 +351,7 @@ static void backward_tile(const struct layer l, int64_t rows, int64_t vectors, i
             vectors * LANES, depth);
     for (int64_t r = 0; r < rows; r++) {
         int64_t row = l.offsets[s] + first + r;
-        struct place at = l.places[row];
+        struct position at = l.positions[row];
         const float *dy = l.dy + at.step * l.step + at.sequence * l.sequence;
         for (int64_t v = 0, unit = block * LANES; v < vectors; v++, unit += LANES) {
             const float *gates = l.gates + row * 4 * l.width + 4 * unit;
@@ -392,12 +396,12 @@ static void inputs_gradient(const struct layer *l, int64_t row, int64_t count, c
             product(rows, vectors, sums, dgates + first * l->dstride, l->dstride, 1,
                     l->entering + column * 4 * l->width, vectors * LANES, 4 * l->width);
             for (int64_t r = 0; r < rows; r++) {
-                struct place at = l->places[row + first + r];
+                struct position at = l->positions[row + first + r];
                 float *to = dx + (at.step * l->B + at.sequence) * l->F + column;
                 for (int64_t v = 0; v < vectors; v++) {
-                    int64_t room = many - v * LANES;
-                    vec sum = add ? sums[r][v] + load_some(to + v * LANES, room) : sums[r][v];
-                    store_some(to + v * LANES, sum, room);
+                    int64_t lanes = many - v * LANES;
+                    vec sum = add ? sums[r][v] + load_some(to + v * LANES, lanes) : sums[r][v];
+                    store_some(to + v * LANES, sum, lanes);
                 }
             }
         }
@@ -421,11 +425,11 @@ void lstm_backward(const struct lstm_shape *shape, const struct lstm_gradients *
         for (start = end - 1; start > 0 && l.offsets[end] - l.offsets[start - 1] <= CHUNK;) start--;
         for (int64_t s = end - 1; s >= start; s--) {
             float *here = l.dgates[turn] + (l.offsets[s] - l.offsets[start]) * l.dstride;
-            int64_t count = l.counts[s], going_on = l.counts[s + 1];
+            int64_t count = l.counts[s], continuing = l.counts[s + 1];
             for (int64_t block = 0; block < l.blocks; block += 4)
                 for (int64_t first = 0, rows; first < count; first += rows) {
-                    int64_t ends = first >= going_on, vectors = l.blocks - block < 4 ? l.blocks - block : 4;
-                    rows = tile((ends ? count : going_on) - first);
+                    int64_t ends = first >= continuing, vectors = l.blocks - block < 4 ? l.blocks - block : 4;
+                    rows = tile((ends ? count : continuing) - first);
                     backward_tile(l, rows, vectors, s, first, block, ends ? 0 : 4 * l.width, after, here);
                 }
             after = here;

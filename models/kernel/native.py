@@ -34,7 +34,7 @@ ARM = platform.machine().lower() in ("arm64", "aarch64")
 # diverging training must show as NaN or infinity.
 MACHINE = ("-mcpu=native",) if ARM else ("-march=native", "-mtune=generic")
 FLAGS = ("-std=gnu11", "-O3", *MACHINE, "-ffp-contract=fast", "-shared", "-fPIC")
-LARGEST = 256  # hidden size up to which it is the faster one; at 512 torch is its equal, at 1024 some 1.1 times as fast
+LARGEST = 256  # hidden size up to which it is the faster one; at 512 torch is as fast, at 1024 some 1.1 times faster
 TOLERANCE = 1e-4  # of a fresh build compared with torch: any wrong sum is far off, rounding far below
 
 
@@ -158,7 +158,7 @@ def _forward(
 
 
 def _check(inputs: Tensor, lengths: Tensor | None, weights: tuple[Tensor, ...]) -> None:
-    """Whatever else it was given, the kernel would read beyond its end."""
+    """Raise NativeError for what would make the kernel read beyond the end of a tensor."""
     tensors = (inputs, *weights)
     if any(tensor.dtype is not torch.float32 or tensor.device.type != "cpu" for tensor in tensors):
         found = sorted({f"{tensor.dtype} on {tensor.device}" for tensor in tensors})

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from hpo.models.seeds import derive
 
-EVALUATION_BATCH = {"cpu": 256, "cuda": 1024}  # sequences of a batch that is validated on, by type of device
-JITTER = 0.1  # of the longest length: how far apart in length two sequences may be and still trade places
+EVALUATION_BATCH = {"cpu": 256, "cuda": 1024}  # sequences of a batch in validation, by type of device
+JITTER = 0.1  # of the longest length: how much longer one sequence may be than another that the order puts after it
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Batches:
     def __init__(self, values: Tensor, lengths: Tensor, labels: Tensor, rows: NDArray[np.int64] | None = None) -> None:
         """values (S, N, F) and lengths (N,) as `Classifier.prepare` gives them, labels (N,).
 
-        rows: the part's rows of these, all of them if None; parts may share one resident whole.
+        rows: the part's rows of these, all of them if None. Parts may share the tensors.
         """
         self.values = values.contiguous()
         self.lengths = lengths
@@ -51,18 +51,19 @@ class Batches:
         """Whether all sequences of the part are equally long."""
         return bool(self._lengths.min() == self._lengths.max())
 
-    def parts(self, batch_size: int, *seed: object) -> list[NDArray[np.int64]]:
-        """An epoch's batches, as indices into the part: every sequence once, in an order that the seed alone decides.
+    def epoch(self, batch_size: int, *seed: object) -> list[NDArray[np.int64]]:
+        """The batches of an epoch, as indices into the part.
 
-        Batches are of even size, at most `batch_size`; where lengths vary, of like length.
+        Every sequence comes once, in an order that is a function of the seed alone. Batches are of even size, at
+        most `batch_size`; where lengths vary, of like length.
         """
         random = np.random.default_rng(derive("order", *seed))
         order = random.permutation(len(self))
         if not self.uniform:
             key = self._lengths + random.uniform(0, JITTER * self._lengths.max(), len(self))
             order = np.argsort(key, kind="stable")
-        parts = np.array_split(order, -(-len(self) // batch_size))
-        return [parts[index] for index in random.permutation(len(parts))]
+        batches = np.array_split(order, -(-len(self) // batch_size))
+        return [batches[index] for index in random.permutation(len(batches))]
 
     def part_labels(self) -> Tensor:
         """The labels (N,) of the part's sequences, on the device."""

@@ -18,7 +18,8 @@ log = logging.getLogger("hpo")
 BUCKETS = 8  # lengths at most that steps of fixed shape are rounded up to
 WARM_UP = 3  # steps before a capture, for libraries to choose their kernels and take their workspaces
 
-CAPTURING = threading.Lock()  # one capture at a time in a process; no call that waits for the whole device beside it
+# one capture at a time in a process, and no call meanwhile that waits for the whole device
+CAPTURING = threading.Lock()
 
 
 class FixedSteps:
@@ -38,50 +39,50 @@ class FixedSteps:
         self.lengths = None if train.uniform else train.lengths
         self.rows = torch.zeros(count, size, dtype=torch.long, device=device)  # of each batch of the epoch
         self.mask = torch.zeros(count, size, device=device)
-        self.turn = torch.zeros(1, dtype=torch.long, device=device)  # the batch that comes next
+        self.next = torch.zeros(1, dtype=torch.long, device=device)  # number of the next batch
         self.reason: str | None = None if graphs and device.type == "cuda" else "not asked for"
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle() if self.reason is None else None
 
-    def get_ready(self, parts: list[NDArray[np.int64]]) -> None:
-        """Lay out the epoch's batches on the device and capture the shapes that are new."""
+    def prepare(self, batches: list[NDArray[np.int64]]) -> None:
+        """Lay out the epoch's batches (indices into the training part) on the device; capture new shapes."""
         rows, mask = np.zeros(self.rows.shape, np.int64), np.zeros(self.mask.shape, np.float32)
-        for turn, part in enumerate(parts):
-            rows[turn] = self.train.rows[part[0]]
-            rows[turn, : len(part)] = self.train.rows[part]
-            mask[turn, : len(part)] = 1
+        for number, indices in enumerate(batches):
+            rows[number] = self.train.rows[indices[0]]
+            rows[number, : len(indices)] = self.train.rows[indices]
+            mask[number, : len(indices)] = 1
         self.rows.copy_(torch.from_numpy(rows))
         self.mask.copy_(torch.from_numpy(mask))
-        for part in parts:
-            steps = self._rounded(part)
+        for indices in batches:
+            steps = self._rounded(indices)
             if self.reason is None and steps not in self.graphs:
                 self._capture(steps)
 
-    def steps(self, parts: list[NDArray[np.int64]]) -> Iterator[Callable[[], None]]:
-        """One call a batch of `parts`, which `get_ready` has laid out."""
-        self.turn.zero_()
-        for part in parts:
-            steps = self._rounded(part)
+    def steps(self, batches: list[NDArray[np.int64]]) -> Iterator[Callable[[], None]]:
+        """One call a batch of `batches`, which `prepare` has laid out."""
+        self.next.zero_()
+        for indices in batches:
+            steps = self._rounded(indices)
             yield self.graphs[steps].replay if steps in self.graphs else lambda steps=steps: self.step(steps)  # type: ignore[misc]
 
     def step(self, steps: int) -> None:
-        """One training step over the batch whose turn it is; waits for nothing, so that it can be captured."""
-        rows = self.rows.index_select(0, self.turn)[0]
-        mask = self.mask.index_select(0, self.turn)[0]
-        self.turn += 1
+        """One training step over the next batch. No operation waits for the device, so that it can be captured."""
+        rows = self.rows.index_select(0, self.next)[0]
+        mask = self.mask.index_select(0, self.next)[0]
+        self.next += 1
         values = self.train.values[:steps].index_select(1, rows)
         lengths = None if self.lengths is None else self.lengths.index_select(0, rows)
         self.learner.step(Batch(values, lengths, self.train.labels.index_select(0, rows), np.empty(0, np.int64)), mask)
 
-    def _rounded(self, part: NDArray[np.int64]) -> int:
+    def _rounded(self, indices: NDArray[np.int64]) -> int:
         """The steps of the longest of these sequences, rounded up to one of the fixed lengths."""
         longest = self.train.longest()
-        return min(longest, -(-self.train.longest(part) // self.width) * self.width)
+        return min(longest, -(-self.train.longest(indices) // self.width) * self.width)
 
     def _capture(self, steps: int) -> None:
         """Capture one shape; a shape that cannot be captured is no error: its steps run one operation at a time."""
         before = self.learner.state()
-        self.turn.zero_()
+        self.next.zero_()
         try:
             with CAPTURING:
                 self.graphs[steps] = self._captured(steps)
@@ -94,7 +95,7 @@ class FixedSteps:
     def _captured(self, steps: int) -> torch.cuda.CUDAGraph:
         for _ in range(WARM_UP):
             self.step(steps)
-            self.turn.zero_()
+            self.next.zero_()
         torch.cuda.current_stream(self.learner.device).synchronize()
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(self.learner.generator)

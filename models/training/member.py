@@ -2,7 +2,7 @@
 
 On a CPU a step is made for each batch as it comes, cropped to its longest sequence. On a GPU, where starting a kernel
 costs more than most of these kernels do, steps have a few fixed shapes and take their batch from the device, so
-that each shape is captured once as a CUDA graph and an epoch is a row of replays.
+that each shape is captured once as a CUDA graph and then replayed.
 """
 
 from __future__ import annotations
@@ -45,18 +45,18 @@ class Member:
         The learner's `loss_sum` is then the sum of the rows' losses.
         """
         learner, config = self.learner, self.learner.config
-        parts = self.train.parts(config.batch_size, config.seed, self.index, number)
+        batches = self.train.epoch(config.batch_size, config.seed, self.index, number)
         learner.model.train()
         if self.fixed is not None:
-            self.fixed.get_ready(parts)
+            self.fixed.prepare(batches)
         learner.generator.manual_seed(derive("dropout", config.seed, self.index, number))
         learner.optimizer.set_rate(rate)
         learner.loss_sum.zero_()
         if self.fixed is not None:
-            yield from self.fixed.steps(parts)
+            yield from self.fixed.steps(batches)
             return
-        for part in parts:
-            batch = self.train.batch(part)
+        for indices in batches:
+            batch = self.train.batch(indices)
             yield lambda batch=batch: learner.step(batch)  # type: ignore[misc]
 
     @torch.inference_mode()

@@ -8,13 +8,15 @@ import os
 
 import torch
 
-from hpo.models.config import ClassifierConfig, TrainingConfig
+from hpo.models.config import ClassifierConfig
 from hpo.models.training.batches import EVALUATION_BATCH
 from hpo.models.training.fixed_steps import CAPTURING
 
 
-def memory_bytes(n: int, members: int, classifier: ClassifierConfig, config: TrainingConfig, device: str) -> int:
+def memory_bytes(n: int, members: int, classifier: ClassifierConfig, batch_size: int, device: str) -> int:
     """A rough upper estimate of what a training of n sequences takes on its device, in bytes.
+
+    n sequences, members: models in training at once, batch_size in sequences, device: its type, cpu or cuda.
 
     Data; weights, gradients and optimiser; what the backward pass keeps of each step (four gates, cell, output and
     their gradients). On a GPU each member keeps its own, in the pool of its graphs.
@@ -28,7 +30,7 @@ def memory_bytes(n: int, members: int, classifier: ClassifierConfig, config: Tra
         weights += 4 * width * (inputs + classifier.hidden_size + 2)
         kept += classifier.patches * (12 * width + inputs)
         inputs = width
-    rows = max(config.batch_size, EVALUATION_BATCH[device] // 4)
+    rows = max(batch_size, EVALUATION_BATCH[device] // 4)
     return 4 * (data + members * 4 * weights + (members if device == "cuda" else 1) * rows * kept)
 
 

@@ -54,7 +54,7 @@ class ParameterBuffers:
         norms = [torch.linalg.vector_norm(gradient) for gradient in self.gradients]
         norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
         if norm.device.type == "cpu" and float(norm) < most - 2 * CLIP_EPSILON:
-            return  # the factor would be 1; on a GPU to ask would be to wait
+            return  # the factor would be 1; on a GPU, reading the norm would wait for the device
         scale = (most / (norm + CLIP_EPSILON)).clamp(max=1.0)
         for gradient in self.gradients:
             gradient.mul_(scale)

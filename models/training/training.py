@@ -1,6 +1,6 @@
 """One trial's training: an epoch, a validation, a checkpoint, an exact resume.
 
-A `Training` holds the trial's members: one model for a single validation part, k in lockstep for k folds.
+A `Training` holds the trial's members: one model for a single validation part, k that train epoch by epoch for k folds.
 Each epoch trains every member on its own training part, and the metric is taken over the pooled validation
 predictions. Nothing random is kept between epochs: initial weights, the order of batches and dropout are
 functions of (seed, member, epoch), the learning rate of the epochs so far, so a checkpoint of weights and
@@ -96,7 +96,7 @@ class Training:
         assert sequences.labels is not None
         self.config, self.classifier = config, classifier
         self.device = torch.device(device)
-        self.bytes = memory_bytes(sequences.n, len(folds), classifier, config, self.device.type)
+        self.bytes = memory_bytes(sequences.n, len(folds), classifier, config.batch_size, self.device.type)
         self.labels = np.concatenate([sequences.labels[validation] for _, validation in folds])
         self.history: list[Epoch] = []
         self.best: Epoch | None = None
@@ -106,7 +106,7 @@ class Training:
         fits = not gpu and config.precision == "float32" and classifier.hidden_size <= LARGEST
         self.kernel = kernel if fits else None
         self._stream = _own_stream(self.device) if gpu else None
-        with self._at_work():
+        with self._on_device():
             fixed = gpu if fixed_shapes is None else fixed_shapes
             self.members = self._members(sequences, folds, fixed, graphs)
         learners = [member.learner for member in self.members]
@@ -131,11 +131,11 @@ class Training:
         """Train one epoch and validate.
 
         Raises TrainingInterrupted as soon as `interrupted()` is true between two batches, Diverged and OutOfMemory.
-        After any of them the object holds half an epoch: `restore` a checkpoint or drop it.
+        After any of them the object is in the middle of an epoch: `restore` a checkpoint or drop it.
         """
         started = time.perf_counter()
         number = len(self.history) + 1
-        with self._at_work():
+        with self._on_device():
             self._train(number, interrupted)
             probabilities = self._validate()
             loss = float(torch.stack([member.learner.loss_sum for member in self.members]).sum())
@@ -153,23 +153,23 @@ class Training:
 
     def validate(self) -> NDArray[np.float64]:
         """Each member's probabilities (rows of its validation part, K), pooled in the order of the folds."""
-        with self._at_work():
+        with self._on_device():
             return self._validate()
 
     def load(self, members: Sequence[Weights]) -> None:
         """Put these weights into the members, to `validate` them."""
-        with self._at_work():
+        with self._on_device():
             for member, weights in zip(self.members, members, strict=True):
                 member.learner.model.load_state_dict(weights)
 
     def weights(self) -> list[Weights]:
         """Each member's state, on the CPU."""
-        with self._at_work():
+        with self._on_device():
             return [member.learner.weights() for member in self.members]
 
     def state(self) -> bytes:
         """A checkpoint: everything that the next epoch depends on. Devices may take it from one another."""
-        with self._at_work():
+        with self._on_device():
             members = [member.learner.state() for member in self.members]
         content = {
             "history": [vars(epoch) for epoch in self.history],
@@ -190,7 +190,7 @@ class Training:
         self.history = [Epoch(**epoch) for epoch in content["history"]]
         self.best = next((epoch for epoch in self.history if epoch.number == content["best"]), None)
         self.best_weights = content["best_weights"]
-        with self._at_work():
+        with self._on_device():
             for member, state in zip(self.members, content["members"], strict=True):
                 member.learner.restore(state)
 
@@ -207,8 +207,8 @@ class Training:
         return torch.cat([member.validate() for member in self.members]).cpu().numpy().astype(np.float64)
 
     @contextmanager
-    def _at_work(self) -> Iterator[None]:
-        """On this training's stream; whatever says that memory ran out says so with the sizes."""
+    def _on_device(self) -> Iterator[None]:
+        """Run on this training's stream; turn any allocator's error into OutOfMemory."""
         stream = nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
         try:
             with stream:
@@ -255,7 +255,7 @@ class Training:
     def _is_best(self, epoch: Epoch) -> bool:
         """Whether the latest epoch is the best so far: of those whose metric is no worse than the top by more than
         half a validation sequence's share, the one with the lowest log-loss. A ranking metric on some dozens of
-        sequences is soon at its top, long before the probabilities are any good.
+        sequences soon reaches its maximum, long before the log-loss reaches its minimum.
         """
         sign = 1.0 if direction(self.config.metric) == "maximize" else -1.0
         alike = 0.0 if self.config.metric == "log_loss" else 0.5 / len(self.labels)

@@ -24,8 +24,9 @@ from hpo.models.bundle import bundle, card
 from hpo.models.bundle.bundle import Bundle
 from hpo.models.bundle.config import BundleConfig, BundleError, preprocessing
 from hpo.models.classifier import Classifier
-from hpo.models.config import NORMALIZATIONS, POOLINGS, ClassifierConfig
+from hpo.models.config import ClassifierConfig
 from hpo.models.data.sequences import DataError, from_arrays
+from tests.unit.test_classifier import NORMALIZATIONS, POOLINGS
 
 LENGTHS = (9, 3, 1, 5, 9, 2, 8)
 CURVE = {"train_loss": [0.9, 0.5, 0.3], "value": [0.6, 0.9, 0.8], "log_loss": [0.8, 0.4, 0.5]}

@@ -17,9 +17,9 @@ import torch
 from hpo.models.bundle import bundle, export
 from hpo.models.bundle.config import BundleError, to_json
 from hpo.models.bundle.export import ExportError
-from hpo.models.config import POOLINGS
 from hpo.models.data.sequences import Sequences, from_arrays
 from tests.unit.test_bundle import CURVE, make, run_example, sequences
+from tests.unit.test_classifier import POOLINGS
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "channel": {"classes": 2, "normalization": "channel", "head_size": 4, "dropout": 0.5},

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from hpo.models.config import OPTIMIZERS, TrainingConfig
+from hpo.models.config import TrainingConfig
+from hpo.models.fields import rules
 from hpo.models.training.optimizers import Optimizer
 
+OPTIMIZERS = rules(TrainingConfig)["optimizer"].names
 THEIRS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD, "rmsprop": torch.optim.RMSprop}
 SIZES = (301, 17)
 TRAINING = """

@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from hpo.models.classifier import Classifier
-from hpo.models.config import OPTIMIZERS, ClassifierConfig, TrainingConfig, TrainingError
+from hpo.models.config import ClassifierConfig, TrainingConfig, TrainingError
 from hpo.models.data.sequences import Sequences, from_arrays
 from hpo.models.data.splits import split_folds, split_share
+from hpo.models.fields import rules
 from hpo.models.kernel import native
 from hpo.models.kernel.native import Kernel
 from hpo.models.metrics import score
@@ -25,6 +26,8 @@ from hpo.models.training.batches import Batch, Batches
 from hpo.models.training.memory import memory_bytes
 from hpo.models.training.schedules import learning_rate
 from hpo.models.training.training import Diverged, Training, TrainingInterrupted
+
+OPTIMIZERS = rules(TrainingConfig)["optimizer"].names
 
 
 def sequences(classes: int = 2, variable: bool = True, n: int = 48) -> Sequences:
@@ -67,7 +70,7 @@ def run(subject: Training, epochs: int) -> Training:
 
 def training_batches(batches: Batches, batch_size: int, *seed: object) -> Iterator[Batch]:
     """The batches of an epoch, as a member cuts them."""
-    return (batches.batch(part) for part in batches.parts(batch_size, *seed))
+    return (batches.batch(part) for part in batches.epoch(batch_size, *seed))
 
 
 def assert_same(one: Training, other: Training) -> None:
@@ -412,9 +415,7 @@ def test_the_estimate_of_memory_grows_with_every_size() -> None:
     base = {"features": 2, "classes": 2, "steps": 100, "hidden_size": 16}
 
     def estimate(members: int = 1, batch: int = 32, **given: Any) -> int:
-        return memory_bytes(
-            1000, members, ClassifierConfig(**(base | given)), TrainingConfig("auroc", batch_size=batch), "cuda"
-        )
+        return memory_bytes(1000, members, ClassifierConfig(**(base | given)), batch, "cuda")
 
     least = estimate()
     assert all(estimate(**more) > least for more in ({"hidden_size": 32}, {"layers": 2}, {"bidirectional": True}))
