@@ -116,18 +116,18 @@ def revive(running: list[subprocess.Popen[bytes]], folder: Path) -> None:
 
 def crash_postmaster() -> None:
     """kill -9 to the embedded server's first process."""
-    from hpo.storage import postgres
+    from hpo.storage.server import server as embedded
 
-    data = postgres.status().data
+    data = embedded.status().data
     assert data is not None
     os.kill(int((data / "postmaster.pid").read_text().split()[0]), signal.SIGKILL)
 
 
 def stop_immediately() -> None:
     """What `pg_ctl stop -m immediate` does: SIGQUIT to the postmaster."""
-    from hpo.storage import postgres
+    from hpo.storage.server import server as embedded
 
-    data = postgres.status().data
+    data = embedded.status().data
     assert data is not None
     os.kill(int((data / "postmaster.pid").read_text().split()[0]), signal.SIGQUIT)
 
@@ -144,8 +144,9 @@ def run(
     tell: Callable[[str], None] = lambda _: None,
 ) -> Chaos:
     """One study under chaos. HPO_HOME and HPO_ARTIFACTS must name folders of this run's own."""
-    from hpo.storage import postgres
     from hpo.storage.artifacts import artifact_store
+    from hpo.storage.database import database_url
+    from hpo.storage.server import server as embedded
     from hpo.storage.trials import trial_storage
     from hpo.study.config import load
     from hpo.study.lifecycle import create_or_open
@@ -171,7 +172,7 @@ def run(
             if attacks and ended >= trials * (2 - len(attacks)) / 4:
                 attacks.pop(0)()
                 time.sleep(0.5)
-                postgres.start()
+                embedded.start()
                 report.stops, report.crashes = report.stops + (len(attacks) == 1), report.crashes + (not attacks)
             tell(f"{ended}/{trials} trials ended, {report.kills} workers killed")
     _judge(report, study)
@@ -209,12 +210,12 @@ def main() -> None:
         os.environ |= {"HPO_HOME": str(folder / "home"), "HPO_ARTIFACTS": str(folder / "artifacts")}
         os.environ |= {"OMP_NUM_THREADS": "1"}
         os.environ.pop("HPO_DATABASE_URL", None)
-        from hpo.storage import postgres
+        from hpo.storage.server import server as embedded
 
         try:
             report = run(folder, trials=given.trials, count=given.workers, every_s=given.every, tell=print)
         finally:
-            postgres.stop()
+            embedded.stop()
     print(
         f"{report.trials} trials on {given.workers} workers in {report.seconds:.0f} s: {report.kills} workers killed, "
         f"server stopped {report.stops} and crashed {report.crashes} time(s); {report.states}, {report.adopted} adopted"

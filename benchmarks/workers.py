@@ -73,14 +73,14 @@ def main() -> None:
         folder.chmod(0o711)  # root's server runs as another user
         os.environ |= {"HPO_HOME": str(folder / "home"), "OMP_NUM_THREADS": "1"}
         os.environ.pop("HPO_DATABASE_URL", None)
-        from hpo.storage import postgres
+        from hpo.storage.server import server as embedded
 
-        postgres.start()
+        embedded.start()
         try:
             _prepare(folder, given.sampler)
             found = _measure(given.workers, given.seconds, given.epoch)
         finally:
-            postgres.stop()
+            embedded.stop()
     trials = found.trials
     print(
         f"{given.workers} workers, sampler {given.sampler}, epochs of {given.epoch:g} s, {trials} trials in "
@@ -100,7 +100,7 @@ def _prepare(folder: Path, sampler: str) -> None:
 
 def _create(folder: Path, sampler: str) -> None:
     from hpo.storage.artifacts import artifact_store
-    from hpo.storage.postgres import database_url
+    from hpo.storage.database import database_url
     from hpo.storage.trials import trial_storage
     from hpo.study.config import load
     from hpo.study.lifecycle import create_or_open
@@ -146,11 +146,12 @@ def _measure(workers: int, seconds: float, epoch_s: float) -> Found:
 
 
 def _server() -> list[psutil.Process]:
-    from hpo.storage import postgres
+    from hpo.storage.server import server as embedded
+    from hpo.storage.server.processes import server_processes
 
-    data = postgres.status().data
+    data = embedded.status().data
     assert data is not None
-    return [psutil.Process(pid) for pid in postgres._processes(data)]
+    return [psutil.Process(pid) for pid in server_processes(data)]
 
 
 def _server_s() -> float:

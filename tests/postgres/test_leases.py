@@ -8,6 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta
 from multiprocessing.process import BaseProcess
 from typing import TypeVar
 
@@ -318,6 +319,53 @@ def test_a_lease_is_renewed_while_everything_else_waits(leases: Leases, elsewher
     leases.storage.set_trial_params(lease.trial_id, PARAMS)
 
 
+def test_a_trial_that_is_held_keeps_its_lease_and_is_given_back_at_the_end(leases: Leases, elsewhere: Leases) -> None:
+    study_id = open_study(leases, Terms(budget=1, lease_s=0.4, max_attempts=1))
+    with leases.take(study_id, "w") as lease:
+        assert lease is not None
+        lease.heartbeat.progress = lambda: Progress(12, 3, 0.5)
+        assert lease.heartbeat.wait_for_rounds(10, 60)  # a quarter of a lease each
+        assert elsewhere.acquire(study_id, "other") is None
+        (trial,) = leases.snapshot(study_id).in_flight
+        assert (trial.epoch, trial.metric, trial.alive) == (3, 0.5, True)
+        leases.storage.set_trial_user_attr(lease.trial_id, "a", 1)
+        with leases.take(study_id, "w") as nothing:
+            assert nothing is None
+    adopted = elsewhere.acquire(study_id, "other")
+    assert adopted is not None
+    assert (adopted.trial_id, adopted.attempt) == (lease.trial_id, 2)
+    assert elsewhere.storage.get_trial(lease.trial_id).user_attrs == {"a": 1}
+    flags = (lease.heartbeat.lost, lease.heartbeat.study_stopped, lease.heartbeat.out_of_time)
+    assert flags == (False, False, False)
+
+
+def test_a_heartbeat_learns_that_the_study_ends_and_that_its_lease_is_lost(leases: Leases, database_url: str) -> None:
+    study_id = open_study(leases, Terms(budget=1, timeout_s=3600, lease_s=0.4))
+    with leases.take(study_id, "w") as lease:
+        assert lease is not None
+        leases.stop(study_id)
+        execute(database_url, "UPDATE hpo.terms SET deadline = now() - interval '1 s'")
+        assert lease.heartbeat.wait_for_rounds(2, 60)
+        assert (lease.heartbeat.study_stopped, lease.heartbeat.out_of_time, lease.heartbeat.lost) == (True, True, False)
+        execute(database_url, "UPDATE hpo.leases SET expires_at = now() - interval '1 s'")
+        assert lease.heartbeat.wait_for_rounds(2, 60)
+        assert lease.heartbeat.lost
+        with pytest.raises(LeaseLost):
+            leases.storage.set_trial_params(lease.trial_id, PARAMS)
+    assert not leases.snapshot(study_id).in_flight[0].alive
+
+
+def test_a_trial_that_ended_or_raised_is_let_go(leases: Leases) -> None:
+    study_id = open_study(leases, Terms(budget=2, lease_s=60))
+    with leases.take(study_id, "w") as lease:
+        assert lease is not None
+        finish(leases, lease)
+    assert leases.storage.get_trial(lease.trial_id).state == TrialState.COMPLETE
+    with pytest.raises(ZeroDivisionError), leases.take(study_id, "w") as lease:
+        1 / 0  # noqa: B018
+    assert take(leases, study_id, "w").attempt == 2
+
+
 def test_a_released_trial_is_adopted_at_once_and_does_not_count_as_lost(leases: Leases) -> None:
     study_id = open_study(leases, Terms(budget=1, max_attempts=1))
     for attempt in range(1, 5):
@@ -510,6 +558,28 @@ def test_a_promotion_is_a_lease_that_runs_out_and_is_done_once(leases: Leases) -
     assert (row.status, row.promoted_version) == ("open", None)
     finish(leases, take(leases, study_id, "w"))
     assert leases.acquire_promotion(study_id, "w")
+
+
+def test_a_promotion_that_is_held_keeps_its_lease(leases: Leases, elsewhere: Leases) -> None:
+    study_id = open_study(leases, Terms(budget=1, lease_s=0.4))
+    with leases.promotion(study_id, "early") as held:
+        assert not held
+    finish(leases, take(leases, study_id, "w"))
+
+    def expires() -> datetime:
+        row = leases.study(study_id)
+        assert row is not None
+        assert row.promoter_expires_at is not None
+        return row.promoter_expires_at
+
+    with leases.promotion(study_id, "w") as held:
+        assert held
+        first = expires()
+        until(lambda: expires() > first + timedelta(seconds=1))
+        with elsewhere.promotion(study_id, "other") as second:
+            assert not second
+        leases.finish_promotion(study_id, "w", 1)
+    assert leases.snapshot(study_id).promoted_version == 1
 
 
 # ------------------------------------------------------------------------------------------------------------ displays

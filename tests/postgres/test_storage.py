@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
@@ -26,9 +27,11 @@ from optuna.trial import TrialState, create_trial
 
 from hpo.storage import tables
 from hpo.storage.connection import Connection, connect_arguments
-from hpo.storage.errors import DatabaseUnavailable, SchemaError, StudyOver
+from hpo.storage.errors import DatabaseUnavailable, PostgresError, SchemaError, StudyOver
 from hpo.storage.heartbeat import Progress
 from hpo.storage.leases import Leases
+from hpo.storage.locks import exclusively
+from hpo.storage.registry import ModelVersion, Registry
 from hpo.storage.server import server as embedded
 from hpo.storage.terms import Terms
 from hpo.storage.trials import TrialStorage, trial_storage
@@ -457,6 +460,25 @@ def test_a_checkpoint_whose_answer_was_lost_is_not_taken_for_refused(cutter: Cut
     storage.connection.close()
 
 
+def promote(registry: Registry, name: str = "power") -> ModelVersion:
+    return registry.promote(
+        name, study_id=7, study_name="power", trial_number=3, scores={}, config={}, artifacts={"model": "key"}
+    )
+
+
+def test_a_change_of_the_registry_whose_answer_was_lost_is_made_once(cutter: Cutter, database_url: str) -> None:
+    registry, other = Registry(cutter.url), Registry(database_url)
+    cutter.cuts = 1
+    model = promote(registry)
+    assert model.version == 1
+    cutter.cuts = 1
+    assert registry.set_alias("power", "champion", "latest").aliases == ("champion", "latest")
+    assert other.models() == [model]
+    cutter.skip, cutter.cuts = 1, 1
+    assert registry.delete("power", "champion") == ["key"]
+    assert other.models() == []
+
+
 def test_a_name_that_is_taken_is_still_refused(storage: TrialStorage) -> None:
     storage.create_new_study(MAXIMIZE, "s")
     with pytest.raises(DuplicatedStudyError, match="'s' already exists"):
@@ -528,6 +550,54 @@ def test_a_server_that_dies_and_returns_loses_and_doubles_nothing(
     for trial in trials:
         assert (trial.state, trial.value, trial.params) == (TrialState.COMPLETE, trial.number, {"x": 0.5})
         assert trial.intermediate_values == {s: trial.number + s / 100 for s in range(REPORTS)}
+
+
+@pytest.fixture
+def restartable(short_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """URL of a server of the test's own."""
+    monkeypatch.setenv("HPO_HOME", str(short_folder / "restarted"))
+    yield embedded.start()
+    embedded.stop()
+
+
+def _waits_for_a_lock(connection: Connection) -> bool:
+    return connection.execute("SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND NOT granted") != []
+
+
+def test_a_promotion_survives_a_restart_of_the_server_in_its_middle(restartable: str) -> None:
+    registry, other = Registry(restartable), Connection(restartable)
+    other.execute("SELECT pg_advisory_lock(hashtextextended('hpo.models power', 0))")
+    with ThreadPoolExecutor(1) as pool:
+        promotion = pool.submit(promote, registry)
+        until(lambda: _waits_for_a_lock(other))
+        _kill_postmaster()
+        assert embedded.start() == restartable
+        model = promotion.result(60)
+    assert model.version == 1
+    assert registry.models() == [model]
+    other.close()
+
+
+def test_an_exclusive_block_waits_for_the_one_before_and_says_when_the_database_goes_away(restartable: str) -> None:
+    other = Connection(restartable)
+
+    def enter() -> None:
+        with exclusively(restartable, "study waves"):
+            pass
+
+    with ThreadPoolExecutor(1) as pool:
+        with exclusively(restartable, "study waves"), exclusively(restartable, "study of another name"):
+            second = pool.submit(enter)
+            until(lambda: _waits_for_a_lock(other))
+        second.result(60)
+        with exclusively(restartable, "study waves"):
+            third = pool.submit(enter)
+            until(lambda: _waits_for_a_lock(other))
+            _kill_postmaster()
+            with pytest.raises(PostgresError, match=r"(?s)the database went away: .*; run the command again"):
+                third.result(60)
+    other.close()
+    embedded.start()
 
 
 def _complete(leases: Leases, study_id: int, trials: int) -> bool:

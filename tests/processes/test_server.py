@@ -492,6 +492,15 @@ def _wheel(folder: Path) -> Path:
     return to
 
 
+START_WITH_COPIES = """
+import sys
+from pathlib import Path
+from hpo.storage.server import programs, server
+programs.SHARED = Path(sys.argv[1])
+print(server.start())
+"""
+
+
 @as_root
 def test_root_in_a_closed_home_keeps_data_and_programs_where_nobody_can_enter(
     short_folder: Path, monkeypatch: pytest.MonkeyPatch
@@ -503,8 +512,8 @@ def test_root_in_a_closed_home_keeps_data_and_programs_where_nobody_can_enter(
     _enter(home, monkeypatch)
     before = _modes(closed, Path("/var/lib"))
     monkeypatch.setenv("PYTHONPATH", f"{closed / 'wheel'}:{SOURCE}")
-    code = "from hpo.storage.server import server as embedded; print(embedded.start())"
-    done = _python(code)
+    copies = short_folder / "programs"
+    done = _python(START_WITH_COPIES, copies)
     assert done.returncode == 0, done.stderr
     place = _data().parent
     try:
@@ -513,18 +522,58 @@ def test_root_in_a_closed_home_keeps_data_and_programs_where_nobody_can_enter(
         assert place.parent == Path("/var/lib")
         assert _modes(closed, Path("/var/lib")) == before
         assert _postmaster().username() == "nobody"
-        assert Path(_postmaster().exe()).is_relative_to(place)
+        assert Path(_postmaster().exe()).is_relative_to(copies)
         assert {path.stat().st_uid for path in home.rglob("*")} == {0}
         with _connected(url) as cursor:
             cursor.execute("CREATE TABLE old (value int)")
         shutil.rmtree(home)
-        fresh = _python(code).stdout.strip()
+        fresh = _python(START_WITH_COPIES, copies).stdout.strip()
         assert fresh != url
         assert _answer(fresh, "SELECT to_regclass('old')") is None
         assert len(list(place.glob("data-*"))) == 1
     finally:
         embedded.stop()
         shutil.rmtree(place)
+
+
+ODD = 'it\'s a "clone", $HOME `x` & %41\u00e9'
+
+
+@pytest.mark.parametrize("kind", [pytest.param("closed", marks=as_root), "odd characters"])
+def test_programs_that_cannot_be_started_from_where_they_lie_are_copied_once_for_all_homes(
+    kind: str, short_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a clone below a folder that only root may enter, or with characters that a shell reads otherwise."""
+    folder = short_folder / f"clone {kind}" / (ODD if kind == "odd characters" else "in a closed folder")
+    shutil.copytree(_wheel(short_folder), folder)
+    folder.parent.chmod(0o700 if kind == "closed" else 0o755)
+    monkeypatch.setenv("PYTHONPATH", f"{folder}:{SOURCE}")
+    monkeypatch.setenv("XDG_DATA_HOME", str(short_folder / f"data-{kind[:3]}"))  # where a plain user has the copies
+    copies = short_folder / f"data-{kind[:3]}" / "hpo-programs"
+    homes = [short_folder / f"{kind[:3]}{number}" / ODD for number in range(2)]
+
+    def start(home: Path) -> Path:
+        """Start the home's server; its program's copy."""
+        _enter(home, monkeypatch)
+        done = _python(START_WITH_COPIES, copies)
+        assert done.returncode == 0, done.stderr
+        assert _answer(done.stdout.strip()) == 1
+        return copies / Path(_postmaster().exe()).relative_to(copies).parts[0]
+
+    try:
+        first = start(homes[0])
+        assert start(homes[1]) == first
+        _stop(homes[1])
+        (next(folder.rglob("pginstall18")) / "share" / "changed").touch()  # another version is installed
+        second = start(homes[1])
+        assert second != first
+        assert first.is_dir()  # a server runs from it
+        _stop(homes[0])
+        assert start(homes[0]) == second
+        assert not first.exists()
+    finally:
+        for home in homes:
+            _stop(home)
 
 
 AS_USER = """
