@@ -153,7 +153,7 @@ def run(
 
     chance, report, started = random.Random(seed), Chaos(trials), time.monotonic()
     config = load(write_study(folder, trials, epochs, pruner))
-    storage = trial_storage(postgres.database_url())
+    storage = trial_storage(database_url())
     study = create_or_open(config, storage, artifact_store())
     attacks: list[Callable[[], None]] = [stop_immediately, crash_postmaster]
     with workers(count, folder) as running:
