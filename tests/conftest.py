@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import uuid4
@@ -27,6 +27,9 @@ from hpo.storage import postgres
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
+
+# Tests run side by side, and several threads in each would get in each other's way.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A busy machine is no failure: properties are held to what they say, not to how soon.
 settings.register_profile("hpo", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -102,6 +105,24 @@ def template(server: str) -> str:
         importlib.import_module("hpo.storage.tables").migrate(_database(server, TEMPLATE))
     execute(server, f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{TEMPLATE}'")
     return TEMPLATE
+
+
+# A trigger that waits while somebody holds the advisory lock 1.
+WAITING = """
+CREATE OR REPLACE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql SET lock_timeout = 0 AS
+    $$ BEGIN PERFORM pg_advisory_xact_lock_shared(1); RETURN NEW; END $$;
+CREATE OR REPLACE TRIGGER wait BEFORE INSERT ON trial_intermediate_values FOR EACH ROW EXECUTE FUNCTION wait();
+SELECT pg_advisory_lock(1)
+"""
+
+
+@contextmanager
+def reports_wait(url: str) -> Iterator[None]:
+    """Within the block no trial gets further than its next report, so that one that is running stays so."""
+    with closing(psycopg2.connect(url.replace("+psycopg2", ""))) as connection:
+        connection.autocommit = True
+        connection.cursor().execute(WAITING)
+        yield
 
 
 def _database(server: str, name: str) -> str:

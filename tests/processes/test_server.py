@@ -180,7 +180,7 @@ os.killpg(0, 9)
 
 
 def test_a_start_killed_during_initdb_leaves_nothing_in_the_way(new_home: Path) -> None:
-    command = [sys.executable, "-P", "-c", "from storage import postgres; postgres.start()"]
+    command = [sys.executable, "-P", "-c", "from hpo.storage import postgres; postgres.start()"]
     launcher = subprocess.Popen(command, stdin=subprocess.DEVNULL)
     while not list(new_home.glob("postgres/data.new-*/PG_VERSION")):
         assert launcher.poll() is None
@@ -498,7 +498,7 @@ def test_root_in_a_closed_home_keeps_data_and_programs_where_nobody_can_enter(
     _enter(home, monkeypatch)
     before = _modes(closed, Path("/var/lib"))
     monkeypatch.setenv("PYTHONPATH", f"{closed / 'wheel'}:{SOURCE}")
-    code = "from storage import postgres; print(postgres.start())"
+    code = "from hpo.storage import postgres; print(postgres.start())"
     done = _python(code)
     assert done.returncode == 0, done.stderr
     place = _data().parent

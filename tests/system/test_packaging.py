@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("hpo", "models", "storage")
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 HEAVY = {"torch", "sklearn", "matplotlib", "onnx", "onnxruntime", "pyarrow", "boto3", "optuna_dashboard", "ray"}
+a_ready_checkout = pytest.mark.xdist_group("ready")  # tests that share one
 COMMANDS = ("launch", "worker", "status", "stop", "delete", "dashboard", "promote", "models", "export", "predict")
 
 # A build backend of a few lines: the set-up is tried without a network and without the real, large packages.
@@ -235,6 +236,7 @@ def test_a_failed_set_up_says_why_and_the_next_one_repairs_it(checkout: Path, so
     assert torch_in(checkout)
 
 
+@a_ready_checkout
 def test_set_up_is_done_again_only_when_pyproject_changes(ready: Path) -> None:
     again = set_up(ready, Path("/nowhere"))
     assert (again.returncode, again.stdout, again.stderr) == (0, "", "")
@@ -245,6 +247,7 @@ def test_set_up_is_done_again_only_when_pyproject_changes(ready: Path) -> None:
     assert torch_in(ready) == before
 
 
+@a_ready_checkout
 def test_the_build_of_torch_follows_the_machine_and_what_the_sources_offer(
     ready: Path, sources: Path, tmp_path: Path
 ) -> None:
@@ -262,6 +265,7 @@ def test_the_build_of_torch_follows_the_machine_and_what_the_sources_offer(
         assert torch_in(ready) == version
 
 
+@a_ready_checkout
 def test_an_interrupted_broken_or_moved_environment_is_not_used(ready: Path) -> None:
     def used(checkout: Path) -> bool:
         """Without a Python to make another environment with, a set-up that needs one fails."""
