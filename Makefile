@@ -1,9 +1,11 @@
 # `make demo` and `make test` do all their own set-up in .venv (tools/setup.sh); a second run starts at once.
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo check test format clean
+.PHONY: help demo check test static format clean
 
 PY := .venv/bin/python
+# Side by side; tests of one xdist_group one after the other.
+PYTEST := $(PY) -m pytest --numprocesses auto --dist loadgroup
 
 help:
 	@echo 'make demo     set up .venv, then tune, promote, export and use a model on real data'
@@ -18,10 +20,10 @@ demo:
 	$(PY) -P -m hpo demo
 
 check: static
-	$(PY) -m pytest $(PARALLEL) tests/unit
+	$(PYTEST) tests/unit
 
 test: static
-	$(PY) -m pytest $(PARALLEL) $(TESTS)
+	$(PYTEST) $(TESTS)
 
 static:
 	@sh tools/setup.sh dev

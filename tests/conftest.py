@@ -38,6 +38,12 @@ settings.load_profile("hpo")
 # A shell's background job ignores Ctrl-C, and so would every process that a test starts and interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+
+def pytest_xdist_auto_num_workers() -> int:
+    """For `pytest -n auto`: one more than cores, as tests of processes wait much; each worker has its own server."""
+    return min(8, 1 + (os.cpu_count() or 1))
+
+
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 TEMPLATE = "hpo_template"
 SMALL = """
