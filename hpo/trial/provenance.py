@@ -8,7 +8,7 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
-PACKAGES = ("hpo", "torch", "optuna", "numpy", "scikit-learn", "SQLAlchemy", "safetensors")
+PACKAGES = ("hpo", "torch", "optuna", "numpy", "SQLAlchemy", "safetensors")
 
 
 @cache
