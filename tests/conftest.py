@@ -136,7 +136,8 @@ def _database(server: str, name: str) -> str:
     return server.rsplit("/", 1)[0] + "/" + name
 
 
-def _fresh(server: str, template: str) -> Iterator[str]:
+@contextmanager
+def fresh_database(server: str, template: str) -> Iterator[str]:
     """URL of a copy of the template, dropped afterwards, live connections or not."""
     name = f"test_{uuid4().hex[:12]}"
     execute(server, f"CREATE DATABASE {name} TEMPLATE {template}")
@@ -147,13 +148,15 @@ def _fresh(server: str, template: str) -> Iterator[str]:
 @pytest.fixture
 def database_url(server: str, template: str) -> Iterator[str]:
     """URL of a fresh database with the project's tables."""
-    yield from _fresh(server, template)
+    with fresh_database(server, template) as url:
+        yield url
 
 
 @pytest.fixture
 def empty_database_url(server: str) -> Iterator[str]:
     """URL of a fresh database without tables."""
-    yield from _fresh(server, "template0")
+    with fresh_database(server, "template0") as url:
+        yield url
 
 
 @pytest.fixture

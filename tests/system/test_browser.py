@@ -22,7 +22,7 @@ from optuna.trial import FrozenTrial, TrialState
 from playwright.sync_api import Browser, ConsoleMessage, HttpCredentials, Page, expect, sync_playwright
 
 from hpo.storage.trials import trial_storage
-from tests.conftest import _fresh
+from tests.conftest import fresh_database
 
 pytestmark = pytest.mark.xdist_group("browser")  # its tests share a study, a dashboard and a browser
 
@@ -109,7 +109,7 @@ def _install() -> str:
 def site(server: str, template: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     folder = tmp_path_factory.mktemp("site")
     _write_study(folder)
-    with contextmanager(_fresh)(server, template) as url:
+    with fresh_database(server, template) as url:
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("HPO_", "PG"))} | {
             "HPO_HOME": str(folder / "home"),
             "HPO_DATABASE_URL": url,
