@@ -21,11 +21,12 @@ RUN apt-get update \
 # A plain user; what it may write: its home and the artifact store's mount point.
 RUN useradd --create-home --uid 10001 hpo && install --directory --owner=hpo --group=hpo /artifacts
 
-# The packages first: a change of the code does not install them again.
+# What we depend on first: a change of the code does not install it again. Setuptools wants a folder for each package.
 WORKDIR /app
 COPY pyproject.toml README.md LICENSE ./
 COPY tools/setup.sh tools/
-RUN mkdir hpo models storage && PIP_NO_CACHE_DIR=1 HPO_TORCH=${TORCH} sh tools/setup.sh s3,parquet,onnx
+RUN mkdir -p hpo/dashboard hpo/launcher hpo/promote hpo/study hpo/trial hpo/worker models storage \
+    && PIP_NO_CACHE_DIR=1 HPO_TORCH=${TORCH} sh tools/setup.sh s3,parquet,onnx
 COPY hpo hpo
 COPY models models
 COPY storage storage

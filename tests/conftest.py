@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import uuid4
@@ -27,12 +27,21 @@ from hpo.storage.tables import migrate
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
+# Tests run side by side, and several threads in each would get in each other's way.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # A busy machine is no failure: properties are held to what they say, not to how soon.
 settings.register_profile("hpo", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("hpo")
 
 # A shell's background job ignores Ctrl-C, and so would every process that a test starts and interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """For `pytest -n auto`: one more than cores, as tests of processes wait much; each worker has its own server."""
+    return min(8, 1 + (os.cpu_count() or 1))
+
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 TEMPLATE = "hpo_template"
@@ -102,12 +111,31 @@ def template(server: str) -> str:
     return TEMPLATE
 
 
+# A trigger that waits while somebody holds the advisory lock 1.
+WAITING = """
+CREATE OR REPLACE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql SET lock_timeout = 0 AS
+    $$ BEGIN PERFORM pg_advisory_xact_lock_shared(1); RETURN NEW; END $$;
+CREATE OR REPLACE TRIGGER wait BEFORE INSERT ON trial_intermediate_values FOR EACH ROW EXECUTE FUNCTION wait();
+SELECT pg_advisory_lock(1)
+"""
+
+
+@contextmanager
+def reports_wait(url: str) -> Iterator[None]:
+    """Within the block no trial gets further than its next report, so that one that is running stays so."""
+    with closing(psycopg2.connect(url.replace("+psycopg2", ""))) as connection:
+        connection.autocommit = True
+        connection.cursor().execute(WAITING)
+        yield
+
+
 def _database(server: str, name: str) -> str:
     """The server's URL with another database."""
     return server.rsplit("/", 1)[0] + "/" + name
 
 
-def _fresh(server: str, template: str) -> Iterator[str]:
+@contextmanager
+def fresh_database(server: str, template: str) -> Iterator[str]:
     """URL of a copy of the template, dropped afterwards, live connections or not."""
     name = f"test_{uuid4().hex[:12]}"
     execute(server, f"CREATE DATABASE {name} TEMPLATE {template}")
@@ -118,13 +146,15 @@ def _fresh(server: str, template: str) -> Iterator[str]:
 @pytest.fixture
 def database_url(server: str, template: str) -> Iterator[str]:
     """URL of a fresh database with the project's tables."""
-    yield from _fresh(server, template)
+    with fresh_database(server, template) as url:
+        yield url
 
 
 @pytest.fixture
 def empty_database_url(server: str) -> Iterator[str]:
     """URL of a fresh database without tables."""
-    yield from _fresh(server, "template0")
+    with fresh_database(server, "template0") as url:
+        yield url
 
 
 @pytest.fixture

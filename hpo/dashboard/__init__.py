@@ -1,1 +1,1 @@
-"""optuna-dashboard over the studies, guarded."""
+"""optuna-dashboard for our studies, with access control."""

@@ -1,4 +1,4 @@
-"""optuna-dashboard over the studies of one database, with their artifacts, behind a password off loopback."""
+"""optuna-dashboard for the studies of one database and their artifacts; off loopback it requires a password."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 from urllib.parse import parse_qs, urlsplit
 
+from hpo.dashboard.study_json import StudyJson, compressed
+from hpo.errors import HpoError
 from hpo.storage.artifacts import ArtifactStore
 from hpo.storage.errors import PostgresError
 from hpo.storage.trials import trial_storage
@@ -31,8 +33,6 @@ if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
     from optuna.storages import BaseStorage
-
-    from hpo.dashboard.study_json import Pages
 
 log = logging.getLogger("hpo")
 
@@ -47,15 +47,15 @@ _HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
 }
 _POLICY_ENDING = "base-uri 'none';form-action 'self';frame-ancestors 'self'"
-# What is no page of the dashboard runs no script: an artifact may be a web page that somebody stored.
+# Whatever is not a page of the dashboard may run no script: an artifact may be a web page that somebody stored.
 _POLICY = f"default-src 'none';img-src 'self';media-src 'self';style-src 'unsafe-inline';{_POLICY_ENDING}"
 
-# Attributes of many words wrap instead of making the page of a trial some screens wide.
+# Long attributes wrap instead of making a trial's page several screens wide.
 _STYLE = b"<style>main .MuiTypography-body1{white-space:normal}</style>"
 
 
-class DashboardError(RuntimeError):
-    """The dashboard cannot be served as asked."""
+class DashboardError(HpoError):
+    """The dashboard cannot be served with these settings."""
 
 
 def serve(
@@ -67,10 +67,10 @@ def serve(
     allow_delete: bool = False,
     ready: Callable[[str], None] | None = None,
 ) -> None:
-    """Serve until SIGTERM or SIGINT. `port` 0 takes a free one; `ready` is given the URL once it answers.
+    """Serve until SIGTERM or SIGINT. `port` 0 takes a free one; `ready` is called with the URL once it is listening.
 
-    The password (user name `hpo`) is the argument, else HPO_DASHBOARD_PASSWORD, else in the file named by
-    HPO_DASHBOARD_PASSWORD_FILE. Raises DashboardError off loopback without one, or where the port is taken.
+    The password (user name `hpo`) is the argument, else HPO_DASHBOARD_PASSWORD, else the content of the file that
+    HPO_DASHBOARD_PASSWORD_FILE names. Raises DashboardError without one off loopback, or if the port is taken.
     """
     from waitress import create_server
 
@@ -105,27 +105,25 @@ def wsgi_app(
 ) -> WSGIApplication:
     """The guarded application, for a database URL or a storage object.
 
-    With a password every request needs it; without one only requests to a loopback name are answered (a page
-    that rebinds its own name to 127.0.0.1 is not). Deletion needs `allow_delete`.
+    With a password, every request requires it. Without one, only requests to a loopback name are answered, so that a
+    page that rebinds its own name to 127.0.0.1 is rejected. Deletion requires `allow_delete`.
     """
     from optuna_dashboard import wsgi
-
-    from hpo.dashboard.study_json import Pages
 
     if password == "":
         raise DashboardError("the dashboard's password must not be empty; set HPO_DASHBOARD_PASSWORD to one")
     if isinstance(storage, str):
-        storage = trial_storage(storage, retry_s=_RETRY_S)  # an object: optuna-dashboard is slow on a URL
+        storage = trial_storage(storage, retry_s=_RETRY_S)  # an object: optuna-dashboard is slow with a URL
     page: WSGIApplication = wsgi(storage, artifact_store=_ByArtifactId(artifact_store))
-    pages = Pages(storage)
+    studies = StudyJson(storage)
 
     def guarded(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         def start(status: str, headers: list[tuple[str, str]], *error: Any) -> Any:
             return start_response(status, _with_security(headers), *error)
 
-        if refusal := _refusal(environ, password, allow_delete):
-            return _refused(*refusal, start)
-        if environ["REQUEST_METHOD"] == "GET" and (answer := _study(pages, environ, start)) is not None:
+        if rejection := _rejection(environ, password, allow_delete):
+            return _rejected(*rejection, start)
+        if environ["REQUEST_METHOD"] == "GET" and (answer := _study(studies, environ, start)) is not None:
             return answer
         if re.match(r"/dashboard(/|$)", environ["PATH_INFO"]):
             return _styled(page, environ, start)
@@ -135,7 +133,7 @@ def wsgi_app(
 
 
 class _ByArtifactId:
-    """The store under the dashboard's ids: a key in hex where attached, a UUID where uploaded on a page."""
+    """The store by the dashboard's ids: an attached artifact's key in hex, or the UUID of an upload from a page."""
 
     def __init__(self, store: ArtifactStore) -> None:
         self._store = store
@@ -147,14 +145,14 @@ class _ByArtifactId:
         self._store.write(artifact_id, content_body)
 
     def remove(self, artifact_id: str) -> None:
-        """Only what was uploaded on a page: an attached artifact may belong to a promoted model."""
+        """Remove an upload from a page; attached artifacts stay, as a promoted model may use them."""
         if "-" in artifact_id:
             self._store.remove(artifact_id)
 
 
 @contextmanager
 def _listening(host: str, port: int, password: str | None) -> Iterator[socket.socket]:
-    """A listening socket; refuses an address that others can reach where there is no password."""
+    """A listening socket. Raises DashboardError for an address that others can reach if there is no password."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         family, _, _, _, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
@@ -174,7 +172,7 @@ def _listening(host: str, port: int, password: str | None) -> Iterator[socket.so
 
 @contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGINT end the block cleanly (in the main thread; another thread gets no signals)."""
+    """SIGTERM and SIGINT end the block cleanly, in the main thread; other threads receive no signals."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -189,8 +187,8 @@ def _ended_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _refusal(environ: WSGIEnvironment, password: str | None, allow_delete: bool) -> tuple[HTTPStatus, str] | None:
-    """Why a request is not answered; None where it is."""
+def _rejection(environ: WSGIEnvironment, password: str | None, allow_delete: bool) -> tuple[HTTPStatus, str] | None:
+    """Status and reason if a request is rejected, else None."""
     if password is None and not _is_loopback_name(environ.get("HTTP_HOST", "")):
         return HTTPStatus.FORBIDDEN, "without a password only requests to localhost or 127.0.0.1 are answered"
     if password is not None and not _authorized(environ.get("HTTP_AUTHORIZATION", ""), password):
@@ -203,7 +201,7 @@ def _refusal(environ: WSGIEnvironment, password: str | None, allow_delete: bool)
 
 
 def _is_loopback_name(host: str) -> bool:
-    """Whether a Host header names this machine itself: localhost, 127.x.x.x or [::1], maybe with a port."""
+    """Whether a Host header names this machine itself: localhost, 127.x.x.x or [::1], with or without a port."""
     name = re.sub(r":\d+$", "", host).strip("[]").lower()
     try:
         return name == "localhost" or ipaddress.ip_address(name).is_loopback
@@ -218,7 +216,7 @@ def _authorized(header: str, password: str) -> bool:
     except binascii.Error:
         given = b""
     wanted = f"{USER}:{password}".encode()
-    # Digests are compared: equal lengths, in constant time.
+    # Digests have equal lengths, so that the comparison takes constant time.
     return hmac.compare_digest(hashlib.sha256(given).digest(), hashlib.sha256(wanted).digest())
 
 
@@ -231,12 +229,12 @@ def _from_another_site(environ: WSGIEnvironment) -> bool:
 
 
 def _deletes(environ: WSGIEnvironment) -> bool:
-    """DELETE, and renaming: optuna-dashboard copies the study under the new name and deletes the old one."""
+    """Whether it is a DELETE or a rename: optuna-dashboard renames by copying the study and deleting the old one."""
     path: str = environ["PATH_INFO"]
     return environ["REQUEST_METHOD"] == "DELETE" or path.rstrip("/").endswith("/rename")
 
 
-def _refused(status: HTTPStatus, reason: str, start: Any) -> list[bytes]:
+def _rejected(status: HTTPStatus, reason: str, start: Any) -> list[bytes]:
     body = json.dumps({"reason": reason}).encode()
     headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body)))]
     if status is HTTPStatus.UNAUTHORIZED:
@@ -245,45 +243,44 @@ def _refused(status: HTTPStatus, reason: str, start: Any) -> list[bytes]:
     return [body]
 
 
-def _study(pages: Pages, environ: WSGIEnvironment, start: Any) -> list[bytes] | None:
-    """The answer to what a study's page asks for every few seconds; None where that is not asked for."""
-    from hpo.dashboard.study_json import joined
-
+def _study(studies: StudyJson, environ: WSGIEnvironment, start: Any) -> list[bytes] | None:
+    """The answer to the request that a study's page repeats every few seconds; None for any other request."""
     match = re.fullmatch(r"/api/studies/(\d+)/*", environ["PATH_INFO"])
     after = parse_qs(environ.get("QUERY_STRING", "")).get("after", ["0"])[-1]
     try:
-        pieces = pages.study(int(match[1]), int(after)) if match and after.isdecimal() else None
+        body = studies.study(int(match[1]), int(after)) if match and after.isdecimal() else None
     except PostgresError as error:
         log.warning("%s", error)
-        return _refused(HTTPStatus.SERVICE_UNAVAILABLE, "the database is out of reach", start)
-    if pieces is None:
+        return _rejected(HTTPStatus.SERVICE_UNAVAILABLE, "the database is out of reach", start)
+    if body is None:
         return None
-    zipped = "gzip" in environ.get("HTTP_ACCEPT_ENCODING", "")
-    body = joined(pieces, zipped=zipped)
-    headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body))), ("Vary", "Accept-Encoding")]
-    start("200 OK", headers + [("Content-Encoding", "gzip")] * zipped)
+    headers = [("Content-Type", "application/json"), ("Vary", "Accept-Encoding")]
+    if "gzip" in environ.get("HTTP_ACCEPT_ENCODING", ""):
+        body = compressed(body)
+        headers.append(("Content-Encoding", "gzip"))
+    start("200 OK", [*headers, ("Content-Length", str(len(body)))])
     return [body]
 
 
 def _styled(page: WSGIApplication, environ: WSGIEnvironment, start: Any) -> list[bytes]:
-    """The dashboard's page, with a style of ours in its head."""
-    said: list[Any] = []
+    """The dashboard's page with our style added to its head."""
+    started: list[Any] = []
 
     def note(status: str, headers: list[tuple[str, str]], *_: Any) -> Any:
-        said[:] = status, headers
+        started[:] = status, headers
 
     conditional = ("HTTP_IF_MODIFIED_SINCE", "HTTP_RANGE", "wsgi.file_wrapper")
     sent: Any = page({name: value for name, value in environ.items() if name not in conditional}, note)
     with closing(sent) if hasattr(sent, "close") else nullcontext():
         body = b"".join(sent).replace(b"</head>", _STYLE + b"</head>")
-    status, headers = said
+    status, headers = started
     kept = [(name, value) for name, value in headers if name.lower() not in ("content-length", "last-modified")]
     start(status, [*kept, ("Content-Length", str(len(body)))])
     return [body]
 
 
 def _with_security(headers: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """The page's own content policy is kept and narrowed; its answers are for no other site."""
+    """With security headers: the page's own content policy, narrowed; no other site may read the answers."""
     own = [value for name, value in headers if name.lower() == "content-security-policy"]
     policy = f"{own[0]};{_POLICY_ENDING}" if own else _POLICY
     dropped = {"content-security-policy", "access-control-allow-origin", *map(str.lower, _HEADERS)}

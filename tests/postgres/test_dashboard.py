@@ -272,6 +272,17 @@ def test_constraints_are_shown(open_site: str, study: optuna.Study, storage: Tri
     assert ask(f"{open_site}/api/studies/{study._study_id}").json["trials"][2]["constraints"] == [0.5]
 
 
+def test_importances_need_no_scikit_learn(
+    open_site: str, varied: optuna.Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "sklearn"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "sklearn", None)  # as if it were not installed: it is no dependency of ours
+    (importances,) = ask(f"{open_site}/api/studies/{varied._study_id}/param_importances").json["param_importances"]
+    assert {found["name"] for found in importances} == {"kind", "n", "x"}
+    assert sum(found["importance"] for found in importances) == pytest.approx(1.0)
+
+
 def test_a_study_of_two_objectives_shows_its_front(open_site: str, storage: TrialStorage) -> None:
     study = optuna.create_study(storage=storage, directions=["minimize", "maximize"])
     for values in ([1.0, 1.0], [2.0, 2.0], [3.0, 1.0]):

@@ -22,7 +22,7 @@ from hpo.models.metrics import score
 from hpo.storage.artifacts import artifact_store
 from hpo.storage.leases import Leases
 from hpo.storage.trials import TrialStorage, trial_storage
-from tests.conftest import SMALL, Cli, assert_exact, wait_for
+from tests.conftest import SMALL, Cli, assert_exact, reports_wait, wait_for
 
 
 def summary_of(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
@@ -267,10 +267,13 @@ def test_a_stopped_study_ends_at_once_and_goes_on_at_the_next_launch(
     trials: Callable[..., list[FrozenTrial]],
 ) -> None:
     file = study_file(trials=3, epochs=250, study='pruner = "none"\nlease = 2')
-    file.write_text(file.read_text().replace("[train]", "[train]\npatience = 0"))  # longer than the stop takes to start
+    file.write_text(
+        file.read_text().replace("[train]", "[train]\npatience = 0")
+    )  # longer than the worker takes to see it
     with launching(file, 1, environment) as running:
         wait_for(lambda: any(t.intermediate_values for t in _trials_or_none(trials)))
-        assert cli("stop", "waves").returncode == 0
+        with reports_wait(environment["HPO_DATABASE_URL"]):
+            assert cli("stop", "waves").returncode == 0
         _, errors = running.communicate(timeout=60)
     assert running.returncode == 130
     assert "was stopped" in errors

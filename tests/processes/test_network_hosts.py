@@ -30,6 +30,8 @@ from hpo.storage.server import server as embedded
 from hpo.storage.trials import trial_storage
 from tests.conftest import assert_exact, execute, wait_for
 
+pytestmark = pytest.mark.xdist_group("hosts")  # its tests share a network
+
 HOSTS = {"hub": "10.99.0.1", "desk": "10.99.0.2", "one": "10.99.0.3", "two": "10.99.0.4"}
 S3_PORT, OTHER_PORT = 9000, 9001
 EPOCHS = 400

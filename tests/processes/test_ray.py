@@ -28,6 +28,8 @@ from hpo.study.config import load
 from hpo.study.lifecycle import OpenStudy, create_or_open
 from tests.conftest import Cli, assert_exact, processes_of, wait_for
 
+pytestmark = pytest.mark.xdist_group("ray")  # its tests share a cluster
+
 Trials = Callable[..., list[FrozenTrial]]
 Launched = Callable[..., subprocess.Popen[str]]
 PATIENCE_S = 120.0

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Self
 
 import optuna
 import pytest
@@ -20,14 +21,14 @@ from hpo.storage.heartbeat import Progress
 from hpo.storage.leases import Lease, Leases
 from hpo.storage.terms import Terms
 from hpo.storage.trials import trial_storage
-from tests.conftest import Cli
+from tests.conftest import Cli, reports_wait
 
 UP = "\x1b[1A"  # a terminal's cursor goes back over what is shown, to show it anew
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 class Terminal:
-    """A command of hpo on a terminal of its own."""
+    """A command of hpo on a terminal of its own, killed at the end of the block if it still runs."""
 
     def __init__(self, *args: object, cwd: Path, env: dict[str, str]) -> None:
         self._master, slave = pty.openpty()
@@ -36,6 +37,14 @@ class Terminal:
         self.process = subprocess.Popen(command, cwd=cwd, env=sized, stdin=slave, stdout=slave, stderr=slave)
         os.close(slave)
         self.shown = ""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self._master)
 
     def until(self, pattern: str) -> None:
         """Read until that is shown."""
@@ -46,7 +55,6 @@ class Terminal:
         """Read to the end; the exit status."""
         while self._read():
             pass
-        os.close(self._master)
         return self.process.wait(60)
 
     def _read(self) -> bool:
@@ -150,14 +158,14 @@ def test_off_a_terminal_watching_prints_what_changes_until_the_study_is_over(
 def test_on_a_terminal_watching_refreshes_in_place_and_ctrl_c_ends_it(
     environment: dict[str, str], held: Lease, leases: Leases, tmp_path: Path
 ) -> None:
-    terminal = Terminal("status", "--watch", cwd=tmp_path, env=environment)
-    terminal.until("0.7500 .trial 1")
-    leases.storage.finish_trial(held.trial_id, TrialState.COMPLETE, [0.875])
-    terminal.until("0.8750 .trial 3")
-    assert UP in terminal.shown
-    terminal.process.send_signal(signal.SIGINT)
-    assert terminal.end() == 0
-    assert "Traceback" not in terminal.shown
+    with Terminal("status", "--watch", cwd=tmp_path, env=environment) as terminal:
+        terminal.until("0.7500 .trial 1")
+        leases.storage.finish_trial(held.trial_id, TrialState.COMPLETE, [0.875])
+        terminal.until("0.8750 .trial 3")
+        assert UP in terminal.shown
+        terminal.process.send_signal(signal.SIGINT)
+        assert terminal.end() == 0
+        assert "Traceback" not in terminal.shown
 
 
 def test_watching_as_json_prints_a_line_a_study(environment: dict[str, str], held: Lease, leases: Leases) -> None:
@@ -173,9 +181,10 @@ def test_on_a_terminal_a_launch_shows_a_bar_the_best_and_a_line_for_each_trial(
     environment: dict[str, str], study_file: Callable[..., Path], tmp_path: Path
 ) -> None:
     file = study_file(trials=3, epochs=30, study='pruner = "none"')
-    terminal = Terminal("launch", file, "--workers", 1, cwd=tmp_path, env=environment)
-    terminal.until(r"trial 0: (starting|epoch \d+, \d\.\d{4}) on cpu \(\S+-\d+\)")
-    assert terminal.end() == 0
+    with Terminal("launch", file, "--workers", 1, cwd=tmp_path, env=environment) as terminal:
+        with reports_wait(environment["HPO_DATABASE_URL"]):
+            terminal.until(r"trial 0: (starting|epoch \d+, \d\.\d{4}) on cpu \(\S+-\d+\)")
+        assert terminal.end() == 0
     assert UP in terminal.shown
     last = CONTROL.sub("", terminal.shown.rsplit(UP, 1)[-1])
     assert re.search(r"waves ━+ 3/3 trials", last)

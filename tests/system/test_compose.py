@@ -3,13 +3,16 @@
 import base64
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 import time
 import urllib.error
 import urllib.request
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
@@ -106,6 +109,33 @@ def test_the_image_gets_every_file_that_it_copies() -> None:
     copied = {source for line in re.findall(r"^COPY (.+)$", dockerfile(), re.MULTILINE) for source in line.split()[:-1]}
     assert copied == kept
     assert all((ROOT / name).exists() for name in kept)
+
+
+def test_the_image_finds_the_packages_whose_code_is_copied_after_they_were_installed(tmp_path: Path) -> None:
+    """The Dockerfile's own steps in a folder of their own, with the installation of what we depend on left out."""
+    image, installed = tmp_path / "app", tmp_path / "installed"
+    image.mkdir()
+    before, _, after = dockerfile().partition("sh tools/setup.sh")
+    (folders,) = re.findall(r"^RUN mkdir -p (.+) \\$", before, re.MULTILINE)
+    for name in re.findall(r"^COPY (.+) \./$", before, re.MULTILINE)[0].split():
+        shutil.copy(ROOT / name, image)
+    for name in folders.split():
+        (image / name).mkdir(parents=True)
+    build = "import sys; from setuptools import build_meta; build_meta.build_editable(sys.argv[1])"
+    built = subprocess.run([sys.executable, "-c", build, tmp_path], cwd=image, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    with zipfile.ZipFile(next(tmp_path.glob("hpo-*.whl"))) as wheel:
+        wheel.extractall(installed)
+    for name in ("hpo", "models", "storage"):
+        assert f"\nCOPY {name} {name}\n" in after
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, image / name, symlinks=True, ignore=ignored, dirs_exist_ok=True)
+    use = (
+        f"import site, sys; site.addsitedir({str(installed)!r}); sys.path.append({sysconfig.get_path('purelib')!r})\n"
+        "import hpo.cli, hpo.dashboard.server, hpo.models.data, hpo.storage.leases; print(hpo.storage.leases.__file__)"
+    )
+    used = subprocess.run([sys.executable, "-S", "-P", "-c", use], cwd=tmp_path, capture_output=True, text=True)
+    assert used.stdout.startswith(str(image)), used.stderr
 
 
 def test_the_image_has_a_compiler_for_the_kernel_that_trains_on_a_cpu() -> None:

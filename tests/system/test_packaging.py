@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tomllib
 import zipfile
 from importlib.metadata import distribution, entry_points, packages_distributions
@@ -17,6 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("hpo", "models", "storage")
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 HEAVY = {"torch", "sklearn", "matplotlib", "onnx", "onnxruntime", "pyarrow", "boto3", "optuna_dashboard", "ray"}
+the_wheel = pytest.mark.xdist_group("wheel")  # tests that share one
+a_ready_checkout = pytest.mark.xdist_group("ready")  # tests that share one
 COMMANDS = ("launch", "worker", "status", "stop", "delete", "dashboard", "promote", "models", "export", "predict")
 
 # A build backend of a few lines: the set-up is tried without a network and without the real, large packages.
@@ -74,21 +77,67 @@ def test_the_list_of_packages_is_that_of_the_folders() -> None:
     assert set(PYPROJECT["tool"]["setuptools"]["packages"]) == {folder.replace("/", ".") for folder in folders}
 
 
-def test_a_wheel_holds_every_source_file_the_type_mark_and_the_licence_in_one_package(tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
+def _copy_sources(folder: Path) -> None:
     for name in FOLDERS:
-        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-    build = ("pip", "wheel", "-q", "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", tmp_path)
-    built = run(sys.executable, "-m", *build, source)
+        shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    (folder / "source").mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder / "source")
+    _copy_sources(folder / "source")
+    build = ("pip", "wheel", "-q", "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", folder)
+    built = run(sys.executable, "-m", *build, folder / "source")
     assert built.returncode == 0, built.stderr
-    with zipfile.ZipFile(next(tmp_path.glob("hpo-*.whl"))) as wheel:
-        inside = {name for name in wheel.namelist() if ".dist-info/" not in name}
-        licences = [name for name in wheel.namelist() if name.endswith("/LICENSE")]
+    return next(folder.glob("hpo-*.whl"))
+
+
+@the_wheel
+def test_a_wheel_holds_every_source_file_the_type_mark_and_the_licence_in_one_package(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        inside = {name for name in archive.namelist() if ".dist-info/" not in name}
+        licences = [name for name in archive.namelist() if name.endswith("/LICENSE")]
     assert licences
-    assert inside == {_installed_name(path) for path in _sources(source)}
+    assert inside == {_installed_name(path) for path in _sources(ROOT)}
+
+
+# A user's script in a folder of its own; it needs no `__main__` guard.
+SCRIPT = """
+import sys
+import hpo
+from hpo.models.data import read
+
+assert hpo.__file__.startswith(sys.prefix), hpo.__file__
+quick = ["study.trials=2", "train.epochs=2", "space.hidden_size=8"]
+summary = hpo.launch("waves.npz", workers=1, overrides=quick)
+predictions = hpo.load(summary["model"]["path"]).predict(read("waves.npz"))
+print(sum(summary["trials"].values()), *sorted(set(predictions.classes)))
+"""
+
+
+@the_wheel
+def test_from_a_wheel_launch_load_and_predict_work_beside_a_users_own_models_and_storage(
+    wheel: Path, data: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv")
+    python = tmp_path / "venv/bin/python"
+    installed = run(sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", "--no-index", wheel)
+    assert installed.returncode == 0, installed.stderr
+    # The packages that we depend on are those of this environment; a folder in a .pth file lends only its packages.
+    (site,) = (tmp_path / "venv/lib").glob("python*/site-packages")
+    (site / "dependencies.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
+    folder = tmp_path / "script"
+    (folder / "models").mkdir(parents=True)
+    for name in ("models/__init__.py", "storage.py"):
+        (folder / name).write_text("raise SystemExit('the wrong module')\n")
+    (folder / "script.py").write_text(SCRIPT)
+    data.rename(folder / data.name)
+    done = run(python, "script.py", cwd=folder, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "2 fast slow"
 
 
 def test_every_imported_package_is_a_declared_dependency() -> None:
@@ -235,6 +284,7 @@ def test_a_failed_set_up_says_why_and_the_next_one_repairs_it(checkout: Path, so
     assert torch_in(checkout)
 
 
+@a_ready_checkout
 def test_set_up_is_done_again_only_when_pyproject_changes(ready: Path) -> None:
     again = set_up(ready, Path("/nowhere"))
     assert (again.returncode, again.stdout, again.stderr) == (0, "", "")
@@ -245,6 +295,7 @@ def test_set_up_is_done_again_only_when_pyproject_changes(ready: Path) -> None:
     assert torch_in(ready) == before
 
 
+@a_ready_checkout
 def test_the_build_of_torch_follows_the_machine_and_what_the_sources_offer(
     ready: Path, sources: Path, tmp_path: Path
 ) -> None:
@@ -262,6 +313,7 @@ def test_the_build_of_torch_follows_the_machine_and_what_the_sources_offer(
         assert torch_in(ready) == version
 
 
+@a_ready_checkout
 def test_an_interrupted_broken_or_moved_environment_is_not_used(ready: Path) -> None:
     def used(checkout: Path) -> bool:
         """Without a Python to make another environment with, a set-up that needs one fails."""
@@ -313,11 +365,19 @@ def test_continuous_integration_runs_make_test_and_nothing_else(tmp_path: Path) 
     assert ran.stdout == f"{ROOT}: make test CI=true\n"
 
 
-def test_make_test_checks_format_lint_types_and_runs_the_tests() -> None:
+@pytest.mark.parametrize(("target", "tests"), [("check", "loadgroup tests/unit"), ("test", "loadgroup")])
+def test_make_checks_format_lint_types_and_layers_and_runs_the_tests(target: str, tests: str) -> None:
     outer = ("MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS", "TESTS")
     env = {name: value for name, value in os.environ.items() if name not in outer}
-    planned = [line.strip() for line in run("make", "-n", "test", env=env).stdout.splitlines()]
-    steps = ("tools/setup.sh dev", "ruff format --check .", "ruff check .", "mypy", "pytest")
+    planned = [line.strip() for line in run("make", "-n", target, env=env).stdout.splitlines()]
+    steps = (
+        "tools/setup.sh dev",
+        "ruff format --check .",
+        "ruff check .",
+        "mypy",
+        "lint-imports --no-cache --no-logo",
+        tests,
+    )
     assert [step for line in planned for step in steps if line.endswith(step)] == list(steps)
 
 

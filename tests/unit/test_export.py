@@ -1,8 +1,7 @@
-"""Exports give torch's answers for every pooling, direction, depth, normalisation, patch and crop."""
+"""Exports: what they check, refuse and leave behind. tests/system/test_export.py exports every kind of network."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import shutil
 import sys
@@ -19,20 +18,6 @@ from hpo.models.bundle.config import BundleError, to_json
 from hpo.models.bundle.export import ExportError
 from hpo.models.data.sequences import Sequences, from_arrays
 from tests.unit.test_bundle import CURVE, make, run_example, sequences
-from tests.unit.test_classifier import POOLINGS
-
-VARIANTS: dict[str, dict[str, Any]] = {
-    "channel": {"classes": 2, "normalization": "channel", "head_size": 4, "dropout": 0.5},
-    "sequence": {"classes": 3, "normalization": "sequence", "patch_length": 4},
-    "crop": {"classes": 2, "sequence_length": 5, "patch_length": 2},
-}
-NETWORKS = [*itertools.product(POOLINGS, (False, True), (1, 2), VARIANTS)]
-# Every pair of pooling, direction, depth and variant: the pt2 exporter needs seconds for each network.
-PAIRS = [
-    (pooling, bool((i + j) % 2), 1 + (i + j) // 2 % 2, variant)
-    for i, pooling in enumerate(POOLINGS)
-    for j, variant in enumerate(VARIANTS)
-]
 
 
 @pytest.fixture(autouse=True)
@@ -59,38 +44,6 @@ def light(folder: Path, **given: Any) -> Path:
 
 def padded(*lengths: int) -> Sequences:
     return from_arrays(sequences(*lengths))
-
-
-def probes(pooling: str, keep: int) -> list[Sequences]:
-    """Batches that the export itself does not check: other N, T and lengths."""
-    if pooling == "flatten" and not keep:
-        return [padded(9), padded(*[9] * 6)]
-    if pooling == "flatten":
-        return [padded(5), padded(12, 5, 7)]
-    return [padded(1), padded(14), padded(2, 7, 1, 3, 3, 6), padded(*range(1, 12))]
-
-
-def check_graph(folder: Path, out: Path, format: str, pooling: str, keep: int = 0) -> None:
-    export.export(folder, out, format)
-    loaded = bundle.load(out)
-    run = {"onnx": export._run_onnx, "pt2": export._run_pt2}[format](out / f"model.{format}")
-    for probe in probes(pooling, keep):
-        expected = loaded.predict(probe).probabilities
-        np.testing.assert_allclose(run(probe.values, probe.lengths), expected, atol=2e-6, rtol=0)
-
-
-class TestEveryNetwork:
-    @pytest.mark.parametrize(("pooling", "bidirectional", "layers", "variant"), NETWORKS)
-    def test_onnx(self, tmp_path: Path, pooling: str, bidirectional: bool, layers: int, variant: str) -> None:
-        rest = VARIANTS[variant] | {"pooling": pooling, "bidirectional": bidirectional, "layers": layers}
-        folder = light(tmp_path / "model", **rest)
-        check_graph(folder, tmp_path / "out", "onnx", pooling, rest.get("sequence_length", 0))
-
-    @pytest.mark.parametrize(("pooling", "bidirectional", "layers", "variant"), PAIRS)
-    def test_pt2(self, tmp_path: Path, pooling: str, bidirectional: bool, layers: int, variant: str) -> None:
-        rest = VARIANTS[variant] | {"pooling": pooling, "bidirectional": bidirectional, "layers": layers}
-        folder = light(tmp_path / "model", **rest)
-        check_graph(folder, tmp_path / "out", "pt2", pooling, rest.get("sequence_length", 0))
 
 
 @pytest.mark.parametrize("format", ["onnx", "pt2"])
