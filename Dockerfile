@@ -41,4 +41,4 @@ ENTRYPOINT ["hpo"]
 CMD ["worker"]
 # Healthy: the packages load and the database answers.
 HEALTHCHECK --interval=60s --timeout=10s --start-period=30s --retries=3 \
-    CMD ["python", "-P", "-c", "from hpo.storage.postgres import database_url, wait_ready; wait_ready(database_url(), 5)"]
+    CMD ["python", "-P", "-c", "from hpo.storage.database import database_url, wait_ready; wait_ready(database_url(), 5)"]

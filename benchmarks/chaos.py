@@ -116,18 +116,18 @@ def revive(running: list[subprocess.Popen[bytes]], folder: Path) -> None:
 
 def crash_postmaster() -> None:
     """kill -9 to the embedded server's first process."""
-    from hpo.storage import postgres
+    from hpo.storage.server import server as embedded
 
-    data = postgres.status().data
+    data = embedded.status().data
     assert data is not None
     os.kill(int((data / "postmaster.pid").read_text().split()[0]), signal.SIGKILL)
 
 
 def stop_immediately() -> None:
     """What `pg_ctl stop -m immediate` does: SIGQUIT to the postmaster."""
-    from hpo.storage import postgres
+    from hpo.storage.server import server as embedded
 
-    data = postgres.status().data
+    data = embedded.status().data
     assert data is not None
     os.kill(int((data / "postmaster.pid").read_text().split()[0]), signal.SIGQUIT)
 
@@ -144,20 +144,21 @@ def run(
     tell: Callable[[str], None] = lambda _: None,
 ) -> Chaos:
     """One study under chaos. HPO_HOME and HPO_ARTIFACTS must name folders of this run's own."""
-    from hpo.storage import postgres
     from hpo.storage.artifacts import artifact_store
+    from hpo.storage.database import database_url
+    from hpo.storage.server import server as embedded
     from hpo.storage.trials import trial_storage
     from hpo.study.config import load
     from hpo.study.lifecycle import create_or_open
 
     chance, report, started = random.Random(seed), Chaos(trials), time.monotonic()
     config = load(write_study(folder, trials, epochs, pruner))
-    storage = trial_storage(postgres.database_url())
-    opened = create_or_open(config, storage, artifact_store())
+    storage = trial_storage(database_url())
+    study = create_or_open(config, storage, artifact_store())
     attacks: list[Callable[[], None]] = [stop_immediately, crash_postmaster]
     with workers(count, folder) as running:
         last = time.monotonic()
-        while (state := opened.leases.snapshot(opened.study_id)).status != "finished":
+        while (state := study.leases.snapshot(study.study_id)).status != "finished":
             time.sleep(0.2)
             revive(running, folder)
             ended = sum(state.counts[name] for name in ("complete", "pruned", "failed"))
@@ -171,28 +172,28 @@ def run(
             if attacks and ended >= trials * (2 - len(attacks)) / 4:
                 attacks.pop(0)()
                 time.sleep(0.5)
-                postgres.start()
+                embedded.start()
                 report.stops, report.crashes = report.stops + (len(attacks) == 1), report.crashes + (not attacks)
             tell(f"{ended}/{trials} trials ended, {report.kills} workers killed")
-    _judge(report, opened)
+    _judge(report, study)
     storage.close()
     report.seconds = time.monotonic() - started
     return report
 
 
-def _judge(report: Chaos, opened: Any) -> None:
+def _judge(report: Chaos, study: Any) -> None:
     """Train every configuration again, undisturbed, in this process."""
     from hpo.models.machine import prepare_process
     from hpo.promote.reproduce import reproduce
     from hpo.storage.artifacts import artifact_store
 
     prepare_process()
-    found = opened.study.get_trials(deepcopy=False)
+    found = study.optuna_study.get_trials(deepcopy=False)
     report.numbers = sorted(trial.number for trial in found)
     report.states = dict(Counter(trial.state.name for trial in found))
     report.adopted = sum(trial.user_attrs.get("attempt", 1) > 1 for trial in found)
-    report.started = opened.leases.study(opened.study_id).started
-    again = (reproduce(opened.storage, opened.name, trial.number) for trial in found if "curve" in trial.user_attrs)
+    report.started = study.leases.study(study.study_id).started
+    again = (reproduce(study.storage, study.name, trial.number) for trial in found if "curve" in trial.user_attrs)
     report.differing = [f"trial {item.number}, {item.first_difference}" for item in again if not item.equal]
     report.leftovers = artifact_store().keys("checkpoint-")
 
@@ -209,12 +210,12 @@ def main() -> None:
         os.environ |= {"HPO_HOME": str(folder / "home"), "HPO_ARTIFACTS": str(folder / "artifacts")}
         os.environ |= {"OMP_NUM_THREADS": "1"}
         os.environ.pop("HPO_DATABASE_URL", None)
-        from hpo.storage import postgres
+        from hpo.storage.server import server as embedded
 
         try:
             report = run(folder, trials=given.trials, count=given.workers, every_s=given.every, tell=print)
         finally:
-            postgres.stop()
+            embedded.stop()
     print(
         f"{report.trials} trials on {given.workers} workers in {report.seconds:.0f} s: {report.kills} workers killed, "
         f"server stopped {report.stops} and crashed {report.crashes} time(s); {report.states}, {report.adopted} adopted"

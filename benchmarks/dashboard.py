@@ -35,7 +35,7 @@ from optuna.trial import TrialState, create_trial
 # Python looks for modules beside the script first, where `storage` would be another benchmark.
 sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != Path(__file__).resolve().parent]
 
-from hpo.storage.postgres import database_url  # noqa: E402
+from hpo.storage.database import database_url  # noqa: E402
 from hpo.storage.trials import TrialStorage, trial_storage  # noqa: E402
 from hpo.study.notes import describe_study  # noqa: E402
 from hpo.trial.provenance import provenance  # noqa: E402

@@ -41,10 +41,11 @@ import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
 
-from hpo.models.classifier import Classifier, ClassifierConfig  # noqa: E402
-from hpo.models.data import Sequences, from_arrays  # noqa: E402
+from hpo.models.classifier import Classifier  # noqa: E402
+from hpo.models.config import ClassifierConfig, TrainingConfig  # noqa: E402
+from hpo.models.data.sequences import Sequences, from_arrays  # noqa: E402
 from hpo.models.machine import one_thread, prepare_process  # noqa: E402
-from hpo.models.training import Training, TrainingConfig  # noqa: E402
+from hpo.models.training.training import Training  # noqa: E402
 
 CPU = "--cpu" in sys.argv
 DEVICE = "cpu" if CPU else "cuda"
@@ -323,7 +324,7 @@ def compare_slots(shape: Shape) -> None:
 
 def same(one: Training, other: Training) -> bool:
     """Bit for bit: weights and losses."""
-    weights = [run.members[0].weights() for run in (one, other)]
+    weights = [run.members[0].learner.weights() for run in (one, other)]
     losses = [[(epoch.train_loss, epoch.log_loss) for epoch in run.history] for run in (one, other)]
     return losses[0] == losses[1] and all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 

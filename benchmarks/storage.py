@@ -31,8 +31,11 @@ from optuna.trial import TrialState, create_trial
 # Python looks for modules beside the script first, where `storage` would be this file.
 sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != Path(__file__).resolve().parent]
 
-from hpo.storage.leases import Beat, Leases, StudyOver, Terms  # noqa: E402
-from hpo.storage.postgres import database_url  # noqa: E402
+from hpo.storage.database import database_url  # noqa: E402
+from hpo.storage.errors import StudyOver  # noqa: E402
+from hpo.storage.heartbeat import Progress  # noqa: E402
+from hpo.storage.leases import Leases  # noqa: E402
+from hpo.storage.terms import Terms  # noqa: E402
 from hpo.storage.trials import TrialStorage, trial_storage  # noqa: E402
 from hpo.study.pruning import MedianPruner  # noqa: E402
 
@@ -73,8 +76,8 @@ def filled(url: str, finished: int, running: int = 0) -> Iterator[str]:
     text = distribution_to_json(DISTRIBUTION)
     for state, first, last in (("COMPLETE", 0, finished - 1), ("RUNNING", finished, finished + running - 1)):
         given = {"study": study_id, "state": state, "first": first, "last": last, "text": text}
-        storage.connection.run(FILL, given)
-    storage.connection.run("ANALYZE")
+        storage.connection.execute(FILL, given=given)
+    storage.connection.execute("ANALYZE")
     yield name
     storage.delete_study(study_id)
     storage.close()
@@ -214,7 +217,7 @@ def sleep_worker(url: str, study_id: int, worker: str, epochs: int, epoch_s: flo
     asleep, trials, began = 0.0, -1, 0.0
     while True:
         try:
-            lease = leases.take(study_id, worker)
+            lease = leases.acquire(study_id, worker)
         except StudyOver:
             break
         if lease is None:  # the last trials of others: not this worker's time
@@ -230,7 +233,7 @@ def sleep_worker(url: str, study_id: int, worker: str, epochs: int, epoch_s: flo
             storage.set_trial_intermediate_value(lease.trial_id, epoch, 0.5)
             pruner.prune(study, storage.get_trial(lease.trial_id))
             if epoch % 10 == 5:
-                leases.renew(worker, {lease: Beat(epoch, epoch, 0.5)})
+                leases.renew(worker, {lease: Progress(epoch, epoch, 0.5)})
                 leases.checkpoint(lease, f"{lease.trial_id}-{epoch}", epoch)
         storage.finish_trial(lease.trial_id, TrialState.COMPLETE, [0.5], {"a": 1, "b": 2, "c": 3})
     storage.set_study_user_attr(study_id, worker, [asleep, time.perf_counter() - began, trials])

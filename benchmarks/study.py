@@ -36,7 +36,9 @@ import numpy as np
 # Python looks for modules beside the script first, where `storage` would be the benchmark of that name.
 sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != Path(__file__).resolve().parent]
 
-from hpo.models.data import Sequences, from_arrays, read, split_share  # noqa: E402
+from hpo.models.data.readers import read  # noqa: E402
+from hpo.models.data.sequences import Sequences, from_arrays  # noqa: E402
+from hpo.models.data.splits import split_share  # noqa: E402
 from hpo.models.machine import ONE_THREAD  # noqa: E402
 from hpo.models.seeds import derive  # noqa: E402
 
@@ -171,7 +173,7 @@ def configurations(case: Case) -> list[dict[str, Any]]:
 
 def ours(case: Case, folder: Path, name: str, pruner: str | None) -> Run:
     """`hpo launch` over the list, or, without a pruner named, over its default space with its default pruner."""
-    from hpo.study.space import show
+    from hpo.study.entries import show
 
     options = "" if pruner is None else f'pruner = "{pruner}"'
     text = STUDY.format(**vars(case) | {"name": name}, folder=folder, share=SHARE, options=options)
@@ -195,7 +197,7 @@ def plain(case: Case, folder: Path, name: str, pruner: str, *, own_space: bool =
         path = folder / "configurations.json"
         path.write_text(json.dumps(configurations(case)))
         command += ["--configurations", str(path)]
-    from hpo.storage.postgres import database_url
+    from hpo.storage.database import database_url
 
     environment = os.environ | {"DATABASE_URL": database_url()}
     return timed(command, environment | (ONE_THREAD if threads == 1 else {}), name, folder)
@@ -220,7 +222,7 @@ def timed(command: list[str], environment: dict[str, str], name: str, folder: Pa
 
 
 def trials_of(name: str) -> list[tuple[str, float | None, int, float]]:
-    from hpo.storage.postgres import database_url
+    from hpo.storage.database import database_url
     from hpo.storage.trials import trial_storage
 
     storage = trial_storage(database_url())
@@ -235,15 +237,16 @@ def server(folder: Path) -> Iterator[None]:
     """The embedded server in a fresh home, with Optuna's tables and ours."""
     os.environ |= {"HPO_HOME": str(folder / "home")}
     os.environ.pop("HPO_DATABASE_URL", None)
-    from hpo.storage import postgres
+    from hpo.storage.database import database_url
+    from hpo.storage.server import server as embedded
     from hpo.storage.trials import trial_storage
 
-    postgres.start()
+    embedded.start()
     try:
-        trial_storage(postgres.database_url()).close()
+        trial_storage(database_url()).close()
         yield
     finally:
-        postgres.stop()
+        embedded.stop()
 
 
 def compare(case: Case, folder: Path, pruner: str, repeats: int) -> None:

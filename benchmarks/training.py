@@ -47,10 +47,10 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 # Python looks for modules beside the script first, where `storage` would be the benchmark of that name.
 sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != Path(__file__).resolve().parent]
 
-from hpo.models.classifier import ClassifierConfig  # noqa: E402
-from hpo.models.data import Sequences, from_arrays  # noqa: E402
+from hpo.models.config import ClassifierConfig, TrainingConfig  # noqa: E402
+from hpo.models.data.sequences import Sequences, from_arrays  # noqa: E402
 from hpo.models.machine import ONE_THREAD, prepare_process  # noqa: E402
-from hpo.models.training import Training, TrainingConfig  # noqa: E402
+from hpo.models.training.training import Training  # noqa: E402
 from hpo.trial.run import lstm_kernel  # noqa: E402
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
@@ -364,11 +364,13 @@ def difference(case: Case, native: bool) -> float:
     from the same weights on the same batches."""
     trained, model = training(case, native=native), Plain(case)
     member = trained.members[0]
-    known = {name: value.clone() for name, value in member.model.state_dict().items() if name in model.state_dict()}
+    known = {
+        name: value.clone() for name, value in member.learner.model.state_dict().items() if name in model.state_dict()
+    }
     model.load_state_dict(known)
     optimizer = torch.optim.Adam(model.parameters(), lr=RATE)
     worst = before = 0.0
-    batches = member.train.training(case.B, trained.config.seed, 0, 1)
+    batches = map(member.train.batch, member.train.epoch(case.B, trained.config.seed, 0, 1))
     for batch, step in itertools.islice(zip(batches, member.epoch(1, RATE), strict=True), CHECKED):
         optimizer.zero_grad()
         logits = model(batch.values.transpose(0, 1), batch.lengths)
@@ -376,7 +378,7 @@ def difference(case: Case, native: bool) -> float:
         loss.backward()
         optimizer.step()
         step()
-        after = float(member.loss_sum)
+        after = float(member.learner.loss_sum)
         worst, before = max(worst, abs((after - before) / (loss.item() * len(batch.labels)) - 1)), after
     return worst
 

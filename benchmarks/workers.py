@@ -15,7 +15,6 @@ import multiprocessing
 import os
 import sys
 import tempfile
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,38 +35,29 @@ def child(index: int, seconds: float, epoch_s: float, start: Any, answers: Any) 
     """Work for so long after `start`; answer (seconds asleep in epochs, seconds in all, trials)."""
     from optuna.trial import TrialState
 
-    from hpo.storage.leases import Beat
-    from hpo.storage.postgres import database_url
+    from hpo.storage.database import database_url
+    from hpo.storage.leases import Progress
     from hpo.storage.trials import trial_storage
-    from hpo.study.lifecycle import ask, open_study
+    from hpo.study.lifecycle import open_study
 
     storage = trial_storage(database_url())
-    opened = open_study("sleep", storage)
-    lease = None
-    done = threading.Event()
-
-    def renew() -> None:
-        while not done.wait(2.0):
-            if lease is not None:
-                opened.leases.renew(f"sleeper-{index}", {lease: Beat(int(time.monotonic() * 1000))})
-
-    threading.Thread(target=renew, daemon=True).start()
+    study = open_study("sleep", storage)
     start.wait()
     time.sleep(epoch_s * EPOCHS * index / 64)  # not all in step
     began, asleep, trials = time.monotonic(), 0.0, 0
     while time.monotonic() - began < seconds:
-        lease = opened.leases.take(opened.study_id, f"sleeper-{index}", "cpu")
-        assert lease is not None
-        ask(opened, lease)
-        for epoch in range(1, EPOCHS + 1):
-            time.sleep(epoch_s)
-            asleep += epoch_s
-            storage.set_trial_intermediate_value(lease.trial_id, epoch, 1 / epoch)
-            opened.study.pruner.prune(opened.study, storage.get_trial(lease.trial_id))
-        storage.finish_trial(lease.trial_id, TrialState.COMPLETE, [0.5], {"note": "slept well"})
-        lease, trials = None, trials + 1
+        with study.leases.take(study.study_id, f"sleeper-{index}", "cpu") as lease:
+            assert lease is not None
+            lease.heartbeat.progress = lambda: Progress(int(time.monotonic() * 1000))
+            study.sampler.parameters(lease.trial_id)
+            for epoch in range(1, EPOCHS + 1):
+                time.sleep(epoch_s)
+                asleep += epoch_s
+                storage.set_trial_intermediate_value(lease.trial_id, epoch, 1 / epoch)
+                study.optuna_study.pruner.prune(study.optuna_study, storage.get_trial(lease.trial_id))
+            storage.finish_trial(lease.trial_id, TrialState.COMPLETE, [0.5], {"note": "slept well"})
+        trials += 1
     answers.put((asleep, time.monotonic() - began, trials))
-    done.set()
     storage.close()
 
 
@@ -83,14 +73,14 @@ def main() -> None:
         folder.chmod(0o711)  # root's server runs as another user
         os.environ |= {"HPO_HOME": str(folder / "home"), "OMP_NUM_THREADS": "1"}
         os.environ.pop("HPO_DATABASE_URL", None)
-        from hpo.storage import postgres
+        from hpo.storage.server import server as embedded
 
-        postgres.start()
+        embedded.start()
         try:
             _prepare(folder, given.sampler)
             found = _measure(given.workers, given.seconds, given.epoch)
         finally:
-            postgres.stop()
+            embedded.stop()
     trials = found.trials
     print(
         f"{given.workers} workers, sampler {given.sampler}, epochs of {given.epoch:g} s, {trials} trials in "
@@ -110,7 +100,7 @@ def _prepare(folder: Path, sampler: str) -> None:
 
 def _create(folder: Path, sampler: str) -> None:
     from hpo.storage.artifacts import artifact_store
-    from hpo.storage.postgres import database_url
+    from hpo.storage.database import database_url
     from hpo.storage.trials import trial_storage
     from hpo.study.config import load
     from hpo.study.lifecycle import create_or_open
@@ -156,11 +146,12 @@ def _measure(workers: int, seconds: float, epoch_s: float) -> Found:
 
 
 def _server() -> list[psutil.Process]:
-    from hpo.storage import postgres
+    from hpo.storage.server import server as embedded
+    from hpo.storage.server.processes import server_processes
 
-    data = postgres.status().data
+    data = embedded.status().data
     assert data is not None
-    return [psutil.Process(pid) for pid in postgres._processes(data)]
+    return [psutil.Process(pid) for pid in server_processes(data)]
 
 
 def _server_s() -> float:

@@ -24,7 +24,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hpo.models.classifier import Classifier, ClassifierConfig
+from hpo.models.classifier import Classifier
+from hpo.models.config import ClassifierConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "experiments" / "fused.py"

@@ -2,26 +2,52 @@
 
 import hpo
 summary = hpo.launch("study.toml", workers=4)
-predictions = hpo.load(summary["model"]["path"]).predict(sequences)
+model = hpo.load(summary["model"]["path"])
+predictions = model.predict(hpo.read("new.npz", labeled=False))
+
+The calls of this module are the public ones. Nothing else of the package imports it.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from hpo.launcher.launch import (
-    launch,  # after this line `hpo.launcher.launch` is the function; the module stays importable from
-)
+from hpo.launcher.launch import launch
 
 if TYPE_CHECKING:
-    from hpo.models.bundle import Bundle
+    from hpo.models.bundle.bundle import Bundle
+    from hpo.models.data.sequences import Sequences
+    from hpo.storage.trials import TrialStorage
 
-__all__ = ["launch", "load"]
+__all__ = ["launch", "load", "read", "storage_for"]
+
+
+def read(path: str | Path, **columns: Any) -> Sequences:
+    """The sequences of a npz, csv, parquet or .ts file: `hpo.models.data.readers.read`, with its keywords.
+
+    Raises DataError, which names the file, the row and the way out.
+    """
+    from hpo.models.data.readers import read as read_file
+
+    return read_file(path, **columns)
 
 
 def load(folder: str | Path, device: str = "cpu") -> Bundle:
-    """A saved model folder, ready to predict. Needs no database."""
-    from hpo.models.bundle import load as load_bundle
+    """A saved model folder, ready to predict. Needs no database. Raises BundleError."""
+    from hpo.models.bundle.bundle import load as load_bundle
 
     return load_bundle(folder, device)
+
+
+def storage_for(url: str | None = None, retry_s: float = 60.0) -> TrialStorage:
+    """A fast Optuna storage on PostgreSQL, for any Optuna script: `optuna.create_study(storage=hpo.storage_for(url))`.
+
+    It keeps studies in Optuna's own tables, which plain Optuna and optuna-dashboard read and write beside it, and adds
+    its own in the schema `hpo`. url: a postgresql:// URL; None: HPO_DATABASE_URL, else the embedded server, which is
+    started. retry_s: seconds that a lost connection is tried again. Raises PostgresError and SchemaError.
+    """
+    from hpo.storage.database import database_url
+    from hpo.storage.trials import trial_storage
+
+    return trial_storage(url or database_url(), retry_s)

@@ -1,4 +1,7 @@
-"""The commands. With `hpo/terminal.py` the only place that prints, and the only one that turns errors into lines."""
+"""The commands. With `hpo/terminal.py` the only place that prints, and the only one that turns errors into lines.
+
+Each command imports its own room: `hpo --help` answers in a tenth of a second, and torch takes two.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,21 @@ import json
 import os
 import signal
 import sys
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from enum import StrEnum
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hpo.errors import HpoError
+
 if TYPE_CHECKING:
     from hpo.launcher.ray import Cluster
+    from hpo.storage.leases import Leases
+    from hpo.storage.trials import TrialStorage
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -26,9 +35,6 @@ app = typer.Typer(
 )
 db = typer.Typer(no_args_is_help=True, help="The embedded PostgreSQL server.")
 app.add_typer(db, name="db")
-
-OURS = ("hpo", "models", "storage")  # packages whose exceptions are answers and not defects
-INTERRUPTED = 130
 
 StudyName = Annotated[str, typer.Argument(help="Name of a study.")]
 Slots = Annotated[str, typer.Option(help="Trials at once in one worker: a number, or auto (by the GPU's memory).")]
@@ -44,13 +50,13 @@ class Format(StrEnum):
     pt2 = "pt2"
 
 
-class Place(StrEnum):
+class Backend(StrEnum):
     local = "local"
     ray = "ray"
 
 
 def main() -> None:
-    """Run a command; an error of ours becomes one line and exit status 1, an interruption 130."""
+    """Run a command; an HpoError becomes one line and its exit status. What else is raised is a defect of ours."""
     atexit.register(gc.freeze)  # looking for garbage at exit takes half a second with Optuna and SQLAlchemy loaded
     try:
         app()
@@ -58,13 +64,11 @@ def main() -> None:
         names = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
         typer.echo(f"hpo: {names or 'the operating system refuses'}: {error.strerror or error}", err=True)
         sys.exit(1)
-    except Exception as error:
-        if type(error).__module__.split(".")[0] not in OURS:
-            raise
-        from hpo.storage.postgres import mask
+    except HpoError as error:
+        from hpo.storage.url import mask
 
         typer.echo(f"hpo: {mask(str(error))}", err=True)
-        sys.exit(INTERRUPTED if type(error).__name__ == "Interrupted" else 1)
+        sys.exit(error.exit_status)
 
 
 @app.command()
@@ -72,7 +76,7 @@ def launch(
     study: Annotated[Path, typer.Argument(help="Study file (TOML), or a data file to tune with defaults.")],
     workers: Annotated[str, typer.Option(help="Worker processes: a number, or auto (one a core or GPU).")] = "auto",
     slots: Slots = "auto",
-    on: Annotated[Place, typer.Option(help="Where workers run: here, or where Ray places them.")] = Place.local,
+    on: Annotated[Backend, typer.Option(help="Where workers run: here, or where Ray places them.")] = Backend.local,
     address: Address = None,
     cpus: Annotated[float, typer.Option(help="Cores of each worker on Ray; fractions are allowed.")] = 1.0,
     gpus: Annotated[
@@ -86,16 +90,16 @@ def launch(
 ) -> None:
     """Create or resume a study, run workers, show progress, promote the best model."""
     from hpo.launcher.launch import launch as run
-    from hpo.launcher.launch import warm_host
+    from hpo.launcher.local import start_forkserver
 
     count, at_once = _number("workers", workers), _number("slots", slots)
-    cluster = _cluster(address, cpus, gpus) if on is Place.ray else None
+    cluster = _cluster(address, cpus, gpus) if on is Backend.ray else None
     if cluster is None and (address, cpus, gpus) != (None, 1.0, None):
         raise typer.BadParameter("--address, --cpus and --gpus go with --on ray")
-    with nullcontext() if detach or cluster else warm_host() as host:  # imports torch while this imports the rest
-        from hpo.terminal import Progress, show_summary
+    with nullcontext() if detach or cluster else start_forkserver() as server:  # it imports torch meanwhile
+        from hpo.terminal import ProgressDisplay, show_summary
 
-        with Progress(quiet=quiet) as progress:
+        with ProgressDisplay(quiet=quiet) as progress:
             summary = run(
                 study,
                 workers=count,
@@ -105,7 +109,7 @@ def launch(
                 trials=trials,
                 detach=detach,
                 show=progress.update,
-                host=host,
+                server=server,
             )
     if detach:
         typer.echo(f"study {summary['study']} is open for {summary['trials']} trials; `hpo worker` serves it")
@@ -134,13 +138,14 @@ def status(
     as_json: Json = False,
 ) -> None:
     """Studies with their trials by state, best value, workers, rate and time left."""
-    from hpo.terminal import show_status, status_row, studies, watch_status
+    from hpo.study.lifecycle import snapshots
+    from hpo.terminal import show_status, status_row, watch_status
 
-    with _opened() as (storage, leases):
+    with _database() as (storage, leases):
         if watch:
-            watch_status(lambda: studies(storage, leases, name), as_json=as_json, named=name is not None)
+            watch_status(lambda: snapshots(storage, leases, name), as_json=as_json, named=name is not None)
             return
-        states = studies(storage, leases, name)
+        states = snapshots(storage, leases, name)
     if as_json:
         typer.echo(json.dumps([status_row(state) for state in states]))
     else:
@@ -160,7 +165,7 @@ def logs(
     from hpo.launcher.logs import read_logs
     from hpo.study.lifecycle import study_id_of
 
-    with _opened() as (storage, leases):
+    with _database() as (storage, leases):
         study_id = study_id_of(storage, name)
         found = read_logs(leases, study_id, name, worker, lines, address)
         for each in found:
@@ -175,7 +180,7 @@ def stop(name: StudyName) -> None:
     """End a study for all its workers; a later launch goes on with it."""
     from hpo.study.lifecycle import study_id_of
 
-    with _opened() as (storage, leases):
+    with _database() as (storage, leases):
         leases.stop(study_id_of(storage, name))
     typer.echo(f"study {name} is stopped: its workers end within an epoch")
 
@@ -191,21 +196,21 @@ def delete(
 
     if not yes:
         typer.confirm(f"Delete study {name} with all its trials?", abort=True)
-    with _opened() as (storage, _):
+    with _database() as (storage, _):
         delete_study(storage, artifact_store(), name)
     typer.echo(f"study {name} is deleted; its promoted models stay")
 
 
 @app.command()
 def dashboard(
-    host: Annotated[str, typer.Option(help="Address to listen on; off loopback a password is needed.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Address to listen on; off loopback a password is required.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 8080,
     allow_delete: Annotated[bool, typer.Option(help="Let visitors delete studies.")] = False,
 ) -> None:
     """optuna-dashboard over the studies. The password comes from HPO_DASHBOARD_PASSWORD (or ..._FILE)."""
     from hpo.dashboard.server import serve
     from hpo.storage.artifacts import artifact_store
-    from hpo.storage.postgres import database_url
+    from hpo.storage.database import database_url
 
     serve(
         database_url(),
@@ -228,7 +233,7 @@ def promote(
     from hpo.terminal import show_models
 
     prepare_process()
-    with _opened() as (storage, _):
+    with _database() as (storage, _):
         model = promote_trial(storage, name, trial)
     show_models([model])
 
@@ -243,7 +248,7 @@ def reproduce(
     from hpo.promote.reproduce import reproduce as again
 
     prepare_process()
-    with _opened() as (storage, _):
+    with _database() as (storage, _):
         found = again(storage, name, trial)
     if found.equal:
         typer.echo(f"trial {trial}: bit-equal over {found.epochs} epochs")
@@ -256,7 +261,7 @@ def reproduce(
 @app.command()
 def models(as_json: Json = False) -> None:
     """Promoted versions with their scores."""
-    from hpo.storage.postgres import database_url
+    from hpo.storage.database import database_url
     from hpo.storage.registry import Registry
     from hpo.terminal import model_row, show_models
 
@@ -276,7 +281,7 @@ def export(
     overwrite: Annotated[bool, typer.Option(help="Replace a saved model in that folder.")] = False,
 ) -> None:
     """Write a folder that works without the database."""
-    from hpo.models.export import export as write
+    from hpo.models.bundle.export import export as write
     from hpo.promote.promotion import model_folder, training_part
 
     folder = model_folder(model, version)
@@ -294,7 +299,7 @@ def predict(
     batch_size: Annotated[int, typer.Option(help="Sequences in a batch.", min=1)] = 256,
 ) -> None:
     """Class and probabilities of each sequence."""
-    from hpo.models.bundle import load
+    from hpo.models.bundle.bundle import load
     from hpo.promote.promotion import model_folder
     from hpo.terminal import counting, show_predictions
 
@@ -325,7 +330,8 @@ def demo(
 @db.command("url")
 def db_url(show_password: Annotated[bool, typer.Option(help="Print the password too.")] = False) -> None:
     """The database's address; starts the embedded server if that is the one in use."""
-    from hpo.storage.postgres import database_url, mask
+    from hpo.storage.database import database_url
+    from hpo.storage.url import mask
 
     url = database_url()
     typer.echo(url if show_password else mask(url))
@@ -334,7 +340,8 @@ def db_url(show_password: Annotated[bool, typer.Option(help="Print the password 
 @db.command("start")
 def db_start() -> None:
     """Start the embedded server, or find it running."""
-    from hpo.storage.postgres import mask, start
+    from hpo.storage.server.server import start
+    from hpo.storage.url import mask
 
     typer.echo(f"running: {mask(start())}")
 
@@ -342,16 +349,15 @@ def db_start() -> None:
 @db.command("stop")
 def db_stop() -> None:
     """Stop the embedded server; its data stay."""
-    from hpo.storage.postgres import stop as stop_server
+    from hpo.storage.server.server import stop as stop_server
 
     typer.echo("stopped" if stop_server() else "it was not running")
 
 
 def _cluster(address: str | None, cpus: float, gpus: float | None) -> Cluster:
     """Raises ClusterError, before anything is begun where Ray is missing."""
-    from importlib.util import find_spec
-
-    from hpo.launcher.ray import Cluster, ClusterError
+    from hpo.launcher.ray import Cluster
+    from hpo.launcher.ray_import import ClusterError
 
     if find_spec("ray") is None:
         raise ClusterError("--on ray needs Ray: pip install 'hpo[ray]', on every node of the cluster")
@@ -366,20 +372,15 @@ def _number(option: str, text: str) -> int | None:
     return int(text)
 
 
-def _opened() -> Any:
-    """The storage and the leases of the configured database, closed after the block."""
-    from contextlib import contextmanager
-
+@contextmanager
+def _database() -> Iterator[tuple[TrialStorage, Leases]]:
+    """The configured database, closed after the block."""
+    from hpo.storage.database import database_url
     from hpo.storage.leases import Leases
-    from hpo.storage.postgres import database_url
     from hpo.storage.trials import trial_storage
 
-    @contextmanager
-    def opened() -> Any:
-        storage = trial_storage(database_url())
-        try:
-            yield storage, Leases(storage)
-        finally:
-            storage.close()
-
-    return opened()
+    storage = trial_storage(database_url())
+    try:
+        yield storage, Leases(storage)
+    finally:
+        storage.close()

@@ -7,26 +7,28 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from hpo.storage.postgres import database_url, home
+from rich.console import Console
+
+from hpo.errors import HpoError
+from hpo.launcher.launch import launch
+from hpo.models.bundle.bundle import load as load_bundle
+from hpo.models.bundle.export import export
+from hpo.models.data.readers import read
+from hpo.storage.database import database_url
+from hpo.storage.home import home
+from hpo.storage.trials import trial_storage
+from hpo.study.config import load
+from hpo.terminal import ProgressDisplay, show_predictions, show_summary
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
-class DemoError(RuntimeError):
+class DemoError(HpoError):
     """The demo's data did not come with this installation."""
 
 
 def run(workers: int | None, trials: int) -> None:
     """Tune ItalyPowerDemand in a new study, then export its best model and predict with the exported folder."""
-    from rich.console import Console
-
-    from hpo.launcher.launch import launch
-    from hpo.models.bundle import load as load_bundle
-    from hpo.models.data import read
-    from hpo.models.export import export
-    from hpo.study.config import load
-    from hpo.terminal import Progress, show_predictions, show_summary
-
     study_file = EXAMPLES / "italy.toml"
     if not study_file.exists():
         raise DemoError(f"the demo needs {study_file}, which an installation from a source checkout has")
@@ -35,7 +37,7 @@ def run(workers: int | None, trials: int) -> None:
     config = load(study_file)
     name = _new_name(config.study.name)
     config = replace(config, study=replace(config.study, name=name, trials=trials))
-    with Progress() as progress:
+    with ProgressDisplay() as progress:
         summary = launch(config, workers=workers, show=progress.update)
     show_summary(summary)
 
@@ -50,8 +52,6 @@ def run(workers: int | None, trials: int) -> None:
 
 def _new_name(name: str) -> str:
     """The name itself, or with the first number that makes it new."""
-    from hpo.storage.trials import trial_storage
-
     storage = trial_storage(database_url())
     try:
         known = {study.study_name for study in storage.get_all_studies()}

@@ -16,24 +16,23 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from hpo.models.metrics import METRICS
+from hpo.models.config import METRICS
 
 if TYPE_CHECKING:
-    from hpo.models.bundle import Predictions
-    from hpo.storage.leases import InFlight, Leases, Place, Snapshot
+    from hpo.models.bundle.predictions import Predictions
     from hpo.storage.registry import ModelVersion
-    from hpo.storage.trials import TrialStorage
+    from hpo.storage.snapshot import InFlight, Snapshot, WorkerGroup
 
 PLAIN_S = 2.0  # between two lines where the output is not a terminal
 WATCH_S = 2.0  # between two looks of `hpo status --watch`
 OVER = ("finished", "stopped")  # states of a study in which nothing more happens by itself
 SHOWN = 10  # predictions printed without an output file
 MANY = 8  # classes: of more, only the predicted one's probability is printed
-PLACES = 3  # hosts and devices named in a row of a table
+GROUPS_SHOWN = 3  # hosts and devices named in a row of a table
 PIPED_WIDTH = 200  # columns of a table where the output is not a terminal
 
 
-class Progress:
+class ProgressDisplay:
     """Live view of one study: a bar, the best so far, a line per trial in flight; plain lines off a terminal."""
 
     def __init__(self, *, quiet: bool = False) -> None:
@@ -42,7 +41,7 @@ class Progress:
         self._live: Live | None = None
         self._last = ("", 0.0)
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> ProgressDisplay:
         if self._console.is_terminal and not self._quiet:
             self._live = Live(console=self._console, refresh_per_second=4, transient=False)
             self._live.start()
@@ -125,22 +124,6 @@ def _seconds_left(state: Snapshot) -> int | None:
     return round(min(left)) if left else None
 
 
-def studies(storage: TrialStorage, leases: Leases, name: str | None) -> list[Snapshot]:
-    """The study of that name, or all, as they are now. Raises StudyError."""
-    from hpo.study.lifecycle import StudyError, study_id_of
-
-    if name is not None:
-        try:
-            return [leases.snapshot(study_id_of(storage, name))]
-        except KeyError:
-            raise StudyError(f"study {name!r} was not made by `hpo launch`; see it with `hpo dashboard`") from None
-    found = []
-    for row in leases.studies():
-        with suppress(KeyError):  # deleted since
-            found.append(leases.snapshot(row.study_id))
-    return found
-
-
 def status_row(state: Snapshot) -> dict[str, Any]:
     """A study, JSON-able."""
     return {
@@ -153,7 +136,7 @@ def status_row(state: Snapshot) -> dict[str, Any]:
         "per_hour": None if state.rate_per_hour is None else round(state.rate_per_hour, 1),
         "seconds_left": _seconds_left(state),
         "workers": state.workers,
-        "places": [vars(place) for place in state.places],
+        "places": [vars(group) for group in state.worker_groups],
         "in_flight": [
             {
                 "trial": item.number,
@@ -216,19 +199,19 @@ def _status_view(states: Sequence[Snapshot], *, detailed: bool) -> Group:
             *(str(state.counts.get(name, 0)) for name in ("complete", "pruned", "failed", "running")),
             str(state.budget),
             "" if state.best_value is None else _best(state),
-            _workers(state.places, len(state.places) if detailed else PLACES),
+            _workers(state.worker_groups, len(state.worker_groups) if detailed else GROUPS_SHOWN),
             "" if state.rate_per_hour is None else f"{state.rate_per_hour:.0f}",
             "" if left_s is None else _duration(left_s),
         )
     return Group(table, *([_flights(states[0])] if detailed and states[0].in_flight else []))
 
 
-def _workers(places: Sequence[Place], most: int) -> str:
+def _workers(groups: Sequence[WorkerGroup], most: int) -> str:
     """Those alive by host and device, a line each."""
-    if len(places) > most:
-        hosts = len({place.host for place in places})
-        return f"{sum(place.workers for place in places)} on {hosts} hosts"
-    lines = (f"{place.workers} on {place.host or 'an unknown host'} {place.device or ''}" for place in places)
+    if len(groups) > most:
+        hosts = len({group.host for group in groups})
+        return f"{sum(group.workers for group in groups)} on {hosts} hosts"
+    lines = (f"{group.workers} on {group.host or 'an unknown host'} {group.device or ''}" for group in groups)
     return "\n".join(line.rstrip() for line in lines) or "0"
 
 

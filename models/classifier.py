@@ -6,71 +6,16 @@ D directions (1 or 2), K classes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from hpo.models.native import Kernel
+from hpo.models.config import ClassifierConfig
+from hpo.models.kernel.native import Kernel
 
-POOLINGS = ("last", "mean", "max", "attention", "flatten")
-NORMALIZATIONS = ("none", "channel", "sequence")
+Weights = dict[str, Tensor]  # a classifier's state by parameter name
 EPSILON = 1e-5  # added to a standard deviation, so that a constant channel becomes 0 and not NaN
-
-
-class ClassifierError(ValueError):
-    """The classifier's configuration does not fit itself or the data."""
-
-
-@dataclass(frozen=True)
-class ClassifierConfig:
-    """What fixes a network's shape and arithmetic. JSON-able."""
-
-    features: int  # F, channels of the data, >= 1
-    classes: int  # K, >= 2; two classes share one logit
-    steps: int  # T, the longest training sequence; `flatten` needs exactly this length
-    hidden_size: int = 64  # H, units a direction and layer, >= 1
-    layers: int = 1  # stacked LSTM layers, >= 1
-    dropout: float = 0.0  # in [0, 1): between layers, and inside a two-layer head
-    bidirectional: bool = False  # D = 2
-    pooling: str = "last"  # one of POOLINGS
-    head_size: int = 0  # 0: one linear layer; else linear, ReLU, dropout, linear of this width
-    patch_length: int = 1  # P, consecutive steps folded into the features, >= 1
-    sequence_length: int = 0  # keep only the last so many steps; 0: all
-    normalization: str = "none"  # one of NORMALIZATIONS
-
-    def __post_init__(self) -> None:
-        least = {"features": 1, "classes": 2, "steps": 1, "hidden_size": 1, "layers": 1, "patch_length": 1}
-        for name, low in (least | {"head_size": 0, "sequence_length": 0}).items():
-            if getattr(self, name) < low:
-                raise ClassifierError(f"{name} must be at least {low}, got {getattr(self, name)}")
-        if not 0 <= self.dropout < 1:
-            raise ClassifierError(f"dropout must be in [0, 1), got {self.dropout}")
-        for name, known in (("pooling", POOLINGS), ("normalization", NORMALIZATIONS)):
-            if getattr(self, name) not in known:
-                raise ClassifierError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-
-    @property
-    def kept_steps(self) -> int:
-        """T after cropping to `sequence_length`."""
-        return min(self.steps, self.sequence_length) if self.sequence_length else self.steps
-
-    @property
-    def fixed_length(self) -> bool:
-        """Whether every sequence must have exactly `steps` steps: `flatten` without a crop to fewer."""
-        return self.pooling == "flatten" and self.kept_steps == self.steps
-
-    @property
-    def patches(self) -> int:
-        """S of the longest sequence: a last, partial patch counts."""
-        return -(-self.kept_steps // self.patch_length)
-
-    @property
-    def outputs(self) -> int:
-        """Logits a sequence: 1 when binary, else K."""
-        return 1 if self.classes == 2 else self.classes
 
 
 def valid(lengths: Tensor, steps: int) -> Tensor:
@@ -146,7 +91,7 @@ class Classifier(nn.Module):
     def prepare(self, values: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Crop, normalise and fold: (B, T, F) to time-major patches (S, B, P*F) and their lengths (B,).
 
-        It has no parameters to train, so a training run does it once for all its data.
+        Nothing in it is trained, so a training run does it once for all its data.
         """
         if self.config.sequence_length:
             values, lengths = crop_last(values, lengths, self.config.sequence_length)
@@ -158,10 +103,10 @@ class Classifier(nn.Module):
     def logits(self, patches: Tensor, lengths: Tensor | None, generator: torch.Generator | None = None) -> Tensor:
         """Time-major patches (S, B, P*F) to logits; `lengths` None says that every sequence fills all S.
 
-        generator: where dropout draws from in training; None: torch's own.
+        generator: of dropout's random numbers in training; None: torch's own.
         """
         if self.kernel is not None and self.config.pooling == "last":
-            return self._decide(self.outputs(patches, lengths, generator, final=True), generator)
+            return self._apply_head(self.outputs(patches, lengths, generator, final=True), generator)
         return self.classify(self.outputs(patches, lengths, generator), lengths, generator)
 
     def outputs(
@@ -172,9 +117,9 @@ class Classifier(nn.Module):
         *,
         final: bool = False,
     ) -> Tensor:
-        """The last layer's outputs (S, B, D*H); what they hold beyond a sequence's length is of no account.
+        """The last layer's outputs (S, B, D*H); those beyond a sequence's length have no meaning.
 
-        final: those alone that each direction ends with, (B, D*H); the native kernel gives them at less cost.
+        final: only those that each direction ends with, (B, D*H), which cost the native kernel less.
         """
         dropout = self.config.dropout if self.training and self.config.layers > 1 else 0.0
         flipped = self.kernel is None and lengths is not None and self.config.bidirectional
@@ -191,9 +136,9 @@ class Classifier(nn.Module):
 
     def classify(self, outputs: Tensor, lengths: Tensor | None, generator: torch.Generator | None = None) -> Tensor:
         """The last layer's outputs (S, B, D*H) to logits: pooling and head."""
-        return self._decide(self._pool(outputs, lengths), generator)
+        return self._apply_head(self._pool(outputs, lengths), generator)
 
-    def _decide(self, pooled: Tensor, generator: torch.Generator | None) -> Tensor:
+    def _apply_head(self, pooled: Tensor, generator: torch.Generator | None) -> Tensor:
         """The head: pooled outputs (B, D*H), or (B, S*D*H) for `flatten`, to logits."""
         result = pooled
         for module in self.head if isinstance(self.head, nn.Sequential) else [self.head]:
@@ -282,7 +227,7 @@ def to_probabilities(logits: Tensor) -> Tensor:
 
 
 def drop(values: Tensor, probability: float, generator: torch.Generator | None) -> Tensor:
-    """Dropout that draws from a generator of the caller's, so that a training's masks are its own."""
+    """Dropout with random numbers of the caller's generator; torch's own dropout takes none."""
     if not probability:
         return values
     kept = torch.empty_like(values).bernoulli_(1 - probability, generator=generator)

@@ -1,4 +1,4 @@
-"""How a process that trains is set up: one thread, glibc's allocator, denormal numbers, memory given back."""
+"""How a process that trains is set up: one thread, glibc's allocator, denormal numbers flushed to zero."""
 
 from __future__ import annotations
 
@@ -9,35 +9,20 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt(3)
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # before torch loads
 
 
-def tune_allocator() -> bool:
-    """Let glibc keep freed memory instead of giving each large block back to the kernel; whether it did.
+def tune_allocator() -> None:
+    """Let glibc keep freed memory instead of giving each large block back to the kernel. Elsewhere it does nothing.
 
     A training step frees and takes the same large blocks again: without page faults it is 1.3 to 1.9 times
-    faster at medium and long shapes, bit for bit the same, for some 50 MB more memory. Elsewhere it does nothing.
+    faster at medium and long shapes, bit for bit the same, for some 50 MB more memory.
     """
     if os.name != "posix":
-        return False
+        return
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):  # not glibc
-        return False
-    return bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
-
-
-def release_memory(device: str) -> None:
-    """Give back what dropped trainings have left behind: to the device, and to the system what malloc keeps."""
-    import gc
-
-    gc.collect()
-    if device != "cpu":
-        import torch
-
-        from hpo.models.member import capturing
-
-        with capturing:
-            torch.cuda.empty_cache()
-    if os.name == "posix" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
-        trim(0)
+        return
+    if mallopt(M_MMAP_MAX, 0):
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def one_thread() -> None:
@@ -54,7 +39,7 @@ def one_thread() -> None:
 
 
 def prepare_process() -> None:
-    """All of it, at the start of a process that trains or validates."""
+    """Set up a process that trains or validates: its allocator, its only thread, deterministic cuBLAS."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # a GPU's LSTM then gives the same bits every time
     tune_allocator()
     one_thread()

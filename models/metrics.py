@@ -1,11 +1,11 @@
-"""What a set of predictions is worth: seven metrics, the decision threshold, calibration, intervals.
+"""What a set of predictions is worth: seven metrics, the decision threshold, bootstrap intervals.
 
 Everywhere: probabilities (N, K) float, rows sum to 1; labels (N,) int, an index into the K classes. With two
 classes class 1 (the last class name) is the positive one and `threshold` decides between the two; with more
 classes the most probable one is predicted.
 
 Each metric is computed for many weightings of the rows at once, weights (S, N): ones give the score, the
-counts of a resample the bootstrap. scikit-learn's functions, against which the tests hold this, take one
+counts of a resample the bootstrap. scikit-learn's functions, with which the tests compare these, take one
 weighting a call: 5 to 10 times longer for the score of an epoch, 20 to 50 times for 1,000 resamples.
 """
 
@@ -17,16 +17,18 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from hpo.errors import StudyFault
+from hpo.models.config import METRICS
+
 Floats = NDArray[np.float64]
 Labels = NDArray[np.int64]
 
-METRICS = ("accuracy", "balanced_accuracy", "f1", "macro_f1", "auroc", "average_precision", "log_loss")
-BY_THRESHOLD = METRICS[:4]  # those that depend on the predicted class alone
+BY_THRESHOLD = ("accuracy", "balanced_accuracy", "f1", "macro_f1")  # those that depend on the predicted class alone
 BY_RANK = ("auroc", "average_precision")
 CLIP = float(np.finfo(np.float32).eps)  # of log_loss: networks give float32, whatever type carries it here
 
 
-class MetricError(ValueError):
+class MetricError(StudyFault):
     """A metric is unknown, or undefined for these probabilities and labels."""
 
 
@@ -132,19 +134,6 @@ def choose_threshold(probabilities: NDArray[Any], labels: Labels, metric: str) -
     values = _by_confusion(metric if metric in BY_THRESHOLD else "balanced_accuracy", counts)
     best = thresholds[values >= values.max() - 1e-12]
     return float(best[np.abs(best - 0.5).argmin()])
-
-
-def calibration(probabilities: NDArray[Any], labels: Labels, bins: int = 15) -> float:
-    """Expected calibration error: mean |accuracy - confidence| over equal-width bins of the confidence.
-
-    Guo et al. 2017, "On Calibration of Modern Neural Networks", eq. 3. Confidence is a row's
-    largest probability. In [0, 1]; 0 is perfectly calibrated.
-    """
-    _check(probabilities, labels)
-    confidence = probabilities.max(axis=1).astype(np.float64)
-    gap = (probabilities.argmax(axis=1) == labels) - confidence
-    at = np.minimum((confidence * bins).astype(np.int64), bins - 1)
-    return float(np.abs(np.bincount(at, weights=gap, minlength=bins)).sum() / len(labels))
 
 
 def _known(name: str) -> None:

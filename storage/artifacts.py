@@ -9,8 +9,6 @@ import io
 import os
 import re
 import shutil
-import time
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +16,11 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from urllib.parse import unquote, urlsplit
 
 from optuna.artifacts.exceptions import ArtifactNotFound
+
+from hpo.errors import StudyFault
+from hpo.storage.files import part_file, remove_old_parts
+from hpo.storage.home import home
+from hpo.storage.keys import KEY
 
 if TYPE_CHECKING:
     from typing import Protocol
@@ -28,12 +31,11 @@ if TYPE_CHECKING:
         def remove(self, artifact_id: str) -> None: ...
 
 
-KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _S3_ATTEMPTS = 6
-_PART_LIFE_S = 24 * 3600.0  # a partial file older than this was left by a process that died
+_PART_LIFE_S = 24 * 3600.0  # a part file older than this was left by a process that died
 
 
-class ArtifactError(RuntimeError):
+class ArtifactError(StudyFault):
     """The artifact store could not be opened, read or written."""
 
 
@@ -59,6 +61,7 @@ class ArtifactStore:
         raise NotImplementedError
 
     def exists(self, key: str) -> bool:
+        """Whether there is something under the key."""
         raise NotImplementedError
 
     def keys(self, prefix: str = "") -> list[str]:
@@ -71,6 +74,7 @@ class ArtifactStore:
             self.write(key, source)
 
     def get(self, key: str) -> bytes:
+        """An artifact's bytes; MissingArtifactError where there is none."""
         return b"".join(self._blocks(key))
 
     def fetch(self, key: str, path: Path) -> None:
@@ -107,7 +111,7 @@ class FolderStore(ArtifactStore):
         except OSError as error:
             raise ArtifactError(f"artifact folder {self.folder} cannot be made: {error.strerror}") from error
         self._files: _Backend = FileSystemArtifactStore(self.folder)
-        self._sweep()
+        remove_old_parts(self.folder, _PART_LIFE_S)
 
     def open_reader(self, artifact_id: str) -> BinaryIO:
         try:
@@ -136,13 +140,6 @@ class FolderStore(ArtifactStore):
     def keys(self, prefix: str = "") -> list[str]:
         names = (path.name for path in self.folder.iterdir() if path.is_file())
         return sorted(name for name in names if name.startswith(prefix) and KEY.fullmatch(name))
-
-    def _sweep(self) -> None:
-        """Remove the partial files of processes that died a day ago or more."""
-        for part in self.folder.glob(".*.part"):
-            with suppress(OSError):
-                if time.time() - part.stat().st_mtime > _PART_LIFE_S:
-                    part.unlink()
 
 
 class BucketStore(ArtifactStore):
@@ -218,8 +215,6 @@ def artifact_store(url: str | None = None) -> ArtifactStore:
     """
     url = url or os.environ.get("HPO_ARTIFACTS")
     if not url:
-        from hpo.storage.postgres import home
-
         return FolderStore(home() / "artifacts")
     parts = urlsplit(url) if "://" in url else None
     if parts is None:
@@ -246,18 +241,12 @@ def _missing(url: str, key: str) -> MissingArtifactError:
 
 @contextmanager
 def _whole(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to; it is flushed and takes the name `path` at the end, or vanishes."""
-    part = path.with_name(f".{uuid.uuid4().hex}.part")
+    """`part_file` with the failure as an ArtifactError."""
     try:
-        yield part
-        _flush(part)
-        part.replace(path)
-        _flush(path.parent)
+        with part_file(path) as part:
+            yield part
     except OSError as error:
         raise ArtifactError(_write_failure(path, error)) from error
-    finally:
-        with suppress(OSError):
-            part.unlink()
 
 
 def _write_failure(path: Path, error: OSError) -> str:
@@ -266,15 +255,6 @@ def _write_failure(path: Path, error: OSError) -> str:
     except OSError:
         free = "free space unknown"
     return f"cannot write {path.name!r} in {path.parent} ({free}): {error.strerror or error}"
-
-
-def _flush(path: Path) -> None:
-    """fsync a file or a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _s3_endpoint() -> str | None:

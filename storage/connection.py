@@ -17,7 +17,8 @@ from psycopg2 import extensions
 from sqlalchemy import make_url
 from sqlalchemy.dialects.postgresql.psycopg2 import PGDialect_psycopg2
 
-from hpo.storage.postgres import PostgresError
+from hpo.storage.errors import DatabaseUnavailable
+from hpo.storage.statements import BoundStatement, Statement
 
 log = logging.getLogger(__name__)
 
@@ -53,15 +54,11 @@ TRANSIENT = (*PATIENCE, "57P01", "57P02", "57P03", "53300", "25006", "25P03")
 SILENCE_S = 2.0  # that a database may be away without a line in the log
 # Statements that this connection has prepared are not known, or were prepared by another one.
 MIXED = ("26000", "42P05")
-REFUSALS = ("authentication failed", "does not exist", "no pg_hba.conf entry", "no password supplied")
-
-
-class DatabaseUnavailable(PostgresError):
-    """The database refuses us, or stayed out of reach for the whole of `retry_s`."""
+REJECTIONS = ("authentication failed", "does not exist", "no pg_hba.conf entry", "no password supplied")
 
 
 def connect_arguments(url: str) -> dict[str, Any]:
-    """psycopg2's arguments for a SQLAlchemy or libpq URL of PostgreSQL."""
+    """psycopg2's arguments for a SQLAlchemy or libpq URL of PostgreSQL. Raises ValueError for another database's."""
     parsed = make_url(url)
     if parsed.get_backend_name() not in ("postgresql", "postgres"):
         raise ValueError(f"studies live in PostgreSQL: a postgresql:// URL is needed, got {parsed.drivername}://…")
@@ -69,25 +66,13 @@ def connect_arguments(url: str) -> dict[str, Any]:
     return {**DEFAULTS, **arguments}
 
 
-class Prepared:
-    """A statement that the server plans once in a connection. `types`: those of the %(parameters)s, by name."""
-
-    def __init__(self, name: str, text: str, **types: str) -> None:
-        places = {parameter: f"${place}" for place, parameter in enumerate(types, 1)}
-        self.prepare = f"PREPARE {name} ({', '.join(types.values())}) AS {text % places}"
-        given = (f"%({parameter})s::{kind}" for parameter, kind in types.items())
-        self.execute = f"EXECUTE {name} ({', '.join(given)})"
-
-
-Part = tuple[str | Prepared, Any]  # statements and their parameters
-
-
 class Connection:
     """One psycopg2 connection in autocommit mode, one caller at a time.
 
-    `do` and `run` repeat their work after a lost connection, with backoff, for `retry_s` seconds, so what
-    they are given must be safe to repeat. `generation` counts connections made: a change means that commits
-    made with synchronous_commit=off may be gone.
+    `execute` and `with_retries` repeat their work after a lost connection, with backoff, for `retry_s` seconds, so
+    what they are given must be safe to repeat. They raise DatabaseUnavailable after that, and psycopg2's errors for a
+    statement that the server rejects. `generation` counts connections made: a change means that commits made with
+    synchronous_commit=off may be gone.
     """
 
     def __init__(self, url: str, retry_s: float = 60.0) -> None:
@@ -99,7 +84,7 @@ class Connection:
         own = set(re.findall(r"(?:-c\s*|--)(\w+)\s*=", self._arguments.get("options", "")))  # the URL's go first
         self._settings = ";".join(f"SET {name} = '{value}'" for name, value in SETTINGS.items() if name not in own)
         self._connection: extensions.connection | None = None
-        self._prepared: set[Prepared] = set()  # on this connection
+        self._prepared: set[Statement] = set()  # on this connection
         _OPEN.add(self)
 
     @property
@@ -108,17 +93,18 @@ class Connection:
         get = self._arguments.get
         return f"{get('host', 'localhost')}:{get('port', 5432)}/{get('dbname', '')}"
 
-    def run(self, sql: str | Prepared, parameters: Any = None) -> list[Row]:
-        """Execute one round trip (one or more statements) and return the rows of its last statement."""
-        return self.do(lambda cursor: self.execute(cursor, (sql, parameters)))
+    def execute(self, *statements: Statement | str, given: Any = None) -> list[Row]:
+        """Execute statements with the parameters `given` in one round trip; the rows of the last one."""
+        return self.with_retries(lambda cursor: self.execute_on(cursor, *((each, given) for each in statements)))
 
-    def execute(self, cursor: extensions.cursor, *parts: Part) -> list[Row]:
-        """`run` on the cursor that `do` gives. The parts go together, in one round trip and transaction."""
-        new = [part for part, _ in parts if isinstance(part, Prepared) and part not in self._prepared]
-        texts = [statement.prepare.encode() for statement in new]
-        for part, parameters in parts:
-            text = part.execute if isinstance(part, Prepared) else part
-            texts.append(cursor.mogrify(text, parameters))
+    def execute_on(self, cursor: extensions.cursor, *bound: BoundStatement) -> list[Row]:
+        """`execute` on the cursor that `with_retries` gives. The statements go together, in one transaction."""
+        new = [
+            each for each, _ in bound if isinstance(each, Statement) and each.prepared and each not in self._prepared
+        ]
+        texts = [each.prepare.encode() for each in new]
+        for each, given in bound:
+            texts.append(cursor.mogrify(each.execute if isinstance(each, Statement) else each, given))
         self.trips += 1
         self._prepared.update(new)
         try:
@@ -135,8 +121,8 @@ class Connection:
             raise
         return cursor.fetchall() if cursor.description else []
 
-    def do(self, work: Callable[[extensions.cursor], T], retry_s: float | None = None) -> T:
-        """Call `work(cursor)`, again after each loss of the connection."""
+    def with_retries(self, work: Callable[[extensions.cursor], T], retry_s: float | None = None) -> T:
+        """Call `work(cursor)`, again after each loss of the connection. retry_s: instead of the connection's own."""
         began, pause, said = time.monotonic(), 0.05, False
         with self.lock:
             while True:
@@ -173,13 +159,13 @@ class Connection:
     def _wait_or_raise(self, error: psycopg2.Error, too_late: bool) -> None:
         """Return where another try may help."""
         reason = _reason(error)
-        refused = any(refusal in reason for refusal in REFUSALS)
+        rejected = any(words in reason for words in REJECTIONS)
         if self._connection is not None and not self._connection.closed:
             if error.pgcode not in TRANSIENT:
                 raise error
             if error.pgcode not in PATIENCE:
                 self.close()
-        elif refused:
+        elif rejected:
             raise DatabaseUnavailable(f"the database at {self.address} refuses us: {reason}") from error
         if too_late:
             raise DatabaseUnavailable(
@@ -194,8 +180,8 @@ class Connection:
         log.warning("the database at %s does not answer, trying again: %s", self.address, _reason(error))
         return True
 
-    def after_fork(self) -> None:
-        """In the child: the parent's socket and lock are not ours."""
+    def forget_parent(self) -> None:
+        """In the child after a fork: the parent's socket and lock are not ours."""
         self.lock = threading.RLock()
         self._connection = None  # psycopg2 closes a connection only in the process that made it
 
@@ -209,7 +195,7 @@ _OPEN: weakref.WeakSet[Connection] = weakref.WeakSet()
 
 def _after_fork() -> None:
     for connection in list(_OPEN):
-        connection.after_fork()
+        connection.forget_parent()
 
 
 os.register_at_fork(after_in_child=_after_fork)

@@ -1,4 +1,7 @@
-"""Promoted model versions: numbered from 1 by name, with aliases; and the way of their files into the store."""
+"""Promoted model versions: numbered from 1 by name, with aliases; and their files in the artifact store.
+
+Each change is one transaction, under a lock on the name, and safe to repeat after a lost connection.
+"""
 
 from __future__ import annotations
 
@@ -8,24 +11,32 @@ import re
 import shutil
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import sqlalchemy as sa
-
+from hpo.errors import StudyFault
 from hpo.storage.artifacts import ArtifactStore
-from hpo.storage.tables import aliases as _aliases
-from hpo.storage.tables import migrate
-from hpo.storage.tables import models as _models
+from hpo.storage.connection import Connection, Row
+from hpo.storage.keys import content_hash, model_key
+from hpo.storage.statements import statement
+from hpo.storage.tables import ensure
 
 LATEST = "latest"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-_DIGEST = re.compile(r"-([0-9a-f]{64})-")
+_LOCK_MODEL = statement("lock_model")
+_ADD_VERSION, _ADDED_VERSION = statement("add_version"), statement("added_version")
+_ALL_VERSIONS, _VERSIONS_OF, _MODEL_NAMES = (
+    statement("all_versions"),
+    statement("versions_of"),
+    statement("model_names"),
+)
+_SET_ALIAS = statement("set_alias")
+_DELETE = [statement(name) for name in ("lock_model", "delete_versions", "latest_is_newest", "kept_artifacts")]
 
 
-class RegistryError(RuntimeError):
+class RegistryError(StudyFault):
     """There is no such model, version or alias; or what was to be registered breaks a rule."""
 
 
@@ -46,14 +57,14 @@ class ModelVersion:
 
 
 class Registry:
-    """The promoted models of a database; creates the tables where there are none."""
+    """The promoted models of a database; creates the tables where there are none.
 
-    def __init__(self, database: str | sa.Engine) -> None:
-        from hpo.storage.postgres import engine
+    database: a URL, or a connection to share, with its patience. Raises DatabaseUnavailable like it.
+    """
 
-        if isinstance(database, str):
-            migrate(database)
-        self._engine = engine(database) if isinstance(database, str) else database
+    def __init__(self, database: str | Connection) -> None:
+        self._connection = Connection(database) if isinstance(database, str) else database
+        ensure(self._connection)
 
     def promote(
         self,
@@ -72,44 +83,35 @@ class Registry:
         it was. Raises RegistryError for a name that breaks the rule, or values that JSON does not have (NaN).
         """
         _check_name("a model name", name)
-        row = {
-            "study_id": study_id,
+        given = {
+            "name": name,
+            "study": study_id,
             "study_name": study_name,
             "trial_number": trial_number,
             "scores": _json("scores", scores),
             "config": _json("config", config),
-            "artifacts": dict(artifacts),
+            "artifacts": json.dumps(dict(artifacts)),
         }
-        identity = ("study_id", "trial_number", "artifacts")
-        with self._engine.begin() as connection:
-            _lock(connection, name)
-            same = sa.and_(_models.c.name == name, *(_models.c[column] == row[column] for column in identity))
-            found = connection.scalar(sa.select(sa.func.max(_models.c.version)).where(same))
-            version = found or 1 + (_newest(connection, name) or 0)
-            if not found:
-                connection.execute(sa.insert(_models).values(name=name, version=version, **row))
-                _point(connection, name, LATEST, version)
-            return _find(connection, name, version)
+        (row,) = self._connection.execute(_LOCK_MODEL, _ADD_VERSION, _ADDED_VERSION, given=given)
+        return _version(row)
 
     def models(self) -> list[ModelVersion]:
         """Every version, by name and number."""
-        with self._engine.begin() as connection:
-            return _read(connection, sa.true())
+        return [_version(row) for row in self._connection.execute(_ALL_VERSIONS)]
 
     def get(self, name: str, version: int | str | None = None) -> ModelVersion:
         """One version by its number or alias; without either the latest. RegistryError lists what there is."""
-        with self._engine.begin() as connection:
-            return _find(connection, name, version)
+        rows = self._connection.execute(_VERSIONS_OF, given={"name": name})
+        return self._chosen(rows, name, version)
 
     def set_alias(self, name: str, alias: str, version: int | str | None = None) -> ModelVersion:
         """Let an alias such as "champion" name a version, the latest by default; it names one at a time."""
         _check_name("an alias", alias)
         if alias == LATEST or alias.isdecimal():
             raise RegistryError(f'an alias is neither a number nor "{LATEST}", which promotion sets, got {alias!r}')
-        with self._engine.begin() as connection:
-            _lock(connection, name)
-            _point(connection, name, alias, _find(connection, name, version).version)
-            return _find(connection, name, alias)
+        given = {"name": name, "alias": alias, "wanted": _wanted(version)}
+        rows = self._connection.execute(_LOCK_MODEL, _SET_ALIAS, _VERSIONS_OF, given=given)
+        return self._chosen(rows, name, version)
 
     def delete(self, name: str, version: int | str | None = None) -> list[str]:
         """Remove one version, or the whole name without one, with its aliases; "latest" moves to the newest left.
@@ -117,16 +119,28 @@ class Registry:
         Returns the keys of the artifacts that no version names any more, for the caller to delete. The
         number of the newest version is given again once that is removed.
         """
-        with self._engine.begin() as connection:
-            _lock(connection, name)
-            model, chosen = _find(connection, name, version), _models.c.name == name
-            if version is not None:
-                chosen &= _models.c.version == model.version
-            gone = connection.scalars(sa.delete(_models).where(chosen).returning(_models.c.artifacts)).all()
-            if newest := _newest(connection, name):
-                _point(connection, name, LATEST, newest)
-            kept = {key for model in _read(connection, sa.true()) for key in model.artifacts.values()}
-        return sorted({key for artifacts in gone for key in artifacts.values()} - kept)
+        rows = self._connection.execute(_VERSIONS_OF, given={"name": name})
+        model = self._chosen(rows, name, version)
+        gone = [_version(row) for row in rows] if version is None else [model]
+        given = {
+            "name": name,
+            "versions": [each.version for each in gone],
+            "created": [each.created_at for each in gone],
+        }
+        kept = {key for (key,) in self._connection.execute(*_DELETE, given=given)}
+        return sorted({key for each in gone for key in each.artifacts.values()} - kept)
+
+    def _chosen(self, rows: list[Row], name: str, version: int | str | None) -> ModelVersion:
+        """Of a name's versions the one of that number or alias, the latest without either."""
+        if not rows:
+            names = [known for (known,) in self._connection.execute(_MODEL_NAMES)]
+            raise RegistryError(f"no model is named {name!r}; there are: {', '.join(names) or 'none yet'}")
+        wanted, models = _wanted(version), [_version(row) for row in rows]
+        for model in models:
+            if wanted in (str(model.version), *model.aliases):
+                return model
+        known = ", ".join(" = ".join((str(model.version), *model.aliases)) for model in models)
+        raise RegistryError(f"model {name!r} has no version or alias {wanted!r}; there are: {known}")
 
 
 def publish(store: ArtifactStore, folder: Path, prefix: str) -> dict[str, str]:
@@ -138,7 +152,7 @@ def publish(store: ArtifactStore, folder: Path, prefix: str) -> dict[str, str]:
     for path in sorted(folder.iterdir()):
         if not path.is_file():
             raise RegistryError(f"a model folder holds files only, got a folder: {path}")
-        key = artifacts[path.name] = f"{prefix}-{_sha256(path)}-{path.name}"
+        key = artifacts[path.name] = model_key(prefix, _sha256(path), path.name)
         if not store.exists(key):
             store.put(key, path)
     return artifacts
@@ -172,8 +186,7 @@ def materialise(store: ArtifactStore, artifacts: Mapping[str, str], folder: Path
 def _holds(folder: Path, artifacts: Mapping[str, str]) -> bool:
     """Whether the folder has every file with the content that its key names."""
     return all(
-        (folder / name).is_file() and _DIGEST.findall(key)[:1] == [_sha256(folder / name)]
-        for name, key in artifacts.items()
+        (folder / name).is_file() and content_hash(key) == _sha256(folder / name) for name, key in artifacts.items()
     )
 
 
@@ -187,47 +200,17 @@ def _check_name(what: str, name: str) -> None:
         raise RegistryError(f"{what} is 1 to 100 of A-Z a-z 0-9 . _ - and begins with a letter or digit, got {name!r}")
 
 
-def _json(what: str, value: Mapping[str, Any]) -> Any:
+def _json(what: str, value: Mapping[str, Any]) -> str:
     try:
-        return json.loads(json.dumps(value, allow_nan=False))
+        return json.dumps(value, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise RegistryError(f"{what} must be JSON with finite numbers: {error}") from error
 
 
-def _lock(connection: sa.Connection, name: str) -> None:
-    """One writer of a name at a time, until the transaction's end."""
-    connection.execute(sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtextextended(f"hpo.models {name}", 0))))
+def _wanted(version: int | str | None) -> str:
+    return str(LATEST if version is None else version)
 
 
-def _newest(connection: sa.Connection, name: str) -> int | None:
-    newest: int | None = connection.scalar(sa.select(sa.func.max(_models.c.version)).where(_models.c.name == name))
-    return newest
-
-
-def _point(connection: sa.Connection, name: str, alias: str, version: int) -> None:
-    from sqlalchemy.dialects.postgresql import insert
-
-    row = insert(_aliases).values(name=name, alias=alias, version=version)
-    connection.execute(row.on_conflict_do_update(index_elements=["name", "alias"], set_={"version": version}))
-
-
-def _find(connection: sa.Connection, name: str, version: int | str | None) -> ModelVersion:
-    """By number or alias; the latest without either."""
-    found = _read(connection, _models.c.name == name)
-    if not found:
-        names = connection.scalars(sa.select(_models.c.name).distinct().order_by(_models.c.name))
-        raise RegistryError(f"no model is named {name!r}; there are: {', '.join(names) or 'none yet'}")
-    wanted = str(LATEST if version is None else version)
-    for model in found:
-        if wanted in (str(model.version), *model.aliases):
-            return model
-    known = ", ".join(" = ".join((str(model.version), *model.aliases)) for model in found)
-    raise RegistryError(f"model {name!r} has no version or alias {wanted!r}; there are: {known}")
-
-
-def _read(connection: sa.Connection, where: sa.ColumnElement[bool]) -> list[ModelVersion]:
-    named = sa.and_(_aliases.c.name == _models.c.name, _aliases.c.version == _models.c.version)
-    of_version = sa.select(_aliases.c.alias).where(named).order_by(_aliases.c.alias)
-    query = sa.select(_models, sa.func.array(of_version.scalar_subquery()).label("aliases")).where(where)
-    rows = connection.execute(query.order_by(_models.c.name, _models.c.version)).mappings()
-    return [ModelVersion(**{**row, "aliases": tuple(row["aliases"])}) for row in rows]
+def _version(row: Row) -> ModelVersion:
+    names = [each.name for each in fields(ModelVersion)]
+    return ModelVersion(**{**dict(zip(names, row, strict=True)), "aliases": tuple(row[-1])})

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import os
 import shutil
 import signal
@@ -23,7 +21,8 @@ import psycopg2
 import pytest
 from hypothesis import HealthCheck, settings
 
-from hpo.storage import postgres
+from hpo.storage.server import server as embedded
+from hpo.storage.tables import migrate
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -87,12 +86,12 @@ def server(short_folder: Path) -> Iterator[str]:
     """URL of an embedded server in a home of its own, stopped at the end of the session."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HPO_HOME", str(short_folder / "server"))
-        url = postgres.start()
+        url = embedded.start()
     execute(url, "ALTER SYSTEM SET fsync = off", "SELECT pg_reload_conf()")
     yield url
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HPO_HOME", str(short_folder / "server"))
-        postgres.stop()
+        embedded.stop()
 
 
 def execute(url: str, *statements: str) -> None:
@@ -107,8 +106,7 @@ def execute(url: str, *statements: str) -> None:
 def template(server: str) -> str:
     """Name of a database with the project's tables, made once."""
     execute(server, f"CREATE DATABASE {TEMPLATE}")
-    if importlib.util.find_spec("hpo.storage.tables"):
-        importlib.import_module("hpo.storage.tables").migrate(_database(server, TEMPLATE))
+    migrate(_database(server, TEMPLATE))
     execute(server, f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{TEMPLATE}'")
     return TEMPLATE
 

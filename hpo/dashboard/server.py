@@ -26,7 +26,7 @@ from urllib.parse import parse_qs, urlsplit
 from hpo.dashboard.study_json import StudyJson, compressed
 from hpo.errors import HpoError
 from hpo.storage.artifacts import ArtifactStore
-from hpo.storage.postgres import PostgresError
+from hpo.storage.errors import PostgresError
 from hpo.storage.trials import trial_storage
 
 if TYPE_CHECKING:

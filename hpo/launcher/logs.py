@@ -8,18 +8,18 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from hpo.launcher.launch import tail
-from hpo.storage.postgres import home
-
-if TYPE_CHECKING:
-    from hpo.storage.leases import Leases
+from hpo.errors import HpoError
+from hpo.launcher.ray_import import ClusterError
+from hpo.launcher.ray_local import runs_here
+from hpo.launcher.workers import tail
+from hpo.storage.home import home
+from hpo.storage.leases import Leases
 
 LOOK_S = 0.5  # between two looks at the files that are followed
 
 
-class LogsError(ValueError):
+class LogsError(HpoError):
     """There is no log of such a worker."""
 
 
@@ -90,10 +90,10 @@ def _added(files: dict[str, int], path: str) -> list[str]:
 
 def _asked(name: str, lines: int, address: str | None) -> dict[tuple[str, str], str]:
     """What actors hand out, where there is a cluster to ask. Raises ClusterError for one that was named and is not."""
-    from hpo.launcher.ray import Cluster, ClusterError, kept, tails
-
-    if not (address or os.environ.get("RAY_ADDRESS") or kept(name)):
+    if not (address or os.environ.get("RAY_ADDRESS") or runs_here(name)):
         return {}
+    from hpo.launcher.ray import Cluster, tails  # an optional dependency
+
     try:
         return tails(Cluster(address), name, lines)
     except ClusterError:

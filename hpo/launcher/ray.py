@@ -7,8 +7,8 @@ study's namespace and goes on with them. A launch that is left by Ctrl-C ends th
 leaves when its worker ends well; Ray starts it again elsewhere when its node dies, and its worker adopts what that
 node's left behind.
 
-Without an address Ray is started on this machine, on loopback and with a token of its own, by a keeper
-(`python -P -m hpo.launcher.ray NAME`) that ends it with the last launcher and the last actor of that study.
+Without an address Ray is started on this machine, on loopback and with a token of its own, by a supervisor
+(`python -P -m hpo.launcher.ray_local NAME`) that ends it with the last launcher and the last actor of that study.
 
 No password goes through Ray: an actor is given the database's address without it, and finds it in its node's
 environment (HPO_DATABASE_PASSWORD_FILE, PGPASSWORD, or a HPO_DATABASE_URL of the node's own, which goes first).
@@ -21,50 +21,27 @@ import hashlib
 import logging
 import math
 import os
-import secrets
-import signal
 import socket
-import subprocess
-import sys
-import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from types import ModuleType
+from typing import Any
 
-from hpo.launcher.launch import PAUSE_S, RESTARTS, STOP_S, LaunchError, tail
-from hpo.models.machine import ONE_THREAD
-from hpo.storage.postgres import home
+from sqlalchemy import make_url
 
-if TYPE_CHECKING:
-    from types import ModuleType
+from hpo.launcher.ray_actor import Report, WorkerActor
+from hpo.launcher.ray_import import ClusterError, import_ray
+from hpo.launcher.ray_local import cluster_of_this_machine
+from hpo.launcher.workers import RESTARTS, STOP_S
+from hpo.storage.artifacts import artifact_store
+from hpo.storage.home import home
 
 log = logging.getLogger("hpo")
 
 LOOK_S = 2.0  # between two looks at the cluster
 PLACED_S = 20.0  # without a worker anywhere, before it is said
-FAREWELL_S = 30.0  # that an actor which gave up stays, for its launcher to hear why
-KEEPER_S = 120.0  # for Ray to start
 TAIL_S = 10.0  # for actors to hand out their logs
-LOOPBACK = {
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray's name for: this machine is 127.0.0.1, and listen nowhere else
-    "RAY_AUTH_MODE": "token",  # others on this machine must not run code as this user
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # `Placed` sees to it
-}
-# Run before the worker, which takes its place: a SIGTERM to it when its actor dies, so that it gives its trial back.
-WITH_ACTOR = """
-import ctypes, os, signal, sys
-if sys.platform == "linux":
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-if os.getppid() == int(sys.argv[1]):
-    os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
-"""
-
-
-class ClusterError(LaunchError):
-    """There is no such cluster, or it cannot run workers."""
 
 
 @dataclass(frozen=True)
@@ -84,101 +61,11 @@ class Cluster:
             raise ClusterError("--cpus 0 needs a share of a GPU: --gpus must be above 0")
 
 
-class Report(NamedTuple):
-    """What an actor says of its worker."""
-
-    host: str
-    log: str
-    failures: int  # ends with an error, in this actor's life
-    last_words: str  # "" unless it gave up
-
-
-# ---------------------------------------------------------------------------------------------------- on the nodes
-
-
-class Placed:
-    """The actor. Keeps a worker process running on its node until that ends well, and leaves with it."""
-
-    def __init__(self, study: str, index: int, slots: int | None, settings: Mapping[str, str], gpus: float) -> None:
-        self.command = ["-P", "-m", "hpo", "worker", "--study", study, "--slots", str(slots or "auto")]
-        self.environment = environment(settings)
-        if gpus == 0:
-            self.environment["CUDA_VISIBLE_DEVICES"] = ""  # those of others; else as Ray has set it
-        folder = Path(self.environment.get("HPO_HOME") or home()) / "logs" / study
-        folder.mkdir(parents=True, exist_ok=True)
-        self.log = folder / f"worker-{socket.gethostname()}-{index}.log"
-        self.environment |= {"HPO_WORKER_INDEX": str(index), "HPO_LOG": str(self.log)}
-        self.me = _ray().get_runtime_context().current_actor
-        self.told = threading.Event()
-        self.popen: subprocess.Popen[bytes] | None = None
-        self.failures, self.last_words = 0, ""
-        self.thread = threading.Thread(target=self._keep, daemon=True)
-        self.thread.start()
-
-    def look(self) -> Report:
-        return Report(socket.gethostname(), str(self.log), self.failures, self.last_words)
-
-    def tail(self, lines: int) -> str:
-        """The last lines of the log."""
-        return tail(self.log, lines)
-
-    def stop(self) -> None:
-        """SIGTERM to the worker, SIGKILL after STOP_S; returns when it has ended."""
-        self.told.set()
-        popen = self.popen
-        if popen is None:
-            return
-        popen.send_signal(signal.SIGTERM)
-        try:
-            popen.wait(STOP_S)
-        except subprocess.TimeoutExpired:
-            popen.kill()
-            popen.wait()
-
-    def _keep(self) -> None:
-        """In one thread: the worker gets its SIGTERM when the thread that started it ends, not with the process."""
-        while not self.told.is_set():
-            self.popen = self._start()
-            if self.told.is_set():  # after it was looked for
-                self.popen.terminate()
-            if self.popen.wait() == 0 or self.told.is_set():
-                break
-            if self.failures == RESTARTS:
-                self.last_words = tail(self.log) or "nothing was logged"
-                self.told.wait(FAREWELL_S)
-                break
-            self.told.wait(PAUSE_S * 2**self.failures)
-            self.failures += 1
-        _ray().kill(self.me, no_restart=True)
-
-    def _start(self) -> subprocess.Popen[bytes]:
-        begin = [sys.executable, "-I", "-S", "-c", WITH_ACTOR, str(os.getpid())]
-        with self.log.open("ab") as output:
-            return subprocess.Popen(
-                [*begin, *self.command],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                env=self.environment,
-                start_new_session=True,
-            )
-
-
-def environment(settings: Mapping[str, str]) -> dict[str, str]:
-    """Of a worker on this node: the node's own goes before what the launcher says. Its home only on its machine."""
-    given = dict(settings)
-    if given.pop("host", None) != socket.gethostname():
-        given.pop("HPO_HOME", None)
-    return given | dict(os.environ) | ONE_THREAD
-
-
 # --------------------------------------------------------------------------------------------------- the launcher
 
 
 def settings() -> dict[str, str]:
     """What workers must know, without a password."""
-    from hpo.storage.artifacts import artifact_store
-
     given = {"host": socket.gethostname(), "HPO_HOME": str(home()), "HPO_ARTIFACTS": artifact_store().url}
     if url := os.environ.get("HPO_DATABASE_URL"):
         given["HPO_DATABASE_URL"] = without_password(url)
@@ -186,8 +73,6 @@ def settings() -> dict[str, str]:
 
 
 def without_password(url: str) -> str:
-    from sqlalchemy import make_url
-
     parsed = make_url(url)._replace(password=None)  # `set` leaves it where it is given None
     return parsed.difference_update_query(["password"]).render_as_string(hide_password=False)
 
@@ -208,8 +93,8 @@ class RayWorkers:
 
     def __init__(self, study: str, count: int | None, slots: int | None, cluster: Cluster, most: int) -> None:
         self.study, self.count, self.slots, self.cluster, self.most = study, count, slots, cluster, most
-        self.ray, self.namespace, self.settings = _ray(), namespace(study), settings()
-        self.folder = f"`hpo logs {study}`"
+        self.ray, self.namespace, self.settings = import_ray(), namespace(study), settings()
+        self.where_logs_are = f"`hpo logs {study}`"
         self.gpus = self._gpus()
         self.actors: dict[int, Any] = {index: self._found(index) for index in self._running()}
         self.reports: dict[int, Report] = {}
@@ -233,13 +118,13 @@ class RayWorkers:
         for index in range(self.count or max(1, min(self.most, self._fitting()))):
             if index not in self.actors:
                 self.actors[index] = self._place(index)
-        self._hear()
+        self._collect_reports()
         self._warn()
-        failed = [report for index, report in self.reports.items() if report.last_words and index not in self.gone]
+        failed = [report for index, report in self.reports.items() if report.last_output and index not in self.gone]
         if failed and len(failed) == len(self.reports.keys() - self.gone.keys()):
             raise ClusterError(
                 f"every worker of study {self.study!r} ended with an error, {RESTARTS} restarts each; "
-                f"the last lines of {failed[0].log} on {failed[0].host}:\n{failed[0].last_words}"
+                f"the last lines of {failed[0].log} on {failed[0].host}:\n{failed[0].last_output}"
             )
 
     def running(self) -> bool:
@@ -252,7 +137,7 @@ class RayWorkers:
     def stop(self) -> None:
         """SIGTERM to all workers of the study: finish the batch, give the trial back, end. Then their actors go too."""
         with contextlib.suppress(self.ray.exceptions.RayError):
-            self._hear()
+            self._collect_reports()
             for index in self._running():  # another launch's too
                 self.actors.setdefault(index, self._found(index))
             alive = {index: actor for index, actor in self.actors.items() if index not in self.gone and actor}
@@ -298,7 +183,7 @@ class RayWorkers:
             "num_gpus": self.gpus,
             "scheduling_strategy": "SPREAD",
         }
-        make = self.ray.remote(Placed).options(**options)
+        make = self.ray.remote(WorkerActor).options(**options)
         return make.remote(self.study, index, self.slots, self.settings, self.gpus)
 
     def _running(self) -> list[int]:
@@ -311,8 +196,8 @@ class RayWorkers:
         except ValueError:  # gone meanwhile
             return self._place(index)
 
-    def _hear(self) -> None:
-        """Take in what actors have said since, without waiting: one that is not placed, or moves, says nothing."""
+    def _collect_reports(self) -> None:
+        """The reports that have come since, without waiting: an actor that is not placed, or moves, sends none."""
         for index, actor in self.actors.items():
             if index not in self.gone and index not in self._asked:
                 self._asked[index] = actor.look.remote()
@@ -362,8 +247,8 @@ def connected(cluster: Cluster, study: str) -> Iterator[None]:
     address = cluster.address or os.environ.get("RAY_ADDRESS")
     with contextlib.ExitStack() as stack:
         if address is None:
-            address = stack.enter_context(_of_our_own(study))
-        ray = _ray()
+            address = stack.enter_context(cluster_of_this_machine(study))
+        ray = import_ray()
         if not ray.is_initialized():
             _connect(ray, address)
             stack.callback(ray.shutdown)
@@ -373,7 +258,7 @@ def connected(cluster: Cluster, study: str) -> Iterator[None]:
 def tails(cluster: Cluster, study: str, lines: int) -> dict[tuple[str, str], str]:
     """The last lines of workers' logs, by (host, path), of the actors that answer in time. Raises ClusterError."""
     with connected(cluster, study):
-        ray, where = _ray(), namespace(study)
+        ray, where = import_ray(), namespace(study)
         actors = [ray.get_actor(name, namespace=where) for name in _names(ray, where)]
         asked = [(actor.look.remote(), actor.tail.remote(lines)) for actor in actors]
         found, deadline = {}, time.monotonic() + TAIL_S
@@ -382,20 +267,6 @@ def tails(cluster: Cluster, study: str, lines: int) -> dict[tuple[str, str], str
                 report, text = ray.get(list(pair), timeout=max(0.0, deadline - time.monotonic()))
                 found[report.host, report.log] = text
         return found
-
-
-def kept(study: str) -> bool:
-    """Whether Ray runs on this machine for that study."""
-    return _held(home() / "ray" / f"{study}.alive")
-
-
-def _ray() -> ModuleType:
-    try:
-        import ray
-    except ImportError:
-        raise ClusterError("--on ray needs Ray: pip install 'hpo[ray]', on every node of the cluster") from None
-    found: ModuleType = ray
-    return found
 
 
 def _connect(ray: ModuleType, address: str) -> None:
@@ -415,133 +286,3 @@ def _connect(ray: ModuleType, address: str) -> None:
 def _names(ray: ModuleType, where: str) -> list[str]:
     named = ray.util.list_named_actors(all_namespaces=True)
     return sorted(actor["name"] for actor in named if actor["namespace"] == where)
-
-
-# ------------------------------------------------------------------------------------------- Ray on this machine alone
-
-# home()/ray/NAME.alive    flock held by the keeper as long as it lives; in it Ray's address, once it can be used
-# home()/ray/NAME.users    flock shared by launchers; the keeper takes it alone to end
-# home()/ray/token         0600
-
-
-@contextlib.contextmanager
-def _of_our_own(study: str) -> Iterator[str]:
-    """Address of a cluster of this machine alone, which another launch of the study may have started."""
-    import fcntl
-
-    folder = home() / "ray"
-    folder.mkdir(exist_ok=True)
-    keeper: subprocess.Popen[bytes] | None = None
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_environment(LOOPBACK | {"RAY_AUTH_TOKEN_PATH": str(_token(folder))}))
-        users = stack.enter_context((folder / f"{study}.users").open("a"))
-        fcntl.flock(users, fcntl.LOCK_SH)
-        deadline = time.monotonic() + KEEPER_S
-        while not (address := _address(folder / f"{study}.alive")):
-            if not kept(study) and (keeper is None or keeper.poll() == 0):  # 0: another was faster, and has ended since
-                keeper = _start_keeper(study)
-            if time.monotonic() > deadline or (keeper is not None and keeper.poll()):
-                path = _keeper_log(study)
-                raise ClusterError(f"Ray did not start on this machine; the last lines of {path}:\n{tail(path)}")
-            time.sleep(0.1)
-        yield address
-    if keeper is not None:
-        with contextlib.suppress(subprocess.TimeoutExpired):  # another launch goes on with it
-            keeper.wait(STOP_S)
-
-
-def _address(path: Path) -> str:
-    return path.read_text() if _held(path) else ""
-
-
-def _start_keeper(study: str) -> subprocess.Popen[bytes]:
-    path = _keeper_log(study)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as output:
-        command = [sys.executable, "-P", "-m", "hpo.launcher.ray", study]
-        return subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True, cwd=home() / "ray"
-        )
-
-
-def _keeper_log(study: str) -> Path:
-    return home() / "logs" / study / "ray.log"
-
-
-def _token(folder: Path) -> Path:
-    """The file with the token that Ray on this machine asks for, made once."""
-    path = folder / "token"
-    if not path.exists():
-        part = folder / f"token.{os.getpid()}"
-        with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:  # noqa: PTH123
-            file.write(secrets.token_hex(32))
-        with contextlib.suppress(FileExistsError):  # another launch was faster
-            os.link(part, path)
-        part.unlink()
-    return path
-
-
-@contextlib.contextmanager
-def _environment(added: Mapping[str, str]) -> Iterator[None]:
-    earlier = {name: os.environ.get(name) for name in added}
-    os.environ.update(added)
-    try:
-        yield
-    finally:
-        for name, value in earlier.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-def _held(path: Path) -> bool:
-    """Whether a process holds the lock."""
-    import fcntl
-
-    try:
-        with path.open() as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
-
-
-def keep(study: str) -> None:
-    """The keeper: start Ray, say where it is, end it when no launcher uses it and no actor is left."""
-    import fcntl
-
-    folder = home() / "ray"
-    with (folder / f"{study}.alive").open("a+") as alive, (folder / f"{study}.users").open("a") as users:
-        try:
-            fcntl.flock(alive, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return
-        alive.truncate(0)
-        ray = _ray()
-        context = ray.init("local", include_dashboard=False, log_to_driver=False, namespace="hpo")
-        alive.write(context.address_info["gcs_address"])
-        alive.flush()
-        while not _deserted(ray, users):
-            time.sleep(0.5)
-        ray.shutdown()
-
-
-def _deserted(ray: ModuleType, users: Any) -> bool:
-    """True under the lock, which keeps launchers waiting until the keeper has ended."""
-    import fcntl
-
-    try:
-        fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    if not ray.util.list_named_actors(all_namespaces=True):
-        return True
-    fcntl.flock(users, fcntl.LOCK_UN)
-    return False
-
-
-if __name__ == "__main__":
-    keep(sys.argv[1])

@@ -6,231 +6,202 @@ import logging
 import math
 import socket
 import tempfile
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from hpo.models.data import Sequences
+from hpo.datasets import fetch_sequences
+from hpo.errors import StudyFault
+from hpo.models.bundle.bundle import assemble, load, save, unpack
+from hpo.models.bundle.config import BundleConfig
+from hpo.models.classifier import Weights
+from hpo.models.data.sequences import Sequences
+from hpo.models.metrics import Scores, measure
+from hpo.models.training.training import Training
 from hpo.storage.artifacts import ArtifactStore, MissingArtifactError, artifact_store
-from hpo.storage.leases import LeaseLost
-from hpo.storage.postgres import database_url, home
+from hpo.storage.database import database_url
+from hpo.storage.errors import LeaseLost
+from hpo.storage.home import home
+from hpo.storage.keys import model_prefix
+from hpo.storage.leases import Leases
 from hpo.storage.registry import ModelVersion, Registry, materialise, publish
+from hpo.storage.trials import TrialStorage
 from hpo.study.config import to_dict
-from hpo.study.lifecycle import OpenStudy, open_study, ranked
-
-if TYPE_CHECKING:
-    from optuna.trial import FrozenTrial
-
-    from hpo.models.bundle import BundleConfig
-    from hpo.models.member import Weights
-    from hpo.models.metrics import Scores
-    from hpo.models.training import Training
-    from hpo.storage.trials import TrialStorage
+from hpo.study.lifecycle import OpenStudy, open_study
+from hpo.study.notes import announce_model, attach_artifact
+from hpo.study.plan import Plan
+from hpo.study.record import TrialRecord
+from hpo.trial.build import rebuild
+from hpo.trial.context import WorkerResources
+from hpo.trial.device import choose_device, device_name
+from hpo.trial.provenance import provenance
 
 log = logging.getLogger("hpo")
 
-RENEWALS = 4  # of the promotion's lease within its time
 MIMETYPES = {".png": "image/png", ".json": "application/json", ".md": "text/markdown"}
 TOLERANCE = 1e-5  # the least between the recorded score and the same weights' on another machine or version
+RECORDED = ("params", "seed", "parameters", "training_seconds", "device", "worker", "fused_optimizer", "lstm_kernel")
 
 
-class PromotionError(RuntimeError):
+class PromotionError(StudyFault):
     """There is nothing to promote, or the weights do not give the recorded score."""
 
 
-def promote_once(opened: OpenStudy, store: ArtifactStore, worker: str, sequences: Sequences) -> bool:
+def promote_when_over(study: OpenStudy, resources: WorkerResources, leases: Leases) -> bool:
     """Promote the best trial of a study that is over, unless somebody did or does.
 
     Returns whether nothing is left to do: False while another worker holds the promotion's lease.
     """
-    leases, study_id = opened.leases, opened.study_id
-    row = leases.study(study_id)
+    row = leases.study(study.study_id)
     if row is None or row.status == "finished":
         return True
-    if not leases.take_promotion(study_id, worker):
-        return False
-    with _renewing(opened, worker, row.lease_s / RENEWALS):
-        own = ranked(opened)
+    with leases.promotion(study.study_id, resources.worker) as ours:
+        if not ours:
+            return False
         version = None
-        if own:
-            version = promote(opened, store, own[0], sequences).version
+        if best := study.best_first():
+            sequences = resources.datasets.get(study.plan.train)
+            version = promote(study, resources.store, best[0], sequences).version
     try:
-        leases.finish_promotion(study_id, worker, version)
+        leases.finish_promotion(study.study_id, resources.worker, version)
     except LeaseLost as lost:  # or the study was opened again meanwhile
         log.warning("%s", lost)
         return False
     return True
 
 
-@contextmanager
-def _renewing(opened: OpenStudy, worker: str, interval_s: float) -> Iterator[None]:
-    """Keep the promotion's lease for as long as the block runs."""
-    done = threading.Event()
-
-    def renew() -> None:
-        while not done.wait(interval_s):
-            opened.leases.take_promotion(opened.study_id, worker)
-
-    thread = threading.Thread(target=renew, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-
-
 def promote_trial(storage: TrialStorage, name: str, number: int | None) -> ModelVersion:
     """`hpo promote`: the trial of that number, or the best, as a new version."""
-    from hpo.worker.worker import fetch_sequences
-
-    opened, store = open_study(name, storage), artifact_store()
-    own = ranked(opened)
-    chosen = own if number is None else [trial for trial in own if trial.number == number]
+    study, store = open_study(name, storage), artifact_store()
+    complete = study.best_first()
+    chosen = complete if number is None else [record for record in complete if record.number == number]
     if not chosen:
-        known = ", ".join(str(trial.number) for trial in own) or "none"
+        known = ", ".join(str(record.number) for record in complete) or "none"
         wanted = "a completed trial" if number is None else f"trial {number}, completed"
         raise PromotionError(f"study {name!r} has not {wanted}; completed trials, best first: {known}")
-    return promote(opened, store, chosen[0], fetch_sequences(store, opened.plan.train))
+    return promote(study, store, chosen[0], fetch_sequences(store, study.plan.train))
 
 
-def promote(opened: OpenStudy, store: ArtifactStore, trial: FrozenTrial, sequences: Sequences) -> ModelVersion:
-    """Make a completed trial's model a version of the registry.
+def promote(study: OpenStudy, store: ArtifactStore, record: TrialRecord, sequences: Sequences) -> ModelVersion:
+    """Make a complete trial's model a version of the registry.
 
     The members are evaluated on validation, which must give the recorded score, and then, together, once on
     the test part. Raises PromotionError.
     """
-    from hpo.models.bundle import save
-    from hpo.trial.run import rebuild
-    from hpo.worker.worker import choose_device
-
-    attributes = trial.user_attrs
-    training = rebuild(opened.plan, attributes, sequences, choose_device())
-    training.load(_weights(store, attributes, training))
-    validation = _check_score(opened, trial, training)
-    config = _bundle_config(opened, trial, training)
-    test = _test_scores(opened, store, config, training)
+    training = rebuild(study.plan, record, sequences, choose_device())
+    training.load(_best_weights(store, record, training))
+    validation = _check_score(study.plan.metric, record, training)
+    members = training.weights()
+    config = _bundle_config(study, record, training)
+    test = _test_scores(study.plan, store, config, members, str(training.device))
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / opened.name
-        scored = replace(config, validation=validation, test=test)
-        save(folder, [member.weights() for member in training.members], scored, attributes["curve"])
-        artifacts = publish(store, folder, f"model-{opened.study_id}-{trial.number}")
-    model = Registry(database_url()).promote(
-        name=opened.name,
-        study_id=opened.study_id,
-        study_name=opened.name,
-        trial_number=trial.number,
+        folder = Path(scratch) / study.name
+        save(folder, members, replace(config, validation=validation, test=test), record.curve)
+        artifacts = publish(store, folder, model_prefix(study.study_id, record.number))
+    model = Registry(study.storage.connection).promote(
+        name=study.name,
+        study_id=study.study_id,
+        study_name=study.name,
+        trial_number=record.number,
         scores={
-            "metric": opened.plan.metric,
-            "value": trial.value,
+            "metric": study.plan.metric,
+            "value": record.value,
             "validation": validation.metrics,
             "test": None if test is None else test.metrics,
             "intervals": None if test is None else test.intervals,
         },
-        config={"params": attributes["params"]},
+        config={"params": record.params},
         artifacts=artifacts,
     )
-    _show(opened, trial, model)
-    log.info("study %s: trial %d is version %d", opened.name, trial.number, model.version)
+    _show(study.storage, study.study_id, record, model)
+    log.info("study %s: trial %d is version %d", study.name, record.number, model.version)
     return model
 
 
-def _weights(store: ArtifactStore, attributes: dict[str, Any], training: Training) -> list[Weights]:
+def _best_weights(store: ArtifactStore, record: TrialRecord, training: Training) -> list[Weights]:
     """The best epoch's weights: as kept, else trained again (training is exact)."""
-    from hpo.models.bundle import unpack
-
-    key = attributes.get("weights")
-    if key is not None:
+    if record.weights is not None:
         try:
-            return unpack(store.get(key))
+            return unpack(store.get(record.weights))
         except MissingArtifactError:
-            log.info("the weights %s were dropped for better trials': training again", key)
-    while not training.finished and len(training.history) < attributes["epochs"]:
+            log.info("the weights %s were dropped for better trials': training again", record.weights)
+    while not training.finished and len(training.history) < record.epochs:
         training.advance()
     return training.best_weights
 
 
-def _check_score(opened: OpenStudy, trial: FrozenTrial, training: Training) -> Scores:
+def _check_score(metric: str, record: TrialRecord, training: Training) -> Scores:
     """The scores on validation; the study's metric must be the recorded value, to the bit where it was trained.
 
     Another machine's rounding may turn the class or the rank of a sequence, so that a metric moves by a step.
     """
-    from hpo.models.metrics import measure
-    from hpo.trial.provenance import device_name, provenance
-
-    probabilities = training.validate()
-    scores = measure(probabilities, training.labels, trial.user_attrs["threshold"], trial.user_attrs["seed"])
-    value, recorded = scores.metrics[opened.plan.metric], trial.user_attrs
-    same = recorded["device"] == device_name(str(training.device))
-    same = same and recorded["provenance"]["torch"] == provenance()["torch"]
-    same = same and recorded.get("lstm_kernel", "torch") == training.lstm_kernel
-    same = same and recorded["worker"].rpartition("-")[0] == socket.gethostname()
-    near = math.isclose(value, trial.value or 0.0, abs_tol=max(TOLERANCE, 1 / len(training.labels)))
-    if value != trial.value and (same or not near):
+    scores = measure(training.validate(), training.labels, record.threshold, record.seed)
+    value = scores.metrics[metric]
+    near = math.isclose(value, record.value, abs_tol=max(TOLERANCE, 1 / len(training.labels)))
+    if value != record.value and (_trained_here(record, training) or not near):
         raise PromotionError(
-            f"the promoted weights must give the recorded validation {opened.plan.metric} {trial.value!r}, they "
-            f"give {value!r}; trial {trial.number} was trained on {recorded['device']} with torch "
-            f"{recorded['provenance']['torch']}"
+            f"the promoted weights must give the recorded validation {metric} {record.value!r}, they "
+            f"give {value!r}; trial {record.number} was trained on {record.device} with torch "
+            f"{record.provenance.get('torch')}"
         )
     return scores
 
 
-def _bundle_config(opened: OpenStudy, trial: FrozenTrial, training: Training) -> BundleConfig:
-    from hpo.models.bundle import BundleConfig
+def _trained_here(record: TrialRecord, training: Training) -> bool:
+    """Whether the trial ran on this machine's device with the same torch and kernel, so that the bits are the same."""
+    return (
+        record.device == device_name(str(training.device))
+        and record.provenance.get("torch") == provenance()["torch"]
+        and record.lstm_kernel == training.lstm_kernel
+        and record.worker.rpartition("-")[0] == socket.gethostname()
+    )
 
-    plan, attributes = opened.plan, trial.user_attrs
+
+def _bundle_config(study: OpenStudy, record: TrialRecord, training: Training) -> BundleConfig:
+    plan = study.plan
     data = plan.config.data
-    kept = ("params", "seed", "parameters", "training_seconds", "device", "worker", "fused_optimizer", "lstm_kernel")
     return BundleConfig(
-        classifier=training.members[0].model.config,
+        classifier=training.classifier,
         classes=plan.classes,
         features=plan.features,
         metric=plan.metric,
         members=len(training.members),
-        threshold=attributes["threshold"],
-        best_epoch=attributes["best_epoch"],
+        threshold=record.threshold,
+        best_epoch=record.best_epoch,
         columns={"label": data.label, "id": data.id, "step": data.step, "group": data.group},
         provenance={
-            "study": opened.name,
-            "trial": trial.number,
+            "study": study.name,
+            "trial": record.number,
             "data": plan.train,
             "test_data": plan.test,
             "config": to_dict(plan.config),
-            **{name: attributes.get(name) for name in kept},
-            **attributes["provenance"],
+            **{name: getattr(record, name) for name in RECORDED},
+            **record.provenance,
         },
     )
 
 
-def _test_scores(opened: OpenStudy, store: ArtifactStore, config: BundleConfig, training: Training) -> Scores | None:
+def _test_scores(
+    plan: Plan, store: ArtifactStore, config: BundleConfig, members: list[Weights], device: str
+) -> Scores | None:
     """The members together on the test part: the only time that it is touched."""
-    from hpo.models.bundle import assemble
-    from hpo.models.metrics import measure
-    from hpo.worker.worker import fetch_sequences
-
-    if opened.plan.test is None:
+    if plan.test is None:
         return None
-    test = fetch_sequences(store, opened.plan.test)
+    test = fetch_sequences(store, plan.test)
     assert test.labels is not None
-    bundle = assemble(config, [member.weights() for member in training.members], str(training.device))
-    return measure(bundle.predict(test).probabilities, test.labels, config.threshold, opened.plan.config.study.seed)
+    probabilities = assemble(config, members, device).predict(test).probabilities
+    return measure(probabilities, test.labels, config.threshold, plan.config.study.seed)
 
 
-def _show(opened: OpenStudy, trial: FrozenTrial, model: ModelVersion) -> None:
+def _show(storage: TrialStorage, study_id: int, record: TrialRecord, model: ModelVersion) -> None:
     """On the dashboard the bundle's files appear beside their trial, and the study's note tells the model."""
-    from hpo.study.notes import announce_model, attach_artifact
-
     for name, key in sorted(model.artifacts.items()):
         mimetype = MIMETYPES.get(Path(name).suffix, "application/octet-stream")
-        attach_artifact(opened.storage, opened.study_id, trial._trial_id, key, name, mimetype)
-    metric, scores = opened.plan.metric, model.scores
+        attach_artifact(storage, study_id, record.trial_id, key, name, mimetype)
+    metric, scores = model.scores["metric"], model.scores
     parts = {"validation": scores["validation"][metric], "test": (scores["test"] or {}).get(metric)}
     values = ", ".join(f"{value:.4f} on the {part} part" for part, value in parts.items() if value is not None)
-    told = f"model `{model.name}` version {model.version} is trial {trial.number}: {metric} {values}"
-    announce_model(opened.storage, opened.study_id, told)
+    sentence = f"model `{model.name}` version {model.version} is trial {record.number}: {metric} {values}"
+    announce_model(storage, study_id, sentence)
 
 
 def materialise_model(model: ModelVersion) -> Path:
@@ -249,9 +220,6 @@ def model_folder(model: str, version: int | None) -> Path:
 
 def training_part(folder: Path) -> Sequences | None:
     """The data that a saved model was trained on, where the artifact store still has them."""
-    from hpo.models.bundle import load
-    from hpo.worker.worker import fetch_sequences
-
     try:
         return fetch_sequences(artifact_store(), load(folder).config.provenance["data"])
     except (KeyError, MissingArtifactError):

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from hpo.datasets import fetch_sequences
+from hpo.errors import StudyFault
+from hpo.models.training.training import Training
 from hpo.storage.artifacts import artifact_store
-from hpo.study.lifecycle import open_study
-
-if TYPE_CHECKING:
-    from optuna.trial import FrozenTrial
-
-    from hpo.models.training import Training
-    from hpo.storage.trials import TrialStorage
-
-COMPARED = (
-    "device",
-    "fused_optimizer",
-    "lstm_kernel",
-)  # of a trial's attributes: what changes bits beside packages and threads
+from hpo.storage.trials import TrialStorage
+from hpo.study.lifecycle import OpenStudy, open_study
+from hpo.study.record import Curve, TrialRecord
+from hpo.trial.build import rebuild
+from hpo.trial.device import choose_device, device_name
+from hpo.trial.provenance import PACKAGES, provenance
 
 
-class ReproductionError(ValueError):
+class ReproductionError(StudyFault):
     """The trial cannot be trained again."""
 
 
@@ -39,26 +36,29 @@ class Reproduction:
 
 def reproduce(storage: TrialStorage, name: str, number: int) -> Reproduction:
     """Train trial `number` of study `name` again for as many epochs as it had. Raises ReproductionError."""
-    from hpo.trial.run import rebuild
-    from hpo.worker.worker import choose_device, fetch_sequences
+    study = open_study(name, storage)
+    record = _record(study, number)
+    sequences = fetch_sequences(artifact_store(), study.plan.train)
+    training = rebuild(study.plan, record, sequences, choose_device())
+    for _ in range(record.epochs):
+        training.advance()
+    again = {kind: [getattr(epoch, kind) for epoch in training.history] for kind in record.curve}
+    difference = _first_difference(record.curve, again)
+    return Reproduction(number, record.epochs, difference is None, difference, _causes(record, training))
 
-    opened = open_study(name, storage)
-    trial = next((found for found in opened.study.get_trials(deepcopy=False) if found.number == number), None)
-    if trial is None or "curve" not in trial.user_attrs:
+
+def _record(study: OpenStudy, number: int) -> TrialRecord:
+    """Of a trial that has a recorded curve."""
+    trials = study.storage.get_all_trials(study.study_id, deepcopy=False)
+    trial = next((found for found in trials if found.number == number), None)
+    record = None if trial is None else TrialRecord.of(trial)
+    if record is None or not record.curve:
         state = "does not exist" if trial is None else f"is {trial.state.name.lower()} and has no recorded curve"
         raise ReproductionError(f"only a complete or pruned trial can be trained again; trial {number} {state}")
-    attributes = trial.user_attrs
-    sequences = fetch_sequences(artifact_store(), opened.plan.train)
-    training = rebuild(opened.plan, attributes, sequences, choose_device())
-    for _ in range(attributes["epochs"]):
-        training.advance()
-    again = {kind: [getattr(epoch, kind) for epoch in training.history] for kind in attributes["curve"]}
-    difference = _first_difference(attributes["curve"], again)
-    causes = _causes(trial, training)
-    return Reproduction(number, attributes["epochs"], difference is None, difference, causes)
+    return record
 
 
-def _first_difference(recorded: dict[str, list[float]], again: dict[str, list[float]]) -> str | None:
+def _first_difference(recorded: Curve, again: Curve) -> str | None:
     for epoch in range(max(map(len, recorded.values()))):
         for kind in recorded:
             old, new = list(zip_longest(recorded[kind], again[kind]))[epoch]
@@ -67,12 +67,15 @@ def _first_difference(recorded: dict[str, list[float]], again: dict[str, list[fl
     return None
 
 
-def _causes(trial: FrozenTrial, training: Training) -> tuple[str, ...]:
-    """What is different now, as `what: then, now`."""
-    from hpo.trial.provenance import device_name, provenance
+def _causes(record: TrialRecord, training: Training) -> tuple[str, ...]:
+    """What is different now and may change bits, as `what: then, now`."""
+    then = _what_changes_bits(record.provenance, record.device, record.fused_optimizer, record.lstm_kernel)
+    device = device_name(str(training.device))
+    now = _what_changes_bits(provenance(), device, training.fused, training.lstm_kernel)
+    return tuple(f"{name}: {then[name]} then, {now[name]} now" for name in now if then[name] != now[name])
 
-    then: dict[str, Any] = {**trial.user_attrs["provenance"]}
-    then |= {name: trial.user_attrs.get(name) for name in COMPARED}
-    now: dict[str, Any] = provenance() | {"device": device_name(str(training.device))}
-    now |= {"fused_optimizer": training.fused, "lstm_kernel": training.lstm_kernel}
-    return tuple(f"{name}: {then[name]} then, {now.get(name)} now" for name in then if then[name] != now.get(name))
+
+def _what_changes_bits(made_with: Mapping[str, Any], device: str, fused: bool, kernel: str) -> dict[str, Any]:
+    names = [*map(str.lower, PACKAGES), "python", "platform", "threads", "commit"]
+    about = {name: made_with.get(name) for name in names}
+    return about | {"device": device, "fused_optimizer": fused, "lstm_kernel": kernel}

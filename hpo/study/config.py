@@ -10,41 +10,56 @@ from __future__ import annotations
 import re
 import tomllib
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from hpo.errors import StudyFault
+from hpo.models.config import METRICS, PRECISIONS, TrainingConfig
+from hpo.models.fields import Value, default, rules
 from hpo.study import space as spaces
-from hpo.study.space import Entry, SpaceError, Value, show, unknown
+from hpo.study.checks import Check, CheckError, duration, lease, one_of, share, study_name, text, whole
+from hpo.study.entries import Entry, SpaceError, show, unknown, unparse
 
 SAMPLERS = ("tpe", "gp", "cmaes", "random", "qmc", "grid")
 PRUNERS = ("hyperband", "halving", "median", "none")
-PRECISIONS = ("float32", "bfloat16")
-DATA_SUFFIXES = (".npz", ".csv", ".parquet", ".ts")
 FOLDS = 5  # default where a share would validate on few sequences
 VALIDATION_SHARE = 0.2  # default else, share of the training part
 VALIDATION_LEAST = 200  # sequences that a validation share must hold to be the default
 
 
-class ConfigError(ValueError):
+class ConfigError(StudyFault):
     """The study file breaks a rule; the message states it, the value, the way out and the file."""
+
+
+# --- the sections: at each field its default, its check, and its key in the file where that is not its name ---
+
+
+def checked(check: Check, key: str | None = None) -> dict[str, Any]:
+    """The metadata of a section's field; key: in the file, where it is not the field's name."""
+    return {"check": check, "key": key}
 
 
 @dataclass(frozen=True)
 class StudySection:
-    """[study]: what is sought, how, and for how long."""
+    """[study]: what is optimised, how, and for how long."""
 
-    name: str  # unique in the database; letters, digits, ".", "_", "-"
-    metric: str | None = None  # one of hpo.models.metrics.METRICS; None: auroc for two classes, macro_f1 for more
-    trials: int = 60  # trials over all workers, at least 1
-    timeout_s: float | None = None  # seconds that the study may take, above 0; None: no end; file key `timeout`
-    sampler: str = "tpe"  # one of SAMPLERS
-    pruner: str = "hyperband"  # one of PRUNERS
-    seed: int = 0  # 0 to 2**32 - 1
-    lease_s: float = 60.0  # seconds after which a silent worker's trial is adopted, at least 1; file key `lease`
-    attempts: int = 3  # workers that may try one trial before it fails, at least 1
-    warm_start: str | None = None  # name of a study whose trials are learnt from
+    name: str = field(metadata=checked(study_name))  # unique in the database
+    # None: auroc for two classes, macro_f1 for more
+    metric: str | None = field(default=None, metadata=checked(one_of(METRICS)))
+    trials: int = field(default=60, metadata=checked(whole(1)))  # over all workers
+    # seconds that the study may take; None: no end
+    timeout_s: float | None = field(default=None, metadata=checked(duration, key="timeout"))
+    sampler: str = field(default="tpe", metadata=checked(one_of(SAMPLERS)))
+    pruner: str = field(default="hyperband", metadata=checked(one_of(PRUNERS)))
+    seed: int = field(default=0, metadata=checked(whole(0, 2**32 - 1)))
+    # seconds after which the trial of a worker that does not renew its lease is adopted
+    lease_s: float = field(default=60.0, metadata=checked(lease, key="lease"))
+    attempts: int = field(default=3, metadata=checked(whole(1)))  # workers that may try one trial before it fails
+    warm_start: str | None = field(
+        default=None, metadata=checked(text)
+    )  # name of a study whose trials the sampler sees
 
 
 @dataclass(frozen=True)
@@ -54,18 +69,28 @@ class Folds:
     folds: int  # at least 2
 
 
+def _validation(value: Any) -> float | Folds:
+    if isinstance(value, dict) and value.keys() == {"folds"} and type(value["folds"]) is int:
+        return Folds(whole(2)(value["folds"]))
+    if type(value) is float and 0 < value < 1:
+        return value
+    raise CheckError("must be a share between 0 and 1, both excluded, or { folds = 5 }")
+
+
 @dataclass(frozen=True)
 class DataSection:
     """[data]: the files, their columns and what is set aside."""
 
-    train: str  # path of the training file
-    test: str | None = None  # path of the test file
-    holdout: float | None = None  # share of train set aside as the test part, in (0, 1); 0.2 without a test file
-    validation: float | Folds | None = None  # share of train in (0, 1), or folds; None: by the size of the data
-    label: str = "label"  # column of the class
-    id: str = "id"  # column that tells sequences apart
-    step: str = "step"  # column that orders a sequence's rows
-    group: str = "group"  # column of what a split must not separate
+    train: str = field(metadata=checked(text))  # path of the training file
+    test: str | None = field(default=None, metadata=checked(text))  # path of the test file
+    # share of train set aside as the test part; 0.2 without a test file
+    holdout: float | None = field(default=None, metadata=checked(share))
+    # share of train, or folds; None: by the size of the data
+    validation: float | Folds | None = field(default=None, metadata=checked(_validation))
+    label: str = field(default="label", metadata=checked(text))  # column of the class
+    id: str = field(default="id", metadata=checked(text))  # column that tells sequences apart
+    step: str = field(default="step", metadata=checked(text))  # column that orders a sequence's rows
+    group: str = field(default="group", metadata=checked(text))  # column of what a split must not separate
 
     def __post_init__(self) -> None:
         if self.test is None and self.holdout is None:
@@ -76,10 +101,13 @@ class DataSection:
 class TrainSection:
     """[train]: one trial's training, as far as it is not tuned."""
 
-    epochs: int = 50  # at least 1
-    patience: int | None = 10  # epochs without a better metric before a trial ends; None (in the file 0): never
-    precision: str = "float32"  # one of PRECISIONS
-    keep_best: int = 5  # trials whose weights are kept, at least 1
+    epochs: int = field(
+        default=default(TrainingConfig, "epochs"), metadata=checked(whole(int(rules(TrainingConfig)["epochs"].low)))
+    )
+    # epochs without a better metric before a trial ends; None (in the file 0): never
+    patience: int | None = field(default=default(TrainingConfig, "patience"), metadata=checked(whole(0)))
+    precision: str = field(default=default(TrainingConfig, "precision"), metadata=checked(one_of(PRECISIONS)))
+    keep_best: int = field(default=5, metadata=checked(whole(1)))  # trials whose weights are kept
 
 
 @dataclass(frozen=True)
@@ -93,114 +121,20 @@ class StudyConfig:
     enqueue: tuple[Mapping[str, Value], ...] = ()  # configurations to try first, parts of one or whole
 
 
-# --- what a value must be: each check returns the value in its type or raises ValueError("must be …") ---
+@dataclass(frozen=True)
+class _Key:
+    """One key of a section in the file."""
 
-Check = Callable[[Any], Any]
-
-
-def _whole(low: int, high: int = 2**31 - 1) -> Check:
-    def check(value: Any) -> int:
-        if type(value) is not int:
-            raise ValueError("must be a whole number")
-        if not low <= value <= high:
-            raise ValueError(f"must be at least {low}" if value < low else f"must be at most {high}")
-        return value
-
-    return check
+    field: str
+    check: Check
 
 
-def _one_of(names: Sequence[str]) -> Check:
-    def check(value: Any) -> str:
-        if not isinstance(value, str) or value not in names:
-            raise ValueError("must be one of " + ", ".join(map(show, names)))
-        return value
-
-    return check
+def _keys(section: type) -> dict[str, _Key]:
+    return {item.metadata["key"] or item.name: _Key(item.name, item.metadata["check"]) for item in fields(section)}
 
 
-def _metric(value: Any) -> str:
-    from hpo.models.metrics import METRICS  # with it comes numpy, which `hpo --help` does without
-
-    return str(_one_of(METRICS)(value))
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str) or not value.strip() or "\0" in value:
-        raise ValueError("must be a string in quotes that is not empty")
-    return value
-
-
-def _name(value: Any) -> str:
-    if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", value):
-        raise ValueError(
-            "must be 1 to 100 letters, digits, dots, dashes or underscores in quotes, the first a letter or digit"
-        )
-    return value
-
-
-def _share(value: Any) -> float:
-    if type(value) is not float or not 0 < value < 1:
-        raise ValueError("must be a share between 0 and 1, both excluded")
-    return value
-
-
-def _validation(value: Any) -> float | Folds:
-    if isinstance(value, dict) and value.keys() == {"folds"} and type(value["folds"]) is int:
-        return Folds(_whole(2)(value["folds"]))
-    if type(value) is float and 0 < value < 1:
-        return value
-    raise ValueError("must be a share between 0 and 1, both excluded, or { folds = 5 }")
-
-
-def _lease(value: Any) -> float:
-    """Seconds; a shorter one would run out between two renewals of a busy machine."""
-    if (seconds := _duration(value)) < 1:
-        raise ValueError("must be at least 1 second")
-    return seconds
-
-
-def _duration(value: Any) -> float:
-    """Seconds from a number or from "90s", "30m", "2h", "1d", "1h30m"."""
-    if isinstance(value, str) and re.fullmatch(r"([0-9]+(\.[0-9]+)?[dhms])+", value):
-        units = {"d": 86400, "h": 3600, "m": 60, "s": 1}
-        value = sum(float(count) * units[unit] for count, unit in re.findall(r"([0-9.]+)([dhms])", value))
-    if type(value) not in (int, float) or not 0 < value < 1e10:
-        raise ValueError('must be above 0, such as "90s", "30m", "2h" or a number of seconds')
-    return float(value)
-
-
-CHECKS: dict[str, dict[str, Check]] = {  # section -> key in the file -> check
-    "study": {
-        "name": _name,
-        "metric": _metric,
-        "trials": _whole(1),
-        "timeout": _duration,
-        "sampler": _one_of(SAMPLERS),
-        "pruner": _one_of(PRUNERS),
-        "seed": _whole(0, 2**32 - 1),
-        "lease": _lease,
-        "attempts": _whole(1),
-        "warm_start": _text,
-    },
-    "data": {
-        "train": _text,
-        "test": _text,
-        "holdout": _share,
-        "validation": _validation,
-        "label": _text,
-        "id": _text,
-        "step": _text,
-        "group": _text,
-    },
-    "train": {
-        "epochs": _whole(1),
-        "patience": _whole(0),
-        "precision": _one_of(PRECISIONS),
-        "keep_best": _whole(1),
-    },
-}
-FIELDS = {"timeout": "timeout_s", "lease": "lease_s"}  # key in the file -> field, where they differ
-TABLES = (*CHECKS, "space", "enqueue")
+KEYS = {"study": _keys(StudySection), "data": _keys(DataSection), "train": _keys(TrainSection)}  # section -> key
+TABLES = (*KEYS, "space", "enqueue")
 # What may change in an existing study; data files are compared by their content.
 CHANGEABLE = {"study.name", "study.trials", "study.timeout", "data.train", "data.test"}
 
@@ -226,8 +160,10 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
     An override's value is TOML, or a bare string where it is not. Paths are relative to the study file. A
     data file (npz, csv, parquet, ts) in place of the study file is a study of its own. Raises ConfigError.
     """
+    from hpo.models.data.readers import READERS  # with it comes numpy, which `hpo --help` does without
+
     path = Path(path)
-    if path.suffix.lower() in DATA_SUFFIXES:
+    if path.suffix.lower() in READERS:
         return config_for_data(path, overrides)
     return _load(_read(path), path, overrides)
 
@@ -325,21 +261,21 @@ S = TypeVar("S", StudySection, DataSection, TrainSection)
 
 
 def _section(kind: type[S], name: str, table: Mapping[str, Any], source: _Source) -> S:
-    fields: dict[str, Any] = {}
+    given: dict[str, Any] = {}
     for key, value in table.items():
         full = f"{name}.{key}"
-        if key not in CHECKS[name]:
+        if key not in KEYS[name]:
             raise source.error(full, _unknown(name, key))
         try:
-            fields[FIELDS.get(key, key)] = CHECKS[name][key](value)
-        except ValueError as error:
+            given[KEYS[name][key].field] = KEYS[name][key].check(value)
+        except CheckError as error:
             raise source.error(full, f"{full} {error}, got {show(value)}") from None
-    return kind(**fields)
+    return kind(**given)
 
 
 def _unknown(section: str, key: str) -> str:
     """The error for an unknown key: it belongs to another section, or the nearest of this one is meant."""
-    known: dict[str, Iterable[str]] = {**CHECKS, "space": spaces.PARAMETERS}
+    known: dict[str, Iterable[str]] = {**KEYS, "space": spaces.PARAMETERS}
     for other, keys in known.items():
         if key in set(keys):
             return f"unknown key {section}.{key}; did you mean {other}.{key}?"
@@ -422,28 +358,19 @@ def complete(config: StudyConfig, *, n: int, steps: int, features: int, classes:
 
 def to_dict(config: StudyConfig) -> dict[str, Any]:
     """The study file's tables with every default written out, for JSON; `from_dict` gives the same config."""
-    tables: dict[str, Any] = {name: _section_dict(name, getattr(config, name)) for name in CHECKS}
-    tables["space"] = {name: spaces.unparse(entry) for name, entry in config.space.items()}
+    tables: dict[str, Any] = {name: _section_dict(name, getattr(config, name)) for name in KEYS}
+    tables["space"] = {name: unparse(entry) for name, entry in config.space.items()}
     tables["enqueue"] = [dict(params) for params in config.enqueue]
     return tables
 
 
 def _section_dict(name: str, section: StudySection | DataSection | TrainSection) -> dict[str, Any]:
-    values = {key: getattr(section, FIELDS.get(key, key)) for key in CHECKS[name]}
+    values = {key: getattr(section, found.field) for key, found in KEYS[name].items()}
     if isinstance(section, TrainSection):
         values["patience"] = section.patience or 0
     if isinstance(section, DataSection) and isinstance(section.validation, Folds):
         values["validation"] = {"folds": section.validation.folds}
     return {key: value for key, value in values.items() if value is not None}
-
-
-def to_toml(config: StudyConfig) -> str:
-    """The configuration as a study file that `load` reads."""
-    tables = to_dict(config)
-    headed = [(f"[{name}]", tables[name]) for name in (*CHECKS, "space")]
-    headed += [("[[enqueue]]", params) for params in tables["enqueue"]]
-    blocks = ["\n".join([head, *(f"{key} = {show(value)}" for key, value in table.items())]) for head, table in headed]
-    return "\n\n".join(blocks) + "\n"
 
 
 def differences(old: StudyConfig, new: StudyConfig) -> list[str]:

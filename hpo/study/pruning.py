@@ -1,4 +1,4 @@
-"""Optuna's median rule at a cost that hardly grows with the study."""
+"""The pruners, among them Optuna's median rule at a cost that hardly grows with the study."""
 
 from __future__ import annotations
 
@@ -10,6 +10,22 @@ import optuna
 from optuna.pruners._percentile import _is_first_in_interval_step
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
+
+from hpo.study.plan import Plan
+
+
+def make_pruner(plan: Plan) -> optuna.pruners.BasePruner:
+    """The pruner that the study file names."""
+    epochs = plan.config.train.epochs
+    name = plan.config.study.pruner
+    least = max(1, min(epochs // 10, 5))  # epochs before a curve says anything
+    if name == "hyperband":
+        return optuna.pruners.HyperbandPruner(min_resource=least, max_resource=epochs, reduction_factor=3)
+    if name == "halving":
+        return optuna.pruners.SuccessiveHalvingPruner(min_resource=least, reduction_factor=3)
+    if name == "median":
+        return MedianPruner(n_warmup_steps=least)
+    return optuna.pruners.NopPruner()
 
 
 class MedianPruner(optuna.pruners.MedianPruner):

@@ -1,105 +1,65 @@
-"""The search space: what may be tuned, its defaults, and the Optuna distributions for it.
+"""The search space: what may be tuned, its defaults, and what is drawn from it.
 
-An entry of a space is a `Range`, `Choices`, or a constant. Names, types and admissible values are fixed in
-`PARAMETERS`; its order is the order in which `walk` draws. This is the only module that builds Optuna
-distributions.
+The names, types and admissible values of `PARAMETERS` are those of the fields of `ClassifierConfig` and
+`TrainingConfig`; its order is the order in which `walk` draws.
 """
 
 from __future__ import annotations
 
-import difflib
-import json
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
+
+from hpo.models.config import ClassifierConfig, TrainingConfig
+from hpo.models.fields import Rule, Value, rules
+from hpo.study.entries import (
+    Choices,
+    Entry,
+    Range,
+    SpaceError,
+    contains,
+    distribution,
+    exact,
+    largest,
+    only,
+    show,
+    size,
+    unknown,
+)
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
-Value: TypeAlias = str | int | float | bool
-
-
-class SpaceError(ValueError):
-    """An entry or a value lies outside what a hyperparameter admits, or contradicts the data."""
-
-
-@dataclass(frozen=True)
-class Range:
-    """Numbers from `low` to `high`, both included; whole numbers where both are int."""
-
-    low: float  # smallest value
-    high: float  # largest value, low + a whole number of steps
-    step: float | None = None  # distance between values; None: 1 for whole numbers, else continuous
-    log: bool = False  # draw uniformly in the logarithm; low > 0 and no step
-
-
-@dataclass(frozen=True)
-class Choices:
-    """A list of values without an order, all of the parameter's own type."""
-
-    values: tuple[Value, ...]  # at least one, no two alike
-
-
-Entry: TypeAlias = Range | Choices | Value
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """What a hyperparameter admits, whatever the study."""
-
-    kind: type  # int, float, str or bool
-    low: float = -math.inf  # smallest number
-    high: float = math.inf  # largest number
-    above: bool = False  # low itself is excluded
-    below: bool = False  # high itself is excluded
-    names: tuple[str, ...] = ()  # the admissible strings
-
-    def rule(self) -> str:
-        """What a value must be, as the middle of a sentence."""
-        if self.kind is bool:
-            return "true or false"
-        if self.kind is str:
-            return "one of " + ", ".join(map(show, self.names))
-        noun = "a whole number" if self.kind is int else "a finite number"
-        low = f" {'above' if self.above else 'of at least'} {self.low:g}" if self.low > -math.inf else ""
-        high = f" {'below' if self.below else 'at most'} {self.high:g}" if self.high < math.inf else ""
-        return noun + low + (" and" if low and high else "") + high
-
-    def admits(self, value: Value) -> bool:
-        """Whether a value of the right type is admissible."""
-        if isinstance(value, str):
-            return value in self.names
-        above = self.low < value or (value == self.low and not self.above)
-        return above and (value < self.high or (value == self.high and not self.below))
-
-
-PARAMETERS: dict[str, Parameter] = {  # in the order of drawing: what decides an entry's activity comes before it
-    "normalization": Parameter(str, names=("none", "channel", "sequence")),
-    "sequence_length": Parameter(int, low=0),  # keep only the last k steps; 0: all
-    "patch_length": Parameter(int, low=1),  # consecutive steps folded into the features
-    "hidden_size": Parameter(int, low=1, high=4096),
-    "layers": Parameter(int, low=1, high=8),
-    "bidirectional": Parameter(bool),
-    "pooling": Parameter(str, names=("last", "mean", "max", "attention", "flatten")),
-    "head_size": Parameter(int, low=0, high=65536),  # 0: one linear layer; else a hidden layer of that width
-    "dropout": Parameter(float, low=0, high=1, below=True),  # between LSTM layers and in the hidden head
-    "batch_size": Parameter(int, low=1),
-    "optimizer": Parameter(str, names=("adamw", "adam", "rmsprop", "sgd")),
-    "learning_rate": Parameter(float, low=0, above=True),
-    "weight_decay": Parameter(float, low=0),
-    "gradient_clip": Parameter(float, low=0),  # largest gradient norm; 0: off
-    "schedule": Parameter(str, names=("constant", "cosine", "plateau")),
-    "class_weight": Parameter(str, names=("none", "balanced")),
-    "threshold": Parameter(str, names=("half", "chosen")),  # of two classes: 0.5, or chosen on validation data
-}
+LARGEST = {"hidden_size": 4096, "layers": 8, "head_size": 65536}  # of a search; a network may be larger
+ORDER = (  # of drawing: what decides whether a parameter is active comes before it
+    "normalization",
+    "sequence_length",
+    "patch_length",
+    "hidden_size",
+    "layers",
+    "bidirectional",
+    "pooling",
+    "head_size",
+    "dropout",
+    "batch_size",
+    "optimizer",
+    "learning_rate",
+    "weight_decay",
+    "gradient_clip",
+    "schedule",
+    "class_weight",
+    "threshold",
+)
+_RULES = rules(ClassifierConfig) | rules(TrainingConfig)
+PARAMETERS: dict[str, Rule] = {name: replace(_RULES[name], high=LARGEST.get(name, _RULES[name].high)) for name in ORDER}
 NEUTRAL: dict[str, Value] = {"dropout": 0.0}  # what an inactive entry is set to
 
 # --- defaults ---
 
 DEFAULTS: dict[str, Entry] = {  # whatever the data; patch_length and batch_size follow from it, below
-    "normalization": Choices(("none", "channel", "sequence")),
+    "normalization": Choices(PARAMETERS["normalization"].names),
     "sequence_length": 0,
     "hidden_size": Range(16, 128, log=True),
     "layers": Range(1, 2),
@@ -108,7 +68,7 @@ DEFAULTS: dict[str, Entry] = {  # whatever the data; patch_length and batch_size
     "head_size": Choices((0, 128)),
     "dropout": Range(0.0, 0.5),
     "optimizer": "adamw",
-    "learning_rate": Range(1e-3, 2e-2, log=True),  # below, a small set never gets off the ground in 50 epochs
+    "learning_rate": Range(1e-3, 2e-2, log=True),  # with a lower rate a small set is not learnt in 50 epochs
     "weight_decay": Range(1e-6, 1e-2, log=True),
     "gradient_clip": 1.0,
     "schedule": "cosine",
@@ -128,11 +88,10 @@ PATCH_CHOICES = 4  # default patch lengths at most
 PATCH_WIDTH = 2048  # features times patch length at most, beyond the shortest patch
 
 
-def default_space(*, n: int, steps: int, features: int, classes: int, variable: bool) -> dict[str, Entry]:
-    """A default for every parameter.
+def default_space(*, n: int, steps: int, features: int) -> dict[str, Entry]:
+    """A default for every parameter, in drawing order.
 
-    `n` training sequences (N) of at most `steps` (T) and `features` (F), `classes` (K) of them, lengths
-    `variable` or all alike. Only n, steps and features matter so far. One step leaves nothing to pool and
+    `n` training sequences (N) of at most `steps` (T) and `features` (F). One step leaves nothing to pool and
     nothing to normalize within a sequence.
     """
     derived: dict[str, Entry] = {
@@ -167,24 +126,16 @@ def _one_or_more(values: list[int]) -> Entry:
 def complete(
     space: Mapping[str, Entry], *, n: int, steps: int, features: int, classes: int, variable: bool
 ) -> dict[str, Entry]:
-    """The space with its defaults filled in, in drawing order, held against the training data.
+    """The space with its defaults filled in, in drawing order, and checked against the training data.
 
-    `n` counts the training sequences before any are set aside for validation: a batch larger than what a
-    fold leaves is that fold whole. A default follows from the steps that `sequence_length` keeps.
-    Raises SpaceError where an entry cannot work with these data.
+    `n` counts the training sequences before any are set aside for validation: a batch size above what a
+    fold leaves means all of it. Lengths are `variable` or all alike. A default follows from the steps that
+    `sequence_length` keeps. Raises SpaceError where an entry cannot work with these data.
     """
     kept = _steps_kept(space.get("sequence_length", 0), steps)
-    defaults = default_space(n=n, steps=kept, features=features, classes=classes, variable=variable)
+    defaults = default_space(n=n, steps=kept, features=features)
     full = {name: space.get(name, defaults[name]) for name in PARAMETERS}
-    if _largest(full["patch_length"]) > kept:
-        raise SpaceError(
-            f"space.patch_length must be at most {kept}, the steps of the longest sequence that "
-            f"are kept, got {show(full['patch_length'])}"
-        )
-    if _largest(full["batch_size"]) > n:
-        raise SpaceError(
-            f"space.batch_size must be at most {n}, the number of training sequences, got {show(full['batch_size'])}"
-        )
+    _check_sizes(full, n, kept)
     if variable and contains(full["pooling"], "flatten"):
         raise SpaceError(
             'space.pooling must not hold "flatten" where sequences differ in length; use '
@@ -197,24 +148,30 @@ def complete(
     return full
 
 
+def _check_sizes(full: Mapping[str, Entry], n: int, kept: int) -> None:
+    """Compare patch length and batch size with the `kept` steps and the n sequences. Raises SpaceError."""
+    if largest(full["patch_length"]) > kept:
+        raise SpaceError(
+            f"space.patch_length must be at most {kept}, the steps of the longest sequence that "
+            f"are kept, got {show(full['patch_length'])}"
+        )
+    if largest(full["batch_size"]) > n:
+        raise SpaceError(
+            f"space.batch_size must be at most {n}, the number of training sequences, got {show(full['batch_size'])}"
+        )
+
+
 def _steps_kept(entry: Entry, steps: int) -> int:
     """Steps of the longest sequence that the longest crop of `sequence_length` keeps."""
-    if _largest(entry) > steps:
+    if largest(entry) > steps:
         raise SpaceError(
             f"space.sequence_length must be at most {steps}, the steps of the longest sequence "
             f"(0 keeps all), got {show(entry)}"
         )
-    return steps if contains(entry, 0) else int(_largest(entry))
+    return steps if contains(entry, 0) else int(largest(entry))
 
 
-def _largest(entry: Any) -> float:
-    """The largest value of a numeric entry."""
-    if isinstance(entry, Range):
-        return entry.high
-    return float(max(entry.values) if isinstance(entry, Choices) else entry)
-
-
-# --- from and to the study file ---
+# --- from the study file ---
 
 
 def parse(name: str, written: object) -> Entry:
@@ -235,7 +192,7 @@ def parse(name: str, written: object) -> Entry:
 def _parse_range(name: str, table: dict[str, object]) -> Range:
     key, kind = f"space.{name}", PARAMETERS[name].kind
     if kind in (str, bool):
-        raise SpaceError(f"{key} must be {PARAMETERS[name].rule()}, or a list of these, got {show(table)}")
+        raise SpaceError(f"{key} must be {PARAMETERS[name].sentence()}, or a list of these, got {show(table)}")
     for part in table:
         if part not in ("low", "high", "step", "log"):
             raise SpaceError(unknown(key, part, ("low", "high", "step", "log")))
@@ -267,15 +224,10 @@ def _checked_range(entry: Range, key: str, written: dict[str, object]) -> Range:
         raise SpaceError(f"{key} must have either a step or log = true, got {show(written)}")
     if entry.log and entry.low <= 0:
         raise SpaceError(f"{key}.low must be above 0 where log = true, got {show(written)}")
-    if entry.step is not None and (rest := _exact(entry.high, entry.low) % Decimal(str(entry.step))):
+    if entry.step is not None and (rest := exact(entry.high, entry.low) % Decimal(str(entry.step))):
         high = float(Decimal(str(entry.high)) - rest)
         raise SpaceError(f"{key}.high must be low plus a whole number of steps, such as {high:g}, got {show(written)}")
     return entry
-
-
-def _exact(high: float, low: float) -> Decimal:
-    """high - low in the decimals that were written, not in binary."""
-    return Decimal(str(high)) - Decimal(str(low))
 
 
 def check_value(name: str, value: object, key: str) -> Value:
@@ -286,7 +238,7 @@ def check_value(name: str, value: object, key: str) -> Value:
     parameter = PARAMETERS[name]
     typed: Value | None = _of_kind(value, parameter.kind)
     if typed is None or not parameter.admits(typed):
-        raise SpaceError(f"{key} must be {parameter.rule()}, got {show(value)}")
+        raise SpaceError(f"{key} must be {parameter.sentence()}, got {show(value)}")
     return typed
 
 
@@ -297,57 +249,33 @@ def _of_kind(value: Any, kind: type) -> Any:
     return value if kind is not float and type(value) is kind else None
 
 
-def unparse(entry: Entry) -> Any:
-    """The entry as TOML or JSON holds it; `parse` is its inverse."""
-    if isinstance(entry, Choices):
-        return list(entry.values)
-    if not isinstance(entry, Range):
-        return entry
-    step = {} if entry.step is None else {"step": entry.step}
-    return {"low": entry.low, "high": entry.high, **step, **({"log": True} if entry.log else {})}
+def check_params(space: Mapping[str, Entry], params: Mapping[str, Any], where: str = "enqueue") -> dict[str, Value]:
+    """A known-good configuration in its parameters' types; names may be missing from it.
+
+    Raises SpaceError for an unknown name and for a value that its entry in `space` does not hold; a name that
+    the space has no entry for is checked for type and admissible values alone. An inactive parameter may
+    have its neutral value, whatever its entry.
+    """
+    checked: dict[str, Value] = {}
+    for name, value in params.items():
+        if name not in PARAMETERS:
+            raise SpaceError(unknown(where, name, PARAMETERS))
+        checked[name] = check_value(name, value, f"{where}.{name}")
+    for name, value in checked.items():
+        if name in space and not contains(space[name], value) and not _idle(name, value, checked):
+            raise SpaceError(
+                f"{where}.{name} must lie in space.{name} = {show(space[name])}, got {show(value)}; "
+                f"widen space.{name} or leave it out"
+            )
+    return checked
 
 
-def show(value: object) -> str:
-    """A value as TOML writes it, on one line."""
-    if isinstance(value, Range | Choices):
-        return show(unparse(value))
-    if isinstance(value, Mapping):
-        return "{ " + ", ".join(f"{_key(key)} = {show(item)}" for key, item in value.items()) + " }"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(show, value)) + "]"
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _key(key: str) -> str:
-    bare = key.isascii() and key.replace("_", "").replace("-", "").isalnum()
-    return key if bare else show(key)
-
-
-def unknown(table: str, key: str, known: Iterable[str]) -> str:
-    """The error for a key of a table that is not known, naming the nearest that is."""
-    prefix = f"{table}." if table else ""
-    known = list(known)
-    close = difflib.get_close_matches(key, known, n=1)
-    hint = f"did you mean {prefix}{close[0]}?" if close else "known are " + ", ".join(known)
-    return f"unknown key {prefix}{key}; {hint}"
+def _idle(name: str, value: Value, params: Mapping[str, Any]) -> bool:
+    known = {"layers", "head_size"} <= params.keys()
+    return name in NEUTRAL and value == NEUTRAL[name] and known and not is_active(name, params)
 
 
 # --- drawing ---
-
-
-def distribution(entry: Entry) -> BaseDistribution | None:
-    """The Optuna distribution of an entry; None where there is nothing to draw, an entry of one value."""
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-
-    if not isinstance(entry, Range | Choices) or size(entry) == 1:
-        return None
-    if isinstance(entry, Choices):
-        return CategoricalDistribution(entry.values)
-    if isinstance(entry.low, int) and isinstance(entry.high, int):
-        return IntDistribution(entry.low, entry.high, log=entry.log, step=int(entry.step or 1))
-    return FloatDistribution(entry.low, entry.high, log=entry.log, step=entry.step)
 
 
 def distributions(space: Mapping[str, Entry]) -> dict[str, BaseDistribution]:
@@ -376,37 +304,8 @@ def walk(space: Mapping[str, Entry], draw: Callable[[str, BaseDistribution], Any
             params[name] = NEUTRAL[name]
         else:
             found = distribution(space[name])
-            params[name] = _only(space[name]) if found is None else draw(name, found)
+            params[name] = only(space[name]) if found is None else draw(name, found)
     return params
-
-
-def _only(entry: Entry) -> Value:
-    """The value of an entry that has one alone."""
-    if isinstance(entry, Range):
-        return entry.low
-    return entry.values[0] if isinstance(entry, Choices) else entry
-
-
-def values(entry: Entry) -> list[Value] | None:
-    """All values of an entry in order, None for a continuous range."""
-    if isinstance(entry, Choices):
-        return list(entry.values)
-    if (count := size(entry)) is None:
-        return None
-    if not isinstance(entry, Range) or count == 1:
-        return [_only(entry)]
-    low, step, kind = Decimal(str(entry.low)), Decimal(str(entry.step or 1)), type(entry.low)
-    return [kind(low + i * step) for i in range(count)]
-
-
-def size(entry: Entry) -> int | None:
-    """The number of values of an entry, None for a continuous range."""
-    if not isinstance(entry, Range):
-        return len(entry.values) if isinstance(entry, Choices) else 1
-    if entry.low == entry.high:
-        return 1
-    step = entry.step or (1 if isinstance(entry.low, int) else None)
-    return None if step is None else int(_exact(entry.high, entry.low) / Decimal(str(step))) + 1
 
 
 def cardinality(space: Mapping[str, Entry]) -> int | None:
@@ -422,39 +321,3 @@ def cardinality(space: Mapping[str, Entry]) -> int | None:
     if dropout is None or None in sizes.values():
         return None
     return (active * dropout + inactive) * math.prod(count for count in sizes.values() if count)
-
-
-def contains(entry: Entry, value: Value) -> bool:
-    """Whether an entry holds a value of its parameter's type."""
-    if not isinstance(entry, Range):
-        return value in entry.values if isinstance(entry, Choices) else value == entry
-    if isinstance(value, str) or not entry.low <= value <= entry.high:
-        return False
-    steps = (value - entry.low) / entry.step if entry.step else 0.0
-    return abs(steps - round(steps)) < 1e-8
-
-
-def check_params(space: Mapping[str, Entry], params: Mapping[str, Any], where: str = "enqueue") -> dict[str, Value]:
-    """A known-good configuration in its parameters' types; names may be missing from it.
-
-    Raises SpaceError for an unknown name and for a value that its entry in `space` does not hold; a name that
-    the space has no entry for is checked for type and admissible values alone. An inactive parameter may
-    have its neutral value, whatever its entry.
-    """
-    checked: dict[str, Value] = {}
-    for name, value in params.items():
-        if name not in PARAMETERS:
-            raise SpaceError(unknown(where, name, PARAMETERS))
-        checked[name] = check_value(name, value, f"{where}.{name}")
-    for name, value in checked.items():
-        if name in space and not contains(space[name], value) and not _idle(name, value, checked):
-            raise SpaceError(
-                f"{where}.{name} must lie in space.{name} = {show(space[name])}, got {show(value)}; "
-                f"widen space.{name} or leave it out"
-            )
-    return checked
-
-
-def _idle(name: str, value: Value, params: Mapping[str, Any]) -> bool:
-    known = {"layers", "head_size"} <= params.keys()
-    return name in NEUTRAL and value == NEUTRAL[name] and known and not is_active(name, params)

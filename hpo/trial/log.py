@@ -9,7 +9,7 @@ import threading
 import time
 from collections import deque
 
-from hpo.storage.postgres import mask
+from hpo.storage.url import mask
 
 ROWS = 200  # the last so many are kept
 

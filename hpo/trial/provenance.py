@@ -1,4 +1,4 @@
-"""What a result was made with: versions, commit, device, threads."""
+"""What a result was made with: versions, commit, threads."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
-PACKAGES = ("hpo", "torch", "optuna", "numpy", "SQLAlchemy", "safetensors")
+import torch
+
+PACKAGES = ("hpo", "torch", "optuna", "numpy", "scikit-learn", "SQLAlchemy", "safetensors")
 
 
 @cache
 def provenance() -> dict[str, str | int | None]:
     """Package versions, Python, platform, CPU threads and the git commit of a source checkout (else None)."""
-    import torch
-
     found: dict[str, str | int | None] = {name.lower(): version(name) for name in PACKAGES}
     return found | {
         "python": platform.python_version(),
@@ -23,15 +23,6 @@ def provenance() -> dict[str, str | int | None]:
         "threads": torch.get_num_threads(),
         "commit": _commit(),
     }
-
-
-def device_name(device: str) -> str:
-    """`cpu`, or the card's name behind its index, as in `cuda:0 (NVIDIA L4)`."""
-    if device == "cpu":
-        return device
-    import torch
-
-    return f"{device} ({torch.cuda.get_device_name(device)})"
 
 
 def _commit() -> str | None:

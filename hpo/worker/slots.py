@@ -1,76 +1,21 @@
-"""Several trials at once in one worker process: how many, and who may use the device's memory."""
+"""How many trials one worker runs at once, where it may choose."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from hpo.models.training import Interrupted
+import torch
+from optuna.distributions import BaseDistribution
 
-if TYPE_CHECKING:
-    from optuna.distributions import BaseDistribution
-
-    from hpo.study.lifecycle import Plan
+from hpo.models.training.memory import memory_bytes
+from hpo.study.plan import Plan
+from hpo.study.space import walk
+from hpo.trial.build import configurations
 
 MOST = 30  # torch hands out 32 streams a device and then begins again; two slots must never share one
 WIDTH = 2048  # hidden units, over all slots, that `auto` puts on a card: more no longer run side by side
 SHARE = 0.8  # of the free memory that `auto` plans with
 HANDLES = 64 * 2**20  # bytes that libraries take for each stream's workspaces
-LOOK_S = 0.2  # between two looks at whether waiting is still wanted
-
-
-class Room:
-    """The device's memory: trials use it together, or one alone that did not fit beside the others."""
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._inside = 0
-        self._alone = 0  # that want to be alone, or are
-        self._taken = False
-
-    @contextmanager
-    def shared(self, give_up: Callable[[], bool]) -> Iterator[None]:
-        """Come in beside others, after those that wait to be alone. Raises Interrupted when `give_up()` is true."""
-        with self._changed:
-            self._wait(lambda: self._alone == 0, give_up)
-            self._inside += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._inside -= 1
-                self._changed.notify_all()
-
-    @contextmanager
-    def alone(self, give_up: Callable[[], bool]) -> Iterator[None]:
-        """From inside: wait until the others have gone; nobody comes in until the block ends."""
-        with self._changed:
-            self._inside -= 1
-            self._alone += 1
-            self._changed.notify_all()
-            try:
-                self._wait(lambda: self._inside == 0 and not self._taken, give_up)
-            except Interrupted:
-                self._alone -= 1
-                raise
-            finally:
-                self._inside += 1
-            self._taken = True
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._taken = False
-                self._alone -= 1
-                self._changed.notify_all()
-
-    def _wait(self, ready: Callable[[], bool], give_up: Callable[[], bool]) -> None:
-        while not ready():
-            if give_up():
-                raise Interrupted
-            self._changed.wait(LOOK_S)
 
 
 def choose_slots(plan: Plan, device: str) -> int:
@@ -79,20 +24,14 @@ def choose_slots(plan: Plan, device: str) -> int:
     """
     if device == "cpu":
         return 1
-    import torch
-
-    from hpo.models.training import memory_bytes
-    from hpo.trial.run import configurations
-
     classifier, config = configurations(plan, largest(plan), 0)
-    needed = memory_bytes(plan.sequences, plan.members, classifier, config, "cuda") + HANDLES
+    needed = memory_bytes(plan.sequences, plan.members, classifier, config.batch_size, "cuda") + HANDLES
     free, _ = torch.cuda.mem_get_info(device)
     return max(1, min(MOST, WIDTH // classifier.hidden_size, int(SHARE * free / needed)))
 
 
 def largest(plan: Plan) -> dict[str, Any]:
     """The parameters of a study's space that take the most memory."""
-    from hpo.study.space import walk
 
     def most(name: str, distribution: BaseDistribution) -> Any:
         choices = getattr(distribution, "choices", None) or (distribution.low, distribution.high)  # type: ignore[attr-defined]

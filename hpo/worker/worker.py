@@ -2,240 +2,78 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import math
 import os
-import shutil
-import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
+from contextlib import contextmanager, nullcontext
 
-from sqlalchemy.exc import OperationalError
+import optuna
 
-from hpo.models.data import Sequences, load
+from hpo.datasets import Datasets
+from hpo.models.data.sequences import Sequences
 from hpo.models.machine import one_thread, prepare_process
-from hpo.models.training import Interrupted
-from hpo.promote.promotion import PromotionError
-from hpo.storage.artifacts import ArtifactError, ArtifactStore, artifact_store
-from hpo.storage.leases import Beat, Lease, Leases, StudyOver
-from hpo.storage.postgres import PostgresError, database_url, home, mask
-from hpo.storage.registry import RegistryError
+from hpo.models.training.training import TrainingInterrupted
+from hpo.promote.promotion import promote_when_over
+from hpo.storage.artifacts import artifact_store
+from hpo.storage.database import database_url
+from hpo.storage.errors import MissingRecord, PostgresError, StudyOver
+from hpo.storage.leases import Lease, Leases
 from hpo.storage.trials import trial_storage
-from hpo.worker.slots import Room, choose_slots
-
-if TYPE_CHECKING:
-    from hpo.models.training import Training
-    from hpo.study.lifecycle import OpenStudy
+from hpo.storage.url import mask
+from hpo.study.lifecycle import OpenStudy, open_study, study_id_of
+from hpo.trial.context import TrialContext, WorkerResources
+from hpo.trial.device import choose_device
+from hpo.trial.device_lock import SharedExclusiveLock
+from hpo.trial.run import run_trial
+from hpo.worker.quarantine import FAULTS, Quarantine
+from hpo.worker.signals import StopSignals
+from hpo.worker.slots import choose_slots
 
 log = logging.getLogger("hpo")
 
 IDLE_S = 0.5  # between two looks for work when there is none
-BEATS = 4  # renewals within the time of a lease …
-BEAT_S = 2.0  # … and at least one in so long: a renewal also brings the news that a study was stopped
-LEAVE_S = 6.0  # after a signal a worker ends, whatever it hangs in …
-GIVE_BACK_S = 1.5  # … and tries for so long to give back what it holds
-HURRY_S = 1.0  # after a signal a lost database is not tried for longer
-ASIDE_S, ASIDE_MOST_S = 5.0, 300.0  # until a study that cannot be worked on is looked at again, doubling
-
-# What makes one study unworkable for a standing worker, and others not: its data, its plan, its model; the store or the
-# database gone in the middle of it.
-FAULTS = (ArtifactError, PromotionError, RegistryError, ValueError, OSError, OperationalError)
-
-
-class Attention:
-    """What a worker in training keeps an ear on: its lease, its study, its signals.
-
-    A thread renews the lease and takes in the news; the training asks between two batches.
-    """
-
-    def __init__(
-        self, leases: Leases, worker: str, told: threading.Event | None = None, room: Room | None = None
-    ) -> None:
-        """told: what tells all slots of the worker to end; room: the memory that they share."""
-        self.leases, self.worker = leases, worker
-        self.out_of_time = False  # the study's wall-clock budget is spent
-        self._told = told or threading.Event()
-        self._room = room or Room()
-        self._queued = 0  # renewals while the trial waited for memory: waiting in line is progress
-        self._in_line = False
-        self._lost = False
-        self._study_stopped = False
-        self._patient = True
-        self._lease: Lease | None = None
-        self._training: Training | None = None
-
-    def stop(self) -> None:
-        """A signal: finish what is short, give the trial back, end."""
-        self._told.set()
-
-    @property
-    def told(self) -> bool:
-        """Whether the worker is to end."""
-        return self._told.is_set()
-
-    @property
-    def asked_to_stop(self) -> bool:
-        """Whether the trial in hand is to be given back: the worker is to end, or somebody stopped the study."""
-        return self.told or self._study_stopped
-
-    def rest(self) -> None:
-        """Wait a moment for work, or for a signal."""
-        self._told.wait(IDLE_S)
-
-    def watch(self, lease: Lease, training: Training, *, patient: bool) -> None:
-        """The training that the lease is renewed for; `patient`: its epochs are short enough to be finished."""
-        self._lease, self._training, self._patient = lease, training, patient
-
-    def forget_training(self) -> None:
-        """Hold on to it no longer: its memory is wanted."""
-        self._training = None
-
-    def interrupted(self) -> bool:
-        """Whether the running epoch should be given up between two batches."""
-        return self._lost or ((self.asked_to_stop or self.out_of_time) and not self._patient)
-
-    @property
-    def lease(self) -> Lease | None:
-        """The one that is held."""
-        return self._lease
-
-    @contextmanager
-    def beside_others(self) -> Iterator[None]:
-        """Take and run a trial beside those of other slots. Raises Interrupted when told to end while it waits."""
-        with self._room.shared(lambda: self.told):
-            yield
-
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Within `beside_others`: wait until the other slots' trials have ended, and keep them out."""
-        self._in_line = True
-        with self._room.alone(lambda: self._lost or self.asked_to_stop or self.out_of_time):
-            self._in_line = False
-            yield
-
-    @contextmanager
-    def holding(self, lease: Lease, lease_s: float) -> Iterator[None]:
-        """Renew the lease from a thread for as long as the block runs."""
-        self._lease, self._training = lease, None
-        self._lost = self._study_stopped = self.out_of_time = self._in_line = False
-        done = threading.Event()
-        thread = threading.Thread(target=self._renew, args=(done, min(lease_s / BEATS, BEAT_S)), daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            done.set()
-            thread.join()
-            self._lease = self._training = None
-
-    def _renew(self, done: threading.Event, interval_s: float) -> None:
-        while not done.wait(interval_s):
-            lease, training = self._lease, self._training
-            assert lease is not None
-            self._queued += self._in_line
-            try:
-                news = self.leases.renew(self.worker, {lease: _beat(training, self._queued)})
-            except PostgresError as error:
-                log.warning("the lease of trial %d could not be renewed: %s", lease.number, error)
-                continue
-            except Exception:
-                log.exception("the lease of trial %d could not be renewed", lease.number)
-                continue
-            self._lost = self._lost or lease in news.lost
-            self._study_stopped = self._study_stopped or lease.study_id in news.stopped
-            self.out_of_time = self.out_of_time or lease.study_id in news.out_of_time
-
-
-def _beat(training: Training | None, queued: int) -> Beat:
-    """Progress counted in batches: a hung training makes none, a long epoch does, and so does waiting in line."""
-    if training is None:
-        return Beat(queued)
-    if not training.history:
-        return Beat(queued + training.batches)
-    last = training.history[-1]
-    return Beat(queued + training.batches, last.number, last.value)
-
-
-class Signals:
-    """SIGTERM and SIGINT: the slots are told to end, and the process ends LEAVE_S later, whatever it hangs in.
-
-    A thread of its own hears them, through the interpreter's wake-up pipe: the main thread runs no handler while it
-    is in C, waiting for a database that does not answer, say. What is not given back by then is given back here.
-    """
-
-    def __init__(self) -> None:
-        self.told = threading.Event()
-        self.worker: Worker | None = None
-        self._heard, waker = os.pipe()
-        os.set_blocking(waker, False)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: None)  # with a handler, so that the pipe is written to
-        signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
-        threading.Thread(target=self._obey, name="signals", daemon=True).start()
-
-    def _obey(self) -> None:
-        os.read(self._heard, 1)
-        self.told.set()
-        if self.worker is not None:
-            self.worker.hurry()
-            time.sleep(LEAVE_S)
-            log.warning("ended by a signal in the middle of its work")
-            last = threading.Thread(target=self.worker.give_back, daemon=True)
-            last.start()
-            last.join(GIVE_BACK_S)
-        os._exit(0)
-
-
-@dataclass(frozen=True)
-class _Aside:
-    """A study that could not be worked on."""
-
-    fault: str
-    pause_s: float
-    until: float  # by the monotonic clock
+SEEN_S = 2.0  # between two signs of life of a worker that has no study to take trials of
+SHORT_RETRY_S = 1.0  # after a signal a lost database is not tried for longer
 
 
 class Worker:
     """One process at work on one study, or on any open one, with one trial at a time in each of its slots."""
 
     def __init__(
-        self, study: str | None, device: str | None = None, slots: int | None = 1, told: threading.Event | None = None
+        self,
+        study: str | None,
+        device: str | None = None,
+        slots: int | None = 1,
+        stop_requested: threading.Event | None = None,
     ) -> None:
-        """slots: None chooses by the device's memory and the study's sizes. told: once set, all slots end."""
+        """slots: None chooses by the device's memory and the study's sizes. stop_requested: once set, all slots end."""
         self.only = study
         self.url = database_url()
         self.storage = trial_storage(self.url)
-        if study is None:  # it stands until it is told to end, also while the database is away
-            self.storage.connection.retry_s = self.storage.heart.retry_s = math.inf
+        if study is None:  # it stands until it is asked to stop, also while the database is away
+            self.storage.set_retry(math.inf)
         self.leases = Leases(self.storage)
-        self.store = artifact_store()
         self.name = f"{socket.gethostname()}-{os.getpid()}"
         self.device = device or choose_device()
-        self.told = told or threading.Event()
-        self.room = Room()
+        self.stop_requested = stop_requested or threading.Event()
+        store = artifact_store()
+        self.resources = WorkerResources(
+            self.name, self.device, store, Datasets(store), SharedExclusiveLock(), self.stop_requested
+        )
+        self.quarantine = Quarantine()
         self.over: set[str] = set()  # studies whose end is in the log
-        self._seen_s = time.monotonic()  # when it last told the database that it lives
-        self._asides: dict[str, _Aside] = {}  # by name
-        self.slots = self._choose_slots() if slots is None else slots
-        self._attentions: list[Attention] = []
-        self._sequences: dict[str, Sequences] = {}
         self.promoting = threading.Lock()
-        self._lock = threading.Lock()
+        self.slots = self._choose_slots() if slots is None else slots
+        self._held: set[Lease] = set()  # by its slots
+        self._seen_s = time.monotonic()  # when it last told the database that it lives
         self._failure: BaseException | None = None
 
     def run(self) -> None:
-        """Work until the named study is over and promoted, or, without a name, until told to stop."""
-        from hpo.study.lifecycle import study_id_of
-
+        """Work until the named study is over and promoted, or, without a name, until asked to stop."""
         log_path = os.environ.get("HPO_LOG")
         study_id = None if self.only is None else study_id_of(self.storage, self.only)
         self.leases.register(self.name, study_id, socket.gethostname(), os.getpid(), self.device, log_path)
@@ -248,27 +86,24 @@ class Worker:
             self.leases.retire(self.name)
             self.storage.close()
 
-    def sequences(self, key: str) -> Sequences:
-        with self._lock:
-            if key not in self._sequences:
-                self._sequences[key] = fetch_sequences(self.store, key)
-            return self._sequences[key]
+    @contextmanager
+    def holding(self, lease: Lease) -> Iterator[None]:
+        """Know of a slot's lease while the block runs, so that a signal can give it back."""
+        self._held.add(lease)
+        try:
+            yield
+        finally:
+            self._held.discard(lease)
 
-    def attention(self) -> Attention:
-        """That of a new slot."""
-        self._attentions.append(Attention(self.leases, self.name, self.told, self.room))
-        return self._attentions[-1]
-
-    def hurry(self) -> None:
-        """Told to end: a database that is away is not waited for."""
-        self.storage.connection.retry_s = self.storage.heart.retry_s = HURRY_S
+    def shorten_retries(self) -> None:
+        """Asked to stop: a database that is away is not waited for."""
+        self.storage.set_retry(SHORT_RETRY_S)
 
     def give_back(self) -> None:
         """All that it holds, over a connection of its own: nobody knows what the others hang in."""
         leases = Leases(trial_storage(self.url, retry_s=0.0))
-        for lease in [attention.lease for attention in self._attentions]:
-            if lease is not None:
-                leases.release(lease)
+        for lease in list(self._held):
+            leases.release(lease)
         leases.release_promotions(self.name)
         leases.retire(self.name)
 
@@ -277,30 +112,21 @@ class Worker:
         if self.only is not None:
             return [self.only]
         now = time.monotonic()
-        if now - self._seen_s >= BEAT_S:  # with no study to take trials of, nothing else would say so
+        if now - self._seen_s >= SEEN_S:  # with no study to take trials of, nothing else would say so
             self._seen_s = now
             self.leases.renew(self.name, {})
-        names = [row.name for row in self.leases.open_studies()]
-        return [name for name in names if name not in self._asides or self._asides[name].until <= now]
+        return [row.name for row in self.leases.open_studies() if row.name not in self.quarantine]
 
     @contextmanager
-    def bearing(self, name: str) -> Iterator[None]:
-        """What is at fault with one study does not end a standing worker: it says so once, goes on with the others, and
-        looks at that one again after a pause."""
-        try:
+    def guard(self, name: str) -> Iterator[None]:
+        """Quarantine a study with a fault; the worker of that study alone ends with the error instead, for its
+        launcher to show."""
+        with self.quarantine.guard(name) if self.only is None else nullcontext():
             yield
-        except FAULTS as error:
-            if self.only is not None:
-                raise
-            earlier = self._asides.get(name)
-            pause_s = ASIDE_S if earlier is None else min(2 * earlier.pause_s, ASIDE_MOST_S)
-            if earlier is None or earlier.fault != str(error):
-                log.warning("study %s is set aside: %s", name, mask(str(error)))
-            self._asides[name] = _Aside(str(error), pause_s, time.monotonic() + pause_s)
 
-    def worked(self, name: str) -> None:
-        """Nothing is at fault with the study any more."""
-        self._asides.pop(name, None)
+    def rest(self) -> None:
+        """Wait a moment for work, or for a request to stop."""
+        self.stop_requested.wait(IDLE_S)
 
     def _run_slots(self) -> None:
         """A thread a slot. What ends one of them with an error ends the worker, once the others gave back theirs."""
@@ -318,187 +144,97 @@ class Worker:
             Slot(self).run()
         except BaseException as error:
             self._failure = self._failure or error
-            self.told.set()
+            self.stop_requested.set()
 
     def _choose_slots(self) -> int:
-        from hpo.study.lifecycle import open_study
-
         names = [self.only] if self.only is not None else [row.name for row in self.leases.open_studies()]
         if self.device == "cpu" or not names:
             return 1
-        found = [1]
+        found = []
         for name in names:
-            with self.bearing(name):
+            with self.guard(name):
                 found.append(choose_slots(open_study(name, self.storage).plan, self.device))
-        return min(found[1:] or found)
+        return min(found, default=1)
 
 
 class Slot:
     """Takes a trial, runs it, takes the next."""
 
     def __init__(self, worker: Worker) -> None:
-        self.worker, self.storage, self.leases = worker, worker.storage, worker.leases
-        self.attention = worker.attention()
-        self._studies: dict[str, OpenStudy] = {}
+        self.worker = worker
+        self._studies: dict[str, OpenStudy] = {}  # a slot's own, as samplers serve one thread
 
     def run(self) -> None:
-        while not self.worker.told.is_set():
+        while not self.worker.stop_requested.is_set():
             try:
                 if not self._work() and self.worker.only is not None:
                     return
-            except Interrupted:  # told to end while it waited for memory, with no trial in hand
+            except TrainingInterrupted:  # asked to stop while it waited for the device, with no trial in hand
                 return
 
     def _work(self) -> bool:
         """Run one trial or promote one model. False: the one study that this worker serves needs nothing more."""
-        only, names = self.worker.only, self.worker.offers()
+        worker, names = self.worker, self.worker.offers()
         over = 0
         for name in names:
-            with self.worker.bearing(name):
-                opened = self._open(name)
+            with worker.guard(name):
+                study = self._open(name)
                 try:
-                    if self._run_next(opened):
+                    if self._run_next(study):
                         return True
                 except StudyOver as ended:
-                    over += self._promote(opened, ended)
-                except KeyError:
-                    if self.leases.study(opened.study_id) is not None:
+                    over += self._promote(study, ended)
+                except MissingRecord:
+                    if worker.leases.study(study.study_id) is not None:
                         raise
                     log.warning("study %s was deleted", name)
                     del self._studies[name]
-                    return only is None
+                    return worker.only is None
         if not names or over < len(names):
-            self.attention.rest()
+            worker.rest()
             return True
-        if only is None:
-            self.attention.rest()
+        if worker.only is None:
+            worker.rest()
         return False
 
-    def _run_next(self, opened: OpenStudy) -> bool:
+    def _run_next(self, study: OpenStudy) -> bool:
         """Take a trial and run it; whether there was one. Raises StudyOver."""
-        from hpo.study.lifecycle import exhausted
-
-        sequences = self.worker.sequences(opened.plan.train)  # before a trial waits for them
-        with self.attention.beside_others():
-            if exhausted(opened):
-                self.leases.exhaust(opened.study_id)
-            lease = self.leases.take(opened.study_id, self.worker.name, self.worker.device)
-            if lease is not None:
-                self._run_trial(opened, lease, sequences)
-                self.worker.worked(opened.name)
+        worker = self.worker
+        sequences = worker.resources.datasets.get(study.plan.train)  # before a trial waits for them
+        with worker.resources.device_lock.shared(worker.stop_requested.is_set):
+            if study.sampler.exhausted():
+                worker.leases.exhaust(study.study_id)
+            with worker.leases.take(study.study_id, worker.name, worker.device) as lease:
+                if lease is not None:
+                    self._run_trial(study, lease, sequences)
+        if lease is not None:
+            worker.quarantine.release(study.name)
         return lease is not None
 
-    def _run_trial(self, opened: OpenStudy, lease: Lease, sequences: Sequences) -> None:
-        from hpo.trial.run import Bench, run_trial
+    def _run_trial(self, study: OpenStudy, lease: Lease, sequences: Sequences) -> None:
+        with self.worker.holding(lease):
+            state = run_trial(TrialContext(study, lease, self.worker.resources, sequences))
+        log.info("study %s, trial %d: %s", study.name, lease.number, "left" if state is None else state.name.lower())
 
-        row = self.leases.study(opened.study_id)
-        assert row is not None
-        worker = self.worker
-        try:
-            with self.attention.holding(lease, row.lease_s):
-                bench = Bench(worker.name, worker.device, worker.store, sequences)
-                state = run_trial(opened, lease, bench, self.attention)
-            ending = "left" if state is None else state.name.lower()
-            log.info("study %s, trial %d: %s", opened.name, lease.number, ending)
-        finally:
-            self.leases.release(lease)  # does nothing to a trial that has ended or was taken away
-
-    def _promote(self, opened: OpenStudy, ended: StudyOver) -> bool:
+    def _promote(self, study: OpenStudy, ended: StudyOver) -> bool:
         """Whether nothing is left to do for this study, here or in another worker's hands."""
-        from hpo.promote.promotion import promote_once
-
-        if opened.name not in self.worker.over:
-            log.info("study %s is over: %s", opened.name, ended.reason)
-            self.worker.over.add(opened.name)
+        worker = self.worker
+        if study.name not in worker.over:
+            log.info("study %s is over: %s", study.name, ended.reason)
+            worker.over.add(study.name)
         if ended.reason == "stopped":
             return True
-        with self.worker.promoting:  # the lease for it is the worker's, whichever slot asks
-            return promote_once(opened, self.worker.store, self.worker.name, self.worker.sequences(opened.plan.train))
+        with worker.promoting:  # the lease for it is the worker's, whichever slot asks
+            return promote_when_over(study, worker.resources, worker.leases)
 
     def _open(self, name: str) -> OpenStudy:
-        from hpo.study.lifecycle import open_study
-
         if name not in self._studies:
-            self._studies[name] = open_study(name, self.storage)
+            self._studies[name] = open_study(name, self.worker.storage)
         return self._studies[name]
-
-
-def fetch_sequences(store: ArtifactStore, key: str) -> Sequences:
-    """A data set by its artifact key, from this machine's cache: fetched once however many processes ask for it at
-    once, and held against the hash in its name on arrival. Raises ArtifactError.
-    """
-    path = home() / "cache" / key
-    if not _known_good(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(path.with_name(f"{key}.lock")):
-            if not _known_good(path):  # nobody has done it while we waited
-                _check_or_fetch(store, key, path)
-    return load(path)
-
-
-def _check_or_fetch(store: ArtifactStore, key: str, path: Path) -> None:
-    """Leave the whole data set at `path`, and beside it what the file system says of it, for the next look."""
-    marks = _marks(path) if path.exists() else None  # before it is read
-    if marks is None or _digest(path) != key:
-        part = path.with_name(f"{key}.part")  # a folder, so that nothing stays of a process killed here
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir()
-        store.fetch(key, part / key)
-        if _digest(part / key) != key:
-            shutil.rmtree(part)
-            raise ArtifactError(f"artifact {key} does not have the content that its name says; store it again")
-        (part / key).replace(path)
-        part.rmdir()
-        marks = _marks(path)
-    path.with_name(f"{key}.seen").write_text(json.dumps(marks))
-
-
-def _known_good(path: Path) -> bool:
-    """Whether the file is the one that was hashed, unchanged since: a large one is not read again at each start.
-
-    Whatever writes to a file or replaces it gives it another inode or time of change, which no program can set back.
-    What the disk itself loses is not seen by this.
-    """
-    try:
-        return bool(json.loads(path.with_name(f"{path.name}.seen").read_text()) == _marks(path))
-    except (OSError, ValueError):
-        return False
-
-
-def _marks(path: Path) -> list[int]:
-    found = path.stat()
-    return [found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
-
-
-@contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """One process of this machine at a time; the lock of one that dies is free."""
-    with lock.open("a") as file:
-        if sys.platform != "win32":
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return f"data-{hashlib.file_digest(file, 'sha256').hexdigest()}.safetensors"
-
-
-def choose_device() -> str:
-    """The GPU that falls to this worker (HPO_WORKER_INDEX modulo the number of GPUs), else the CPU."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return "cpu"
-    return f"cuda:{int(os.environ.get('HPO_WORKER_INDEX', '0')) % torch.cuda.device_count()}"
 
 
 def work(study: str | None, slots: int | None = 1) -> None:
     """The `hpo worker` command: one thread a slot, logging to the standard error. slots: None chooses."""
-    import optuna
-
     logging.basicConfig(
         level=logging.INFO,
         format="%(asctime)s %(process)d %(levelname)s %(message)s",
@@ -506,14 +242,14 @@ def work(study: str | None, slots: int | None = 1) -> None:
     )
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # samplers comment on conditional parameters at each trial
     started = time.monotonic()
-    signals = Signals()
+    signals = StopSignals()
     prepare_process()
-    worker = signals.worker = Worker(study, slots=slots, told=signals.told)
+    worker = signals.worker = Worker(study, slots=slots, stop_requested=signals.stop_requested)
     ready_s = time.monotonic() - started
     log.info("worker %s on %s with slots: %d, ready after %.2f s", worker.name, worker.device, worker.slots, ready_s)
     try:
         worker.run()
     except (PostgresError, *FAULTS) as error:
-        if not signals.told.is_set():
+        if not signals.stop_requested.is_set():
             raise
-        log.warning("told to end, it could not give everything back: %s", mask(str(error)))
+        log.warning("asked to stop, it could not give everything back: %s", mask(str(error)))

@@ -3,11 +3,9 @@
 from alembic import context
 from sqlalchemy import text
 
-from hpo.storage.tables import metadata
-
 connection = context.config.attributes["connection"]
 connection.execute(text("CREATE SCHEMA IF NOT EXISTS hpo"))
-context.configure(connection=connection, target_metadata=metadata, version_table="revision", version_table_schema="hpo")
+context.configure(connection=connection, target_metadata=None, version_table="revision", version_table_schema="hpo")
 with context.begin_transaction():
     context.run_migrations()
 connection.commit()

@@ -126,7 +126,7 @@ def test_an_artifact_attached_to_a_finished_or_running_trial_is_listed_and_serve
     for key in keys + keys:  # attaching twice shows it once
         store.put(key, key.encode())
         attach_artifact(storage, study._study_id, trial._trial_id, key, f"name of {key}", "image/png")
-    storage.flush()
+    storage.session.flush()
     assert store.keys() == keys  # nothing is copied
     shown = ask(f"{open_site}/api/studies/{study._study_id}").json["trials"]
     assert shown[1 - number]["artifacts"] == []
@@ -203,14 +203,14 @@ def varied(storage: TrialStorage) -> optuna.Study:
         )
     running = study.ask(space)
     running.report(0.25, 1)
-    storage.flush()
+    storage.session.flush()
     ids = [trial._trial_id for trial in study.trials]
     for trial_id in (ids[0], ids[-1]):
         attach_artifact(storage, study._study_id, trial_id, "curve.svg", "curve.svg", "image/svg+xml")
     storage.set_study_system_attr(study._study_id, f"dashboard:{ids[1]}:note_ver", 1)
     storage.set_study_system_attr(study._study_id, f"dashboard:{ids[1]}:note_str:0", "a note")
     describe_study(storage, study._study_id, "log_loss", "what it is")
-    storage.flush()
+    storage.session.flush()
     return study
 
 
@@ -241,7 +241,7 @@ def test_what_changed_since_the_last_look_is_shown(
         first = varied.trials[0]._trial_id
         storage.set_study_system_attr(varied._study_id, f"dashboard:{first}:note_ver", 1)
         storage.set_study_system_attr(varied._study_id, f"dashboard:{first}:note_str:0", "seen")
-        storage.flush()
+        storage.session.flush()
         shown = ask(url + url_of).json
     assert [trial["state"] for trial in shown["trials"]][-2:] == ["Complete", "Running"]
     assert shown["trials"][-1]["intermediate_values"] == [{"step": 1, "value": 7.0}]

@@ -8,6 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta
 from multiprocessing.process import BaseProcess
 from typing import TypeVar
 
@@ -17,7 +18,11 @@ from optuna.distributions import FloatDistribution
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
-from hpo.storage.leases import RECENT, Beat, Lease, LeaseLost, Leases, Place, StudyOver, Terms
+from hpo.storage.errors import LeaseLost, StudyOver
+from hpo.storage.heartbeat import Progress
+from hpo.storage.leases import Lease, Leases
+from hpo.storage.snapshot import RECENT, WorkerGroup
+from hpo.storage.terms import Terms
 from hpo.storage.trials import TrialStorage, trial_storage
 from tests.conftest import execute
 
@@ -67,7 +72,7 @@ def until(look: Callable[[], T | None], patience_s: float = 60.0) -> T:
 
 def take(leases: Leases, study_id: int, worker: str) -> Lease:
     """A lease on the next trial, waiting for one to run out if need be."""
-    return until(lambda: leases.take(study_id, worker))
+    return until(lambda: leases.acquire(study_id, worker))
 
 
 def finish(leases: Leases, lease: Lease, value: float = 0.5) -> None:
@@ -88,7 +93,7 @@ def run_all(url: str, study_id: int, worker: str) -> None:
     leases = Leases(trial_storage(url))
     while True:
         try:
-            lease = leases.take(study_id, worker)
+            lease = leases.acquire(study_id, worker)
         except StudyOver as over:
             sys.exit(0 if over.reason == "budget" else 1)
         if lease is None:
@@ -119,11 +124,10 @@ def test_a_relaunch_goes_on_to_the_budget_and_more_trials_raise_it(leases: Lease
     again = leases.open_study(study_id, Terms(budget=99), {"seed": 1})
     assert (again.budget, again.started, again.config) == (2, 2, {"seed": 0})
     with pytest.raises(StudyOver, match="budget"):
-        leases.take(study_id, "w")
-    assert leases.set_budget(study_id, 3).budget == 3
+        leases.acquire(study_id, "w")
+    assert leases.reopen(study_id, trials=3).budget == 3
     assert take(leases, study_id, "w").number == 2
-    with pytest.raises(ValueError, match="only be raised: it is 3 trials, got 2"):
-        leases.set_budget(study_id, 2)
+    assert leases.reopen(study_id, trials=2).budget == 3
 
 
 def test_failed_trials_count_and_copied_ones_do_not(leases: Leases) -> None:
@@ -132,7 +136,7 @@ def test_failed_trials_count_and_copied_ones_do_not(leases: Leases) -> None:
     first = take(leases, study_id, "w")
     leases.storage.finish_trial(first.trial_id, TrialState.FAIL, None, {"failure": "it diverged"})
     assert (first.number, take(leases, study_id, "w").number) == (1, 2)
-    assert leases.take(study_id, "w") is None
+    assert leases.acquire(study_id, "w") is None
     row = leases.study(study_id)
     assert row is not None
     assert row.started == 2
@@ -153,7 +157,7 @@ def test_waiting_trials_are_taken_first_in_the_order_of_their_numbers(leases: Le
 def test_a_study_without_terms_is_an_error_that_says_so(leases: Leases) -> None:
     study = optuna.create_study(storage=leases.storage)
     with pytest.raises(KeyError, match="has no terms; open it with"):
-        leases.take(study._study_id, "w")
+        leases.acquire(study._study_id, "w")
     assert leases.study(study._study_id) is None
     with pytest.raises(ValueError, match="lease_s above 0"):
         leases.open_study(study._study_id, Terms(budget=1, lease_s=0), {})
@@ -176,7 +180,7 @@ def report_for_ever(url: str, study_id: int, worker: str) -> None:
             leases.storage.set_trial_user_attr(lease.trial_id, "last", step)
             leases.storage.get_trial(lease.trial_id)
             time.sleep(0.01)
-            leases.renew(worker, {lease: Beat(step)})
+            leases.renew(worker, {lease: Progress(step)})
     except LeaseLost:
         sys.exit(7)
 
@@ -234,7 +238,7 @@ def test_every_write_under_a_lost_lease_is_refused(leases: Leases, elsewhere: Le
     for write in writes:
         with pytest.raises(LeaseLost, match="trial 0"):
             write()
-    assert leases.renew("old", {old: Beat(1)}).lost == {old}
+    assert leases.renew("old", {old: Progress(1)}).lost == {old}
     leases.release(old)
     finish(elsewhere, new)
     trial = storage.get_trial(trial_id)
@@ -263,7 +267,7 @@ def test_an_expired_lease_refuses_writes_and_renewal_before_anyone_adopts(leases
     study_id = open_study(leases, Terms(budget=1, lease_s=0.2))
     lease = take(leases, study_id, "w")
     until(lambda: not leases.snapshot(study_id).in_flight[0].alive)
-    assert leases.renew("w", {lease: Beat(10)}).lost == {lease}
+    assert leases.renew("w", {lease: Progress(10)}).lost == {lease}
     with pytest.raises(LeaseLost):
         leases.storage.set_trial_params(lease.trial_id, PARAMS)
 
@@ -286,7 +290,7 @@ def test_a_lease_without_progress_runs_out_and_a_slow_one_with_progress_does_not
     batches = iter(range(1, 10**6))
 
     def renewed() -> bool:
-        lost = leases.renew("w", {hung: Beat(0), busy: Beat(next(batches), 0, 0.5)}).lost
+        lost = leases.renew("w", {hung: Progress(0), busy: Progress(next(batches), 0, 0.5)}).lost
         assert busy not in lost
         return lost == {hung}
 
@@ -298,21 +302,68 @@ def test_a_lease_is_renewed_while_everything_else_waits(leases: Leases, elsewher
     study_id = open_study(leases, Terms(budget=2, lease_s=SHORT_S))
     lease = take(leases, study_id, "w")
     lock = elsewhere.storage.connection
-    lock.run("SELECT pg_advisory_lock(7)")
+    lock.execute("SELECT pg_advisory_lock(7)")
     wait = "SELECT pg_advisory_lock(7)"
-    stuck = threading.Thread(target=leases.storage.connection.run, args=(wait,))
+    stuck = threading.Thread(target=leases.storage.connection.execute, args=(wait,))
     stuck.start()
     expired = "SELECT clock_timestamp() > taken + interval '2 s' FROM (SELECT %s::timestamptz AS taken) t"
-    taken = lock.run("SELECT clock_timestamp()")[0][0]
+    taken = lock.execute("SELECT clock_timestamp()")[0][0]
     batches = 0
-    while not lock.run(expired, (taken,))[0][0]:
+    while not lock.execute(expired, given=(taken,))[0][0]:
         batches += 1
-        assert leases.renew("w", {lease: Beat(batches)}).lost == frozenset()
+        assert leases.renew("w", {lease: Progress(batches)}).lost == frozenset()
         time.sleep(0.05)
     assert stuck.is_alive()
-    lock.run("SELECT pg_advisory_unlock(7)")
+    lock.execute("SELECT pg_advisory_unlock(7)")
     stuck.join(60)
     leases.storage.set_trial_params(lease.trial_id, PARAMS)
+
+
+def test_a_trial_that_is_held_keeps_its_lease_and_is_given_back_at_the_end(leases: Leases, elsewhere: Leases) -> None:
+    study_id = open_study(leases, Terms(budget=1, lease_s=0.4, max_attempts=1))
+    with leases.take(study_id, "w") as lease:
+        assert lease is not None
+        lease.heartbeat.progress = lambda: Progress(12, 3, 0.5)
+        assert lease.heartbeat.wait_for_rounds(10, 60)  # a quarter of a lease each
+        assert elsewhere.acquire(study_id, "other") is None
+        (trial,) = leases.snapshot(study_id).in_flight
+        assert (trial.epoch, trial.metric, trial.alive) == (3, 0.5, True)
+        leases.storage.set_trial_user_attr(lease.trial_id, "a", 1)
+        with leases.take(study_id, "w") as nothing:
+            assert nothing is None
+    adopted = elsewhere.acquire(study_id, "other")
+    assert adopted is not None
+    assert (adopted.trial_id, adopted.attempt) == (lease.trial_id, 2)
+    assert elsewhere.storage.get_trial(lease.trial_id).user_attrs == {"a": 1}
+    flags = (lease.heartbeat.lost, lease.heartbeat.study_stopped, lease.heartbeat.out_of_time)
+    assert flags == (False, False, False)
+
+
+def test_a_heartbeat_learns_that_the_study_ends_and_that_its_lease_is_lost(leases: Leases, database_url: str) -> None:
+    study_id = open_study(leases, Terms(budget=1, timeout_s=3600, lease_s=0.4))
+    with leases.take(study_id, "w") as lease:
+        assert lease is not None
+        leases.stop(study_id)
+        execute(database_url, "UPDATE hpo.terms SET deadline = now() - interval '1 s'")
+        assert lease.heartbeat.wait_for_rounds(2, 60)
+        assert (lease.heartbeat.study_stopped, lease.heartbeat.out_of_time, lease.heartbeat.lost) == (True, True, False)
+        execute(database_url, "UPDATE hpo.leases SET expires_at = now() - interval '1 s'")
+        assert lease.heartbeat.wait_for_rounds(2, 60)
+        assert lease.heartbeat.lost
+        with pytest.raises(LeaseLost):
+            leases.storage.set_trial_params(lease.trial_id, PARAMS)
+    assert not leases.snapshot(study_id).in_flight[0].alive
+
+
+def test_a_trial_that_ended_or_raised_is_let_go(leases: Leases) -> None:
+    study_id = open_study(leases, Terms(budget=2, lease_s=60))
+    with leases.take(study_id, "w") as lease:
+        assert lease is not None
+        finish(leases, lease)
+    assert leases.storage.get_trial(lease.trial_id).state == TrialState.COMPLETE
+    with pytest.raises(ZeroDivisionError), leases.take(study_id, "w") as lease:
+        1 / 0  # noqa: B018
+    assert take(leases, study_id, "w").attempt == 2
 
 
 def test_a_released_trial_is_adopted_at_once_and_does_not_count_as_lost(leases: Leases) -> None:
@@ -332,7 +383,7 @@ def test_a_trial_lost_too_often_fails_with_the_reason(leases: Leases) -> None:
 
     def over() -> bool:
         try:
-            return bool(leases.take(study_id, "w"))
+            return bool(leases.acquire(study_id, "w"))
         except StudyOver:
             return True
 
@@ -354,9 +405,9 @@ def test_a_running_trial_without_a_lease_is_foreign(leases: Leases, database_url
     assert (lease.number, lease.attempt) == (1, 1)
     finish(leases, lease)
     with pytest.raises(StudyOver, match="budget"):
-        leases.take(study_id, "w")
+        leases.acquire(study_id, "w")
     assert leases.storage.get_trial(foreign).state == TrialState.RUNNING
-    assert leases.take_promotion(study_id, "w")
+    assert leases.acquire_promotion(study_id, "w")
     stock.remove_session()
     stock.engine.dispose()
 
@@ -369,7 +420,7 @@ def test_a_leased_trial_that_a_plain_script_ended_is_not_adopted(leases: Leases,
     with pytest.raises(LeaseLost):
         finish(leases, lease)
     with pytest.raises(StudyOver, match="budget"):
-        leases.take(study_id, "w")
+        leases.acquire(study_id, "w")
     stock.remove_session()
     stock.engine.dispose()
 
@@ -422,12 +473,12 @@ def test_a_stopped_study_gives_out_nothing_and_tells_its_workers(leases: Leases)
     study_id = open_study(leases, Terms(budget=5))
     lease = take(leases, study_id, "w")
     leases.stop(study_id)
-    assert leases.renew("w", {lease: Beat(1)}).stopped == {study_id}
-    assert leases.take(study_id, "other") is None
+    assert leases.renew("w", {lease: Progress(1)}).stopped == {study_id}
+    assert leases.acquire(study_id, "other") is None
     leases.release(lease)
     with pytest.raises(StudyOver, match="stopped"):
-        leases.take(study_id, "other")
-    assert not leases.take_promotion(study_id, "w")
+        leases.acquire(study_id, "other")
+    assert not leases.acquire_promotion(study_id, "w")
     assert [row.status for row in leases.studies()] == ["stopped"]
     assert leases.open_studies() == []
     assert leases.reopen(study_id).status == "open"
@@ -437,13 +488,13 @@ def test_a_stopped_study_gives_out_nothing_and_tells_its_workers(leases: Leases)
 def test_after_the_deadline_nothing_starts_and_more_time_opens_the_study(leases: Leases) -> None:
     study_id = open_study(leases, Terms(budget=5, timeout_s=0.3))
     lease = take(leases, study_id, "w")
-    assert until(lambda: leases.renew("w", {lease: Beat(1)}).out_of_time) == {study_id}
-    assert leases.take(study_id, "w") is None
+    assert until(lambda: leases.renew("w", {lease: Progress(1)}).out_of_time) == {study_id}
+    assert leases.acquire(study_id, "w") is None
     finish(leases, lease)
     with pytest.raises(StudyOver, match="timeout"):
-        leases.take(study_id, "w")
+        leases.acquire(study_id, "w")
     assert leases.snapshot(study_id).seconds_left == 0.0
-    assert leases.take_promotion(study_id, "w")
+    assert leases.acquire_promotion(study_id, "w")
     leases.finish_promotion(study_id, "w", 1)
     assert leases.reopen(study_id, trials=5, timeout_s=0.3).status == "finished"
     row = leases.reopen(study_id, timeout_s=600)
@@ -455,12 +506,12 @@ def test_an_exhausted_study_ends_with_the_trials_in_flight(leases: Leases) -> No
     study_id = open_study(leases, Terms(budget=5))
     lease = take(leases, study_id, "w")
     leases.exhaust(study_id)
-    assert leases.take(study_id, "w") is None
+    assert leases.acquire(study_id, "w") is None
     leases.release(lease)
-    assert not leases.take_promotion(study_id, "w")
+    assert not leases.acquire_promotion(study_id, "w")
     finish(leases, take(leases, study_id, "w"))
     with pytest.raises(StudyOver, match="exhausted") as caught:
-        leases.take(study_id, "w")
+        leases.acquire(study_id, "w")
     assert caught.value.reason == "exhausted"
 
 
@@ -470,21 +521,21 @@ def test_an_exhausted_study_ends_with_the_trials_in_flight(leases: Leases) -> No
 def promote(url: str, study_id: int, worker: str, gate: str) -> None:
     """Ends with status 1 for the one that may promote. All wait for a lock, to come at the same time."""
     leases = Leases(trial_storage(url))
-    leases.storage.connection.run("SELECT pg_advisory_lock_shared(%s)", (int(gate),))
-    sys.exit(int(leases.take_promotion(study_id, worker)))
+    leases.storage.connection.execute("SELECT pg_advisory_lock_shared(%s)", given=(int(gate),))
+    sys.exit(int(leases.acquire_promotion(study_id, worker)))
 
 
 def test_one_of_many_promotes(leases: Leases, elsewhere: Leases, database_url: str) -> None:
     study_id = open_study(leases, Terms(budget=1))
-    assert not leases.take_promotion(study_id, "w")
+    assert not leases.acquire_promotion(study_id, "w")
     lease = take(leases, study_id, "w")
-    assert not leases.take_promotion(study_id, "w")
+    assert not leases.acquire_promotion(study_id, "w")
     finish(leases, lease)
-    elsewhere.storage.connection.run("SELECT pg_advisory_lock(99)")
+    elsewhere.storage.connection.execute("SELECT pg_advisory_lock(99)")
     processes = [start(promote, database_url, study_id, f"w{i}", "99") for i in range(6)]
     waiting = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted HAVING count(*) = 6"
-    until(lambda: leases.storage.connection.run(waiting))
-    elsewhere.storage.connection.run("SELECT pg_advisory_unlock(99)")
+    until(lambda: leases.storage.connection.execute(waiting))
+    elsewhere.storage.connection.execute("SELECT pg_advisory_unlock(99)")
     for process in processes:
         process.join(60)
     assert Counter(process.exitcode for process in processes) == {0: 5, 1: 1}
@@ -493,20 +544,42 @@ def test_one_of_many_promotes(leases: Leases, elsewhere: Leases, database_url: s
 def test_a_promotion_is_a_lease_that_runs_out_and_is_done_once(leases: Leases) -> None:
     study_id = open_study(leases, Terms(budget=1, lease_s=0.3))
     finish(leases, take(leases, study_id, "w"))
-    assert leases.take_promotion(study_id, "slow")
-    assert leases.take_promotion(study_id, "slow")
-    assert until(lambda: leases.take_promotion(study_id, "quick"))
+    assert leases.acquire_promotion(study_id, "slow")
+    assert leases.acquire_promotion(study_id, "slow")
+    assert until(lambda: leases.acquire_promotion(study_id, "quick"))
     with pytest.raises(LeaseLost, match="has left worker slow"):
         leases.finish_promotion(study_id, "slow", 1)
     leases.finish_promotion(study_id, "quick", 2)
     leases.finish_promotion(study_id, "quick", 2)  # as after a lost connection
-    assert not leases.take_promotion(study_id, "quick")
+    assert not leases.acquire_promotion(study_id, "quick")
     snapshot = leases.snapshot(study_id)
     assert (snapshot.status, snapshot.promoted_version) == ("finished", 2)
-    row = leases.set_budget(study_id, 2)
+    row = leases.reopen(study_id, trials=2)
     assert (row.status, row.promoted_version) == ("open", None)
     finish(leases, take(leases, study_id, "w"))
-    assert leases.take_promotion(study_id, "w")
+    assert leases.acquire_promotion(study_id, "w")
+
+
+def test_a_promotion_that_is_held_keeps_its_lease(leases: Leases, elsewhere: Leases) -> None:
+    study_id = open_study(leases, Terms(budget=1, lease_s=0.4))
+    with leases.promotion(study_id, "early") as held:
+        assert not held
+    finish(leases, take(leases, study_id, "w"))
+
+    def expires() -> datetime:
+        row = leases.study(study_id)
+        assert row is not None
+        assert row.promoter_expires_at is not None
+        return row.promoter_expires_at
+
+    with leases.promotion(study_id, "w") as held:
+        assert held
+        first = expires()
+        until(lambda: expires() > first + timedelta(seconds=1))
+        with elsewhere.promotion(study_id, "other") as second:
+            assert not second
+        leases.finish_promotion(study_id, "w", 1)
+    assert leases.snapshot(study_id).promoted_version == 1
 
 
 # ------------------------------------------------------------------------------------------------------------ displays
@@ -528,7 +601,7 @@ def test_a_snapshot_shows_counts_the_best_and_who_works_on_what(
     for lease, value in zip(held, [0.5, float("-inf"), float("inf"), 0.25], strict=False):
         finish(leases, lease, value)
     leases.storage.finish_trial(held[4].trial_id, TrialState.PRUNED, [0.0])
-    leases.renew("w", {held[5]: Beat(12, 3, float("nan"))})
+    leases.renew("w", {held[5]: Progress(12, 3, float("nan"))})
     leases.storage.create_new_trial(study_id, optuna.trial.create_trial(state=TrialState.WAITING))
     snapshot = leases.snapshot(study_id)
     assert snapshot.counts == {"complete": 4, "pruned": 1, "failed": 0, "running": 1, "waiting": 1}
@@ -536,7 +609,11 @@ def test_a_snapshot_shows_counts_the_best_and_who_works_on_what(
     (trial,) = snapshot.in_flight
     assert (trial.number, trial.worker, trial.host, trial.device) == (5, "w", "host", "cpu")
     assert (trial.epoch, trial.metric, trial.attempt, trial.alive) == (3, None, 1, True)
-    assert snapshot.places == (Place("far", "cuda:1", 1), Place("host", "cpu", 2), Place("host", None, 1))
+    assert snapshot.worker_groups == (
+        WorkerGroup("far", "cuda:1", 1),
+        WorkerGroup("host", "cpu", 2),
+        WorkerGroup("host", None, 1),
+    )
     assert snapshot.workers == 4
     assert snapshot.seconds_left is not None
     assert 0 < snapshot.seconds_left <= 600
@@ -568,6 +645,6 @@ def test_deleting_a_study_removes_its_terms_and_leases(leases: Leases) -> None:
     lease = take(leases, study_id, "w")
     leases.storage.delete_study(study_id)
     assert leases.study(study_id) is None
-    assert leases.renew("w", {lease: Beat(1)}).lost == {lease}
+    assert leases.renew("w", {lease: Progress(1)}).lost == {lease}
     with pytest.raises(KeyError):
         leases.snapshot(study_id)

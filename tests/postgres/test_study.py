@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -15,27 +15,22 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from hpo.models.bundle import Predictions
-from hpo.models.data import DataError
+from hpo.datasets import Datasets
+from hpo.models.bundle.predictions import Predictions
+from hpo.models.data.sequences import DataError
 from hpo.storage.artifacts import artifact_store
-from hpo.storage.leases import StudyOver
+from hpo.storage.errors import StudyOver
+from hpo.storage.leases import Lease
 from hpo.storage.trials import TrialStorage, trial_storage
 from hpo.study.config import SAMPLERS, StudyConfig, load
-from hpo.study.lifecycle import (
-    BEGUN,
-    OpenStudy,
-    Plan,
-    StudyError,
-    ask,
-    create_or_open,
-    exhausted,
-    make_pruner,
-    open_study,
-    ranked,
-)
+from hpo.study.lifecycle import BEGUN, OpenStudy, create_or_open, open_study
+from hpo.study.plan import Plan, StudyError
+from hpo.study.pruning import make_pruner
 from hpo.terminal import show_predictions
-from hpo.trial.run import drop_spent_checkpoints
-from hpo.worker.worker import Attention
+from hpo.trial.checkpoints import drop_spent_checkpoints
+from hpo.trial.context import StopReason, TrialContext, WorkerResources
+from hpo.trial.device_lock import SharedExclusiveLock
+from tests.conftest import wait_for
 
 FINITE = """
 normalization = "none"
@@ -80,13 +75,19 @@ def opened(config: Callable[..., StudyConfig], storage: TrialStorage, tmp_path: 
     return lambda **given: create_or_open(config(**given), storage, artifact_store(str(tmp_path / "artifacts")))
 
 
+def acquire(study: OpenStudy, worker: str = "tester") -> Lease:
+    """A trial's lease that nobody renews."""
+    lease = study.leases.acquire(study.study_id, worker, "cpu")
+    assert lease is not None
+    return lease
+
+
 def run(study: OpenStudy, count: int) -> list[dict[str, Any]]:
-    """Take, ask and complete `count` trials, each worth its hidden size."""
+    """Take, draw and complete `count` trials, each worth its hidden size."""
     drawn = []
     for _ in range(count):
-        lease = study.leases.take(study.study_id, "tester", "cpu")
-        assert lease is not None
-        params = ask(study, lease)
+        lease = acquire(study)
+        params = study.sampler.parameters(lease.trial_id)
         study.storage.finish_trial(lease.trial_id, TrialState.COMPLETE, [float(params["hidden_size"])])
         drawn.append(params)
     return drawn
@@ -111,7 +112,7 @@ def test_the_grid_covers_a_finite_space_once_and_no_dropout_twice(opened: Callab
     study = opened(study='sampler = "grid"\ntrials = 50', space=FINITE)
     drawn = run(study, 12)
     assert len({tuple(params.items()) for params in drawn}) == 12
-    assert exhausted(study)
+    assert study.sampler.exhausted()
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "random"])
@@ -119,10 +120,10 @@ def test_a_small_space_is_drawn_without_repetition(opened: Callable[..., OpenStu
     study = opened(study=f'sampler = "{sampler}"\ntrials = 50', space=FINITE)
     drawn = run(study, 12)
     assert len({tuple(params.items()) for params in drawn}) == 12
-    assert exhausted(study)
+    assert study.sampler.exhausted()
     study.leases.exhaust(study.study_id)
     with pytest.raises(StudyOver, match="exhausted"):
-        study.leases.take(study.study_id, "tester", "cpu")
+        acquire(study)
 
 
 def test_a_continuous_range_has_no_grid(opened: Callable[..., OpenStudy]) -> None:
@@ -132,26 +133,23 @@ def test_a_continuous_range_has_no_grid(opened: Callable[..., OpenStudy]) -> Non
 
 def test_an_adopted_trial_keeps_its_parameters(opened: Callable[..., OpenStudy]) -> None:
     study = opened(study="trials = 1")
-    lease = study.leases.take(study.study_id, "one", "cpu")
-    assert lease is not None
-    params = ask(study, lease)
+    lease = acquire(study, "one")
+    params = study.sampler.parameters(lease.trial_id)
     study.leases.release(lease)
-    adopted = study.leases.take(study.study_id, "two", "cpu")
-    assert adopted is not None
+    adopted = acquire(study, "two")
     assert adopted.number == lease.number
-    assert ask(study, adopted) == params
+    assert study.sampler.parameters(adopted.trial_id) == params
 
 
 def test_alike_values_go_to_the_lower_log_loss(opened: Callable[..., OpenStudy]) -> None:
     """60 sequences less the 12 of the holdout: half a sequence's share is 0.0104."""
     study = opened(study="trials = 4")
     for value, log_loss in ((0.900, 0.7), (0.892, 0.3), (0.889, 0.1), (0.900, 0.5)):
-        lease = study.leases.take(study.study_id, "tester", "cpu")
-        assert lease is not None
-        ask(study, lease)
+        lease = acquire(study)
+        study.sampler.parameters(lease.trial_id)
         attributes = {"log_loss": log_loss, "seed": 1}
         study.storage.finish_trial(lease.trial_id, TrialState.COMPLETE, [value], attributes)
-    assert [trial.number for trial in ranked(study)] == [1, 3, 0, 2]
+    assert [record.number for record in study.best_first()] == [1, 3, 0, 2]
 
 
 def test_a_plan_survives_the_database(opened: Callable[..., OpenStudy], storage: TrialStorage) -> None:
@@ -163,13 +161,12 @@ def test_a_plan_survives_the_database(opened: Callable[..., OpenStudy], storage:
 @pytest.mark.parametrize("pruner", ["hyperband", "halving", "median", "none"])
 def test_every_pruner_is_made_for_the_epochs_of_the_study(opened: Callable[..., OpenStudy], pruner: str) -> None:
     study = opened(study=f'pruner = "{pruner}"')
-    lease = study.leases.take(study.study_id, "tester", "cpu")
-    assert lease is not None
-    ask(study, lease)
+    lease = acquire(study)
+    study.sampler.parameters(lease.trial_id)
     for epoch in range(1, 51):
         study.storage.set_trial_intermediate_value(lease.trial_id, epoch, epoch / 50)
         trial = study.storage.get_trial(lease.trial_id)
-        assert not make_pruner(study.plan).prune(study.study, trial)  # a first trial has nobody to lose against
+        assert not make_pruner(study.plan).prune(study.optuna_study, trial)  # a first trial has nobody to lose against
 
 
 def test_other_data_under_the_same_name_are_refused(
@@ -205,7 +202,7 @@ def test_launches_of_one_file_at_once_fill_one_study_once(
     def launch(_: int) -> list[TrialState]:
         with closing(trial_storage(database_url)) as mine:
             study = create_or_open(written, mine, artifact_store(str(tmp_path / "artifacts")))
-            return [trial.state for trial in study.study.get_trials()]
+            return [trial.state for trial in study.optuna_study.get_trials()]
 
     with ThreadPoolExecutor(6) as pool:
         for states in pool.map(launch, range(6)):
@@ -220,7 +217,7 @@ def test_a_study_half_made_by_a_launch_that_died_is_completed(
     storage.set_study_system_attr(study._study_id, BEGUN, True)
     study.enqueue_trial({"hidden_size": 16})
     found = create_or_open(written, storage, artifact_store(str(tmp_path / "artifacts")))
-    fixed = [trial.system_attrs["fixed_params"] for trial in found.study.get_trials()]
+    fixed = [trial.system_attrs["fixed_params"] for trial in found.optuna_study.get_trials()]
     assert fixed == [{"hidden_size": 16}, {"hidden_size": 32}]
 
 
@@ -235,33 +232,39 @@ def test_data_that_cannot_be_split_leave_no_study_behind(
 
 def test_a_failed_trial_leaves_no_checkpoint(opened: Callable[..., OpenStudy], tmp_path: Path) -> None:
     study, store = opened(), artifact_store(str(tmp_path / "artifacts"))
-    lease = study.leases.take(study.study_id, "tester", "cpu")
-    assert lease is not None
+    leases = study.leases
+    lease = acquire(study)
     store.put("checkpoint-1", b"state")
-    study.leases.checkpoint(lease, "checkpoint-1", 1)
-    drop_spent_checkpoints(study, store)
+    leases.checkpoint(lease, "checkpoint-1", 1)
+    drop_spent_checkpoints(leases, store, study.study_id)
     assert store.exists("checkpoint-1")
     study.storage.finish_trial(lease.trial_id, TrialState.FAIL, None)
-    drop_spent_checkpoints(study, store)
+    drop_spent_checkpoints(leases, store, study.study_id)
     assert not store.exists("checkpoint-1")
 
 
-def test_a_stopped_study_ends_its_trial_and_a_signal_the_worker(opened: Callable[..., OpenStudy]) -> None:
-    study = opened()
-    attention = Attention(study.leases, "tester")
-    lease = study.leases.take(study.study_id, "tester", "cpu")
-    assert lease is not None
-    study.leases.stop(study.study_id)
-    with attention.holding(lease, 1.0):
-        deadline = time.monotonic() + 30
-        while not attention.asked_to_stop:
-            assert time.monotonic() < deadline, "the news did not come"
-            time.sleep(0.02)
-    assert not attention.told
-    attention.stop()
-    with attention.holding(lease, 60.0):
-        assert attention.asked_to_stop
-    assert attention.told
+def test_a_stopped_study_ends_its_trial_and_a_signal_the_worker(
+    opened: Callable[..., OpenStudy], tmp_path: Path
+) -> None:
+    study, store, stop = opened(study="lease = 1"), artifact_store(str(tmp_path / "artifacts")), threading.Event()
+    resources = WorkerResources("tester", "cpu", store, Datasets(store), SharedExclusiveLock(), stop)
+    sequences = resources.datasets.get(study.plan.train)
+    leases = study.leases
+    with leases.take(study.study_id, "tester", "cpu") as lease:
+        assert lease is not None
+        context = TrialContext(study, lease, resources, sequences)
+        assert context.stop_reason is None
+        leases.stop(study.study_id)
+        wait_for(lambda: context.stop_reason is not None, 30)
+        assert context.stop_reason is StopReason.STUDY_STOPPED
+        assert not stop.is_set()
+    leases.reopen(study.study_id)
+    with leases.take(study.study_id, "tester", "cpu") as lease:
+        assert lease is not None
+        context = TrialContext(study, lease, resources, sequences)
+        assert context.stop_reason is None
+        stop.set()
+        assert context.stop_reason is StopReason.WORKER_STOPS
 
 
 def test_class_names_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from hpo.storage import postgres
+from hpo.storage.server import server as embedded
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -35,7 +35,7 @@ def test_kills_of_workers_and_of_the_server_lose_double_and_change_nothing(
     try:
         report = chaos.run(tmp_path, trials=120, count=3, every_s=1.5)
     finally:
-        postgres.stop()
+        embedded.stop()
     assert report.faults() == []
     assert report.kills >= 2
     assert (report.stops, report.crashes) == (1, 1)

@@ -14,8 +14,9 @@ import psutil
 import pytest
 from optuna.trial import FrozenTrial
 
-from hpo.launcher.forkserver import Forked, Host, HostError, forks
-from hpo.launcher.launch import LaunchError, LocalWorkers, warm_host
+from hpo.launcher.forkserver import ForkedProcess, ForkServer, ForkServerError, forks
+from hpo.launcher.local import LocalWorkers, start_forkserver
+from hpo.launcher.workers import LaunchError
 from hpo.storage.artifacts import artifact_store
 from hpo.storage.trials import trial_storage
 from hpo.study.config import load
@@ -50,8 +51,8 @@ def opened(here: Path, study_file: Callable[..., Path], database_url: str) -> It
 
 
 @pytest.fixture(scope="module")
-def host() -> Iterator[Host]:
-    with Host() as warm:
+def host() -> Iterator[ForkServer]:
+    with ForkServer() as warm:
         yield warm
 
 
@@ -72,14 +73,14 @@ def over(opened: OpenStudy) -> bool:
     return opened.leases.snapshot(opened.study_id).status == "finished"
 
 
-def forked(host: Host, index: int, log: Path, environment: dict[str, str]) -> Forked:
+def forked(host: ForkServer, index: int, log: Path, environment: dict[str, str]) -> ForkedProcess:
     """A worker of a host that was started outside this test's environment."""
     log.parent.mkdir(parents=True, exist_ok=True)
     return host.fork(index, log, environment | {"HPO_WORKER_INDEX": str(index)}, {"study": "waves"})
 
 
 def test_two_forked_workers_finish_a_study_and_leave_their_logs(
-    host: Host, opened: Callable[..., OpenStudy], here: Path, environment: dict[str, str], trials: Trials
+    host: ForkServer, opened: Callable[..., OpenStudy], here: Path, environment: dict[str, str], trials: Trials
 ) -> None:
     opened(trials=4, epochs=3)
     logs = [here / f"worker-{index}.log" for index in range(2)]
@@ -95,7 +96,7 @@ def test_two_forked_workers_finish_a_study_and_leave_their_logs(
     assert {trial.user_attrs["worker"].rpartition("-")[2] for trial in trials()} <= {str(w.pid) for w in workers}
 
 
-def test_a_host_stays_fit_to_fork(host: Host, opened: Callable[..., OpenStudy], here: Path) -> None:
+def test_a_host_stays_fit_to_fork(host: ForkServer, opened: Callable[..., OpenStudy], here: Path) -> None:
     """One thread, no connection; a worker leads a session of its own and holds none of the host's pipes."""
     opened(trials=1, epochs=ENDLESS)
     worker = forked(host, 0, here / "worker-0.log", dict(os.environ))
@@ -122,7 +123,7 @@ def text(path: Path) -> str:
 
 LATE = """
 import sys
-from hpo.launcher.forkserver import preload
+from hpo.launcher.forkserver_process import preload
 
 preload()
 had = set(sys.modules)
@@ -149,8 +150,8 @@ def test_a_killed_worker_is_started_again_and_trials_stay_exact(
 ) -> None:
     monkeypatch.setenv("HPO_START", start)
     study = opened(trials=3, epochs=LONG)
-    with warm_host() as host, LocalWorkers("waves", count, host=host) as group:
-        assert (host is None) == (start == "spawn")
+    with start_forkserver() as server, LocalWorkers("waves", count, server=server) as group:
+        assert (server is None) == (start == "spawn")
         tend_until(group, lambda: at_work(study) > 0)
         victim = group.processes[0]
         assert victim.popen.pid is not None
@@ -172,7 +173,7 @@ def test_stop_gives_trials_back_and_leaves_no_process(
 ) -> None:
     monkeypatch.setenv("HPO_START", start)
     study = opened(trials=2, epochs=ENDLESS)
-    with warm_host() as host, LocalWorkers("waves", 2, host=host) as group:
+    with start_forkserver() as server, LocalWorkers("waves", 2, server=server) as group:
         if busy:
             tend_until(group, lambda: at_work(study) == 2)
         group.stop()
@@ -186,8 +187,8 @@ def test_a_worker_that_dies_at_once_ends_the_launch_with_the_tail_of_its_log(
     opened(trials=2, epochs=1)
     (tmp_path / "file").touch()
     monkeypatch.setenv("HPO_ARTIFACTS", str(tmp_path / "file"))
-    monkeypatch.setattr(sys.modules["hpo.launcher.launch"], "PAUSE_S", 0.01)
-    with warm_host() as host, LocalWorkers("waves", 2, host=host) as group:
+    monkeypatch.setattr(sys.modules["hpo.launcher.local"], "PAUSE_S", 0.01)
+    with start_forkserver() as server, LocalWorkers("waves", 2, server=server) as group:
         with pytest.raises(
             LaunchError, match=r"every worker of study 'waves' ended with an error, 5 restarts each"
         ) as got:
@@ -203,9 +204,13 @@ def test_a_host_that_cannot_begin_ends_the_launch_with_its_last_words(
     (tmp_path / "torch.py").write_text("raise ImportError('no torch today')")
     opened(trials=2, epochs=1)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    monkeypatch.setattr(sys.modules["hpo.launcher.launch"], "PAUSE_S", 0.01)
-    words = "ImportError: no torch today\nthe host process ended with status 1"
-    with warm_host() as host, LocalWorkers("waves", 1, host=host) as group, pytest.raises(LaunchError, match=words):
+    monkeypatch.setattr(sys.modules["hpo.launcher.local"], "PAUSE_S", 0.01)
+    words = "ImportError: no torch today\nthe fork server ended with status 1"
+    with (
+        start_forkserver() as server,
+        LocalWorkers("waves", 1, server=server) as group,
+        pytest.raises(LaunchError, match=words),
+    ):
         tend_until(group, lambda: False)
 
 
@@ -215,7 +220,9 @@ def launched(file: Path, environment: dict[str, str]) -> subprocess.Popen[str]:
 
 
 def host_of(launcher: int) -> psutil.Process:
-    return next(child for child in psutil.Process(launcher).children() if "hpo.launcher.forkserver" in child.cmdline())
+    return next(
+        child for child in psutil.Process(launcher).children() if "hpo.launcher.forkserver_process" in child.cmdline()
+    )
 
 
 def test_a_killed_host_ends_its_workers_and_the_study_ends_exactly(
@@ -257,5 +264,5 @@ def test_an_error_before_the_study_exists_leaves_no_host(cli: Cli, environment: 
 
 def test_an_unknown_way_to_start_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HPO_START", "vfork")
-    with pytest.raises(HostError, match="HPO_START must be fork or spawn, got 'vfork'"):
+    with pytest.raises(ForkServerError, match="HPO_START must be fork or spawn, got 'vfork'"):
         forks()

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from optuna.trial import FrozenTrial, TrialState
 
-from hpo.models.bundle import load
-from hpo.models.data import read
+from hpo.models.bundle.bundle import load
+from hpo.models.data.readers import read
 from hpo.models.metrics import score
 from hpo.storage.artifacts import artifact_store
 from hpo.storage.leases import Leases
@@ -324,7 +324,7 @@ def test_a_full_disk_is_a_clear_error_and_loses_no_finished_trial(
     space = SMALL.replace("hidden_size = { low = 4, high = 12, step = 4 }", "hidden_size = [4, 256]")
     more = "[[enqueue]]\nhidden_size = 4\n[[enqueue]]\nhidden_size = 256\n"
     file = study_file(trials=2, epochs=2, space=space, more=more)
-    hasty = "import sys, hpo.cli; sys.modules['hpo.launcher.launch'].PAUSE_S = 0.1; hpo.cli.main()"
+    hasty = "import hpo.cli, hpo.launcher.local as local; local.PAUSE_S = 0.1; hpo.cli.main()"
     command = [*mount, str(artifacts), sys.executable, "-P", "-c", hasty, "launch", str(file), "--workers", "1"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
@@ -368,10 +368,10 @@ def test_the_library_needs_no_main_guard(
     study_file(trials=2, epochs=1)
     script = tmp_path / "script.py"
     script.write_text(
-        "import hpo\nfrom hpo.models.data import read\n"
+        "import hpo\n"
         'summary = hpo.launch("waves.toml", workers=2)\n'
         'model = hpo.load(summary["model"]["path"])\n'
-        'print(len(model.predict(read("waves.npz")).labels))\n'
+        'print(len(model.predict(hpo.read("waves.npz")).labels))\n'
     )
     done = subprocess.run([sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

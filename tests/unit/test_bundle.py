@@ -19,10 +19,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from hpo.models import bundle, card, metrics
-from hpo.models.bundle import Bundle, BundleConfig, BundleError
-from hpo.models.classifier import NORMALIZATIONS, POOLINGS, Classifier, ClassifierConfig
-from hpo.models.data import DataError, from_arrays
+from hpo.models import metrics
+from hpo.models.bundle import bundle, card
+from hpo.models.bundle.bundle import Bundle
+from hpo.models.bundle.config import BundleConfig, BundleError, preprocessing
+from hpo.models.classifier import Classifier
+from hpo.models.config import ClassifierConfig
+from hpo.models.data.sequences import DataError, from_arrays
+from tests.unit.test_classifier import NORMALIZATIONS, POOLINGS
 
 LENGTHS = (9, 3, 1, 5, 9, 2, 8)
 CURVE = {"train_loss": [0.9, 0.5, 0.3], "value": [0.6, 0.9, 0.8], "log_loss": [0.8, 0.4, 0.5]}
@@ -386,7 +390,7 @@ class TestCard:
 
     def test_lists_what_happens_before_the_lstm(self) -> None:
         _, config = make(normalization="channel", patch_length=4, sequence_length=5)
-        steps = card.preprocessing(config.classifier)
+        steps = preprocessing(config.classifier)
         assert [word for word in ("last 5 steps", "`mean`", "4 consecutive") if any(word in s for s in steps)] == [
             "last 5 steps",
             "`mean`",

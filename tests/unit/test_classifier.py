@@ -8,17 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from hpo.models.classifier import (
-    NORMALIZATIONS,
-    POOLINGS,
-    Classifier,
-    ClassifierConfig,
-    ClassifierError,
-    channel_statistics,
-    crop_last,
-    fold_patches,
-)
+from hpo.models.classifier import Classifier, channel_statistics, crop_last, fold_patches
+from hpo.models.config import ClassifierConfig, ClassifierError
+from hpo.models.fields import rules
 
+POOLINGS = rules(ClassifierConfig)["pooling"].names
+NORMALIZATIONS = rules(ClassifierConfig)["normalization"].names
 LENGTHS = torch.tensor([9, 3, 1, 5])
 VARIABLE = [name for name in POOLINGS if name != "flatten"]
 TOLERANCE = 2e-6  # float32 sums of some ten terms, in another order where the batch has another shape

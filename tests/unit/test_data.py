@@ -15,18 +15,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from hpo.models.data import (
-    READERS,
-    DataError,
-    Sequences,
-    check_trainable,
-    fingerprint,
-    from_arrays,
-    load,
-    read,
-    save,
-    to_bytes,
-)
+from hpo.models.data.canonical import fingerprint, load, save, to_bytes
+from hpo.models.data.readers import READERS, read
+from hpo.models.data.sequences import DataError, Sequences, from_arrays
+from hpo.models.data.splits import check_trainable
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "data"
 NAN = float("nan")
@@ -778,6 +770,9 @@ def test_the_module_is_light() -> None:
     """Workers and the command line import it: no torch, scikit-learn or pyarrow."""
     import subprocess
 
-    code = "import hpo.models.data, sys; print([m for m in ('torch', 'sklearn', 'pyarrow') if m in sys.modules])"
+    code = (
+        "import hpo.models.data.canonical, hpo.models.data.readers, hpo.models.data.splits, sys; "
+        "print([m for m in ('torch', 'sklearn', 'pyarrow') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

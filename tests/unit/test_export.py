@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from hpo.models import bundle, export
-from hpo.models.bundle import BundleError
-from hpo.models.data import Sequences, from_arrays
-from hpo.models.export import ExportError
+from hpo.models.bundle import bundle, export
+from hpo.models.bundle.config import BundleError, to_json
+from hpo.models.bundle.export import ExportError
+from hpo.models.data.sequences import Sequences, from_arrays
 from tests.unit.test_bundle import CURVE, make, run_example, sequences
 
 
@@ -38,7 +38,7 @@ def light(folder: Path, **given: Any) -> Path:
     states, config = make(**given)
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(bundle.pack(states))
-    (folder / "config.json").write_text(bundle._to_json(config))
+    (folder / "config.json").write_text(to_json(config))
     return folder
 
 

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from sklearn import metrics as sk
 
 from hpo.models import metrics
-from hpo.models.metrics import METRICS, MetricError
+from hpo.models.config import METRICS
+from hpo.models.metrics import MetricError
 
 
 def drawn(N: int, K: int, seed: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
@@ -200,10 +201,3 @@ def test_resamples_never_lose_a_class() -> None:
     weights = metrics._resample(y, 100, np.random.default_rng(0))
     assert (weights[:, 50] == 1).all()
     assert (weights[:, :50].sum(axis=1) == 50).all()
-
-
-def test_calibration_is_the_gap_between_confidence_and_accuracy() -> None:
-    p = np.array([[0.2, 0.8]] * 10)
-    assert metrics.calibration(p, np.array([1] * 8 + [0] * 2)) == pytest.approx(0)
-    assert metrics.calibration(p, np.array([1] * 5 + [0] * 5)) == pytest.approx(0.3)
-    assert metrics.calibration(np.array([[0.0, 1.0]]), np.array([0])) == pytest.approx(1)

@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from hpo.models import native
-from hpo.models.native import Kernel, NativeError
+from hpo.models.kernel import native
+from hpo.models.kernel.native import Kernel, NativeError
 
 # How much farther from float64 than torch's float32 it may be, by the largest error of a tensor. Both add the same
 # products in orders of their own and round each gate to some units in the last place, so their errors are alike in
@@ -273,7 +273,8 @@ def test_what_it_cannot_take_is_refused(kernel: Kernel, change: Change, message:
 
 
 def test_two_processes_build_it_at_once(kernel: Kernel, tmp_path: Path) -> None:
-    code = f"from pathlib import Path; from models import native; print(native.load(Path({str(tmp_path)!r})).name)"
+    load = f"native.load(Path({str(tmp_path)!r}))"
+    code = f"from pathlib import Path; from hpo.models.kernel import native; print({load}.name)"
     processes = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
     names = [process.communicate()[0].strip() for process in processes]
     assert names == [kernel.name] * 2

@@ -9,17 +9,20 @@ from typing import Any
 import pytest
 import torch
 
-from hpo.models.optimizers import Optimizer
-from hpo.models.training import OPTIMIZERS, TrainingConfig
+from hpo.models.config import TrainingConfig
+from hpo.models.fields import rules
+from hpo.models.training.optimizers import Optimizer
 
+OPTIMIZERS = rules(TrainingConfig)["optimizer"].names
 THEIRS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD, "rmsprop": torch.optim.RMSprop}
 SIZES = (301, 17)
 TRAINING = """
 import sys
 import numpy as np
-from hpo.models.classifier import ClassifierConfig
-from hpo.models.data import from_arrays
-from hpo.models.training import Training, TrainingConfig
+from hpo.models.config import ClassifierConfig
+from hpo.models.data.sequences import from_arrays
+from hpo.models.config import TrainingConfig
+from hpo.models.training.training import Training
 rows = np.arange(8)
 sequences = from_arrays(np.random.default_rng(0).normal(size=(8, 3, 1)), rows % 2)
 config = ClassifierConfig(features=1, classes=2, steps=3, hidden_size=4)

@@ -14,8 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
 
+from hpo.study import entries
 from hpo.study import space as spaces
-from hpo.study.space import PARAMETERS, Choices, Entry, Range, SpaceError
+from hpo.study.entries import Choices, Entry, Range, SpaceError
+from hpo.study.space import PARAMETERS
 
 POWER: dict[str, Any] = {"n": 67, "steps": 24, "features": 1, "classes": 2, "variable": False}
 VOWELS: dict[str, Any] = {"n": 270, "steps": 29, "features": 12, "classes": 9, "variable": True}
@@ -67,9 +69,13 @@ def parsed(table: dict[str, Any]) -> dict[str, Entry]:
     return {name: spaces.parse(name, value) for name, value in table.items()}
 
 
+def default_space(facts: dict[str, Any]) -> dict[str, Entry]:
+    return spaces.default_space(n=facts["n"], steps=facts["steps"], features=facts["features"])
+
+
 def whole(table: dict[str, Any]) -> dict[str, Entry]:
     """A space with an entry for every parameter, defaults where the table has none."""
-    return spaces.default_space(**POWER) | parsed(table)
+    return default_space(POWER) | parsed(table)
 
 
 # --- entries ---
@@ -134,7 +140,7 @@ def test_a_whole_number_written_for_a_float_becomes_one() -> None:
 @given(tables())
 def test_entries_survive_being_written(table: dict[str, Any]) -> None:
     space = parsed(table)
-    again = parsed({name: spaces.unparse(entry) for name, entry in space.items()})
+    again = parsed({name: entries.unparse(entry) for name, entry in space.items()})
     assert repr(again) == repr(space)  # repr tells True from 1 and 1 from 1.0
 
 
@@ -159,7 +165,7 @@ def test_a_drawn_configuration_lies_in_its_space_with_its_types(
     assert list(params) == list(PARAMETERS)
     assert [type(value) for value in params.values()] == [PARAMETERS[name].kind for name in params]
     for name, value in params.items():
-        assert not spaces.is_active(name, params) or spaces.contains(space[name], value)
+        assert not spaces.is_active(name, params) or entries.contains(space[name], value)
     assert spaces.check_params(space, params) == params
 
 
@@ -241,7 +247,7 @@ SMALL: dict[str, Any] = {
 )
 def test_cardinality_counts_what_walk_can_give(table: dict[str, Any]) -> None:
     space = whole(SMALL | table)
-    every = {name: spaces.values(entry) for name, entry in space.items()}
+    every = {name: entries.values(entry) for name, entry in space.items()}
     configurations = set()
     for values in itertools.product(*(found for found in every.values() if found is not None)):
         choice = dict(zip(every, values, strict=True))
@@ -253,20 +259,20 @@ def test_cardinality_counts_what_walk_can_give(table: dict[str, Any]) -> None:
 @given(written("hidden_size"))
 def test_values_of_a_whole_number_entry_are_those_that_it_contains(table: Any) -> None:
     entry = spaces.parse("hidden_size", table)
-    assert sorted(spaces.values(entry) or []) == [k for k in range(1, 400) if spaces.contains(entry, k)]
-    assert spaces.size(entry) == len(spaces.values(entry) or [])
+    assert sorted(entries.values(entry) or []) == [k for k in range(1, 400) if entries.contains(entry, k)]
+    assert entries.size(entry) == len(entries.values(entry) or [])
 
 
 def test_values_of_a_stepped_float_are_those_of_optuna() -> None:
     entry = spaces.parse("dropout", {"low": 0.1, "high": 0.7, "step": 0.2})
-    assert spaces.values(entry) == [0.1, 0.3, 0.5, 0.7]
-    item = spaces.distribution(entry)
+    assert entries.values(entry) == [0.1, 0.3, 0.5, 0.7]
+    item = entries.distribution(entry)
     assert item is not None
     assert [k / 100 for k in range(100) if item._contains(k / 100)] == [0.1, 0.3, 0.5, 0.7]
 
 
 def test_a_continuous_range_has_no_cardinality_unless_it_is_never_active() -> None:
-    assert spaces.cardinality(spaces.default_space(**POWER)) is None
+    assert spaces.cardinality(default_space(POWER)) is None
     continuous = {"low": 0.0, "high": 0.5}
     assert spaces.cardinality(whole(SMALL | {"layers": [1, 2], "head_size": 0, "dropout": continuous})) is None
     never = whole(SMALL | {"layers": 1, "head_size": 0, "dropout": continuous})
@@ -290,8 +296,8 @@ def test_a_continuous_range_has_no_cardinality_unless_it_is_never_active() -> No
     ],
 )
 def test_default_patches_follow_from_the_length(steps: int, patches: Any) -> None:
-    space = spaces.default_space(**POWER | {"steps": steps})
-    assert spaces.unparse(space["patch_length"]) == patches
+    space = default_space(POWER | {"steps": steps})
+    assert entries.unparse(space["patch_length"]) == patches
 
 
 @untimed
@@ -304,21 +310,21 @@ def test_default_patches_follow_from_the_length(steps: int, patches: Any) -> Non
 )
 def test_defaults_fit_any_data(**facts: Any) -> None:
     space = spaces.complete({}, **facts)
-    assert space == spaces.default_space(**facts)
+    assert space == default_space(facts)
     assert list(space) == list(PARAMETERS)
-    patches, batches = spaces.values(space["patch_length"]), spaces.values(space["batch_size"])
+    patches, batches = entries.values(space["patch_length"]), entries.values(space["batch_size"])
     assert patches is not None
     assert batches is not None
     assert max(batches) <= facts["n"]
     remaining = [math.ceil(facts["steps"] / k) for k in patches if isinstance(k, int)]
     assert remaining[0] <= spaces.PATCHES_MOST
     assert all(left >= spaces.PATCHES_LEAST for left in remaining[1:])
-    assert "flatten" not in (spaces.values(space["pooling"]) or [])
-    assert {name: spaces.parse(name, spaces.unparse(entry)) for name, entry in space.items()} == space
+    assert "flatten" not in (entries.values(space["pooling"]) or [])
+    assert {name: spaces.parse(name, entries.unparse(entry)) for name, entry in space.items()} == space
 
 
 def test_one_step_leaves_nothing_to_pool_or_to_normalize_within() -> None:
-    space = spaces.default_space(**POWER | {"steps": 1})
+    space = default_space(POWER | {"steps": 1})
     assert space["pooling"] == "last"
     assert space["normalization"] == Choices(("none", "channel"))
 

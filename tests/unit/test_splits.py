@@ -7,15 +7,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from hpo.models.data import (
-    DataError,
-    Sequences,
-    Split,
-    from_arrays,
-    holdout,
-    split_folds,
-    split_share,
-)
+from hpo.models.data.sequences import DataError, Sequences, from_arrays
+from hpo.models.data.splits import Split, holdout, split_folds, split_share
 
 
 def labeled(labels: Sequence[int] | None, groups: Sequence[int] | None = None, n: int = 0) -> Sequences:

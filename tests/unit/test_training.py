@@ -6,6 +6,7 @@ import functools
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +14,20 @@ import numpy as np
 import pytest
 import torch
 
-from hpo.models import native
-from hpo.models.batches import Batches
-from hpo.models.classifier import Classifier, ClassifierConfig
-from hpo.models.data import Sequences, from_arrays, split_folds, split_share
+from hpo.models.classifier import Classifier
+from hpo.models.config import ClassifierConfig, TrainingConfig, TrainingError
+from hpo.models.data.sequences import Sequences, from_arrays
+from hpo.models.data.splits import split_folds, split_share
+from hpo.models.fields import rules
+from hpo.models.kernel import native
+from hpo.models.kernel.native import Kernel
 from hpo.models.metrics import score
-from hpo.models.native import Kernel
-from hpo.models.training import (
-    OPTIMIZERS,
-    Diverged,
-    Interrupted,
-    Training,
-    TrainingConfig,
-    TrainingError,
-    learning_rate,
-    memory_bytes,
-)
+from hpo.models.training.batches import Batch, Batches
+from hpo.models.training.memory import memory_bytes
+from hpo.models.training.schedules import learning_rate
+from hpo.models.training.training import Diverged, Training, TrainingInterrupted
+
+OPTIMIZERS = rules(TrainingConfig)["optimizer"].names
 
 
 def sequences(classes: int = 2, variable: bool = True, n: int = 48) -> Sequences:
@@ -69,12 +68,19 @@ def run(subject: Training, epochs: int) -> Training:
     return subject
 
 
+def training_batches(batches: Batches, batch_size: int, *seed: object) -> Iterator[Batch]:
+    """The batches of an epoch, as a member cuts them."""
+    return (batches.batch(part) for part in batches.epoch(batch_size, *seed))
+
+
 def assert_same(one: Training, other: Training) -> None:
     """Bit for bit: history without times, weights, best weights."""
     strip = [[vars(epoch) | {"seconds": 0} for epoch in subject.history] for subject in (one, other)]
     assert strip[0] == strip[1]
     for a, b in zip(one.members, other.members, strict=True):
-        assert all(torch.equal(x, y) for x, y in zip(a.weights().values(), b.weights().values(), strict=True))
+        assert all(
+            torch.equal(x, y) for x, y in zip(a.learner.weights().values(), b.learner.weights().values(), strict=True)
+        )
     for left, right in zip(one.best_weights, other.best_weights, strict=True):
         assert all(torch.equal(left[name], right[name]) for name in left)
 
@@ -171,7 +177,7 @@ def test_a_loss_that_is_no_number_is_reported_as_divergence() -> None:
 
 def test_it_stops_between_two_batches_when_interrupted() -> None:
     subject = training(sequences())
-    with pytest.raises(Interrupted):
+    with pytest.raises(TrainingInterrupted):
         subject.advance(lambda: subject.batches == 2)
     assert subject.batches == 2
     assert subject.history == []
@@ -219,7 +225,7 @@ class TestTheFastPathAgainstTheSimpleOne:
             epoch = subject.advance()
             assert plain.epoch(number, epoch.log_loss) == pytest.approx(epoch.train_loss, abs=1e-5)
         for name, weight in plain.model.state_dict().items():
-            torch.testing.assert_close(subject.members[0].weights()[name], weight, atol=self.TOLERANCE, rtol=0)
+            torch.testing.assert_close(subject.members[0].learner.weights()[name], weight, atol=self.TOLERANCE, rtol=0)
 
     @pytest.mark.parametrize("variable", [False, True])
     @pytest.mark.parametrize("bidirectional", [False, True])
@@ -234,8 +240,8 @@ class TestTheFastPathAgainstTheSimpleOne:
         for one, other in zip(cropped.history, fixed.history, strict=True):
             assert other.train_loss == pytest.approx(one.train_loss, abs=1e-5)
             assert other.log_loss == pytest.approx(one.log_loss, abs=1e-5)
-        for name, weight in cropped.members[0].weights().items():
-            torch.testing.assert_close(fixed.members[0].weights()[name], weight, atol=self.TOLERANCE, rtol=0)
+        for name, weight in cropped.members[0].learner.weights().items():
+            torch.testing.assert_close(fixed.members[0].learner.weights()[name], weight, atol=self.TOLERANCE, rtol=0)
 
     @pytest.mark.parametrize("variable", [False, True])
     @pytest.mark.parametrize("bidirectional", [False, True])
@@ -251,8 +257,8 @@ class TestTheFastPathAgainstTheSimpleOne:
         for one, other in zip(own.history, torchs.history, strict=True):
             assert one.train_loss == pytest.approx(other.train_loss, abs=1e-5)
             assert one.log_loss == pytest.approx(other.log_loss, abs=1e-5)
-        for name, weight in torchs.members[0].weights().items():
-            torch.testing.assert_close(own.members[0].weights()[name], weight, atol=self.TOLERANCE, rtol=0)
+        for name, weight in torchs.members[0].learner.weights().items():
+            torch.testing.assert_close(own.members[0].learner.weights()[name], weight, atol=self.TOLERANCE, rtol=0)
 
     def test_a_resumed_training_on_the_native_kernel_ends_in_the_same_bits(self, kernel: Kernel) -> None:
         data = sequences()
@@ -271,8 +277,8 @@ class TestTheFastPathAgainstTheSimpleOne:
         resumed = training(data, fixed_shapes=True)
         resumed.restore(run(training(data), 2).state())
         run(resumed, 2)
-        for name, weight in whole.members[0].weights().items():
-            torch.testing.assert_close(resumed.members[0].weights()[name], weight, atol=self.TOLERANCE, rtol=0)
+        for name, weight in whole.members[0].learner.weights().items():
+            torch.testing.assert_close(resumed.members[0].learner.weights()[name], weight, atol=self.TOLERANCE, rtol=0)
 
     def test_a_resumed_training_of_fixed_shapes_ends_in_the_same_bits(self) -> None:
         data = sequences()
@@ -287,7 +293,7 @@ class TestTheFastPathAgainstTheSimpleOne:
         """In float64 the three differ by rounding alone, so 1e-12 shows that they are the same function."""
         data = sequences()
         member = training(data, layers=2, bidirectional=bidirectional, pooling="mean").members[0]
-        model, batches = member.model.double(), member.train
+        model, batches = member.learner.model.double(), member.train
         part = np.arange(8)
         batch = batches.batch(part)
         padded = batches.values.index_select(1, torch.from_numpy(batches.rows[part])).double()
@@ -310,8 +316,8 @@ class Plain:
 
     def __init__(self, subject: Training) -> None:
         self.member, self.config = subject.members[0], subject.config
-        self.model = Classifier(self.member.model.config)
-        self.model.load_state_dict(self.member.weights())
+        self.model = Classifier(self.member.learner.model.config)
+        self.model.load_state_dict(self.member.learner.weights())
         kinds: dict[str, Any] = {
             "adamw": torch.optim.AdamW,
             "adam": torch.optim.Adam,
@@ -330,7 +336,7 @@ class Plain:
 
     def epoch(self, number: int, log_loss: float) -> float:
         total = 0.0
-        for batch in self.member.train.training(self.config.batch_size, self.config.seed, 0, number):
+        for batch in training_batches(self.member.train, self.config.batch_size, self.config.seed, 0, number):
             self.optimizer.zero_grad()
             logits = self.model.logits(batch.values, batch.lengths)
             labels = batch.labels.float() if self.model.config.classes == 2 else batch.labels
@@ -383,7 +389,7 @@ def test_trainings_in_threads_of_one_process_give_the_bits_that_they_give_alone(
 TOO_LARGE = """
 import resource, sys
 sys.path.insert(0, sys.argv[1])
-from hpo.models.training import OutOfMemory
+from hpo.models.training.training import OutOfMemory
 from tests.unit.test_training import sequences, training
 data = sequences()
 small = training(data)
@@ -409,9 +415,7 @@ def test_the_estimate_of_memory_grows_with_every_size() -> None:
     base = {"features": 2, "classes": 2, "steps": 100, "hidden_size": 16}
 
     def estimate(members: int = 1, batch: int = 32, **given: Any) -> int:
-        return memory_bytes(
-            1000, members, ClassifierConfig(**(base | given)), TrainingConfig("auroc", batch_size=batch), "cuda"
-        )
+        return memory_bytes(1000, members, ClassifierConfig(**(base | given)), batch, "cuda")
 
     least = estimate()
     assert all(estimate(**more) > least for more in ({"hidden_size": 32}, {"layers": 2}, {"bidirectional": True}))
@@ -429,13 +433,13 @@ class TestBatches:
     @pytest.mark.parametrize("variable", [False, True])
     def test_every_sequence_comes_once(self, variable: bool) -> None:
         batches, _ = self.batches(variable)
-        for parts in (list(batches.training(16, 0, 1)), list(batches.evaluation(16))):
+        for parts in (list(training_batches(batches, 16, 0, 1)), list(batches.evaluation(16))):
             assert sorted(np.concatenate([part.indices for part in parts])) == list(range(50))
             assert all(torch.equal(part.labels, torch.from_numpy(part.indices)) for part in parts)
 
     def test_batches_are_cropped_to_their_longest_and_of_like_length(self) -> None:
         batches, data = self.batches(variable=True)
-        parts = list(batches.training(8, 0, 1))
+        parts = list(training_batches(batches, 8, 0, 1))
         for part in parts:
             assert part.values.shape[0] == data.lengths[part.indices].max()
         spread = [np.ptp(data.lengths[part.indices]) for part in parts]
@@ -444,14 +448,15 @@ class TestBatches:
     def test_order_is_a_function_of_the_seed_alone(self) -> None:
         batches, _ = self.batches(variable=True)
         orders = [
-            np.concatenate([part.indices for part in batches.training(8, *seed)]) for seed in [(0, 1)] * 2 + [(0, 2)]
+            np.concatenate([part.indices for part in training_batches(batches, 8, *seed)])
+            for seed in [(0, 1)] * 2 + [(0, 2)]
         ]
         assert (orders[0] == orders[1]).all()
         assert (orders[0] != orders[2]).any()
 
     def test_full_batches_carry_no_lengths(self) -> None:
         batches, _ = self.batches(variable=False)
-        assert all(part.lengths is None for part in batches.training(8, 0))
+        assert all(part.lengths is None for part in training_batches(batches, 8, 0))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,206 @@
+"""A launch from study file to summary: create or find the study, tend its workers until it is promoted, sum it up."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hpo.launcher.forkserver import ForkServer
+from hpo.launcher.local import LocalWorkers, default_workers
+from hpo.launcher.workers import Interrupted, LaunchError, Workers
+from hpo.promote.promotion import materialise_model
+from hpo.storage.artifacts import artifact_store
+from hpo.storage.background import BackgroundLoop
+from hpo.storage.database import database_url
+from hpo.storage.errors import MissingRecord, PostgresError
+from hpo.storage.home import home
+from hpo.storage.leases import Leases
+from hpo.storage.registry import Registry
+from hpo.storage.server.server import revive
+from hpo.storage.snapshot import Snapshot
+from hpo.storage.trials import trial_storage
+from hpo.study.config import StudyConfig, config_for_data, load
+from hpo.study.lifecycle import OpenStudy, create_or_open
+from hpo.study.record import failure_of
+
+if TYPE_CHECKING:
+    from hpo.launcher.ray import Cluster
+
+REVIVE_S = 2.0  # between two looks at the embedded server
+LOOK_S = 0.25  # between two looks at the study, or less when a worker ends
+
+Show = Callable[[Snapshot], None]
+
+
+def create(config: StudyConfig) -> dict[str, Any]:
+    """Create or find the study and leave it to standing workers."""
+    with _study_of(config) as study:
+        return {"study": study.name, "trials": config.study.trials, "detached": True}
+
+
+def run_here(
+    config: StudyConfig, forkserver: ForkServer | None, workers: int | None, slots: int | None, show: Show
+) -> dict[str, Any]:
+    """Run the study on this machine to its end, and sum it up."""
+    started = time.monotonic()
+    with _study_of(config) as study:
+        watched = WatchedStudy(study.leases, study.study_id, study.name)
+        count = workers or min(default_workers(), watched.state().budget)
+        with _noted_signals() as stop, _server_kept_up(), LocalWorkers(study.name, count, slots, forkserver) as group:
+            wait(watched, group, stop, show)
+        return summary(study, watched, time.monotonic() - started)
+
+
+def run_on_ray(
+    config: StudyConfig, cluster: Cluster, workers: int | None, slots: int | None, show: Show
+) -> dict[str, Any]:
+    """Run the study on a Ray cluster to its end, and sum it up."""
+    from hpo.launcher.ray import RayWorkers, connected  # an optional dependency
+
+    started = time.monotonic()
+    with _study_of(config) as study:
+        watched = WatchedStudy(study.leases, study.study_id, study.name)
+        with (
+            connected(cluster, study.name),
+            _noted_signals() as stop,
+            _server_kept_up(),
+            RayWorkers(study.name, workers, slots, cluster, watched.state().budget) as group,
+        ):
+            wait(watched, group, stop, show)
+        return summary(study, watched, time.monotonic() - started)
+
+
+def read_config(
+    study: str | os.PathLike[str] | StudyConfig, overrides: Sequence[str], trials: int | None
+) -> StudyConfig:
+    """The study of a file (TOML, or bare data) with overrides and another budget. Raises ConfigError."""
+    if isinstance(study, StudyConfig):
+        config = study
+    elif Path(study).suffix == ".toml":
+        config = load(Path(study), overrides)
+    else:
+        config = config_for_data(Path(study), overrides)
+    return config if trials is None else replace(config, study=replace(config.study, trials=trials))
+
+
+@contextmanager
+def _study_of(config: StudyConfig) -> Iterator[OpenStudy]:
+    """Created or found; its connections are closed after the block."""
+    storage = trial_storage(database_url())
+    try:
+        yield create_or_open(config, storage, artifact_store())
+    finally:
+        storage.close()
+
+
+class WatchedStudy:
+    """A study as the launcher looks at it."""
+
+    def __init__(self, leases: Leases, study_id: int, name: str) -> None:
+        self.leases, self.study_id, self.name = leases, study_id, name
+
+    def state(self) -> Snapshot:
+        """Raises LaunchError for a study that was deleted."""
+        try:
+            return self.leases.snapshot(self.study_id)
+        except MissingRecord:
+            raise LaunchError(f"study {self.name!r} was deleted while it ran; launch it again to begin anew") from None
+
+
+def wait(watched: WatchedStudy, group: Workers, stop: threading.Event, show: Show) -> None:
+    """Until the study is promoted. Raises Interrupted once `stop` is set, and LaunchError."""
+    name = watched.name
+    while True:
+        ended = not group.running()
+        state = watched.state()
+        show(state)
+        if state.status == "finished":
+            return
+        if stop.is_set():
+            group.stop()
+            show(watched.state())
+            raise Interrupted(f"study {name!r} was interrupted; trials in flight are kept: the same command goes on")
+        if state.status == "stopped" and (ended or not any(trial.alive for trial in state.in_flight)):
+            raise Interrupted(
+                f"study {name!r} was stopped; launch it again to go on, or `hpo promote {name}` "
+                "makes its best trial so far a model"
+            )
+        group.tend()
+        if ended and not group.running():
+            raise LaunchError(f"the workers ended before study {name!r} did; see {group.where_logs_are}")
+        group.rest(LOOK_S)
+
+
+@contextmanager
+def _server_kept_up() -> Iterator[None]:
+    """Start the embedded server again should it die while the block runs; a database of others is left to them."""
+    if os.environ.get("HPO_DATABASE_URL"):
+        yield
+        return
+    with BackgroundLoop(
+        revive, REVIVE_S, name="hpo-revive", failure="the embedded server is down", expected=(PostgresError,)
+    ):
+        yield
+
+
+@contextmanager
+def _noted_signals() -> Iterator[threading.Event]:
+    """SIGINT and SIGTERM set the event instead of being raised while the block runs (main thread only)."""
+    received = threading.Event()
+    earlier: dict[signal.Signals, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            earlier[number] = signal.signal(number, lambda *_: received.set())
+    try:
+        yield received
+    finally:
+        for known, handler in earlier.items():
+            signal.signal(known, handler)
+
+
+# ----------------------------------------------------------------------------------------------------- the summary
+
+
+def summary(study: OpenStudy, watched: WatchedStudy, seconds: float) -> dict[str, Any]:
+    """What `hpo launch --json` prints in its last line. Raises LaunchError where no trial completed."""
+    state, row = watched.state(), watched.leases.study(study.study_id)
+    out_of_time = row is not None and row.out_of_time
+    if state.promoted_version is None:
+        timeout_s = row.timeout_s if row is not None and out_of_time else None
+        raise LaunchError(no_model(study.name, _failures(study), timeout_s))
+    model = Registry(study.storage.connection).get(study.name, state.promoted_version)
+    scores = model.scores
+    return {
+        "study": study.name,
+        "ended_by": "budget" if state.started >= state.budget else "timeout" if out_of_time else "exhausted space",
+        "trials": {name: state.counts.get(name, 0) for name in ("complete", "pruned", "failed")},
+        "best": {
+            "number": model.trial_number,
+            "value": scores["value"],
+            "params": model.config["params"],
+        },
+        "model": {"name": model.name, "version": model.version, "path": str(materialise_model(model))},
+        "validation": scores["validation"],
+        "test": scores.get("test"),
+        "seconds": round(seconds, 2),
+    }
+
+
+def _failures(study: OpenStudy) -> list[str]:
+    trials = study.storage.get_all_trials(study.study_id, deepcopy=False)
+    return [reason for trial in trials if (reason := failure_of(trial)) is not None]
+
+
+def no_model(name: str, failures: Sequence[str], timeout_s: float | None) -> str:
+    """Why a study ended without a model. timeout_s: its wall-clock budget, where that ran out."""
+    reason = f"the first of {len(failures)} failures: {failures[0]}; " if failures else ""
+    if timeout_s is not None:
+        reason += f"its study.timeout of {timeout_s:g} s ran out: give it more and launch it again; "
+    return f"study {name!r} ended without a completed trial; {reason}logs: {home() / 'logs' / name}"

@@ -1,0 +1,81 @@
+"""Checks of the study file's values: each returns the value in its type, or raises CheckError."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from hpo.errors import StudyFault
+from hpo.study.entries import show
+
+
+class CheckError(StudyFault):
+    """A value breaks its rule. The message is the rule alone, such as "must be above 0"."""
+
+
+Check = Callable[[Any], Any]
+
+
+def whole(low: int, high: int = 2**31 - 1) -> Check:
+    """A check for whole numbers from `low` to `high`, both included."""
+
+    def check(value: Any) -> int:
+        if type(value) is not int:
+            raise CheckError("must be a whole number")
+        if not low <= value <= high:
+            raise CheckError(f"must be at least {low}" if value < low else f"must be at most {high}")
+        return value
+
+    return check
+
+
+def one_of(names: Sequence[str]) -> Check:
+    """A check for these strings."""
+
+    def check(value: Any) -> str:
+        if not isinstance(value, str) or value not in names:
+            raise CheckError("must be one of " + ", ".join(map(show, names)))
+        return value
+
+    return check
+
+
+def text(value: Any) -> str:
+    """A string that is not empty."""
+    if not isinstance(value, str) or not value.strip() or "\0" in value:
+        raise CheckError("must be a string in quotes that is not empty")
+    return value
+
+
+def study_name(value: Any) -> str:
+    """A study's name."""
+    if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", value):
+        raise CheckError(
+            "must be 1 to 100 letters, digits, dots, dashes or underscores in quotes, the first a letter or digit"
+        )
+    return value
+
+
+def share(value: Any) -> float:
+    """A share, in (0, 1)."""
+    if type(value) is not float or not 0 < value < 1:
+        raise CheckError("must be a share between 0 and 1, both excluded")
+    return value
+
+
+def lease(value: Any) -> float:
+    """Seconds; a shorter one would run out between two renewals of a busy machine."""
+    if (seconds := duration(value)) < 1:
+        raise CheckError("must be at least 1 second")
+    return seconds
+
+
+def duration(value: Any) -> float:
+    """Seconds from a number or from "90s", "30m", "2h", "1d", "1h30m"."""
+    if isinstance(value, str) and re.fullmatch(r"([0-9]+(\.[0-9]+)?[dhms])+", value):
+        units = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+        value = sum(float(count) * units[unit] for count, unit in re.findall(r"([0-9.]+)([dhms])", value))
+    if type(value) not in (int, float) or not 0 < value < 1e10:
+        raise CheckError('must be above 0, such as "90s", "30m", "2h" or a number of seconds')
+    return float(value)

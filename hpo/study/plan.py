@@ -1,0 +1,151 @@
+"""What a worker must know of a study: made from the study file and its data, kept as JSON in the database."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hpo.errors import StudyFault
+from hpo.models.data.canonical import fingerprint
+from hpo.models.data.readers import read
+from hpo.models.data.sequences import Sequences
+from hpo.models.data.splits import Split, check_trainable, holdout, split_folds, split_share
+from hpo.models.seeds import derive
+from hpo.storage.keys import data_key
+from hpo.study.config import Folds, StudyConfig, complete, differences, from_dict, to_dict
+
+
+class StudyError(StudyFault):
+    """The study does not exist, or the study file contradicts it."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a worker must know of a study. Written once, when the study is created."""
+
+    config: StudyConfig  # with metric, validation and every entry of the search space filled in from the data
+    written: StudyConfig  # as in the file: what a later file is compared with
+    train: str  # artifact key of the training part
+    test: str | None  # artifact key of the test part
+    classes: tuple[str, ...]  # (K,)
+    features: tuple[str, ...]  # (F,)
+    steps: int  # T of the training part
+    sequences: int  # N of the training part
+
+    @property
+    def metric(self) -> str:
+        assert self.config.study.metric is not None
+        return self.config.study.metric
+
+    @property
+    def members(self) -> int:
+        """Models that a trial trains: one a fold."""
+        validation = self.config.data.validation
+        return validation.folds if isinstance(validation, Folds) else 1
+
+    @property
+    def resolution(self) -> float:
+        """Half of one validation sequence's share: metrics closer than this are equal. Log-loss is never rounded."""
+        if self.metric == "log_loss":
+            return 0.0
+        validation = self.config.data.validation
+        share = validation if isinstance(validation, float) else 1.0
+        return 0.5 / (share * self.sequences)
+
+    def trial_seed(self, number: int) -> int:
+        """The seed of the trial of that number."""
+        return derive(self.config.study.seed, "trial", number)
+
+    def note(self) -> str:
+        """What is tuned, and on what: Markdown for the dashboard."""
+        text = json.dumps(to_dict(self.config), indent=1)
+        return (
+            f"**{self.metric}** over {self.sequences} sequences of at most {self.steps} steps, "
+            f"{len(self.features)} features, {len(self.classes)} classes\n\n```json\n{text}\n```"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return vars(self) | {"config": to_dict(self.config), "written": to_dict(self.written)}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Plan:
+        """Raises ConfigError, TypeError and KeyError for what another version wrote."""
+        lists = {name: tuple(content[name]) for name in ("classes", "features")}
+        configs = {name: from_dict(content[name]) for name in ("config", "written")}
+        return cls(**{**content, **lists, **configs})
+
+
+def make_plan(config: StudyConfig) -> tuple[Plan, Sequences, Sequences | None]:
+    """The plan of a study file, with the training part and the test part of its data.
+
+    Raises DataError for data that cannot be read, trained on or split, and ConfigError where the file contradicts them.
+    """
+    train, test = _parts(config)
+    completed = complete_from(config, train)
+    validation_parts(completed, train)
+    plan = Plan(
+        config=completed,
+        written=config,
+        train=data_key(fingerprint(train)),
+        test=None if test is None else data_key(fingerprint(test)),
+        classes=train.classes,
+        features=train.features,
+        steps=train.steps,
+        sequences=train.n,
+    )
+    return plan, train, test
+
+
+def _parts(config: StudyConfig) -> tuple[Sequences, Sequences | None]:
+    """The training part and the test part of the data that the file names."""
+    data = config.data
+    names: dict[str, Any] = {"label": data.label, "id": data.id, "step": data.step, "group": data.group}
+    train = read(Path(data.train), labeled=True, **names)
+    check_trainable(train)
+    if data.test is not None:
+        return train, read(Path(data.test), labeled=True, classes=train.classes, features=train.features, **names)
+    if data.holdout is not None:
+        return holdout(train, data.holdout, derive(config.study.seed, "holdout") % 2**32)
+    return train, None
+
+
+def complete_from(config: StudyConfig, train: Sequences) -> StudyConfig:
+    """The configuration with all that follows from the training part filled in."""
+    return complete(
+        config,
+        n=train.n,
+        steps=train.steps,
+        features=train.n_features,
+        classes=len(train.classes),
+        variable=bool(train.lengths.min() < train.lengths.max()),
+    )
+
+
+def validation_parts(config: StudyConfig, sequences: Sequences) -> list[Split]:
+    """The study's (training rows, validation rows): a function of its seed, the same for every trial.
+
+    Raises DataError where the data cannot be split so.
+    """
+    seed = derive(config.study.seed, "validation") % 2**32
+    validation = config.data.validation
+    if isinstance(validation, Folds):
+        return split_folds(sequences, validation.folds, seed)
+    assert validation is not None
+    return split_share(sequences, validation, seed)
+
+
+def check_same(stored: Plan, plan: Plan) -> None:
+    """Raise StudyError, with the differences, where a study file contradicts the stored study."""
+    lines = differences(stored.written, plan.written)
+    for name in ("train", "test"):
+        if getattr(stored, name) != getattr(plan, name):
+            lines.append(f"data.{name}: the content of the file differs from the one that the study began with")
+    if lines:
+        raise StudyError(
+            f"the study file contradicts the study {stored.config.study.name!r} in the database:\n  "
+            + "\n  ".join(lines)
+            + "\nchange it back, choose another [study] name, or `hpo delete` the study"
+        )

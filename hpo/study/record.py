@@ -1,0 +1,69 @@
+"""A finished trial as the project records it: typed here, attributes of Optuna's trial in the database."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from optuna.trial import FrozenTrial, TrialState
+
+from hpo.models.fields import Value
+
+FAILURE = "failure"  # attribute of a failed trial: why it failed
+COPIED_FROM = "copied_from"  # attribute of a trial that a study was warm-started with: STUDY/NUMBER
+COLUMN = {"column": True}  # of what Optuna keeps outside its user attributes
+Curve = dict[str, list[float]]  # "value", "train_loss" and "log_loss", one number an epoch
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """A trial that one of our workers has trained to its end, complete or pruned.
+
+    The defaults stand for what was not recorded of a trial, as by earlier versions.
+    """
+
+    trial_id: int = field(metadata=COLUMN)
+    number: int = field(metadata=COLUMN)
+    value: float = field(metadata=COLUMN)  # the metric: of a complete trial's best epoch, of a pruned one's last
+    complete: bool = field(metadata=COLUMN)  # else pruned
+    seed: int
+    params: Mapping[str, Value] = field(default_factory=dict)  # every entry of the search space, constants included
+    best_epoch: int = 1  # from 1
+    epochs: int = 0  # trained
+    log_loss: float = math.inf  # of the best epoch, on the validation part
+    threshold: float = 0.5  # of two classes: the probability from which the second one is predicted
+    curve: Curve = field(default_factory=dict)
+    parameters: int = 0  # weights that were trained, all members together
+    training_seconds: float = 0.0
+    device: str = "cpu"
+    worker: str = ""  # HOST-PID
+    attempt: int = 1  # leases that it took
+    fused_optimizer: bool = False  # whether one kernel made each step
+    lstm_kernel: str = "torch"  # name of the native kernel's build, or "torch"
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    weights: str | None = None  # artifact key of the best epoch's weights, while they are kept
+
+    @classmethod
+    def of(cls, trial: FrozenTrial) -> TrialRecord | None:
+        """None for a trial that none of our workers has trained to its end: running, failed, copied, foreign."""
+        attributes = trial.user_attrs
+        if "seed" not in attributes or not trial.state.is_finished() or trial.value is None:
+            return None
+        known = {name: attributes[name] for name in ATTRIBUTES if name in attributes}
+        return cls(trial._trial_id, trial.number, trial.value, trial.state == TrialState.COMPLETE, **known)
+
+    def attributes(self) -> dict[str, Any]:
+        """Optuna's user attributes, from which `of` makes the record again."""
+        found = {name: getattr(self, name) for name in ATTRIBUTES}
+        return {name: value for name, value in found.items() if name != "weights" or value is not None}
+
+
+ATTRIBUTES = tuple(item.name for item in fields(TrialRecord) if item.metadata != COLUMN)
+
+
+def failure_of(trial: FrozenTrial) -> str | None:
+    """Why a trial failed, as far as that is recorded."""
+    reason: str | None = trial.user_attrs.get(FAILURE)
+    return reason

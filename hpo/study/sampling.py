@@ -1,0 +1,170 @@
+"""The configurations of a study's trials: the sampler, what it has had, and the next one."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.trial import FrozenTrial
+
+from hpo.models.fields import Value
+from hpo.models.seeds import derive
+from hpo.storage.trials import TrialStorage
+from hpo.study.entries import Entry, distribution, values
+from hpo.study.plan import Plan, StudyError
+from hpo.study.space import NEUTRAL, cardinality, distributions, walk
+
+Drawn = dict[str, tuple[Value, BaseDistribution]]  # a value by name, and what it was drawn from
+
+DRAWS = 10  # by the sampler, until a configuration is one that the study has not had
+RANDOM_DRAWS = 100  # at random, after that
+GRID_MOST = 100_000  # points that sampler "grid" can hold in memory
+
+
+class ConfigurationSampler:
+    """Draws the configurations of one study's trials. For one thread at a time."""
+
+    def __init__(self, plan: Plan, study: optuna.Study, storage: TrialStorage) -> None:
+        self._plan, self._study, self._storage = plan, study, storage
+        self._signatures: dict[int, str] = {}  # of the configurations that the study has had, by trial number
+
+    def parameters(self, trial_id: int) -> dict[str, Value]:
+        """Draw and record the parameters of a new trial, or read those of an adopted one.
+
+        All are written in one statement, so that an adopted trial always has all of them or none. A configuration
+        that the study has had is drawn again, then drawn at random. Returns every value of the space, constants
+        included.
+        """
+        space = self._plan.config.space
+        trial = self._storage.get_trial(trial_id)
+        recorded = trial.params
+        if recorded:
+            return walk(space, lambda name, _: recorded[name])
+        fixed = trial.system_attrs.get("fixed_params", {})
+        if (drawn := self._enqueued(fixed)) is None:
+            drawn = self._new(trial, fixed)
+        self._storage.set_trial_params(
+            trial_id, {name: (item.to_internal_repr(value), item) for name, (value, item) in drawn.items()}
+        )
+        return walk(space, lambda name, _: drawn[name][0])
+
+    def exhausted(self) -> bool:
+        """Whether a finite space has no configuration left that the study has not had."""
+        size = cardinality(self._plan.config.space)
+        return size is not None and len(self._had()) >= size
+
+    def _enqueued(self, fixed: Mapping[str, Value]) -> Drawn | None:
+        """The configuration of a queued trial; None where it leaves something to draw."""
+        drawn: Drawn = {}
+
+        def take(name: str, item: BaseDistribution) -> Value:
+            drawn[name] = (fixed[name], item)
+            return fixed[name]
+
+        try:
+            walk(self._plan.config.space, take)
+        except KeyError:
+            return None
+        return drawn
+
+    def _new(self, trial: FrozenTrial, fixed: Mapping[str, Value]) -> Drawn:
+        """A configuration that the study has not had, as far as one is found."""
+        had = self._had()
+        for attempt in range(DRAWS + RANDOM_DRAWS):
+            drawn = self._draw(trial, fixed, attempt)
+            found = {name: value for name, (value, _) in drawn.items()}
+            if fixed or _signature(found) not in had:
+                break
+        return drawn
+
+    def _draw(self, trial: FrozenTrial, fixed: Mapping[str, Value], attempt: int) -> Drawn:
+        """One proposal. The sampler sees all trials, not only those of its Hyperband bracket: a study of some
+        dozens of trials is too small to be cut into four."""
+        sampler = self._study.sampler = self._sampler(trial.number, attempt)
+        sampler.before_trial(self._study, trial)
+        trial = self._storage.get_trial(trial._trial_id)  # with what the sampler noted on it
+        relative_space = self._relative_space(sampler) or sampler.infer_relative_search_space(self._study, trial)
+        relative = sampler.sample_relative(self._study, trial, relative_space)
+        drawn: Drawn = {}
+
+        def draw(name: str, item: BaseDistribution) -> Value:
+            value: Value
+            if name in fixed:
+                value = fixed[name]
+            elif relative_space.get(name) == item and name in relative:
+                value = relative[name]
+            else:
+                value = sampler.sample_independent(self._study, trial, name, item)
+            drawn[name] = (value, item)
+            return value
+
+        walk(self._plan.config.space, draw)
+        return drawn
+
+    def _sampler(self, number: int, attempt: int) -> optuna.samplers.BaseSampler:
+        """The one for this draw: the study's, then a random one."""
+        if attempt < DRAWS:
+            return make_sampler(self._plan, number, attempt)
+        seed = derive(self._plan.config.study.seed, "random", number, attempt) % 2**32
+        return optuna.samplers.RandomSampler(seed=seed)
+
+    def _relative_space(self, sampler: optuna.samplers.BaseSampler) -> dict[str, BaseDistribution] | None:
+        """The parameters that are always active: what TPE would infer from all trials, at a cost that grows with
+        them."""
+        if not isinstance(sampler, optuna.samplers.TPESampler):
+            return None
+        found = distributions(self._plan.config.space)
+        return {name: found[name] for name in sorted(found.keys() - NEUTRAL.keys())}
+
+    def _had(self) -> set[str]:
+        """The signatures of all configurations that the study has had. A trial's parameters never change."""
+        self._study._thread_local.cached_all_trials = None  # what samplers read; only Study.ask and tell empty it
+        for trial in self._study._get_trials(deepcopy=False, use_cache=True):
+            if trial.params and trial.number not in self._signatures:
+                self._signatures[trial.number] = _signature(trial.params)
+        return set(self._signatures.values())
+
+
+def make_sampler(plan: Plan, *seed_parts: int) -> optuna.samplers.BaseSampler:
+    """The sampler for one draw, seeded by the study's seed and the parts: with one worker a study repeats itself."""
+    study = plan.config.study
+    seed = derive(study.seed, "sampler", *seed_parts) % 2**32
+    name = study.sampler
+    if name == "tpe":
+        return optuna.samplers.TPESampler(seed=seed, multivariate=True)
+    if name == "gp":
+        return optuna.samplers.GPSampler(seed=seed)
+    if name == "cmaes":
+        return optuna.samplers.CmaEsSampler(seed=seed)
+    if name == "qmc":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            return optuna.samplers.QMCSampler(seed=study.seed)
+    if name == "grid":
+        return optuna.samplers.GridSampler(grid(plan.config.space), seed=study.seed)
+    return optuna.samplers.RandomSampler(seed=seed)
+
+
+def grid(space: Mapping[str, Entry]) -> dict[str, list[Any]]:
+    """Every value of every entry. Raises StudyError for a continuous range, and for more than GRID_MOST points."""
+    found: dict[str, list[Any]] = {}
+    for name, entry in space.items():
+        if distribution(entry) is None:
+            continue
+        every = values(entry)
+        if every is None:
+            raise StudyError(f'sampler "grid" needs finite entries, but space.{name} is continuous; list its values')
+        found[name] = list(every)
+    points = math.prod(map(len, found.values()))
+    if points > GRID_MOST:
+        raise StudyError(f'sampler "grid" takes at most {GRID_MOST} points, this space has {points}; fix some entries')
+    return found
+
+
+def _signature(params: Mapping[str, Any]) -> str:
+    return json.dumps(params, sort_keys=True)

@@ -1,0 +1,70 @@
+"""From a configuration to its training: parameters, seed and data are all that it depends on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from hpo.models.config import ClassifierConfig, TrainingConfig
+from hpo.models.data.sequences import Sequences
+from hpo.models.kernel.native import Kernel
+from hpo.models.kernel.native import load as load_kernel
+from hpo.models.training.training import Training
+from hpo.storage.home import home
+from hpo.study.plan import Plan, validation_parts
+from hpo.study.record import TrialRecord
+
+
+def build(
+    plan: Plan, params: Mapping[str, Any], seed: int, sequences: Sequences, device: str, *, native: bool = True
+) -> Training:
+    """The training of one configuration on the training part. Raises OutOfMemory.
+
+    native: run the LSTM on a CPU through the native kernel, where this machine can build it.
+    """
+    classifier, config = configurations(plan, params, seed)
+    kernel = lstm_kernel() if native and device == "cpu" else None
+    return Training(sequences, validation_parts(plan.config, sequences), classifier, config, device, kernel=kernel)
+
+
+def rebuild(plan: Plan, record: TrialRecord, sequences: Sequences, device: str) -> Training:
+    """The training of a finished trial, from what is recorded of it."""
+    return build(plan, record.params, record.seed, sequences, device, native=record.lstm_kernel != "torch")
+
+
+def lstm_kernel() -> Kernel | None:
+    """The native kernel, compiled once for this machine and user, where there is a compiler. HPO_NATIVE=0: none."""
+    if os.environ.get("HPO_NATIVE", "1") == "0":
+        return None
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111 (raises for no one)
+    writable = Path(cache) if os.access(cache, os.W_OK) else home()
+    return load_kernel(writable / "hpo-native")
+
+
+def configurations(plan: Plan, params: Mapping[str, Any], seed: int) -> tuple[ClassifierConfig, TrainingConfig]:
+    """The network and the training that a study's plan and a trial's parameters describe."""
+    classifier = ClassifierConfig(
+        features=len(plan.features),
+        classes=len(plan.classes),
+        steps=plan.steps,
+        **_fields_of(ClassifierConfig, params),
+    )
+    train = plan.config.train
+    config = TrainingConfig(
+        metric=plan.metric,
+        epochs=train.epochs,
+        patience=train.patience,
+        precision=train.precision,
+        seed=seed,
+        **_fields_of(TrainingConfig, params),
+    )
+    return classifier, config
+
+
+def _fields_of(kind: type, params: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the parameters that are fields of the configuration class."""
+    names = {item.name for item in fields(kind)}
+    return {name: value for name, value in params.items() if name in names}

@@ -1,0 +1,267 @@
+"""What one trial sees of the world: its lease, its study, its worker's resources, and whether it is to stop."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from optuna.trial import TrialState
+
+from hpo.datasets import Datasets
+from hpo.models.bundle.bundle import pack
+from hpo.models.data.sequences import Sequences
+from hpo.models.fields import Value
+from hpo.models.training.training import Epoch, Training
+from hpo.storage.artifacts import ArtifactStore, MissingArtifactError
+from hpo.storage.errors import LeaseLost, MissingRecord
+from hpo.storage.heartbeat import Progress
+from hpo.storage.keys import checkpoint_key, trial_key
+from hpo.storage.leases import Lease
+from hpo.study.lifecycle import OpenStudy
+from hpo.study.notes import attach_artifact
+from hpo.study.plan import Plan
+from hpo.study.ranking import displaced
+from hpo.study.record import FAILURE, TrialRecord
+from hpo.trial import log as trial_log
+from hpo.trial.checkpoints import CheckpointSchedule, drop_spent_checkpoints
+from hpo.trial.curve import curve_of
+from hpo.trial.device import device_name
+from hpo.trial.device_lock import SharedExclusiveLock
+from hpo.trial.provenance import provenance
+
+log = logging.getLogger("hpo")
+
+WEIGHTS = "weights.safetensors"
+SHOWN = {"curve.svg": "image/svg+xml", "log.csv": "text/csv"}  # on the trial's page; the weights are not
+
+
+class StopReason(Enum):
+    """Why a trial is not to go on as it does."""
+
+    LEASE_LOST = "it is in other hands: nothing more of it is written"
+    OUT_OF_TIME = "the study's wall-clock budget is spent: it ends with its whole epochs"
+    WORKER_STOPS = "the worker is to end: it is given back"
+    STUDY_STOPPED = "somebody stopped the study: it is given back"
+
+    @property
+    def gives_back(self) -> bool:
+        """Whether the trial is to be given back after a checkpoint, for another worker to go on with."""
+        return self in (StopReason.WORKER_STOPS, StopReason.STUDY_STOPPED)
+
+
+@dataclass(frozen=True)
+class WorkerResources:
+    """What a worker brings to every trial of its slots."""
+
+    worker: str  # HOST-PID
+    device: str
+    store: ArtifactStore
+    datasets: Datasets
+    device_lock: SharedExclusiveLock
+    stop_requested: threading.Event  # once set, all slots of the worker end
+
+
+class TrialContext:
+    """One leased trial and all that may be done with it. The training asks it between two batches whether to stop."""
+
+    def __init__(self, study: OpenStudy, lease: Lease, resources: WorkerResources, sequences: Sequences) -> None:
+        """sequences: the study's training part."""
+        self.lease, self.resources, self.sequences = lease, resources, sequences
+        self.plan: Plan = study.plan
+        self.name = f"study {study.name}, trial {lease.number}"  # in logs: a worker has trials of several studies
+        self.reported = 0  # the last epoch that the database was told of under this lease
+        self._study = study
+        self._checkpoint_key = lease.checkpoint_key
+        self._schedule = CheckpointSchedule()
+        self._training: Training | None = None
+        self._short_epochs = True  # short enough to be finished before the trial stops
+        self._waiting = False  # for the device
+        self._renewals_waited = 0  # waiting for the device is progress too
+        lease.heartbeat.progress = self._progress
+
+    # ------------------------------------------------------------------------------------------------- whether to stop
+
+    @property
+    def stop_reason(self) -> StopReason | None:
+        """The first that applies; None: go on."""
+        heartbeat = self.lease.heartbeat
+        if heartbeat.lost:
+            return StopReason.LEASE_LOST
+        if heartbeat.out_of_time:
+            return StopReason.OUT_OF_TIME
+        if self.resources.stop_requested.is_set():
+            return StopReason.WORKER_STOPS
+        return StopReason.STUDY_STOPPED if heartbeat.study_stopped else None
+
+    def interrupts_epoch(self) -> bool:
+        """Whether the running epoch is to be given up between two batches. A short one is finished first."""
+        reason = self.stop_reason
+        return reason is StopReason.LEASE_LOST or (reason is not None and not self._short_epochs)
+
+    def watch(self, training: Training, *, short_epochs: bool) -> None:
+        """Tell the lease's heartbeat of this training's progress from now on."""
+        self._training, self._short_epochs = training, short_epochs
+
+    def forget_training(self) -> None:
+        """Let go of it: its memory is needed."""
+        self._training = None
+
+    @contextmanager
+    def exclusive_device(self) -> Iterator[None]:
+        """Wait until the other slots' trials have ended, and keep new ones waiting until the block ends.
+
+        Raises TrainingInterrupted when the trial is to stop while it waits.
+        """
+        self._waiting = True
+        with self.resources.device_lock.exclusive(lambda: self.stop_reason is not None):
+            self._waiting = False
+            yield
+
+    def _progress(self) -> Progress:
+        """In batches: a hung training makes none, a long epoch does, and so does waiting for the device."""
+        self._renewals_waited += self._waiting
+        training = self._training
+        batches = self._renewals_waited + (0 if training is None else training.batches)
+        if training is None or not training.history:
+            return Progress(batches)
+        last = training.history[-1]
+        return Progress(batches, last.number, last.value)
+
+    # ------------------------------------------------------------------------------------------------- its checkpoints
+
+    def restore(self, training: Training) -> None:
+        """Go on from the current checkpoint. Without it from the start: the same epochs then give the same values."""
+        if self._checkpoint_key is None:
+            return
+        try:
+            training.restore(self.resources.store.get(self._checkpoint_key))
+        except MissingArtifactError as missing:
+            log.warning("%s starts again from its first epoch: %s", self.name, missing)
+
+    @property
+    def checkpoint_due(self) -> bool:
+        return self._schedule.due
+
+    def checkpoint(self, training: Training) -> None:
+        """Store the training's state, have the database name it, and delete the checkpoint that it replaces.
+
+        The database names a checkpoint after it is stored, under the lease. Raises LeaseLost.
+        """
+        store, epoch = self.resources.store, training.history[-1].number
+        key = checkpoint_key(self.lease.study_id, self.lease.number, self.lease.attempt, epoch)
+        store.put(key, training.state())
+        try:
+            replaced = self._study.leases.checkpoint(self.lease, key, epoch)
+        except LeaseLost:
+            store.delete(key)
+            raise
+        if replaced is not None and replaced != key:
+            store.delete(replaced)
+        self._checkpoint_key = key
+        self._schedule.written()
+
+    def drop_spent_checkpoints(self) -> None:
+        """Delete those of the study's ended trials."""
+        drop_spent_checkpoints(self._study.leases, self.resources.store, self.lease.study_id)
+
+    # ------------------------------------------------------------------------------------------------ what is recorded
+
+    @property
+    def seed(self) -> int:
+        return self.plan.trial_seed(self.lease.number)
+
+    def parameters(self) -> dict[str, Value]:
+        """Drawn and recorded for a new trial, read for an adopted one."""
+        return self._study.sampler.parameters(self.lease.trial_id)
+
+    def report(self, epoch: Epoch) -> None:
+        """Tell the database and the pruner of an epoch, once."""
+        self._study.storage.set_trial_intermediate_value(self.lease.trial_id, epoch.number, epoch.value)
+        self.reported = epoch.number
+
+    def should_prune(self) -> bool:
+        return self._study.should_prune(self.lease.trial_id)
+
+    def finish(
+        self, training: Training, params: Mapping[str, Value], files: Mapping[str, bytes], complete: bool
+    ) -> None:
+        """Store the trial's files and end it with all that is known of it, in one transaction.
+
+        The weights of a trial among the best are kept, and those that it displaces are deleted. Raises LeaseLost, and
+        MissingRecord for a study that was deleted: then what was stored is removed again.
+        """
+        best = training.best
+        assert best is not None
+        dropped = self._displaced_weights(best) if complete else None
+        if dropped is not None:
+            files = {**files, WEIGHTS: pack(training.best_weights)}
+        record = self._record(training, best, params, complete, None if dropped is None else self._key(WEIGHTS))
+        try:
+            self._store(files)
+            self._end(TrialState.COMPLETE if complete else TrialState.PRUNED, [record.value], record.attributes())
+        except (LeaseLost, MissingRecord):
+            for name in files:
+                self.resources.store.delete(self._key(name))
+            raise
+        for key in dropped or ():
+            self.resources.store.delete(key)
+
+    def _displaced_weights(self, best: Epoch) -> list[str] | None:
+        """Weights to drop once this trial is complete; None where its own are not among the best that are kept."""
+        score = (best.value, best.log_loss)
+        return displaced(self._study.best_first(), self.plan, self.lease.number, score)
+
+    def _record(
+        self, training: Training, best: Epoch, params: Mapping[str, Value], complete: bool, weights: str | None
+    ) -> TrialRecord:
+        history = training.history
+        return TrialRecord(
+            trial_id=self.lease.trial_id,
+            number=self.lease.number,
+            value=best.value if complete else history[-1].value,
+            complete=complete,
+            seed=self.seed,
+            params=params,
+            best_epoch=best.number,
+            epochs=history[-1].number,
+            log_loss=best.log_loss,
+            threshold=best.threshold,
+            curve=curve_of(history),
+            parameters=training.parameters,
+            training_seconds=round(sum(epoch.seconds for epoch in history), 3),
+            device=device_name(self.resources.device),
+            worker=self.resources.worker,
+            attempt=self.lease.attempt,
+            fused_optimizer=training.fused,
+            lstm_kernel=training.lstm_kernel,
+            provenance=provenance(),
+            weights=weights,
+        )
+
+    def fail(self, reason: str) -> None:
+        """End it as failed, with the reason and its log."""
+        self._store({"log.csv": trial_log.written()})
+        self._end(TrialState.FAIL, None, {FAILURE: reason})
+
+    def _key(self, name: str) -> str:
+        """The artifact key of a file of this attempt, such as "curve.svg"."""
+        return trial_key(self.lease.study_id, self.lease.number, self.lease.attempt, name)
+
+    def _end(self, state: TrialState, values: list[float] | None, attributes: Mapping[str, Any]) -> None:
+        self._study.storage.finish_trial(self.lease.trial_id, state, values, attributes)
+
+    def _store(self, files: Mapping[str, bytes]) -> None:
+        """All at once, as each waits for the disk; what can be looked at appears on the trial's page."""
+        with ThreadPoolExecutor(len(files)) as pool:
+            list(pool.map(lambda name: self.resources.store.put(self._key(name), files[name]), files))
+        for name, mimetype in SHOWN.items():
+            if name in files:
+                attach_artifact(
+                    self._study.storage, self.lease.study_id, self.lease.trial_id, self._key(name), name, mimetype
+                )

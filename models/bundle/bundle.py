@@ -1,0 +1,233 @@
+"""The saved model: a folder that loads and predicts without database and without pickle.
+
+    model.safetensors   weights of the k members, "member.<i>.<name>"
+    config.json         what the weights are: `BundleConfig` and the format's version
+    README.md           model card: scores, how to use it with and without this project
+    curves.png, confusion.png
+
+Shapes: N sequences, T steps, F features, K classes, k members whose probabilities are averaged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load as parse_tensors
+from safetensors.torch import save as serialize_tensors
+from torch import Tensor
+
+from hpo.models.bundle import card
+from hpo.models.bundle.config import BundleConfig, BundleError, from_json, to_json
+from hpo.models.bundle.predictions import Predictions
+from hpo.models.classifier import Classifier, Weights, to_probabilities
+from hpo.models.data.readers import read
+from hpo.models.data.sequences import DataError, Sequences, from_arrays
+from hpo.models.files import whole_folder
+from hpo.models.metrics import predict_labels
+
+FILES = ("model.safetensors", "config.json", "README.md", "curves.png", "confusion.png")
+
+
+@dataclass(frozen=True, eq=False)
+class Bundle:
+    """A model ready to predict."""
+
+    config: BundleConfig
+    models: tuple[Classifier, ...]  # (k,) in evaluation mode, on one device
+    folder: Path | None = None  # that it was loaded from
+
+    def predict(self, data: Any, batch_size: int = 256, progress: Callable[[int], object] | None = None) -> Predictions:
+        """Class and probabilities of each sequence; labels are ignored.
+
+        data is a `Sequences` or whatever `from_arrays` takes as X: (N, T, F), (N, T), or a list of (T_i, F) or
+        (T_i,). Features with names are matched by name, in any order and among others. `progress` is called after
+        each batch with the number of its sequences. Raises DataError where features or lengths do not fit the
+        model, ValueError where `batch_size` is below 1.
+        """
+        sequences = self.conform(data)
+        probabilities = self._probabilities(sequences, batch_size, progress)
+        labels = np.array(self.config.classes)[predict_labels(probabilities, self.config.threshold)]
+        return Predictions(self.config.classes, probabilities, labels, sequences.ids)
+
+    def read(self, path: str | Path) -> Sequences:
+        """Sequences of a file for `predict`: columns as in training, labels ignored. Raises DataError."""
+        features = None if _unnamed(self.config.features) else self.config.features
+        columns: dict[str, Any] = self.config.columns
+        return read(path, labeled=False, features=features, **columns)
+
+    def conform(self, data: Any) -> Sequences:
+        """`data` with the model's features in the model's order. Raises DataError where they or lengths do not fit."""
+        sequences = data if isinstance(data, Sequences) else from_arrays(data)
+        names, wanted = sequences.features, self.config.features
+        if _unnamed(names) or _unnamed(wanted):
+            if len(names) != len(wanted):
+                raise DataError(f"the model needs {len(wanted)} features {list(wanted)}, the data has {len(names)}")
+        elif names != wanted:
+            missing = [name for name in wanted if name not in names]
+            if missing:
+                raise DataError(f"the data lacks the features {missing} of the model; it has {list(names)}")
+            at = [names.index(name) for name in wanted]
+            sequences = replace(sequences, values=sequences.values[:, :, at], features=wanted)
+        self._check_lengths(sequences)
+        return sequences
+
+    def _check_lengths(self, sequences: Sequences) -> None:
+        """Pooling `flatten` has weights for each step, so that every sequence must have as many."""
+        config = self.config.classifier
+        if config.pooling != "flatten":
+            return
+        kept = np.minimum(sequences.lengths, config.sequence_length or sequences.steps)
+        for row in np.flatnonzero(kept != config.kept_steps)[:1].tolist():
+            needed = f"exactly {config.steps}" if config.fixed_length else f"{config.kept_steps} or more"
+            found = f"sequence {sequences.ids[row]!r} has {sequences.lengths[row]}"
+            raise DataError(f"a model with flatten pooling needs {needed} steps, {found}")
+
+    @torch.inference_mode()
+    def _probabilities(
+        self, sequences: Sequences, batch_size: int, progress: Callable[[int], object] | None
+    ) -> NDArray[np.float32]:
+        """(N, K), averaged over the members, in batches of like length."""
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        order = np.argsort(sequences.lengths, kind="stable")
+        result = np.empty((sequences.n, len(self.config.classes)), np.float32)
+        for start in range(0, sequences.n, batch_size):
+            rows = order[start : start + batch_size]
+            longest = int(sequences.lengths[rows[-1]])
+            result[rows] = self._batch(sequences.values[rows, :longest], sequences.lengths[rows])
+            if progress is not None:
+                progress(len(rows))
+        return result
+
+    def _batch(self, values: NDArray[np.float32], lengths: NDArray[np.int64]) -> NDArray[np.float32]:
+        device = self.models[0].mean.device
+        whole = bool((lengths == values.shape[1]).all())  # no padding: the faster path
+        batch, steps = torch.from_numpy(values).to(device), torch.from_numpy(lengths).to(device)
+        found = []
+        for model in self.models:
+            patches, counts = model.prepare(batch, steps)
+            found.append(to_probabilities(model.logits(patches, None if whole else counts)))
+        averaged: NDArray[np.float32] = torch.stack(found).mean(0).cpu().numpy()
+        return averaged
+
+
+def save(
+    folder: str | Path,
+    members: Sequence[Weights],
+    config: BundleConfig,
+    curve: Mapping[str, Sequence[float]],
+    *,
+    overwrite: bool = False,
+) -> Path:
+    """Write a saved model and return its folder, which appears whole or not at all.
+
+    members: k states of a `Classifier`. curve: per-epoch numbers by name, "train_loss" and "value" (of the
+    metric) at least, "log_loss" if at hand. `overwrite` replaces a saved model, never another folder.
+    Raises BundleError and OSError.
+    """
+    if len(members) != config.members:
+        raise BundleError(f"config.members is {config.members}, got the weights of {len(members)}")
+    content = pack(members)
+    _models(config, parse_tensors(content), "these weights")  # they fit the configuration
+    with model_folder(Path(folder), overwrite) as beside:
+        (beside / "model.safetensors").write_bytes(content)
+        (beside / "config.json").write_text(to_json(config), encoding="utf-8")
+        (beside / "README.md").write_text(card.readme(config), encoding="utf-8")
+        (beside / "curves.png").write_bytes(card.curves(curve, config.best_epoch, config.metric))
+        scores = config.test or config.validation
+        if scores is not None:
+            title = "test part" if config.test else "validation part"
+            (beside / "confusion.png").write_bytes(card.confusion(scores.confusion, config.classes, title))
+    return Path(folder)
+
+
+def load(folder: str | Path, device: str = "cpu") -> Bundle:
+    """Load a saved model. Raises BundleError, which lists what is missing and what is unexpected."""
+    folder = Path(folder)
+    missing = [name for name in FILES[:2] if not (folder / name).is_file()]
+    if missing:
+        raise BundleError(f"{folder} is no saved model: it lacks {' and '.join(missing)}")
+    config = from_json((folder / "config.json").read_bytes(), str(folder / "config.json"))
+    source = folder / "model.safetensors"
+    try:
+        tensors = parse_tensors(source.read_bytes())
+    except SafetensorError as error:
+        raise BundleError(f"{source} is not a whole safetensors file ({error}); fetch or export it again") from None
+    models = _models(config, tensors, str(source))
+    return Bundle(config, tuple(model.to(device) for model in models), folder)
+
+
+def assemble(config: BundleConfig, members: Sequence[Weights], device: str = "cpu") -> Bundle:
+    """The bundle that `save` would write, in memory. Raises BundleError."""
+    models = _models(config, parse_tensors(pack(members)), "these weights")
+    return Bundle(config, tuple(model.to(device) for model in models))
+
+
+def pack(members: Sequence[Weights]) -> bytes:
+    """The members' weights as one safetensors file, keys "member.<i>.<name>"."""
+    named = {f"member.{i}.{name}": tensor for i, member in enumerate(members) for name, tensor in member.items()}
+    return serialize_tensors({name: tensor.detach().cpu().clone().contiguous() for name, tensor in named.items()})
+
+
+def unpack(content: bytes) -> list[Weights]:
+    """The members' weights of a file that `pack` made."""
+    members: dict[int, Weights] = {}
+    for key, tensor in parse_tensors(content).items():
+        _, index, name = key.split(".", 2)
+        members.setdefault(int(index), {})[name] = tensor
+    return [members[index] for index in sorted(members)]
+
+
+@contextmanager
+def model_folder(out: Path, overwrite: bool) -> Iterator[Path]:
+    """A new folder to write a saved model into, which becomes `out` when the block ends and is removed if it raises.
+
+    Only an empty folder or, with `overwrite`, a saved model is replaced. Raises BundleError and OSError.
+    """
+    _check_free(out.resolve(), overwrite)
+    with whole_folder(out) as beside:
+        yield beside
+
+
+def _check_free(out: Path, overwrite: bool) -> None:
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not (out / "config.json").is_file() or not (out / "model.safetensors").is_file():
+        raise BundleError(f"{out} exists and is no saved model: name a new folder")
+    if not overwrite:
+        raise BundleError(f"{out} holds a saved model already: name a new folder, or overwrite it")
+
+
+def _unnamed(features: tuple[str, ...]) -> bool:
+    """Whether these are the names that readers give to features without one."""
+    return features == tuple(f"x{i}" for i in range(len(features)))
+
+
+def _models(config: BundleConfig, tensors: dict[str, Tensor], source: str) -> list[Classifier]:
+    """The members in evaluation mode, once every tensor is there in its shape and no other."""
+    models = []
+    for _ in range(config.members):
+        with torch.device("meta"):  # no memory, and no random initial weights drawn from the caller's state
+            models.append(Classifier(config.classifier).eval().requires_grad_(False))
+    wanted = {f"member.{i}.{name}": t for i, model in enumerate(models) for name, t in model.state_dict().items()}
+    faults = [f"missing {name}" for name in wanted if name not in tensors]
+    faults += [f"unexpected {name}" for name in sorted(tensors) if name not in wanted]
+    faults += [
+        f"{name} has shape {tuple(tensors[name].shape)}, expected {tuple(tensor.shape)}"
+        for name, tensor in wanted.items()
+        if name in tensors and tensors[name].shape != tensor.shape
+    ]
+    if faults:
+        raise BundleError(f"{source} does not fit the configuration: {'; '.join(faults)}")
+    for i, model in enumerate(models):
+        state = {name: tensors[f"member.{i}.{name}"].float() for name in model.state_dict()}
+        model.load_state_dict(state, assign=True)
+    return models

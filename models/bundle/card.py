@@ -1,0 +1,240 @@
+"""The model card with its code examples, and the pictures of a saved model."""
+
+from __future__ import annotations
+
+import io
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from hpo.models.bundle.config import BundleConfig, preprocessing
+from hpo.models.classifier import EPSILON
+from hpo.models.config import ClassifierConfig
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COUNTS_SHOWN = 30  # classes up to which the confusion matrix shows its numbers and every name
+
+
+def readme(config: BundleConfig, exported: str = "safetensors") -> str:
+    """The model card, Markdown; `exported` adds how to run that format."""
+    classifier = config.classifier
+    names = ", ".join(f"`{name}`" for name in config.classes)
+    members = f"{config.members} networks, probabilities averaged" if config.members > 1 else "one network"
+    title = config.provenance.get("study", "LSTM classifier")
+    decision = f"`{config.classes[1]}` from probability {config.threshold:.6g} up" if len(config.classes) == 2 else ""
+    parts = [
+        f"# {title}",
+        f"Tells {len(config.classes)} classes of sequences apart: {names}.",
+        f"An LSTM classifier of {members}, tuned for {config.metric}; these are the weights of epoch "
+        f"{config.best_epoch}.",
+        "![training](curves.png)",
+        _scores(config),
+        "## Use it",
+        _code("python", f"import hpo\n\nmodel = hpo.load({'.'!r})  # this folder\nprint(model.predict(X).labels)")
+        + "\n`X`: (N, T, F) numbers, or a list of (T, F); or `model.read(path)` for a npz, csv, parquet or .ts file.",
+        _code("sh", "hpo predict . data.npz --out predictions.csv"),
+        "## Use it without hpo",
+        "One sequence at a time, with torch and safetensors alone (the `lstm.` weights carry `torch.nn.LSTM`'s names):",
+        _code("python", _torch_example(config)),
+        *_exported(config, exported),
+        "## What it is",
+        _list([f"input: (T, {classifier.features}) float32: {', '.join(f'`{name}`' for name in config.features)}"]),
+        _list(preprocessing(classifier)),
+        _list([_architecture(classifier), *([decision] if decision else [])]),
+        "## Where it comes from",
+        _list([f"{name}: {_plain(value)}" for name, value in config.provenance.items()] or ["not recorded"]),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _plain(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _list(items: Sequence[str]) -> str:
+    return "\n".join(f"- {item}" for item in items)
+
+
+def _code(language: str, text: str) -> str:
+    return f"```{language}\n{text}\n```"
+
+
+def _architecture(config: ClassifierConfig) -> str:
+    direction = "bidirectional " if config.bidirectional else ""
+    head = f"{config.head_size} ReLU units, " if config.head_size else ""
+    kind = "sigmoid" if config.classes == 2 else "softmax"
+    return (
+        f"{config.layers}-layer {direction}LSTM of {config.hidden_size} units, {config.pooling} pooling over the valid "
+        f"steps, {head}{kind}"
+    )
+
+
+def _scores(config: BundleConfig) -> str:
+    """A table of every metric with its interval, and what the parts are."""
+    parts = {"validation": config.validation, "test": config.test}
+    known = {name: scores for name, scores in parts.items() if scores is not None}
+    if not known:
+        return "Its scores were not recorded."
+    rows = ["| | " + " | ".join(f"{name} ({scores.sequences:,})" for name, scores in known.items()) + " |"]
+    rows.append("|---|" + "---|" * len(known))
+    for metric in dict.fromkeys(metric for scores in known.values() for metric in scores.metrics):
+        cells = [_cell(scores.metrics.get(metric), scores.intervals.get(metric)) for scores in known.values()]
+        rows.append(f"| {metric} | {' | '.join(cells)} |")
+    text = "In brackets: 95 % bootstrap intervals over the sequences of the part. The validation part chose the"
+    text += " hyperparameters, so its scores flatter the model; the test part was not seen before this model was final."
+    return "## Scores\n\n" + "\n".join(rows) + f"\n\n{text}\n\n![confusion](confusion.png)"
+
+
+def _cell(value: float | None, interval: tuple[float, float] | None) -> str:
+    if value is None:
+        return "undefined"
+    return f"{value:.4f}" + (f" [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else "")
+
+
+def _torch_example(config: BundleConfig) -> str:
+    """The model in plain torch."""
+    return "\n".join(
+        [
+            "import torch",
+            "from safetensors.torch import load_file",
+            "",
+            'tensors = load_file("model.safetensors")',
+            "",
+            "",
+            "@torch.no_grad()",
+            f"def member(i, x):  # x: (T, {config.classifier.features}) float32, one sequence without padding",
+            *(f"    {line}" for line in _member_code(config.classifier)),
+            "",
+            "",
+            f"def probabilities(x):  # of {json.dumps(config.classes, ensure_ascii=False)}",
+            f"    return sum(member(i, x) for i in range({config.members})) / {config.members}",
+        ]
+    )
+
+
+def _member_code(c: ClassifierConfig) -> list[str]:
+    """Lines of Python that give one member's probabilities of a sequence x, from the tensors of all members."""
+    width, inputs = c.hidden_size, c.features * c.patch_length
+    prepare = {
+        f"x = x[-{c.sequence_length}:]": c.sequence_length,
+        f'x = (x - w["mean"]) / (w["deviation"] + {EPSILON})': c.normalization == "channel",
+        f"x = (x - x.mean(0)) / (x.std(0, correction=0) + {EPSILON})": c.normalization == "sequence",
+        f"x = torch.nn.functional.pad(x, (0, 0, 0, -len(x) % {c.patch_length})).reshape(-1, {inputs})": (
+            c.patch_length > 1
+        ),
+    }
+    pool = {
+        "last": f"torch.cat([out[-1, :{width}], out[0, {width}:]])" if c.bidirectional else "out[-1]",
+        "mean": "out.mean(0)",
+        "max": "out.amax(0)",
+        "attention": '((out @ w["attention.weight"].T + w["attention.bias"]).softmax(0) * out).sum(0)',
+        "flatten": "out.flatten()",
+    }[c.pooling]
+    head = ['logits = w["head.weight"] @ pooled + w["head.bias"]']
+    if c.head_size:
+        head = ['hidden = (w["head.0.weight"] @ pooled + w["head.0.bias"]).relu()']
+        head += ['logits = w["head.3.weight"] @ hidden + w["head.3.bias"]']
+    return [
+        'w = {name.removeprefix(f"member.{i}."): t for name, t in tensors.items() if name.startswith(f"member.{i}.")}',
+        *(line for line, used in prepare.items() if used),
+        f"lstm = torch.nn.LSTM({inputs}, {width}, {c.layers}, bidirectional={c.bidirectional})",
+        'lstm.load_state_dict({n.removeprefix("lstm."): t for n, t in w.items() if n.startswith("lstm.")})',
+        "out = lstm(x)[0]",
+        f"pooled = {pool}",
+        *head,
+        "return torch.cat([1 - logits.sigmoid(), logits.sigmoid()])" if c.classes == 2 else "return logits.softmax(0)",
+    ]
+
+
+def _exported(config: BundleConfig, exported: str) -> list[str]:
+    """How to run the exported graph: heading and code."""
+    steps = config.classifier.steps if config.classifier.fixed_length else "T"
+    inputs = f"values (N, {steps}, {config.classifier.features}) float32, zeros after each end; lengths (N,) int64"
+    if exported == "onnx":
+        lines = ["import numpy as np", "import onnxruntime", ""]
+        lines += ['session = onnxruntime.InferenceSession("model.onnx")', "", ""]
+        lines += [f"def predict(values, lengths):  # {inputs}", '    inputs = {"values": values, "lengths": lengths}']
+        lines += ["    probabilities = session.run(None, inputs)[0]  # (N, K)"]
+        lines += [f"    names = np.array({json.dumps(config.classes, ensure_ascii=False)})"]
+        lines += [f"    return names[{_decision(config)}], probabilities"]
+        return ["The same with numpy and onnxruntime alone, many sequences at once:", _code("python", "\n".join(lines))]
+    if exported == "pt2":
+        lines = ["import torch", "", 'model = torch.export.load("model.pt2").module()']
+        lines += [f"# {inputs}", "# probabilities = model(values, lengths)  # (N, K)"]
+        return ["The same with torch alone, many sequences at once:", _code("python", "\n".join(lines))]
+    return []
+
+
+def _decision(config: BundleConfig) -> str:
+    if len(config.classes) > 2:
+        return "probabilities.argmax(1)"
+    return f"(probabilities[:, 1].astype(np.float64) >= {config.threshold!r}).astype(int)"
+
+
+def curves(curve: Mapping[str, Sequence[float]], best_epoch: int, metric: str) -> bytes:
+    """PNG: losses and the validation metric over the epochs, the best epoch marked."""
+    figure = _figure(7.0, 6.0)
+    losses, values = figure.subplots(2, 1, sharex=True)
+    epochs = range(1, len(curve["value"]) + 1)
+    marker = "o" if len(epochs) < 30 else None
+    losses.plot(epochs, curve["train_loss"], marker=marker, markersize=3, label="training loss")
+    if "log_loss" in curve:
+        losses.plot(epochs, curve["log_loss"], marker=marker, markersize=3, label="validation log-loss")
+    values.plot(epochs, curve["value"], marker=marker, markersize=3, color="tab:green", label=f"validation {metric}")
+    best = curve["value"][best_epoch - 1]
+    values.plot([best_epoch], [best], "*", color="tab:red", markersize=14, label=f"epoch {best_epoch}: {best:.4f}")
+    for axes in (losses, values):
+        axes.axvline(best_epoch, color="tab:red", linewidth=0.8, linestyle=":")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    values.set_xlabel("epoch")
+    values.xaxis.get_major_locator().set_params(integer=True)
+    return _png(figure)
+
+
+def confusion(counts: Sequence[Sequence[int]], classes: Sequence[str], title: str) -> bytes:
+    """PNG: counts (K, K), row = true class, coloured by their share of the row."""
+    K = len(classes)
+    size = min(3.5 + 0.4 * K, 14.0)
+    figure = _figure(size + 0.8, size)
+    axes = figure.subplots()
+    shares = [[count / max(sum(row), 1) for count in row] for row in counts]
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(image, ax=axes, label="share of the true class", shrink=0.8)
+    _name_ticks(axes, classes)
+    axes.set(xlabel="predicted class", ylabel="true class", title=title)
+    if K <= COUNTS_SHOWN:
+        cell, digits = 72 * 0.75 * size / K, len(str(max(map(max, counts))))  # points, of the axes' side
+        fontsize = min(11.0, cell / max(1.5, 0.7 * digits))
+        for row, column in ((r, c) for r in range(K) for c in range(K) if counts[r][c]):
+            colour = "white" if shares[row][column] > 0.5 else "black"
+            axes.text(column, row, f"{counts[row][column]}", ha="center", va="center", color=colour, fontsize=fontsize)
+    return _png(figure)
+
+
+def _name_ticks(axes: Any, classes: Sequence[str]) -> None:
+    """Class names at the ticks; of many classes only some."""
+    every = -(-len(classes) // COUNTS_SHOWN)
+    at = range(0, len(classes), every)
+    names = [classes[i] if len(classes[i]) <= 16 else f"{classes[i][:15]}…" for i in at]
+    turned = 90 if max(map(len, names)) * len(names) > 40 else 0
+    style = {"fontsize": 10 if len(names) <= 12 else 8, "parse_math": False}  # a "$" in a name is no formula
+    axes.set_xticks(at, names, rotation=turned, **style)
+    axes.set_yticks(at, names, **style)
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure  # without pyplot: no window, no state shared with the caller
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():  # class names in scripts that the font lacks become boxes
+        warnings.simplefilter("ignore")
+        figure.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()

@@ -1,0 +1,99 @@
+"""What a saved model is: `BundleConfig`, and its form in config.json."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, TypeVar
+
+from hpo.errors import StudyFault
+from hpo.models.classifier import EPSILON
+from hpo.models.config import ClassifierConfig
+from hpo.models.metrics import Scores
+
+FORMAT = 1  # version of the folder's format; raised when an older reader would misread it
+T = TypeVar("T")
+
+
+class BundleError(StudyFault):
+    """The folder is no whole saved model, is of a newer format, or must not be replaced."""
+
+
+@dataclass(frozen=True)
+class BundleConfig:
+    """What a saved model is, how good it is, and where it comes from. JSON-able."""
+
+    classifier: ClassifierConfig
+    classes: tuple[str, ...]  # (K,) names, in the order of the probabilities
+    features: tuple[str, ...]  # (F,) names, in the order of the training data
+    metric: str  # that the study tuned
+    members: int = 1  # k networks whose probabilities are averaged
+    threshold: float = 0.5  # two classes: the second one is predicted from this probability up
+    best_epoch: int = 1  # whose weights these are, from 1
+    # of the training files, by the arguments of hpo.models.data.readers.read: label, id, step, group
+    columns: dict[str, str] = field(default_factory=dict)
+    validation: Scores | None = None  # the part that chose hyperparameters, epoch and threshold
+    test: Scores | None = None  # never seen by tuning
+    provenance: dict[str, Any] = field(default_factory=dict)  # study, trial, seed, data, versions, commit, device, …
+
+    def __post_init__(self) -> None:
+        for what, names in (("classes", self.classes), ("features", self.features)):
+            if len(names) != getattr(self.classifier, what):
+                expected = getattr(self.classifier, what)
+                raise BundleError(f"a classifier of {expected} {what} needs as many names, got {list(names)}")
+
+
+def preprocessing(config: ClassifierConfig) -> list[str]:
+    """What happens to a sequence (T, F) before the LSTM, step by step."""
+    steps = ["missing values are filled: linearly between known steps, the nearest one at the ends, 0 where none is"]
+    if config.sequence_length:
+        steps.append(f"only its last {config.sequence_length} steps are kept")
+    if config.normalization == "channel":
+        steps.append(f"each feature: minus `mean`, divided by `deviation` + {EPSILON} (both with the weights)")
+    if config.normalization == "sequence":
+        steps.append(f"each feature: minus its mean in the sequence, divided by its deviation there + {EPSILON}")
+    if config.patch_length > 1:
+        steps.append(f"{config.patch_length} consecutive steps become one; the last, partial one is filled with zeros")
+    return steps
+
+
+def to_json(config: BundleConfig) -> str:
+    """The content of config.json. Raises ValueError for a number that is not finite, which JSON has none for."""
+    content = {"format": FORMAT, **asdict(config), "preprocessing": preprocessing(config.classifier)}
+    return json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def from_json(text: bytes, source: str) -> BundleConfig:
+    """The inverse of `to_json`; `source` names the file in errors. Raises BundleError and ClassifierError."""
+    try:
+        content = json.loads(text)
+        version = content.pop("format")
+        content.pop("preprocessing", None)  # for readers; the classifier's configuration decides
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise BundleError(f"{source} is not the configuration of a saved model") from None
+    if version != FORMAT:
+        raise BundleError(f"{source} has format {version}, this version of hpo reads {FORMAT}: install a newer hpo")
+    content["classifier"] = _exactly(ClassifierConfig, content.get("classifier"), f"{source}, classifier")
+    for part in ("validation", "test"):
+        if content.get(part) is not None:
+            content[part] = _scores(content[part], f"{source}, {part}")
+    for names in ("classes", "features"):
+        content[names] = tuple(content.get(names, ()))
+    return _exactly(BundleConfig, content, source)
+
+
+def _scores(content: Any, source: str) -> Scores:
+    scores = _exactly(Scores, content, source)
+    intervals = {name: (low, high) for name, (low, high) in scores.intervals.items()}
+    return replace(scores, intervals=intervals, confusion=tuple(map(tuple, scores.confusion)))
+
+
+def _exactly(kind: type[T], content: Any, source: str) -> T:
+    """`kind` from a JSON object that has its fields and no others."""
+    found = content if isinstance(content, dict) else {}
+    names = [item.name for item in fields(kind)]  # type: ignore[arg-type]
+    faults = [f"missing {name}" for name in names if name not in found]
+    faults += [f"unexpected {name}" for name in found if name not in names]
+    if faults:
+        raise BundleError(f"{source}: {', '.join(faults)}")
+    return kind(**found)

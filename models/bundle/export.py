@@ -1,0 +1,274 @@
+"""Export of a saved model: the folder alone, or with one graph of all members, checked against torch.
+
+The graph takes `values` (N, T, F) float32 and `lengths` (N,) int64, both of any N and T (pooling `flatten`
+without a crop: of the training length), and gives `probabilities` (N, K), averaged over the k members.
+
+Exporters that follow the program, `torch.export` and with it the newer ONNX one, fix T of `nn.LSTM` to that of the
+sample. ONNX therefore comes from the tracing exporter, and pt2 (for the CPU) runs the recurrence as a `scan` over the
+steps.
+"""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from hpo.errors import HpoError
+from hpo.models.bundle import card
+from hpo.models.bundle.bundle import FILES, Bundle, load, model_folder
+from hpo.models.classifier import Classifier, to_probabilities
+from hpo.models.data.sequences import Sequences, from_arrays
+
+FORMATS = ("safetensors", "onnx", "pt2")
+OPSET = 17  # of ONNX: the newest that the tracing exporter has in torch 2.11
+TOLERANCE = 1e-5
+"""Largest difference of a probability. Float32 sums of the same terms in another order differ by some 1e-7, which
+grows a little over the steps (3e-6 measured over 300); a graph with a wrong step, direction or member differs by
+1e-2 and more."""
+CHECKED = 32  # real sequences that the graph is run on
+
+Run = Callable[[NDArray[np.float32], NDArray[np.int64]], NDArray[np.float32]]
+
+
+class ExportError(HpoError):
+    """The model cannot be exported like this, or the exported graph does not give torch's answers."""
+
+
+def export(
+    model: str | Path | Bundle,
+    out: str | Path,
+    format: str = "safetensors",
+    *,
+    sequences: Sequences | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a folder that works without database and return it; it appears whole or not at all.
+
+    "safetensors" copies the saved model. "onnx" adds model.onnx and "pt2" model.pt2 (loads with torch alone); the
+    file is run and must give torch's probabilities within TOLERANCE, on drawn sequences of different lengths and
+    batch sizes and on some of `sequences`, if given. `overwrite` replaces a saved model in `out`.
+    Raises ExportError and BundleError; then nothing is kept.
+    """
+    if format not in FORMATS:
+        raise ExportError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+    folder = model.folder if isinstance(model, Bundle) else Path(model)
+    if folder is None:
+        raise ExportError("only a saved model can be exported: save it and load its folder")
+    bundle = load(folder)
+    with model_folder(Path(out), overwrite) as beside:
+        for name in FILES:
+            if (folder / name).exists():
+                shutil.copyfile(folder / name, beside / name)
+        (beside / "README.md").write_text(card.readme(bundle.config, format), encoding="utf-8")
+        if format != "safetensors":
+            _write_checked(bundle, beside / f"model.{format}", sequences)
+    return Path(out)
+
+
+def _write_checked(bundle: Bundle, path: Path, sequences: Sequences | None) -> None:
+    """Write the graph, run it, compare."""
+    write, run = {".onnx": (_write_onnx, _run_onnx), ".pt2": (_write_pt2, _run_pt2)}[path.suffix]
+    if path.suffix == ".onnx":
+        _require_onnx()
+    parts = _drawn(bundle) + ([] if sequences is None else _real(bundle, sequences))
+    try:
+        with _quiet():
+            write(bundle, path)
+            difference = _difference(bundle, run(path), parts)
+    except Exception as error:  # whatever an exporter raises
+        raise ExportError(f"torch {torch.__version__} cannot export this model as {path.name}: {error}") from error
+    if not difference <= TOLERANCE:
+        raise ExportError(
+            f"{path.name} must give torch's probabilities within {TOLERANCE}, its largest difference is "
+            f"{difference:.2g}; nothing was kept, the safetensors export holds the same model"
+        )
+
+
+def _difference(bundle: Bundle, run: Run, parts: list[Sequences]) -> float:
+    """The largest difference between the graph's and torch's probabilities, NaN if one is not a number."""
+    differences = [np.abs(run(part.values, part.lengths) - bundle.predict(part).probabilities) for part in parts]
+    return float(np.concatenate([difference.ravel() for difference in differences]).max())
+
+
+def _drawn(bundle: Bundle) -> list[Sequences]:
+    """Batches of normal random sequences: several and one, longer and shorter than in training, down to one step."""
+    config, rng = bundle.config.classifier, np.random.default_rng(0)
+    mean, deviation = (getattr(bundle.models[0], name).numpy() for name in ("mean", "deviation"))
+    shapes = [(3, config.steps), (1, config.steps), (5, config.steps)]
+    if not config.fixed_length:
+        least = config.kept_steps if config.pooling == "flatten" else 1
+        shapes += [(4, config.steps + 3), (2, max(least, config.steps // 2)), (1, least), (2, least)]
+    batches = []
+    for N, T in shapes:
+        low = config.kept_steps if config.pooling == "flatten" else 1
+        lengths = np.append(rng.integers(low, T + 1, N - 1), T if N > 1 else rng.integers(low, T + 1))
+        values = rng.normal(size=(N, T, config.features)) * deviation + mean
+        batches.append(from_arrays(values, lengths=lengths, features=bundle.config.features))
+    return batches
+
+
+def _real(bundle: Bundle, sequences: Sequences) -> list[Sequences]:
+    """Of the data at most CHECKED sequences from the shortest to the longest, together, some, and one alone."""
+    order = np.argsort(sequences.lengths, kind="stable")
+    chosen = order[np.unique(np.linspace(0, len(order) - 1, CHECKED).astype(int))]
+    parts = [chosen, chosen[::5], chosen[:1], chosen[-1:]]
+    return [bundle.conform(sequences.take(part)) for part in parts]
+
+
+def _sample(bundle: Bundle) -> tuple[Tensor, Tensor]:
+    """Inputs to trace with: N and T above 1, and T so long that no step of the preparation is left out."""
+    config = bundle.config.classifier
+    T = config.steps if config.fixed_length else max(config.steps, 2 * config.patch_length, config.sequence_length) + 1
+    return torch.randn(3, T, config.features), torch.full((3,), T)
+
+
+# ------------------------------------------------------------------ ONNX
+
+
+class _Average(nn.Module):
+    """The members' probabilities, averaged."""
+
+    def __init__(self, members: tuple[Classifier, ...]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def forward(self, values: Tensor, lengths: Tensor) -> Tensor:
+        found = [cast(Classifier, member).probabilities(values, lengths) for member in self.members]
+        return torch.stack(found).mean(0)
+
+
+def _require_onnx() -> None:
+    try:
+        import onnx  # noqa: F401  (the exporter needs it)
+        import onnxruntime  # noqa: F401
+    except ImportError as error:
+        raise ExportError(f"the onnx format needs {error.name}: pip install 'hpo[onnx]'") from None
+
+
+def _write_onnx(bundle: Bundle, path: Path) -> None:
+    batch = {0: "N"}
+    values = batch if bundle.config.classifier.fixed_length else {0: "N", 1: "T"}
+    torch.onnx.export(
+        _Average(bundle.models).eval(),  # left in training mode otherwise: the exporter restores what it found
+        _sample(bundle),
+        path,
+        dynamo=False,
+        opset_version=OPSET,
+        input_names=["values", "lengths"],
+        output_names=["probabilities"],
+        dynamic_axes={"values": values, "lengths": batch, "probabilities": batch},
+    )
+
+
+def _run_onnx(path: Path) -> Run:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+    def run(values: NDArray[np.float32], lengths: NDArray[np.int64]) -> NDArray[np.float32]:
+        found: NDArray[np.float32] = session.run(None, {"values": values, "lengths": lengths})[0]
+        return found
+
+    return run
+
+
+# ------------------------------------------------------------------ pt2
+
+
+class _Scan(nn.Module):
+    """The average of the members with the recurrence as a scan, all members and directions in one.
+
+    G = k members times D directions; S, B, P, H as in `hpo.models.classifier`.
+    """
+
+    def __init__(self, members: tuple[Classifier, ...]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+        self.config = members[0].config
+
+    def forward(self, values: Tensor, lengths: Tensor) -> Tensor:
+        """values (B, T, F), lengths (B,) to probabilities (B, K)."""
+        members = cast(list[Classifier], list(self.members))
+        # With spare steps at the end no branch on T is left: neither T < sequence_length nor a single patch.
+        spare = 0 if self.config.fixed_length else self.config.sequence_length or self.config.patch_length
+        values = nn.functional.pad(values, (0, 0, 0, spare))
+        prepared = [member.prepare(values, lengths) for member in members]
+        counts = prepared[0][1]
+        outputs = torch.stack([patches for patches, _ in prepared], 1)  # (S, k, B, P*F)
+        for layer in range(self.config.layers):
+            outputs = self._layer(outputs, counts, layer)
+        logits = [member.classify(outputs[:, i], counts) for i, member in enumerate(members)]
+        return torch.stack([to_probabilities(one) for one in logits]).mean(0)
+
+    def _layer(self, inputs: Tensor, counts: Tensor, layer: int) -> Tensor:
+        """(S, k, B, inputs) to (S, k, B, D*H)."""
+        if not self.config.bidirectional:
+            return self._recur(inputs, [f"l{layer}"])
+        steps = torch.arange(inputs.shape[0])[:, None]
+        flipped = torch.where(steps < counts, counts - 1 - steps, steps)[:, None, :, None]
+
+        def flip(tensor: Tensor) -> Tensor:
+            return tensor.gather(0, flipped.expand(-1, tensor.shape[1], -1, tensor.shape[3]))
+
+        both = self._recur(torch.cat([inputs, flip(inputs)], 1), [f"l{layer}", f"l{layer}_reverse"])
+        k = len(self.members)
+        return torch.cat([both[:, :k], flip(both[:, k:])], 3)
+
+    def _recur(self, inputs: Tensor, suffixes: list[str]) -> Tensor:
+        """One layer's cells over all steps, (S, G, B, inputs) to (S, G, B, H)."""
+        from torch._higher_order_ops.scan import scan  # the public name is still to come
+
+        recurrent = self._weights("weight_hh", suffixes).transpose(1, 2)  # (G, H, 4H)
+        bias = self._weights("bias_ih", suffixes) + self._weights("bias_hh", suffixes)
+        gates = inputs @ self._weights("weight_ih", suffixes).transpose(1, 2) + bias[:, None]
+
+        def step(state: list[Tensor], gate: Tensor) -> tuple[list[Tensor], Tensor]:
+            hidden, cell = state
+            i, f, g, o = (gate + hidden @ recurrent).chunk(4, -1)
+            cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
+            hidden = o.sigmoid() * cell.tanh()
+            return [hidden, cell], hidden.clone()  # a scan's outputs must not share memory
+
+        zeros = inputs.new_zeros(inputs.shape[1], inputs.shape[2], self.config.hidden_size)
+        outputs: Tensor = scan(step, [zeros, zeros.clone()], gates, dim=0)[1]
+        return outputs
+
+    def _weights(self, kind: str, suffixes: list[str]) -> Tensor:
+        """The weights of that kind of all directions and members, stacked: (G, …)."""
+        lstms = [cast(Classifier, member).lstm for member in self.members]
+        return torch.stack([getattr(lstm, f"{kind}_{suffix}") for suffix in suffixes for lstm in lstms])
+
+
+def _write_pt2(bundle: Bundle, path: Path) -> None:
+    any_size = torch.export.Dim.DYNAMIC
+    values = {0: any_size} if bundle.config.classifier.fixed_length else {0: any_size, 1: any_size}
+    torch.compiler.reset()  # a scan compiled before, for another T, would be tried and tie this T to its own
+    with torch.no_grad():
+        program = torch.export.export(
+            _Scan(bundle.models).eval(), _sample(bundle), dynamic_shapes=(values, {0: any_size})
+        )
+    torch.export.save(program, path)
+
+
+def _run_pt2(path: Path) -> Run:
+    module = torch.export.load(path).module()
+    return lambda values, lengths: module(torch.from_numpy(values), torch.from_numpy(lengths)).numpy()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Exporters warn of their own deprecations and of shapes that are checked here."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,37 @@
+"""The predictions of a saved model."""
+
+from __future__ import annotations
+
+import csv
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hpo.models.files import whole_file
+
+
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """Predictions for N sequences, in the order given."""
+
+    classes: tuple[str, ...]  # (K,)
+    probabilities: NDArray[np.float32]  # (N, K)
+    labels: NDArray[np.str_]  # (N,) predicted class names
+    ids: tuple[str, ...]  # (N,)
+
+    def to_csv(self, path: str | Path) -> None:
+        """Write columns id, predicted and probability_<class> of each class; the file appears whole or not at all.
+
+        Raises OSError.
+        """
+        text = io.StringIO(newline="")
+        writer = csv.writer(text)
+        writer.writerow(["id", "predicted", *(f"probability_{name}" for name in self.classes)])
+        writer.writerows(
+            [self.ids[i], label, *map(str, self.probabilities[i])] for i, label in enumerate(self.labels.tolist())
+        )
+        with whole_file(Path(path)) as beside:
+            beside.write_bytes(text.getvalue().encode())

@@ -1,0 +1,99 @@
+"""What fixes a network and its training: `ClassifierConfig` and `TrainingConfig`, without torch or numpy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hpo.errors import StudyFault
+from hpo.models.fields import allowed, check, rules
+
+
+class ClassifierError(StudyFault):
+    """The classifier's configuration does not fit itself or the data."""
+
+
+class TrainingError(StudyFault):
+    """The training configuration is out of range or does not fit the data."""
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """What fixes a network's shape and arithmetic. JSON-able. Raises ClassifierError."""
+
+    features: int = field(metadata=allowed(int, low=1))  # F, channels of the data
+    classes: int = field(metadata=allowed(int, low=2))  # K; two classes share one logit
+    steps: int = field(metadata=allowed(int, low=1))  # T, the longest training sequence; `flatten` needs exactly T
+    hidden_size: int = field(default=64, metadata=allowed(int, low=1))  # H, units a direction and layer
+    layers: int = field(default=1, metadata=allowed(int, low=1))  # stacked LSTM layers
+    # between layers, and inside a two-layer head
+    dropout: float = field(default=0.0, metadata=allowed(float, low=0, high=1, below=True))
+    bidirectional: bool = field(default=False, metadata=allowed(bool))  # D = 2
+    pooling: str = field(
+        default="last", metadata=allowed(str, names=("last", "mean", "max", "attention", "flatten"))
+    )  # of the last layer's outputs over the steps
+    # 0: one linear layer; else linear, ReLU, dropout, linear of this width
+    head_size: int = field(default=0, metadata=allowed(int, low=0))
+    patch_length: int = field(default=1, metadata=allowed(int, low=1))  # P, consecutive steps folded into the features
+    sequence_length: int = field(default=0, metadata=allowed(int, low=0))  # keep only the last so many steps; 0: all
+    # by nothing, the training part's statistics of each channel, or each sequence's own
+    normalization: str = field(default="none", metadata=allowed(str, names=("none", "channel", "sequence")))
+
+    def __post_init__(self) -> None:
+        check(self, ClassifierError)
+
+    @property
+    def kept_steps(self) -> int:
+        """T after cropping to `sequence_length`."""
+        return min(self.steps, self.sequence_length) if self.sequence_length else self.steps
+
+    @property
+    def fixed_length(self) -> bool:
+        """Whether every sequence must have exactly `steps` steps: `flatten` without a crop to fewer."""
+        return self.pooling == "flatten" and self.kept_steps == self.steps
+
+    @property
+    def patches(self) -> int:
+        """S of the longest sequence: a last, partial patch counts."""
+        return -(-self.kept_steps // self.patch_length)
+
+    @property
+    def outputs(self) -> int:
+        """Logits a sequence: 1 when binary, else K."""
+        return 1 if self.classes == 2 else self.classes
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How one trial's weights are found. JSON-able. Raises TrainingError."""
+
+    # the validation metric: see hpo.models.metrics
+    metric: str = field(
+        metadata=allowed(
+            str,
+            names=("accuracy", "balanced_accuracy", "f1", "macro_f1", "auroc", "average_precision", "log_loss"),
+        )
+    )
+    epochs: int = field(default=50, metadata=allowed(int, low=1))  # at most
+    patience: int | None = 10  # epochs without a better metric before the end; None: never end early
+    batch_size: int = field(default=32, metadata=allowed(int, low=1))  # sequences
+    optimizer: str = field(default="adamw", metadata=allowed(str, names=("adamw", "adam", "rmsprop", "sgd")))
+    learning_rate: float = field(default=1e-3, metadata=allowed(float, low=0, above=True))
+    weight_decay: float = field(default=0.0, metadata=allowed(float, low=0))
+    # largest norm of a step's gradients; 0: no limit
+    gradient_clip: float = field(default=1.0, metadata=allowed(float, low=0))
+    # of the learning rate
+    schedule: str = field(default="constant", metadata=allowed(str, names=("constant", "cosine", "plateau")))
+    # balanced: weigh each class by the inverse of its share
+    class_weight: str = field(default="none", metadata=allowed(str, names=("none", "balanced")))
+    # of two classes: half, 0.5; chosen, the best on validation data
+    threshold: str = field(default="half", metadata=allowed(str, names=("half", "chosen")))
+    # bfloat16 is autocast
+    precision: str = field(default="float32", metadata=allowed(str, names=("float32", "bfloat16")))
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check(self, TrainingError)
+
+
+METRICS = rules(TrainingConfig)["metric"].names
+PRECISIONS = rules(TrainingConfig)["precision"].names

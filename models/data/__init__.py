@@ -1,0 +1,1 @@
+"""Sequences from files and arrays, their splits, and the one canonical file."""

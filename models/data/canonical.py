@@ -1,0 +1,59 @@
+"""The canonical data file, a safetensors file: equal content gives equal bytes, and so an equal hash."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hpo.models.data.sequences import DataError, Sequences
+from hpo.models.files import whole_file
+
+
+def to_bytes(sequences: Sequences) -> bytes:
+    """The canonical form, a safetensors file: equal content gives equal bytes."""
+    from safetensors.numpy import save as serialize
+
+    optional = {"labels": sequences.labels, "groups": sequences.groups}
+    arrays = {"values": sequences.values, "lengths": sequences.lengths}
+    arrays |= {name: array for name, array in optional.items() if array is not None}
+    names = {"classes": sequences.classes, "ids": sequences.ids, "features": sequences.features}
+    meta = json.dumps({**names, "filled": sequences.filled}, separators=(",", ":"))
+    # one metadata key only: safetensors writes several in any order
+    return serialize({k: np.ascontiguousarray(v) for k, v in arrays.items()}, {"sequences": meta})
+
+
+def fingerprint(sequences: Sequences) -> str:
+    """SHA-256 of the canonical form, in hexadecimal: the hash of the file that `save` writes."""
+    return hashlib.sha256(to_bytes(sequences)).hexdigest()
+
+
+def save(sequences: Sequences, path: str | Path) -> None:
+    """Write the canonical file, which appears whole or not at all. Raises OSError."""
+    with whole_file(Path(path)) as beside:
+        beside.write_bytes(to_bytes(sequences))
+
+
+def load(path: str | Path) -> Sequences:
+    """Map a canonical file into memory, copy on write: processes share its pages. Raises DataError."""
+    try:
+        with Path(path).open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+        meta = json.loads(header.pop("__metadata__")["sequences"])
+        named = {name: tuple(meta[name]) for name in ("classes", "ids", "features")}
+        mapped = {name: _mapped(path, 8 + size, entry) for name, entry in header.items()}
+        return Sequences(**{"labels": None, "groups": None, **mapped, **named, "filled": meta["filled"]})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError) as error:
+        raise DataError(f"{path} is not a whole data set file: {type(error).__name__}: {error}") from None
+
+
+def _mapped(path: str | Path, start: int, entry: dict[str, Any]) -> NDArray[Any]:
+    """One tensor of a safetensors file; the reader of safetensors itself copies it."""
+    dtype = {"F32": "<f4", "I64": "<i8"}[entry["dtype"]]
+    begin, shape = start + entry["data_offsets"][0], tuple(entry["shape"])
+    return np.memmap(path, dtype=dtype, mode="c", offset=begin, shape=shape).view(np.ndarray)

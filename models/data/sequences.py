@@ -1,0 +1,287 @@
+"""Sequences in memory, and the one way to them from what a reader or a caller hands over.
+
+Shapes: N sequences, T steps (of the longest), F features. Whatever the source, the same rules hold:
+
+- Steps at the end of a sequence in which every feature is missing are padding (unless `lengths` are given).
+- Missing values before that are filled: linearly between the known steps of that sequence and feature, with
+  the nearest known value at the edges, with 0 where the sequence has none; `Sequences.filled` counts them.
+- Infinite values (also those beyond float32), sequences without a step and unequal numbers of features are
+  errors that name the file and the row. A constant feature is kept.
+- Labels are kept by name: 1, 1.0 and "1.0" are "1"; other text is kept, without spaces around it. All labels
+  missing: the data is unlabeled. Some missing: an error.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from math import isfinite
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hpo.errors import StudyFault
+
+Values = NDArray[np.float32]
+Indices = NDArray[np.int64]
+Mask = NDArray[np.bool_]
+
+
+MISSING = dict.fromkeys(("", "?", "NA", "N/A", "null", "NULL", "None"), "nan")  # texts that stand for no number
+
+
+class DataError(StudyFault):
+    """The data breaks a rule: the message names the file, the row and the way out."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sequences:
+    """Labeled or unlabeled sequences, in memory or mapped from a canonical file."""
+
+    values: Values  # (N, T, F); zero at and after each sequence's length
+    lengths: Indices  # (N,) valid steps, 1..T
+    labels: Indices | None  # (N,) index into classes; None: unlabeled
+    classes: tuple[str, ...]  # class names; sorted, as numbers if all are
+    groups: Indices | None  # (N,) a split never separates equal codes
+    ids: tuple[str, ...]  # (N,) names of the sequences; "0", "1", … where the file has none
+    features: tuple[str, ...]  # (F,) names of the features; "x0", "x1", … where the file has none
+    filled: int  # missing values filled in the file that these come from
+
+    @property
+    def n(self) -> int:
+        return len(self.values)
+
+    @property
+    def steps(self) -> int:
+        return int(self.values.shape[1])
+
+    @property
+    def n_features(self) -> int:
+        return int(self.values.shape[2])
+
+    def take(self, indices: Iterable[int] | NDArray[Any]) -> Sequences:
+        """The sequences at `indices`, in that order (or of a mask (N,)); T, classes and features stay."""
+        at = np.arange(self.n)[indices if isinstance(indices, np.ndarray) else list(indices)]
+        return replace(
+            self,
+            values=self.values[at],
+            lengths=self.lengths[at],
+            labels=None if self.labels is None else self.labels[at],
+            groups=None if self.groups is None else self.groups[at],
+            ids=tuple(self.ids[i] for i in at),
+        )
+
+
+def from_arrays(
+    X: Any,
+    y: Any = None,
+    lengths: Any = None,
+    groups: Any = None,
+    *,
+    ids: Any = None,
+    classes: tuple[str, ...] | None = None,
+    features: tuple[str, ...] | None = None,
+    source: str = "the data",
+) -> Sequences:
+    """Sequences from arrays.
+
+    X is (N, T, F) or, univariate, (N, T); or a list of N arrays (T_i, F) or (T_i,). y (N,) holds labels of
+    any type, `lengths` (N,) the valid steps, `groups` (N,) what a split must keep together. `classes` and
+    `features` as for `read`; `source` names the data in errors. Raises DataError.
+    """
+    return to_sequences(raw_arrays(source, X, y, lengths, groups, ids), classes, None, features)
+
+
+@dataclass(frozen=True)
+class Raw:
+    """What a reader gives, as it stands in the file."""
+
+    source: str  # the file, for error messages
+    values: NDArray[Any]  # (N, T, F); NaN: missing or padding
+    labels: Sequence[object] | None  # (N,)
+    groups: Sequence[object] | None  # (N,)
+    unit: str  # "row", "line" or "sequence": what `marks` count
+    marks: Sequence[object]  # (N,) where each sequence stands, for error messages
+    ids: tuple[str, ...] | None = None  # None: not named in the file
+    features: tuple[str, ...] | None = None  # None: not named in the file
+    lengths: Indices | None = None  # None: up to the last step that has a value
+
+    def at(self, i: int) -> str:
+        """Where sequence i stands, for error messages."""
+        return f"{self.source}, {self.unit} {self.marks[i]}"
+
+
+def to_sequences(
+    raw: Raw, classes: tuple[str, ...] | None, labeled: bool | None, features: tuple[str, ...] | None
+) -> Sequences:
+    """Check, fill and encode what a reader gives; the arguments are those of `read`. Raises DataError."""
+    if 0 in raw.values.shape:
+        raise DataError(f"{raw.source} is empty: it holds no values")
+    with np.errstate(over="ignore"):  # becomes inf, which `_check_finite` rejects
+        values = np.array(raw.values, dtype=np.float32, order="C")
+    names = features or raw.features or tuple(f"x{i}" for i in range(values.shape[2]))
+    if len(names) != values.shape[2]:
+        raise DataError(f"{raw.source} has {values.shape[2]} features, expected {len(names)}")
+    lengths = _valid_steps(values) if raw.lengths is None else raw.lengths
+    _check_lengths(raw, lengths, values.shape[1])
+    values = np.ascontiguousarray(values[:, : lengths.max()])
+    inside = np.arange(values.shape[1]) < lengths[:, None]
+    _check_finite(raw, values, inside, names)
+    filled = _fill(values, inside)
+    values[~inside] = 0
+    labels, classes = _encode(raw, classes, labeled)
+    ids = raw.ids or tuple(map(str, range(len(values))))
+    return Sequences(values, lengths, labels, classes, _groups(raw), ids, names, filled)
+
+
+def _check_lengths(raw: Raw, lengths: Indices, steps: int) -> None:
+    for i in np.flatnonzero((lengths < 1) | (lengths > steps)).tolist():
+        rule = f"a sequence needs 1 to {steps} steps"
+        raise DataError(f"{raw.at(i)} has length {lengths[i]}: {rule}; remove or correct it")
+
+
+def _check_finite(raw: Raw, values: Values, inside: Mask, names: tuple[str, ...]) -> None:
+    for i, t, f in np.argwhere(np.isinf(values) & inside[:, :, None]).tolist():
+        rule = "values must be finite in float32; correct it, or leave it empty to have it filled"
+        raise DataError(f"{raw.at(i)}, step {t}, feature {names[f]!r} is infinite: {rule}")
+
+
+def _valid_steps(values: Values) -> Indices:
+    """(N,) steps up to the last one with a value."""
+    known: Mask = ~np.asarray(np.isnan(values).all(axis=2))
+    last = values.shape[1] - np.argmax(known[:, ::-1], axis=1)
+    return np.where(known.any(axis=1), last, 0).astype(np.int64)
+
+
+def _fill(values: Values, inside: Mask) -> int:
+    """Fill the NaN of (N, T, F) values within the lengths, in place; how many they were."""
+    missing = np.isnan(values) & inside[:, :, None]
+    steps = np.arange(values.shape[1])
+    for i, f in np.argwhere(missing.any(axis=1)).tolist():
+        series, gap = values[i, :, f], missing[i, :, f]
+        known = inside[i] & ~gap
+        series[gap] = np.interp(steps[gap], steps[known], series[known]) if known.any() else 0
+    return int(missing.sum())
+
+
+def _encode(raw: Raw, classes: tuple[str, ...] | None, labeled: bool | None) -> tuple[Indices | None, tuple[str, ...]]:
+    """Labels as indices into the classes, which are the labels' names where none are given."""
+    names = names_of(raw.labels or ())
+    known = {name for name in names if name is not None}
+    if labeled is False or not known:
+        if labeled:
+            raise DataError(f"{raw.source} has no labels")
+        return None, classes or ()
+    if None in names:
+        raise DataError(f"{raw.at(names.index(None))} has no label: label every sequence or none")
+    classes = classes or _sorted_classes(known)
+    codes: dict[str | None, int] = {name: i for i, name in enumerate(classes)}
+    for i, name in enumerate(names):
+        if name not in codes:
+            trained = ", ".join(classes)
+            raise DataError(f"{raw.at(i)}: label {name!r} is not a class of the training data ({trained})")
+    return np.array([codes[name] for name in names], dtype=np.int64), classes
+
+
+def _sorted_classes(names: set[str]) -> tuple[str, ...]:
+    if all(is_number(name) and isfinite(float(name)) for name in names):
+        return tuple(sorted(names, key=lambda name: (float(name), name)))
+    return tuple(sorted(names))
+
+
+def is_number(text: str) -> bool:
+    """Whether float() takes the text; "nan" and "inf" count."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _groups(raw: Raw) -> Indices | None:
+    if raw.groups is None:
+        return None
+    names = names_of(raw.groups)
+    if None in names:
+        raise DataError(f"{raw.at(names.index(None))} has no group: give every sequence one or none")
+    return codes_of(names)[0]
+
+
+def names_of(values: Iterable[object]) -> list[str | None]:
+    """Names of labels, ids or groups; None where one is missing."""
+    values = list(values)
+    names = {value: name_of(value) for value in set(values)}
+    return [names[value] for value in values]
+
+
+def name_of(value: object) -> str | None:
+    if value is None or value != value:  # NaN
+        return None
+    text = value.decode() if isinstance(value, bytes) else str(value)
+    return re.sub(r"^(-?\d+)\.0*$", r"\1", text.strip()) or None
+
+
+def codes_of(names: Iterable[str | None]) -> tuple[Indices, tuple[str, ...]]:
+    """Codes in the order of first appearance, and the names that they stand for."""
+    seen: dict[str, int] = {}
+    codes = np.array([seen.setdefault(str(name), len(seen)) for name in names], dtype=np.int64)
+    return codes, tuple(seen)
+
+
+def pad(flat: NDArray[np.float64], lengths: Indices) -> NDArray[np.float64]:
+    """(N, T, F) of steps (sum of lengths, F), one sequence after another; NaN behind the shorter ones."""
+    steps = lengths.max(initial=0)
+    values = np.full((len(lengths), steps, flat.shape[1]), np.nan)
+    values[np.arange(steps) < lengths[:, None]] = flat
+    return values
+
+
+def concatenated(parts: Sequence[NDArray[Any]]) -> NDArray[np.float64]:
+    """(N, T, F) of N arrays (T_i, F)."""
+    lengths = np.array([len(part) for part in parts], dtype=np.int64)
+    return pad(np.concatenate(parts) if parts else np.empty((0, 0)), lengths)
+
+
+def raw_arrays(source: str, X: Any, y: Any, lengths: Any, groups: Any, ids: Any = None) -> Raw:
+    values = _numeric(source, X)
+    n = len(values)
+    columns = {"y": y, "lengths": lengths, "groups": groups, "ids": ids}
+    at = {name: _column(source, name, column, n) for name, column in columns.items()}
+    for i, length in enumerate(at["lengths"] or ()):
+        if not isinstance(length, int | float) or not float(length).is_integer():
+            raise DataError(f"{source}, sequence {i}: lengths must be whole numbers, got {length!r}")
+    valid = None if at["lengths"] is None else np.array(at["lengths"], dtype=np.int64)
+    names = None if at["ids"] is None else tuple(map(str, names_of(at["ids"])))
+    return Raw(source, values, at["y"], at["groups"], "sequence", range(n), names, None, valid)
+
+
+def _column(source: str, name: str, values: Any, n: int) -> list[Any] | None:
+    """N Python values."""
+    if values is None:
+        return None
+    array = np.array(values, dtype=object) if isinstance(values, list | tuple) else np.asarray(values)
+    if array.shape != (n,):
+        raise DataError(f"{source}: {name} must be of shape ({n},), one a sequence, got {array.shape}")
+    return [value.item() if isinstance(value, np.generic) else value for value in array.tolist()]
+
+
+def _numeric(source: str, X: Any) -> NDArray[Any]:
+    """(N, T, F) of what `from_arrays` takes for X."""
+    if not isinstance(X, list | tuple):
+        X = np.asarray(X)
+        if X.ndim not in (2, 3) or X.dtype.kind not in "fiub":
+            raise DataError(f"{source}: X must be numbers (N, T, F) or (N, T), got {X.dtype} {X.shape}")
+        return np.atleast_3d(X)
+    parts = [np.asarray(part) for part in X]
+    for i, part in enumerate(parts):
+        if part.ndim not in (1, 2) or part.dtype.kind not in "fiub":
+            rule = "a sequence must be numbers (T, F) or (T,)"
+            raise DataError(f"{source}, sequence {i}: {rule}, got {part.dtype} {part.shape}")
+    parts = [part if part.ndim == 2 else part[:, None] for part in parts]
+    for i, part in enumerate(parts):
+        if part.shape[1] != parts[0].shape[1]:
+            rule = f"{part.shape[1]} features, the first sequence has {parts[0].shape[1]}"
+            raise DataError(f"{source}, sequence {i} has {rule}")
+    return concatenated(parts)

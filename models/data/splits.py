@@ -1,0 +1,132 @@
+"""Which sequences train and which validate: stratified splits that keep groups whole, functions of a seed."""
+
+from __future__ import annotations
+
+from itertools import chain
+
+import numpy as np
+
+from hpo.models.data.sequences import DataError, Indices, Mask, Sequences
+
+Split = tuple[Indices, Indices]  # training and validation indices, ascending
+
+
+def check_trainable(sequences: Sequences, source: str = "the training data") -> None:
+    """Raise DataError unless there are labels, two classes or more, and a class of two sequences or more."""
+    if sequences.labels is None:
+        raise DataError(f"{source} has no labels: add them, or name their column")
+    present, counts = np.unique(sequences.labels, return_counts=True)
+    if len(present) < 2:
+        only = sequences.classes[present[0]]
+        raise DataError(f"{source} has one class only, {only!r}: a classifier needs two or more")
+    if counts.max() < 2:
+        rule = "labels must be classes that several sequences share"
+        raise DataError(f"{source} has another label for each of its {sequences.n} sequences: {rule}")
+
+
+def split_folds(sequences: Sequences, folds: int, seed: int) -> list[Split]:
+    """k (training, validation) pairs; the validation parts are disjoint and together all N.
+
+    Stratified: without groups, folds differ by at most one sequence, in all and of each class. A class with
+    fewer members than folds works: some folds validate without it. Every training part holds every class of
+    two sequences or more (with groups: where one of ten draws allows it).
+    Raises DataError where there are fewer sequences or groups than folds.
+    """
+    units, what = _units(sequences)
+    if not 2 <= folds <= units:
+        raise DataError(f"folds must be 2 to {units}, the number of {what}, got {folds}")
+    labels, rng = _strata(sequences), np.random.default_rng(seed)
+    if sequences.groups is not None:
+        fold = _grouped_folds(labels, sequences.groups, folds, rng)
+    else:
+        fold = np.empty(sequences.n, dtype=np.int64)
+        fold[_by_class(labels, rng)] = np.arange(sequences.n) % folds
+    return [_split(fold == k) for k in range(folds)]
+
+
+def split_share(sequences: Sequences, share: float, seed: int) -> list[Split]:
+    """One (training, validation) pair with about `share` of the N in validation, never none, never all.
+
+    Stratified; one member of every class stays in training where the share leaves room for them. Groups stay
+    whole: of 1 / share grouped folds the one nearest to the share is taken, so large groups can miss it.
+    Raises DataError where there are fewer than two sequences or groups.
+    """
+    units, what = _units(sequences)
+    if not 0 < share < 1 or units < 2:
+        raise DataError(f"a share must lie in (0, 1), of two {what} or more; got {share} of {units}")
+    labels, rng = _strata(sequences), np.random.default_rng(seed)
+    wanted = min(max(round(share * sequences.n), 1), sequences.n - 1)
+    if sequences.groups is None:
+        return [_split(_share(labels, wanted, rng))]
+    folds = min(max(round(1 / min(share, 1 - share)), 2), units)
+    fold = _grouped_folds(labels, sequences.groups, folds, rng)
+    parts = [(fold == k) if share <= 0.5 else (fold != k) for k in range(folds)]
+    return [_split(min(parts, key=lambda part: (_lost_classes(labels, part), abs(part.sum() - wanted))))]
+
+
+def holdout(sequences: Sequences, share: float, seed: int) -> tuple[Sequences, Sequences]:
+    """(training, test) sequences, split as by `split_share`."""
+    ((train, test),) = split_share(sequences, share, seed)
+    return sequences.take(train), sequences.take(test)
+
+
+def _units(sequences: Sequences) -> tuple[int, str]:
+    if sequences.groups is None:
+        return sequences.n, "sequences"
+    return len(np.unique(sequences.groups)), "groups"
+
+
+def _strata(sequences: Sequences) -> Indices:
+    return np.zeros(sequences.n, dtype=np.int64) if sequences.labels is None else sequences.labels
+
+
+def _split(validation: Mask) -> Split:
+    return np.flatnonzero(~validation), np.flatnonzero(validation)
+
+
+def _by_class(labels: Indices, rng: np.random.Generator) -> Indices:
+    """Indices class by class, each class shuffled."""
+    order = rng.permutation(len(labels))
+    return order[np.argsort(labels[order], kind="stable")]
+
+
+def _share(labels: Indices, wanted: int, rng: np.random.Generator) -> Mask:
+    """(N,) true for `wanted` sequences, evenly spaced in the order by class and so stratified."""
+    order = _by_class(labels, rng)
+    first = np.diff(labels[order], prepend=-1) != 0  # one of each class, for training
+    free = order[~first] if wanted <= len(order) - first.sum() else order
+    picks = ((np.arange(wanted) + rng.random()) * (len(free) / wanted)).astype(np.int64)
+    part = np.zeros(len(labels), dtype=np.bool_)
+    part[free[picks]] = True
+    return part
+
+
+def _grouped_folds(labels: Indices, groups: Indices, folds: int, rng: np.random.Generator) -> Indices:
+    """(N,) fold of each sequence: of ten draws the first whose training parts hold every class, or the first.
+
+    scikit-learn's StratifiedGroupKFold rejects data in which all classes have fewer members than folds, and
+    more often leaves a training part without a class.
+    """
+    draw = _deal_groups(labels, groups, folds, rng)
+    draws = chain([draw], (_deal_groups(labels, groups, folds, rng) for _ in range(9)))
+    return next((d for d in draws if not any(_lost_classes(labels, d == k) for k in range(folds))), draw)
+
+
+def _deal_groups(labels: Indices, groups: Indices, folds: int, rng: np.random.Generator) -> Indices:
+    """(N,) folds: the largest groups first, each to the fold that has least of its classes."""
+    classes, group = np.unique(labels, return_inverse=True)[1], np.unique(groups, return_inverse=True)[1]
+    held = np.zeros((group.max() + 1, classes.max() + 1))  # (groups, classes), as shares of each class
+    np.add.at(held, (group, classes), 1)
+    held /= held.sum(axis=0)
+    order = rng.permutation(len(held))
+    dealt = np.zeros((folds, held.shape[1]))
+    fold = np.empty(len(held), dtype=np.int64)
+    for g in order[np.argsort(-held.sum(axis=1)[order], kind="stable")]:
+        fold[g] = np.argmin(dealt @ held[g] + 1e-9 * dealt.sum(axis=1))  # no overlap: to the emptiest
+        dealt[fold[g]] += held[g]
+    return fold[group]
+
+
+def _lost_classes(labels: Indices, part: Mask) -> int:
+    """How many classes have no member outside of `part`."""
+    return len(np.unique(labels)) - len(np.unique(labels[~part]))

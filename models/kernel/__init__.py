@@ -1,0 +1,1 @@
+"""LSTM layers on a CPU through a kernel in C, compiled for the machine at first use."""

@@ -1,0 +1,258 @@
+"""LSTM layers on a CPU through a kernel of our own, `native.c`, compiled for the machine at first use.
+
+Letters: S steps, B sequences, F inputs, H hidden size, D directions (1 or 2).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from hpo.errors import HpoError
+from hpo.models.files import whole_file
+
+log = logging.getLogger("hpo")
+
+SOURCE = Path(__file__).with_name("native.c")
+COMPILERS = ("cc", "gcc", "clang")  # after the one that CC names
+COMPILE_TIMEOUT_S = 120
+ARM = platform.machine().lower() in ("arm64", "aarch64")
+# Tuned for processors in general: GCC's tuning for some AVX2 ones makes the kernel a fifth slower. Not -ffast-math: a
+# diverging training must show as NaN or infinity.
+MACHINE = ("-mcpu=native",) if ARM else ("-march=native", "-mtune=generic")
+FLAGS = ("-std=gnu11", "-O3", *MACHINE, "-ffp-contract=fast", "-shared", "-fPIC")
+LARGEST = 256  # hidden size up to which it is the faster one; at 512 torch is as fast, at 1024 some 1.1 times faster
+TOLERANCE = 1e-4  # of a fresh build compared with torch: any wrong sum is far off, rounding far below
+
+
+class NativeError(HpoError):
+    """The kernel cannot be built here, or does not take what it was given."""
+
+
+class _Shape(ctypes.Structure):
+    """`struct lstm_shape` of native.c, which says what the fields are; so do the next two."""
+
+    _fields_ = [
+        (name, ctypes.c_int64) for name in ("S", "B", "F", "H", "reverse", "training", "final", "step", "sequence")
+    ]
+
+
+class _Inputs(ctypes.Structure):
+    """`struct lstm_inputs`."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in ("x", "lengths", "w_ih", "w_hh", "b_ih", "b_hh")]
+
+
+class _Gradients(ctypes.Structure):
+    """`struct lstm_gradients`."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("dy", "w_ih", "w_hh", "dx")),
+        ("add", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("dw_ih", "dw_hh", "db_ih", "db_hh")),
+    ]
+
+
+class Kernel:
+    """The compiled kernel. Any number of threads may call it at once; each call runs in the calling thread alone."""
+
+    def __init__(self, library: Path, name: str) -> None:
+        """Raises NativeError where the library cannot be loaded."""
+        self.name = name  # of its source, compiler, flags and processor: same name and input, same bits
+        pointer = ctypes.c_void_p
+        try:
+            functions = ctypes.CDLL(str(library))
+        except OSError as error:
+            raise NativeError(f"the compiled kernel cannot be loaded: {error}") from None
+        self.bytes, self.forward, self.backward = functions.lstm_bytes, functions.lstm_forward, functions.lstm_backward
+        shape = ctypes.POINTER(_Shape)
+        self.bytes.argtypes = (shape,)
+        self.forward.argtypes = (shape, ctypes.POINTER(_Inputs), pointer, pointer)
+        self.backward.argtypes = (shape, ctypes.POINTER(_Gradients), pointer)
+        self.bytes.restype = self.forward.restype = ctypes.c_int64
+        self.backward.restype = None
+
+    def layer(self, inputs: Tensor, lengths: Tensor | None, *weights: Tensor, final: bool = False) -> Tensor:
+        """One LSTM layer from a zero state: (S, B, F) and lengths (B,) int64 to (S, B, D*H), zero beyond each length.
+
+        weights: weight_ih, weight_hh, bias_ih, bias_hh as in nn.LSTM, then those of the reverse direction if there is
+        one, which runs over each sequence backwards within its own length. lengths None: all are S. What `inputs`
+        holds beyond a length is never read, and its gradient is zero. final: instead of all outputs those that each
+        direction ends a sequence with, (B, D*H); zero for a sequence of length 0. All float32 on a CPU.
+
+        Raises NativeError for other types, devices or shapes, and for a length that is not in 0..S.
+        """
+        inputs, lengths = inputs.contiguous(), None if lengths is None else lengths.contiguous()
+        weights = tuple(weight.contiguous() for weight in weights)
+        _check(inputs, lengths, weights)
+        if torch.is_grad_enabled():
+            return cast(Tensor, _Layer.apply(self, final, inputs, lengths, *weights))  # type: ignore[no-untyped-call]
+        return _forward(self, final, inputs, lengths, weights, training=False)[0]
+
+
+class _Layer(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, kernel: Kernel, final: bool, inputs: Tensor, lengths: Tensor | None, *weights: Tensor
+    ) -> Tensor:
+        outputs, memories = _forward(kernel, final, inputs, lengths, weights, training=True)
+        ctx.kernel, ctx.final, ctx.shape = kernel, final, inputs.shape
+        ctx.save_for_backward(*memories, *weights)
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (S, B, F), directions = ctx.shape, len(ctx.saved_tensors) // 5
+        memories, weights = ctx.saved_tensors[:directions], ctx.saved_tensors[directions:]
+        if gradient.stride(-1) != 1:
+            gradient = gradient.contiguous()
+        inputs = gradient.new_empty(S, B, F) if ctx.needs_input_grad[2] else None
+        gradients = [torch.empty_like(weight) for weight in weights]
+        for reverse, memory in enumerate(memories):
+            own = slice(4 * reverse, 4 * reverse + 4)
+            weight_ih, weight_hh, _, _ = weights[own]
+            H = weight_hh.shape[1]
+            shape = _Shape(S, B, F, H, reverse, True, ctx.final, gradient.stride(0), gradient.stride(-2))
+            arguments = _Gradients(
+                *(gradient.data_ptr() + 4 * reverse * H, weight_ih.data_ptr(), weight_hh.data_ptr()),
+                *(None if inputs is None else inputs.data_ptr(), reverse),
+                *(tensor.data_ptr() for tensor in gradients[own]),
+            )
+            ctx.kernel.backward(shape, arguments, memory.data_ptr())
+        return None, None, inputs, None, *gradients
+
+
+def _forward(
+    kernel: Kernel, final: bool, inputs: Tensor, lengths: Tensor | None, weights: tuple[Tensor, ...], *, training: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """The outputs and, for each direction, the memory that its backward pass reads."""
+    (S, B, F), H, directions = inputs.shape, weights[1].shape[1], len(weights) // 4
+    outputs = torch.empty((B, directions * H) if final else (S, B, directions * H))
+    memories = []
+    for reverse in range(directions):
+        shape = _Shape(S, B, F, H, reverse, training, final, B * directions * H, directions * H)
+        memory = torch.empty(kernel.bytes(shape), dtype=torch.uint8)
+        arguments = _Inputs(
+            *(inputs.data_ptr(), None if lengths is None else lengths.data_ptr()),
+            *(weight.data_ptr() for weight in weights[4 * reverse : 4 * reverse + 4]),
+        )
+        wrong = kernel.forward(shape, arguments, outputs.data_ptr() + 4 * reverse * H, memory.data_ptr())
+        if wrong:
+            raise NativeError(f"a length must be from 0 to the number of steps, {S}, got {cast(Tensor, lengths)}")
+        memories.append(memory)
+    return outputs, memories
+
+
+def _check(inputs: Tensor, lengths: Tensor | None, weights: tuple[Tensor, ...]) -> None:
+    """Raise NativeError for what would make the kernel read beyond the end of a tensor."""
+    tensors = (inputs, *weights)
+    if any(tensor.dtype is not torch.float32 or tensor.device.type != "cpu" for tensor in tensors):
+        found = sorted({f"{tensor.dtype} on {tensor.device}" for tensor in tensors})
+        raise NativeError(f"the native LSTM takes float32 on a CPU, got {', '.join(found)}")
+    H, F = weights[1].shape[-1], inputs.shape[-1]
+    shapes = [tuple(weight.shape) for weight in weights]
+    if inputs.dim() != 3 or shapes not in ([(4 * H, F), (4 * H, H), (4 * H,), (4 * H,)] * count for count in (1, 2)):
+        raise NativeError(f"inputs {tuple(inputs.shape)} and weights {shapes} are not those of one LSTM layer")
+    if lengths is not None and (lengths.dtype is not torch.int64 or tuple(lengths.shape) != (inputs.shape[1],)):
+        raise NativeError(f"lengths must be {inputs.shape[1]} of int64, got {tuple(lengths.shape)} of {lengths.dtype}")
+
+
+@functools.cache
+def load(folder: Path) -> Kernel | None:
+    """The kernel, from the folder or compiled into it; None, with the reason logged, where that cannot be done.
+
+    A build takes about a second, once for each machine, compiler and version of the source. The file appears whole or
+    not at all, and only after the kernel's outputs and gradients were compared with torch's.
+    """
+    try:
+        return _build(folder)
+    except NativeError as error:
+        log.info("LSTMs run on torch's kernels: %s", error)
+        return None
+
+
+def _build(folder: Path) -> Kernel:
+    compiler = _compiler()
+    version = _run([*compiler, "--version"])
+    parts = (SOURCE.read_text(), shlex.join([*compiler, *FLAGS]), version, _processor())
+    name = "native-" + hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    library = folder / f"{name}.so"
+    if library.exists():
+        return Kernel(library, name)
+    try:
+        folder.mkdir(0o700, parents=True, exist_ok=True)
+        with whole_file(library) as beside:
+            _run([*compiler, *FLAGS, str(SOURCE), "-o", str(beside)])
+            _compare(Kernel(beside, name))
+    except OSError as error:
+        raise NativeError(f"the kernel cannot be kept in {folder}: {error.strerror}") from None
+    return Kernel(library, name)
+
+
+def _compiler() -> list[str]:
+    if os.name != "posix":
+        raise NativeError("the native LSTM is built on POSIX systems only")
+    if named := shlex.split(os.environ.get("CC", "")):
+        return named
+    found = next((path for path in map(shutil.which, COMPILERS) if path), None)
+    if found is None:
+        raise NativeError(f"no C compiler found (CC, {', '.join(COMPILERS)}); install one to train faster")
+    return [found]
+
+
+def _run(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NativeError(f"`{shlex.join(command)}` failed: {error}") from None
+    if done.returncode:
+        raise NativeError(f"`{shlex.join(command)}` failed: {done.stderr.strip()[-500:]}")
+    return done.stdout
+
+
+def _processor() -> str:
+    """What the kernel is compiled for: the processor's name and features."""
+    keys = ("model name", "flags", "CPU implementer", "CPU part", "CPU variant", "Features")
+    try:
+        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    return platform.machine() + "\n".join(line for line in first.splitlines() if line.startswith(keys))
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def _compare(kernel: Kernel) -> None:
+    """Compare a fresh build with torch on a ragged batch: nothing is known of the compiler or the processor.
+
+    Raises NativeError.
+    """
+    random = torch.Generator().manual_seed(0)
+    S, B, F, H = 7, 9, 3, 19
+    inputs = torch.randn(S, B, F, generator=random)
+    shapes = [(4 * H, F), (4 * H, H), (4 * H,), (4 * H,)]
+    weights = [torch.randn(shape, generator=random).div_(H**0.5).requires_grad_() for shape in shapes]
+    lengths = torch.randint(1, S + 1, (B,), generator=random)
+    inside = torch.arange(S)[:, None, None] < lengths[:, None]
+    zeros = torch.zeros(1, B, H)
+    expected = torch.where(inside, torch.lstm(inputs, (zeros, zeros), weights, True, 1, 0.0, True, False, False)[0], 0)
+    outputs = kernel.layer(inputs, lengths, *weights)
+    pairs = [(outputs, expected)]
+    pairs += zip(torch.autograd.grad(outputs.sum(), weights), torch.autograd.grad(expected.sum(), weights), strict=True)
+    off = max(float((own - torchs).detach().abs().max() / torchs.detach().abs().max()) for own, torchs in pairs)
+    if not off <= TOLERANCE:
+        raise NativeError(f"the compiled kernel differs from torch by {off:.1e}")

@@ -1,0 +1,1 @@
+"""One trial's training: batches, members, optimisers, memory."""

@@ -1,0 +1,97 @@
+"""A model with what trains it: flat weights, loss, optimiser; one gradient step, and the state that it leaves."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hpo.models.classifier import Classifier, Weights
+from hpo.models.config import TrainingConfig
+from hpo.models.training.batches import Batch
+from hpo.models.training.optimizers import Optimizer
+from hpo.models.training.parameters import ParameterBuffers
+
+
+class Learner:
+    """A classifier and its optimiser on one device.
+
+    generator: where dropout draws from. loss_sum: the losses of the rows since it was last set to zero, a scalar on
+    the device.
+    """
+
+    def __init__(self, model: Classifier, config: TrainingConfig, labels: Tensor) -> None:
+        """labels (N,): those of the training part, on the model's device."""
+        self.model, self.config = model, config
+        self.device = labels.device
+        self.parameters = ParameterBuffers(model)
+        self.generator = torch.Generator(self.device)
+        self.class_weight = _class_weight(labels, model.config.classes) if config.class_weight == "balanced" else None
+        self.optimizer = Optimizer(self.parameters.buffers, self.parameters.gradients, config)
+        self.loss_sum = torch.zeros((), device=self.device)
+
+    def step(self, batch: Batch, mask: Tensor | None = None) -> None:
+        """One gradient step. mask (B,): 1 for the rows that count, 0 for those that only fill the batch."""
+        self.parameters.zero_gradients()
+        with self.autocast():
+            logits = self.model.logits(batch.values, batch.lengths, self.generator)
+        loss = self._loss(logits.float(), batch.labels, mask)
+        loss.backward()  # type: ignore[no-untyped-call]
+        if self.config.gradient_clip:
+            self.parameters.clip(self.config.gradient_clip)
+        self.optimizer.step()
+        self.loss_sum += loss.detach() * (len(batch.labels) if mask is None else mask.sum())
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """The precision in which the network runs."""
+        if self.config.precision == "float32":
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    def weights(self) -> Weights:
+        """The model's state on the CPU, a copy."""
+        return {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}
+
+    def state(self) -> dict[str, Any]:
+        """Weights and the optimiser's memory, by the names of the weights: the same on every device."""
+        optimizer: dict[str, Any] = {}
+        for (buffer, layout), memory in zip(self.parameters.groups, self.optimizer.state, strict=True):
+            for key, value in memory.items():
+                if value.shape == buffer.shape:
+                    optimizer.setdefault(key, {}).update(layout.split(value.cpu().clone()))
+                else:
+                    optimizer[key] = value.cpu().clone()
+        return {"model": self.weights(), "optimizer": optimizer}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over a state, in place: captured graphs refer to its memory."""
+        self.model.load_state_dict(state["model"])
+        for (_, layout), memory in zip(self.parameters.groups, self.optimizer.state, strict=True):
+            for key, value in state["optimizer"].items():
+                if isinstance(value, dict):
+                    for name, part in layout.split(memory[key]).items():
+                        part.copy_(value[name])
+                else:
+                    memory[key].copy_(value)
+
+    def _loss(self, logits: Tensor, labels: Tensor, mask: Tensor | None) -> Tensor:
+        """The mean over the rows that count, each weighted by its class."""
+        reduction = "mean" if mask is None else "none"
+        weight = self.class_weight
+        if self.model.config.classes == 2:
+            losses = nn.functional.binary_cross_entropy_with_logits(
+                logits, labels.float(), pos_weight=weight, reduction=reduction
+            )
+            return losses if mask is None else (losses * mask).sum() / mask.sum()
+        losses = nn.functional.cross_entropy(logits, labels, weight, reduction=reduction)
+        if mask is None:
+            return losses
+        return (losses * mask).sum() / (mask if weight is None else mask * weight[labels]).sum()
+
+
+def _class_weight(labels: Tensor, classes: int) -> Tensor:
+    """Weights that balance the classes of labels (N,). Two: that of class 1 relative to class 0; more: one a class."""
+    counts = torch.bincount(labels, minlength=classes).clamp(min=1).float()
+    return counts[0] / counts[1] if classes == 2 else counts.sum() / (classes * counts)

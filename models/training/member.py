@@ -1,0 +1,72 @@
+"""One model of a trial in training: its learner, its two parts of the data, its epochs.
+
+On a CPU a step is made for each batch as it comes, cropped to its longest sequence. On a GPU, where starting a kernel
+costs more than most of these kernels do, steps have a few fixed shapes and take their batch from the device, so
+that each shape is captured once as a CUDA graph and then replayed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from hpo.models.classifier import Classifier, to_probabilities
+from hpo.models.config import TrainingConfig
+from hpo.models.seeds import derive
+from hpo.models.training.batches import EVALUATION_BATCH, Batches
+from hpo.models.training.fixed_steps import FixedSteps
+from hpo.models.training.learner import Learner
+
+
+class Member:
+    """A classifier in training on its two parts of the data."""
+
+    def __init__(
+        self,
+        model: Classifier,
+        train: Batches,
+        validation: Batches,
+        config: TrainingConfig,
+        index: int,
+        *,
+        fixed_shapes: bool,
+        graphs: bool,
+    ) -> None:
+        """index: of the fold, one of what its seeds are functions of. fixed_shapes and graphs as for `Training`."""
+        self.train, self.validation, self.index = train, validation, index
+        self.learner = Learner(model, config, train.part_labels())
+        self.fixed = FixedSteps(self.learner, train, graphs) if fixed_shapes else None
+
+    def epoch(self, number: int, rate: float) -> Iterator[Callable[[], None]]:
+        """The steps of epoch `number` (from 1), each a call that trains one batch.
+
+        The learner's `loss_sum` is then the sum of the rows' losses.
+        """
+        learner, config = self.learner, self.learner.config
+        batches = self.train.epoch(config.batch_size, config.seed, self.index, number)
+        learner.model.train()
+        if self.fixed is not None:
+            self.fixed.prepare(batches)
+        learner.generator.manual_seed(derive("dropout", config.seed, self.index, number))
+        learner.optimizer.set_rate(rate)
+        learner.loss_sum.zero_()
+        if self.fixed is not None:
+            yield from self.fixed.steps(batches)
+            return
+        for indices in batches:
+            batch = self.train.batch(indices)
+            yield lambda batch=batch: learner.step(batch)  # type: ignore[misc]
+
+    @torch.inference_mode()
+    def validate(self) -> Tensor:
+        """Probabilities (rows of the validation part, K), on the device."""
+        model, device = self.learner.model, self.learner.device
+        model.eval()
+        result = torch.empty(len(self.validation), model.config.classes, device=device)
+        for batch in self.validation.evaluation(EVALUATION_BATCH[device.type]):
+            with self.learner.autocast():
+                logits = model.logits(batch.values, batch.lengths)
+            result[torch.from_numpy(batch.indices).to(device)] = to_probabilities(logits)
+        return result

@@ -1,0 +1,70 @@
+"""Finished trials, kept in the process: they never change, and are fetched once."""
+
+from __future__ import annotations
+
+from optuna.distributions import BaseDistribution
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+
+FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+
+
+class StudyCache:
+    """What this process knows of a study. Lists are replaced, never changed: they have been handed out."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        self.directions: list[StudyDirection] | None = None
+        self.next = 0  # every trial of a lower number is cached as finished or listed in `unfinished`
+        self.unfinished: set[int] = set()
+        self.ahead: dict[int, int] = {}  # cached finished trials of number `next` or more: id -> number
+        self.distributions: dict[str, BaseDistribution] = {}
+        self.finished: dict[tuple[TrialState, ...], list[FrozenTrial]] = {FINISHED: []}
+        self._copies: dict[tuple[TrialState, ...], list[FrozenTrial]] = {}
+        self.best: FrozenTrial | None = None
+
+    def add(self, trials: list[FrozenTrial]) -> None:
+        """Cache finished trials, given in the order of their numbers."""
+        for states, known in self.finished.items():
+            new = [trial for trial in trials if trial.state in states]
+            if new:
+                joined = known + new
+                if known and known[-1].number > new[0].number:
+                    joined.sort(key=number_of)
+                self.finished[states] = joined
+        for trial in trials:
+            self.unfinished.discard(trial._trial_id)
+            for name, distribution in trial.distributions.items():
+                self.distributions.setdefault(name, distribution)
+            if trial.state == TrialState.COMPLETE:
+                self._compare(trial)
+
+    def of(self, states: tuple[TrialState, ...]) -> list[FrozenTrial]:
+        """The finished trials in one of the states, by number."""
+        if states not in self.finished:
+            self.finished[states] = [trial for trial in self.finished[FINISHED] if trial.state in states]
+        return self.finished[states]
+
+    def handed_out(self, states: tuple[TrialState, ...]) -> list[FrozenTrial]:
+        """A copy of the list, the same one until it grows, or until its receiver is seen to have changed it."""
+        known, copied = self.of(states), self._copies.get(states, [])
+        if len(copied) != len(known) or (known and (copied[0] is not known[0] or copied[-1] is not known[-1])):
+            copied = self._copies[states] = list(known)
+        return copied
+
+    def _compare(self, trial: FrozenTrial) -> None:
+        if self.directions is None or len(self.directions) != 1:
+            return
+        sign = -1.0 if self.directions[0] == StudyDirection.MAXIMIZE else 1.0
+        if self.best is None or _rank(trial, sign) < _rank(self.best, sign):
+            self.best = trial
+
+
+def number_of(trial: FrozenTrial) -> int:
+    """The key to sort trials by."""
+    return trial.number
+
+
+def _rank(trial: FrozenTrial, sign: float) -> tuple[float, int]:
+    assert trial.value is not None
+    return sign * trial.value, trial.number

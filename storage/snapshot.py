@@ -1,0 +1,84 @@
+"""The state of a study at one moment, for displays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+
+from hpo.storage.connection import Row
+from hpo.storage.records import read_float
+
+RECENT = 50  # ended trials that tell how fast a study goes: it may have rested for a night before
+_STATES = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": "running", "WAITING": "waiting"}
+
+
+@dataclass(frozen=True)
+class InFlight:
+    """A trial under an unended lease."""
+
+    number: int
+    worker: str
+    host: str | None
+    device: str | None
+    attempt: int
+    epoch: int | None
+    metric: float | None
+    alive: bool  # False: waits for adoption
+
+
+@dataclass(frozen=True)
+class WorkerRow:
+    """A worker that served a study, as it made itself known."""
+
+    worker: str
+    host: str | None
+    pid: int | None
+    device: str | None
+    log: str | None  # path on that host
+    alive: bool  # not retired, and heard of within the study's lease
+
+
+@dataclass(frozen=True)
+class WorkerGroup:
+    """Workers that are alive, of one study or standing, on one device of one machine."""
+
+    host: str | None
+    device: str | None
+    workers: int
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A study at one moment, for displays."""
+
+    study_id: int
+    name: str
+    status: str
+    budget: int
+    started: int
+    deadline: datetime | None
+    seconds_left: float | None  # to the deadline, at least 0
+    promoted_version: int | None
+    counts: dict[str, int]  # complete, pruned, failed, running, waiting; copied and foreign trials too
+    best_value: float | None
+    best_number: int | None
+    in_flight: tuple[InFlight, ...]
+    worker_groups: tuple[WorkerGroup, ...]  # by host and device
+    rate_per_hour: float | None  # of trials ended under a lease: of the last RECENT, or of all since the first began
+    first_started_at: datetime | None
+    last_ended_at: datetime | None
+
+    @property
+    def workers(self) -> int:
+        """Workers that are alive, of this study or standing."""
+        return sum(group.workers for group in self.worker_groups)
+
+
+def read_snapshot(row: Row) -> Snapshot:
+    """A snapshot from the row of the statement `snapshot`."""
+    known, (counts, best, in_flight, groups, *rest) = row[:8], row[8:]
+    named = {name: (counts or {}).get(state, 0) for state, name in _STATES.items()}
+    value, number = (read_float(best[0]), best[1]) if best else (None, None)
+    trials = tuple(InFlight(*trial) for trial in in_flight or ())
+    fields: Row = (*known, named, value, number, trials, tuple(WorkerGroup(*group) for group in groups or ()), *rest)
+    return Snapshot(*fields)

@@ -1,0 +1,72 @@
+-- Promoted model versions and their aliases. Writers of a name take turns: lock_model goes ahead of what they write,
+-- in the same round trip and transaction.
+
+-- fragment: versions
+SELECT name, version, study_id, study_name, trial_number, created_at, scores, config, artifacts,
+    ARRAY(SELECT alias FROM hpo.aliases a WHERE a.name = m.name AND a.version = m.version ORDER BY alias)
+FROM hpo.models m
+
+-- fragment: same_model
+-- The version of that name that was made of the same trial and the same files.
+name = %(name)s AND study_id = %(study)s AND trial_number = %(trial_number)s AND artifacts = %(artifacts)s
+
+-- name: lock_model
+-- One writer of a name at a time, until the transaction's end.
+-- types: name text
+SELECT pg_advisory_xact_lock(hashtextextended('hpo.models ' || %(name)s, 0))
+
+-- name: add_version
+-- Add the next version of a name and make it the latest, unless the same trial with the same files is a version
+-- already.
+-- types: name text, study int, study_name text, trial_number int, scores jsonb, config jsonb, artifacts jsonb
+WITH added AS (INSERT INTO hpo.models
+        (name, version, study_id, study_name, trial_number, scores, config, artifacts)
+    SELECT %(name)s, 1 + coalesce((SELECT max(version) FROM hpo.models WHERE name = %(name)s), 0), %(study)s,
+        %(study_name)s, %(trial_number)s, %(scores)s, %(config)s, %(artifacts)s
+    WHERE NOT EXISTS (SELECT FROM hpo.models WHERE {same_model}) RETURNING name, version)
+INSERT INTO hpo.aliases (name, alias, version) SELECT name, 'latest', version FROM added
+ON CONFLICT (name, alias) DO UPDATE SET version = excluded.version
+
+-- name: added_version
+-- The newest version that was made of this trial and these files.
+-- types: name text, study int, trial_number int, artifacts jsonb
+{versions} WHERE {same_model} ORDER BY version DESC LIMIT 1
+
+-- name: all_versions
+-- Every version of every name.
+{versions} ORDER BY name, version
+
+-- name: versions_of
+-- Every version of one name.
+-- types: name text
+{versions} WHERE name = %(name)s ORDER BY version
+
+-- name: model_names
+-- The names that there are.
+SELECT DISTINCT name FROM hpo.models ORDER BY name
+
+-- name: set_alias
+-- Let an alias name the wanted version, which is given by its number or by another alias.
+-- types: name text, alias text, wanted text
+INSERT INTO hpo.aliases (name, alias, version)
+SELECT name, %(alias)s, version FROM hpo.models m
+WHERE name = %(name)s AND (version::text = %(wanted)s OR EXISTS (SELECT FROM hpo.aliases a
+    WHERE a.name = m.name AND a.version = m.version AND a.alias = %(wanted)s))
+ON CONFLICT (name, alias) DO UPDATE SET version = excluded.version
+
+-- name: delete_versions
+-- Remove versions, each known by its number and the time at which it was made, as numbers may be given again.
+-- types: name text, versions int[], created timestamptz[]
+DELETE FROM hpo.models m USING unnest(%(versions)s::int[], %(created)s::timestamptz[]) AS d (version, created_at)
+WHERE m.name = %(name)s AND m.version = d.version AND m.created_at = d.created_at
+
+-- name: latest_is_newest
+-- Let "latest" name the newest version that is left.
+-- types: name text
+INSERT INTO hpo.aliases (name, alias, version)
+SELECT name, 'latest', max(version) FROM hpo.models WHERE name = %(name)s GROUP BY name
+ON CONFLICT (name, alias) DO UPDATE SET version = excluded.version
+
+-- name: kept_artifacts
+-- The keys that versions of any name still hold.
+SELECT DISTINCT key FROM hpo.models, jsonb_each_text(artifacts) AS a (file, key)

@@ -1,0 +1,40 @@
+"""A study's terms: how its trials are handed out, and what is stored of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Terms:
+    """How a study's trials are handed out."""
+
+    budget: int  # trials to start, over all workers; failed ones count, adopted ones are not new
+    timeout_s: float | None = None  # wall-clock budget of the study in seconds, from its opening
+    lease_s: float = 60.0  # seconds; a worker not heard of for so long loses its trials
+    stall_s: float = 600.0  # seconds; a training without a new batch for so long loses its lease
+    max_attempts: int = 3  # leases that may be lost on a trial before it fails
+
+
+@dataclass(frozen=True)
+class StudyRow:
+    """A study's terms and state, as stored."""
+
+    study_id: int
+    name: str
+    config: dict[str, Any]
+    budget: int
+    started: int
+    timeout_s: float | None
+    opened_at: datetime
+    deadline: datetime | None
+    lease_s: float
+    stall_s: float
+    max_attempts: int
+    status: str  # open | stopped | exhausted | finished
+    promoter: str | None
+    promoter_expires_at: datetime | None
+    promoted_version: int | None
+    out_of_time: bool  # by the database's clock

@@ -1,0 +1,87 @@
+"""What an earlier version stored is continued, promoted, reproduced and loaded by this one (see fixtures/)."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import psycopg2
+import pytest
+from optuna.trial import FrozenTrial, TrialState
+
+import hpo
+from hpo.promote.promotion import model_folder
+from tests.conftest import Cli, assert_exact
+
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "before_the_redesign"
+BEST = 0.8940972222222222  # of trial 1 of `waves`, as that version itself ended it, in epoch 29
+CHECKPOINT_EPOCH = 51
+
+
+@pytest.fixture
+def stored(empty_database_url: str, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The environment of a database and a store as that version left them. It trained on torch's LSTM."""
+    with closing(psycopg2.connect(empty_database_url.replace("+psycopg2", ""))) as connection:
+        connection.autocommit = True
+        connection.cursor().execute((FIXTURE / "studies.sql").read_text())
+    shutil.copytree(FIXTURE / "artifacts", environment["HPO_ARTIFACTS"])
+    environment |= {"HPO_DATABASE_URL": empty_database_url, "HPO_NATIVE": "0"}
+    for name, value in environment.items():
+        if name.startswith("HPO_"):
+            monkeypatch.setenv(name, value)
+    return environment
+
+
+def trials_of(environment: dict[str, str], study: str) -> list[FrozenTrial]:
+    with closing(hpo.storage_for(environment["HPO_DATABASE_URL"])) as storage:
+        return storage.get_all_trials(storage.get_study_id_from_name(study))
+
+
+def test_a_trial_in_flight_goes_on_from_its_checkpoint_to_the_same_end_and_is_promoted(
+    stored: dict[str, str], cli: Cli, tmp_path: Path
+) -> None:
+    for name in ("waves.npz", "waves.toml"):
+        shutil.copy(FIXTURE / name, tmp_path)
+    before = trials_of(stored, "waves")
+    assert [trial.state for trial in before] == [TrialState.COMPLETE, TrialState.RUNNING]
+    done = cli("launch", "waves.toml", "--workers", 1, "--json", "--quiet", env=stored)
+    assert done.returncode == 0, done.stderr
+    first, adopted = after = trials_of(stored, "waves")
+    assert_exact(after, 2)
+    assert (first.value, first.params, first.user_attrs) == (before[0].value, before[0].params, before[0].user_attrs)
+    assert adopted.params == before[1].params
+    assert (adopted.user_attrs["attempt"], adopted.user_attrs["epochs"]) == (2, 150)
+    assert len(adopted.user_attrs["curve"]["value"]) == 150
+    for epoch in range(1, CHECKPOINT_EPOCH + 1):  # from the checkpoint, not trained again
+        assert adopted.intermediate_values[epoch] == before[1].intermediate_values[epoch]
+    assert (adopted.user_attrs["best_epoch"], adopted.value) == (29, BEST)
+    summary = json.loads(done.stdout.splitlines()[-1])
+    assert (summary["best"]["number"], summary["best"]["value"]) == (1, BEST)
+    assert not list(Path(stored["HPO_ARTIFACTS"]).glob("checkpoint-*"))
+
+
+def test_its_finished_study_shows_promotes_again_and_takes_more_trials(
+    stored: dict[str, str], cli: Cli, tmp_path: Path
+) -> None:
+    for name in ("waves.npz", "done.toml"):
+        shutil.copy(FIXTURE / name, tmp_path)
+    states = {row["study"]: row for row in json.loads(cli("status", "--json", env=stored).stdout)}
+    assert states["done"]["status"] == "finished"
+    (model,) = json.loads(cli("models", "--json", env=stored).stdout)
+    assert (model["name"], model["version"], model["trial"]) == ("done", 1, 1)
+    promoted = cli("promote", "done", "--trial", 0, env=stored)
+    assert promoted.returncode == 0, promoted.stderr
+    more = cli("launch", "done.toml", "--trials", 5, "--workers", 1, "--json", "--quiet", env=stored)
+    assert more.returncode == 0, more.stderr
+    assert_exact(trials_of(stored, "done"), 5)
+
+
+def test_its_model_folder_and_registered_model_load_and_predict_alike(stored: dict[str, str]) -> None:
+    X = np.load(FIXTURE / "waves.npz")["X"]
+    folder = hpo.load(FIXTURE / "model").predict(X)
+    registered = hpo.load(model_folder("done", 1)).predict(X)
+    assert folder.classes == ("fast", "slow")
+    np.testing.assert_array_equal(folder.probabilities, registered.probabilities)
