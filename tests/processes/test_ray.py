@@ -181,7 +181,7 @@ def test_a_study_spreads_over_nodes_that_come_and_go(
     assert psutil.Process(pid).environ()["CUDA_VISIBLE_DEVICES"] == MASKED
     held = """SELECT number, checkpoint_epoch FROM hpo.leases JOIN trials USING (trial_id)
         WHERE worker = %s AND ended_at IS NULL AND checkpoint_epoch > 0"""
-    found = []
+    found: list[Any] = []
     while not found:
         wait_for(lambda: query(database_url, held, row.worker) != [])
         with reports_wait(database_url):  # the trial may have ended by now
