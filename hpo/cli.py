@@ -124,7 +124,7 @@ def worker(
     study: Annotated[str | None, typer.Option(help="Serve this study only, until it is over.")] = None,
     slots: Slots = "auto",
 ) -> None:
-    """One standing worker: take trials of that study, or of any open study, until told to stop."""
+    """One standing worker: take trials of that study, or of any open study, until asked to stop."""
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # while it imports: it holds nothing yet
     from hpo.worker.worker import work
 

@@ -1,6 +1,6 @@
 """The artifact store: a folder or an S3-style bucket, through Optuna's own store classes.
 
-Keys are flat (`[A-Za-z0-9][A-Za-z0-9._-]*`). What is stored under a key appears whole or not at all.
+Keys are flat (see keys.py). What is stored under a key appears whole or not at all.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ Row = tuple[Any, ...]
 
 # A stopped or cut-off process must not keep others waiting for its locks, nor its socket for hours. Plans are kept
 # while tables grow from nothing, so they must go by an index from the start.
-# Set by a statement, as poolers refuse them as options of the connection.
+# Set by a statement, as poolers reject them as options of the connection.
 SETTINGS = {
     "idle_in_transaction_session_timeout": "10s",
     "lock_timeout": "10s",
@@ -123,18 +123,18 @@ class Connection:
 
     def with_retries(self, work: Callable[[extensions.cursor], T], retry_s: float | None = None) -> T:
         """Call `work(cursor)`, again after each loss of the connection. retry_s: instead of the connection's own."""
-        began, pause, said = time.monotonic(), 0.05, False
+        began, pause, logged = time.monotonic(), 0.05, False
         with self.lock:
             while True:
                 try:
                     with self._connected().cursor() as cursor:
-                        if said:
+                        if logged:
                             log.warning("the database at %s is back", self.address)
                         return work(cursor)
                 except (psycopg2.OperationalError, psycopg2.InterfaceError, psycopg2.InternalError) as error:
                     patience_s = self.retry_s if retry_s is None else retry_s  # which may shrink meanwhile
                     self._wait_or_raise(error, time.monotonic() + pause > began + patience_s)
-                    said = said or self._say(error, began)
+                    logged = logged or self._log_loss(error, began)
                 time.sleep(pause * random.uniform(0.5, 1.0))
                 pause = min(2 * pause, 2.0)
 
@@ -157,7 +157,7 @@ class Connection:
         return self._connection
 
     def _wait_or_raise(self, error: psycopg2.Error, too_late: bool) -> None:
-        """Return where another try may help."""
+        """Return where another try may help, else raise."""
         reason = _reason(error)
         rejected = any(words in reason for words in REJECTIONS)
         if self._connection is not None and not self._connection.closed:
@@ -173,8 +173,8 @@ class Connection:
                 "start it again or check HPO_DATABASE_URL"
             ) from error
 
-    def _say(self, error: psycopg2.Error, began: float) -> bool:
-        """Tell the log of a loss that lasts; whether it was told."""
+    def _log_loss(self, error: psycopg2.Error, began: float) -> bool:
+        """Log a loss that lasts; whether it was logged."""
         if time.monotonic() < began + SILENCE_S or (self._connection is not None and not self._connection.closed):
             return False
         log.warning("the database at %s does not answer, trying again: %s", self.address, _reason(error))

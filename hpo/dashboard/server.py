@@ -20,19 +20,19 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from http import HTTPStatus
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 from urllib.parse import parse_qs, urlsplit
+from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
+
+from optuna.storages import BaseStorage
+from optuna_dashboard import wsgi
+from waitress import create_server
 
 from hpo.dashboard.study_json import StudyJson, compressed
 from hpo.errors import HpoError
 from hpo.storage.artifacts import ArtifactStore
 from hpo.storage.errors import PostgresError
 from hpo.storage.trials import trial_storage
-
-if TYPE_CHECKING:
-    from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
-
-    from optuna.storages import BaseStorage
 
 log = logging.getLogger("hpo")
 
@@ -72,8 +72,6 @@ def serve(
     The password (user name `hpo`) is the argument, else HPO_DASHBOARD_PASSWORD, else the content of the file that
     HPO_DASHBOARD_PASSWORD_FILE names. Raises DashboardError without one off loopback, or if the port is taken.
     """
-    from waitress import create_server
-
     password = dashboard_password() if password is None else password
     with _listening(host, port, password) as listener, _ended_by_signals():
         app = wsgi_app(database_url, artifact_store, password, allow_delete)
@@ -108,8 +106,6 @@ def wsgi_app(
     With a password, every request requires it. Without one, only requests to a loopback name are answered, so that a
     page that rebinds its own name to 127.0.0.1 is rejected. Deletion requires `allow_delete`.
     """
-    from optuna_dashboard import wsgi
-
     if password == "":
         raise DashboardError("the dashboard's password must not be empty; set HPO_DASHBOARD_PASSWORD to one")
     if isinstance(storage, str):

@@ -9,13 +9,14 @@ import threading
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from optuna.storages import BaseStorage
-    from optuna.study._frozen import FrozenStudy
-    from optuna.trial import FrozenTrial
-    from optuna_dashboard._inmemory_cache import _CachedExtraStudyProperty
+from optuna.storages import BaseStorage
+from optuna.study._frozen import FrozenStudy
+from optuna.trial import FrozenTrial
+from optuna_dashboard._custom_plot_data import get_plotly_graph_objects
+from optuna_dashboard._inmemory_cache import _CachedExtraStudyProperty
+from optuna_dashboard._serializer import serialize_frozen_trial, serialize_study_detail
 
 OF_TRIAL = re.compile(r"dashboard:(?:artifacts:)?(\d+):")  # a study's attribute that belongs to one of its trials
 
@@ -46,9 +47,6 @@ class StudyJson:
 
         None if it does not exist or does not have exactly one objective: optuna-dashboard's own answer is right then.
         """
-        from optuna.study._frozen import FrozenStudy
-        from optuna_dashboard._inmemory_cache import _CachedExtraStudyProperty
-
         storage = self._storage
         try:
             name, directions = storage.get_study_name_from_id(study_id), storage.get_study_directions(study_id)
@@ -72,9 +70,6 @@ class StudyJson:
 
 def _detail(study: FrozenStudy, cache: _Cache, trials: list[FrozenTrial]) -> bytes:
     """Everything but the lists of trials, as a JSON object."""
-    from optuna_dashboard._custom_plot_data import get_plotly_graph_objects
-    from optuna_dashboard._serializer import serialize_study_detail
-
     spaces = cache.spaces
     reported = spaces.has_intermediate_values or any(t.intermediate_values for t in trials if not t.state.is_finished())
     detail = serialize_study_detail(
@@ -111,8 +106,6 @@ def _trials(cache: _Cache, study: FrozenStudy, trials: list[FrozenTrial]) -> lis
 
 
 def _trial(study_id: int, trial: FrozenTrial, study_attrs: dict[str, Any]) -> bytes:
-    from optuna_dashboard._serializer import serialize_frozen_trial
-
     serialized = serialize_frozen_trial(study_id, trial, study_attrs)
     serialized["constraints"] = list(trial.constraints.values())  # including those that Optuna 5 stores one by one
     return json.dumps(serialized).encode()

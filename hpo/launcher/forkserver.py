@@ -92,7 +92,7 @@ class ForkServer:
         """
         worker = self._workers[index] = ForkedProcess(self)
         order = {"index": index, "log": str(log), "environment": dict(environment), "arguments": dict(arguments)}
-        with suppress(BrokenPipeError):  # a server that has died says so where its answers are read
+        with suppress(BrokenPipeError):  # `receive` notices a server that has died
             self._orders.write(json.dumps(order).encode() + b"\n")
             self._orders.flush()
         return worker

@@ -1,4 +1,4 @@
-"""The fork server's own side: the process that imports, then forks workers as it is told (see `forkserver`).
+"""The fork server's own side: the process that imports, then forks a worker for each order (see `forkserver`).
 
 What is forked must not be in use, so this process never trains, connects, starts a thread or touches CUDA. When the
 launcher is gone it forks nothing more and ends with its last worker. When it is gone itself, its workers get a SIGTERM.

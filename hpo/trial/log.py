@@ -1,4 +1,4 @@
-"""What a worker says of the trial in hand, kept for the trial's page; its epochs, too, which no log is told of."""
+"""What a worker logs of the trial in hand, kept for the trial's page, and a line for each epoch that no other log gets."""
 
 from __future__ import annotations
 

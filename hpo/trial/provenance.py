@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-PACKAGES = ("hpo", "torch", "optuna", "numpy", "scikit-learn", "SQLAlchemy", "safetensors")
+PACKAGES = ("hpo", "torch", "optuna", "numpy", "SQLAlchemy", "safetensors")
 
 
 @cache

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -55,12 +55,7 @@ def read_csv(path: Path, columns: Columns) -> Raw:
             raise DataError(f"{path} is empty: it holds no values")
         long, features, roles = _layout(str(path), header, columns)
         numbered = ((reader.line_num, row) for row in reader if row)
-        while chunk := list(islice(numbered, 1_000)):
-            for line, row in chunk:
-                if len(row) != len(header):
-                    raise DataError(f"{path}, row {line} has {len(row)} cells, the header {len(header)}")
-            lines, cells = zip(*chunk, strict=True)
-            table = dict(zip(header, zip(*cells, strict=True), strict=True))
+        for lines, table in _chunks(numbered, str(path), header):
             rows += lines
             values.append(_numbers(str(path), lines, {name: table[name] for name in features}))
             for role, name in roles.items():
@@ -71,19 +66,24 @@ def read_csv(path: Path, columns: Columns) -> Raw:
     return _long(whole) if long else _wide(whole)
 
 
+def _chunks(
+    numbered: Iterator[tuple[int, list[str]]], source: str, header: list[str]
+) -> Iterator[tuple[tuple[int, ...], dict[str, tuple[str, ...]]]]:
+    """Of rows with their line numbers up to 1,000 at a time: the numbers and, by column, the cells."""
+    while chunk := list(islice(numbered, 1_000)):
+        for line, row in chunk:
+            if len(row) != len(header):
+                raise DataError(f"{source}, row {line} has {len(row)} cells, the header {len(header)}")
+        lines, cells = zip(*chunk, strict=True)
+        yield lines, dict(zip(header, zip(*cells, strict=True), strict=True))
+
+
 def _layout(
     source: str, header: list[str], columns: Columns, only_long: bool = False
 ) -> tuple[bool, tuple[str, ...], dict[str, str]]:
     """Whether this is long form, the feature columns, and the column of each role that there is."""
     here = f"its columns are {', '.join(header[:20])}"
-    wanted = {"label": columns.label, "id": columns.id, "step": columns.step, "group": columns.group}
-    roles = {role: name for role, name in wanted.items() if name in header}
-    if "" in header or len(set(header)) < len(header) or (not roles and not _could_be_names(header)):
-        raise DataError(f"{source}: the first row must name every column, each differently; {here}")
-    for role, name in wanted.items():
-        unneeded = role in ("label", "group") and not columns.labeled
-        if role not in roles and not unneeded and (name != role or role == "label"):
-            raise DataError(f"{source} has no {role} column {name!r}; {here}")
+    roles = _roles(source, header, columns)
     long = "id" in roles and "step" in roles
     features = tuple(name for name in header if name not in roles.values())
     if not long and (only_long or "step" in roles or not all(name[-1].isdecimal() for name in features)):
@@ -96,6 +96,20 @@ def _layout(
     if unknown or not features:
         raise DataError(f"{source} has no feature column {', '.join(map(repr, unknown))}; {here}")
     return long, features, roles
+
+
+def _roles(source: str, header: list[str], columns: Columns) -> dict[str, str]:
+    """The column of each role that there is, once those that must be there are."""
+    here = f"its columns are {', '.join(header[:20])}"
+    wanted = {"label": columns.label, "id": columns.id, "step": columns.step, "group": columns.group}
+    roles = {role: name for role, name in wanted.items() if name in header}
+    if "" in header or len(set(header)) < len(header) or (not roles and not _could_be_names(header)):
+        raise DataError(f"{source}: the first row must name every column, each differently; {here}")
+    for role, name in wanted.items():
+        unneeded = role in ("label", "group") and not columns.labeled
+        if role not in roles and not unneeded and (name != role or role == "label"):
+            raise DataError(f"{source} has no {role} column {name!r}; {here}")
+    return roles
 
 
 def _could_be_names(header: list[str]) -> bool:

@@ -118,8 +118,9 @@ def _plain(path: Path) -> bool:
 
 def _folder_for_copies(folder: Path, beside_data: Path) -> Path:
     """The first folder for copies that is ours, that the server's user may enter, and whose path is plain."""
-    for root in (SHARED if os.geteuid() == 0 else user_data_folder() / "hpo-programs", beside_data):
+    for choose in (_shared_folder, lambda: beside_data):
         with contextlib.suppress(PostgresError):
+            root = choose()
             if _plain(root) and made_folder(root).stat().st_uid == os.geteuid() and may_enter(root):
                 return root
     raise PostgresError(
@@ -128,11 +129,16 @@ def _folder_for_copies(folder: Path, beside_data: Path) -> Path:
     )
 
 
+def _shared_folder() -> Path:
+    """The folder for the copies of all the user's homes."""
+    return SHARED if os.geteuid() == 0 else user_data_folder() / "hpo-programs"
+
+
 @contextlib.contextmanager
 def _copied(folder: Path, root: Path) -> Iterator[Programs]:
     """A copy below `root` of the programs in a bin folder, with the libraries that they look for."""
     sources = _sources(folder)
-    base = folder.parents[2]
+    base = folder.parent.parent.parent
     name = _content_hash(sources, base)
     target = root / name
     with contextlib.ExitStack() as stack:
@@ -168,7 +174,7 @@ def _content_hash(sources: list[Path], base: Path) -> str:
 def _files(sources: list[Path]) -> Iterator[Path]:
     """The files that are copied, in order."""
     for source in sources:
-        for folder, folders, names in os.walk(source):
+        for folder, folders, names in os.walk(source, followlinks=True):
             unneeded = _UNNEEDED(folder, [*folders, *names])
             folders[:] = sorted(set(folders) - unneeded)
             yield from (Path(folder) / name for name in sorted(set(names) - unneeded))
@@ -176,8 +182,9 @@ def _files(sources: list[Path]) -> Iterator[Path]:
 
 def _copy(sources: list[Path], base: Path, target: Path) -> None:
     """Copy for everybody to read; the target appears whole."""
+    for left in target.parent.glob("*.new"):  # by a process that was killed: others wait for the lock
+        shutil.rmtree(left, ignore_errors=True)
     staged = target.with_name(f"{target.name}.new")
-    shutil.rmtree(staged, ignore_errors=True)  # of a process that was killed: others wait for the lock
     for source in sources:
         shutil.copytree(source, staged / source.relative_to(base), ignore=_UNNEEDED)
     for path in (staged, *staged.rglob("*")):

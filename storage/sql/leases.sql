@@ -104,20 +104,20 @@ WHERE s.study_id = %(study)s
 -- Renew a worker's leases with their progress; a lease that has run out stays so, one without progress for stall_s
 -- runs out.
 -- types: worker text, trials int[], attempts int[], progress bigint[], epochs int[], metrics float8[]
-WITH told AS (SELECT * FROM unnest(%(trials)s::int[], %(attempts)s::int[], %(progress)s::bigint[], %(epochs)s::int[],
-    %(metrics)s::float8[]) AS b (trial_id, attempt, progress, epoch, metric)),
+WITH reported AS (SELECT * FROM unnest(%(trials)s::int[], %(attempts)s::int[], %(progress)s::bigint[],
+    %(epochs)s::int[], %(metrics)s::float8[]) AS b (trial_id, attempt, progress, epoch, metric)),
 seen AS ({touch_worker}),
 renewed AS (UPDATE hpo.leases l SET epoch = b.epoch, metric = b.metric, progress = b.progress,
         progress_at = CASE WHEN b.progress <> l.progress THEN clock_timestamp() ELSE l.progress_at END,
         expires_at = CASE WHEN b.progress <> l.progress
             OR l.progress_at > clock_timestamp() - s.stall_s * interval '1 s'
             THEN clock_timestamp() + s.lease_s * interval '1 s' ELSE l.expires_at END
-    FROM told b, hpo.terms s
+    FROM reported b, hpo.terms s
     WHERE l.trial_id = b.trial_id AND l.attempt = b.attempt AND l.worker = %(worker)s AND s.study_id = l.study_id
     AND l.ended_at IS NULL AND l.expires_at > clock_timestamp() RETURNING l.trial_id)
 SELECT b.trial_id, b.attempt, l.study_id, s.status, coalesce(s.deadline <= clock_timestamp(), false),
     b.trial_id IN (TABLE renewed) OR l.attempt = b.attempt AND l.ended_at IS NOT NULL
-FROM told b LEFT JOIN hpo.leases l USING (trial_id) LEFT JOIN hpo.terms s USING (study_id)
+FROM reported b LEFT JOIN hpo.leases l USING (trial_id) LEFT JOIN hpo.terms s USING (study_id)
 
 -- name: checkpoint
 -- Name the artifact with the trial's state after an epoch, and keep the key of the one before.
