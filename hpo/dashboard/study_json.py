@@ -22,7 +22,7 @@ OF_TRIAL = re.compile(r"dashboard:(?:artifacts:)?(\d+):")  # a study's attribute
 
 
 def compressed(answer: bytes) -> bytes:
-    """The answer as a gzip file: level 1 takes a third of the time of the default, for half as much again to send."""
+    """The answer as a gzip file. Level 1, because level 6 takes three times as long to save a third of the bytes."""
     return gzip.compress(answer, compresslevel=1, mtime=0)
 
 

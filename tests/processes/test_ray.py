@@ -26,7 +26,7 @@ from hpo.storage.snapshot import WorkerRow
 from hpo.storage.trials import trial_storage
 from hpo.study.config import load
 from hpo.study.lifecycle import OpenStudy, create_or_open
-from tests.conftest import Cli, assert_exact, processes_of, wait_for
+from tests.conftest import Cli, assert_exact, processes_of, reports_wait, wait_for
 
 pytestmark = pytest.mark.xdist_group("ray")  # its tests share a cluster
 
@@ -181,9 +181,13 @@ def test_a_study_spreads_over_nodes_that_come_and_go(
     assert psutil.Process(pid).environ()["CUDA_VISIBLE_DEVICES"] == MASKED
     held = """SELECT number, checkpoint_epoch FROM hpo.leases JOIN trials USING (trial_id)
         WHERE worker = %s AND ended_at IS NULL AND checkpoint_epoch > 0"""
-    wait_for(lambda: query(database_url, held, row.worker) != [])
-    ((number, epoch),) = query(database_url, held, row.worker)
-    kill_node(nodes, victim)
+    found: list[Any] = []
+    while not found:
+        wait_for(lambda: query(database_url, held, row.worker) != [])
+        with reports_wait(database_url):  # the trial may have ended by now
+            if found := query(database_url, held, row.worker):
+                kill_node(nodes, victim)
+    ((number, epoch),) = found
     joined = [nodes.add_node(**NODE) for _ in range(2)]
     wait_for(lambda: all(on(node, set(workers(study))) for node in joined), PATIENCE_S)  # one replaced, one more
 

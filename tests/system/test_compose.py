@@ -116,7 +116,7 @@ def test_the_image_finds_the_packages_whose_code_is_copied_after_they_were_insta
     image, installed = tmp_path / "app", tmp_path / "installed"
     image.mkdir()
     before, _, after = dockerfile().partition("sh tools/setup.sh")
-    (folders,) = re.findall(r"^RUN mkdir -p (.+) \\$", before, re.MULTILINE)
+    (folders,) = re.findall(r"^RUN mkdir -p (.+?)&&", before.replace("\\\n", ""), re.MULTILINE)
     for name in re.findall(r"^COPY (.+) \./$", before, re.MULTILINE)[0].split():
         shutil.copy(ROOT / name, image)
     for name in folders.split():

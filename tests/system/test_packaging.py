@@ -108,12 +108,11 @@ def test_a_wheel_holds_every_source_file_the_type_mark_and_the_licence_in_one_pa
 SCRIPT = """
 import sys
 import hpo
-from hpo.models.data import read
 
 assert hpo.__file__.startswith(sys.prefix), hpo.__file__
 quick = ["study.trials=2", "train.epochs=2", "space.hidden_size=8"]
 summary = hpo.launch("waves.npz", workers=1, overrides=quick)
-predictions = hpo.load(summary["model"]["path"]).predict(read("waves.npz"))
+predictions = hpo.load(summary["model"]["path"]).predict(hpo.read("waves.npz"))
 print(sum(summary["trials"].values()), *sorted(set(predictions.classes)))
 """
 

@@ -134,14 +134,13 @@ def test_a_cycle_is_named() -> None:
     assert find_cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) in (["b", "c", "b"], ["c", "b", "c"])
 
 
-@pytest.mark.xfail(strict=True, reason="issue 11 is in progress")
 def test_no_file_imports_one_that_imports_it() -> None:
     graph = {name: {found.module for found in all_found} for name, all_found in imports().items()}
     cycle = find_cycle(graph)
     assert not cycle, " imports ".join(cycle)
 
 
-@pytest.mark.xfail(strict=True, reason="issue 11 is in progress")
+@pytest.mark.xfail(strict=True, reason="hpo/cli.py still has eight (issue 11)")
 def test_a_function_imports_only_what_is_heavy_or_optional() -> None:
     others = {
         f"{source_files()[importer].relative_to(ROOT)}:{found.line} imports {found.module}": None
