@@ -21,6 +21,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hpo.errors import HpoError
+from hpo.launcher.launch import launch as launch_study
+from hpo.launcher.local import start_forkserver
+from hpo.launcher.ray_import import ClusterError
+from hpo.models.machine import prepare_process
+from hpo.storage.url import mask
 
 if TYPE_CHECKING:
     from hpo.launcher.ray import Cluster
@@ -65,8 +70,6 @@ def main() -> None:
         typer.echo(f"hpo: {names or 'the operating system refuses'}: {error.strerror or error}", err=True)
         sys.exit(1)
     except HpoError as error:
-        from hpo.storage.url import mask
-
         typer.echo(f"hpo: {mask(str(error))}", err=True)
         sys.exit(error.exit_status)
 
@@ -89,9 +92,6 @@ def launch(
     as_json: Json = False,
 ) -> None:
     """Create or resume a study, run workers, show progress, promote the best model."""
-    from hpo.launcher.launch import launch as run
-    from hpo.launcher.local import start_forkserver
-
     count, at_once = _number("workers", workers), _number("slots", slots)
     cluster = _cluster(address, cpus, gpus) if on is Backend.ray else None
     if cluster is None and (address, cpus, gpus) != (None, 1.0, None):
@@ -100,7 +100,7 @@ def launch(
         from hpo.terminal import ProgressDisplay, show_summary
 
         with ProgressDisplay(quiet=quiet) as progress:
-            summary = run(
+            summary = launch_study(
                 study,
                 workers=count,
                 slots=at_once,
@@ -228,7 +228,6 @@ def promote(
     trial: Annotated[int | None, typer.Option(help="Number of a completed trial; the best without it.")] = None,
 ) -> None:
     """Make a trial's model a new version."""
-    from hpo.models.machine import prepare_process
     from hpo.promote.promotion import promote_trial
     from hpo.terminal import show_models
 
@@ -244,7 +243,6 @@ def reproduce(
     trial: Annotated[int, typer.Option(help="Number of a complete or pruned trial.")],
 ) -> None:
     """Train a finished trial again from what is recorded; exit status 1 where a bit differs."""
-    from hpo.models.machine import prepare_process
     from hpo.promote.reproduce import reproduce as again
 
     prepare_process()
@@ -331,7 +329,6 @@ def demo(
 def db_url(show_password: Annotated[bool, typer.Option(help="Print the password too.")] = False) -> None:
     """The database's address; starts the embedded server if that is the one in use."""
     from hpo.storage.database import database_url
-    from hpo.storage.url import mask
 
     url = database_url()
     typer.echo(url if show_password else mask(url))
@@ -341,7 +338,6 @@ def db_url(show_password: Annotated[bool, typer.Option(help="Print the password 
 def db_start() -> None:
     """Start the embedded server, or find it running."""
     from hpo.storage.server.server import start
-    from hpo.storage.url import mask
 
     typer.echo(f"running: {mask(start())}")
 
@@ -357,7 +353,6 @@ def db_stop() -> None:
 def _cluster(address: str | None, cpus: float, gpus: float | None) -> Cluster:
     """Raises ClusterError, before anything is begun where Ray is missing."""
     from hpo.launcher.ray import Cluster
-    from hpo.launcher.ray_import import ClusterError
 
     if find_spec("ray") is None:
         raise ClusterError("--on ray needs Ray: pip install 'hpo[ray]', on every node of the cluster")

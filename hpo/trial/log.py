@@ -1,4 +1,4 @@
-"""What a worker logs of the trial in hand, kept for the trial's page, and a line for each epoch that no other log gets."""
+"""What a worker logs of the trial in hand, kept for its page, with a line for each epoch that no other log has."""
 
 from __future__ import annotations
 

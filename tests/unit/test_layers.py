@@ -14,8 +14,6 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import NamedTuple
 
-import pytest
-
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = {"hpo": "hpo", "models": "hpo.models", "storage": "hpo.storage"}  # where it lies, what it is imported as
 # What takes long to load, as `hpo --help` must not wait for torch; and what is optional or not on every system.
@@ -140,7 +138,6 @@ def test_no_file_imports_one_that_imports_it() -> None:
     assert not cycle, " imports ".join(cycle)
 
 
-@pytest.mark.xfail(strict=True, reason="hpo/cli.py still has eight (issue 11)")
 def test_a_function_imports_only_what_is_heavy_or_optional() -> None:
     others = {
         f"{source_files()[importer].relative_to(ROOT)}:{found.line} imports {found.module}": None
