@@ -11,8 +11,8 @@ import pytest
 
 from hpo.models.bundle import bundle, export
 from hpo.models.data.sequences import Sequences
+from tests.system.test_export_checks import light, padded
 from tests.unit.test_classifier import POOLINGS
-from tests.unit.test_export import light, padded
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "channel": {"classes": 2, "normalization": "channel", "head_size": 4, "dropout": 0.5},
