@@ -280,7 +280,8 @@ def export(
 ) -> None:
     """Write a folder that works without the database."""
     from hpo.models.bundle.export import export as write
-    from hpo.promote.promotion import model_folder, training_part
+    from hpo.promote.promotion import training_part
+    from hpo.promote.versions import model_folder
 
     folder = model_folder(model, version)
     real = None if Path(model).is_dir() or format_ is Format.safetensors else training_part(folder)
@@ -298,7 +299,7 @@ def predict(
 ) -> None:
     """Class and probabilities of each sequence."""
     from hpo.models.bundle.bundle import load
-    from hpo.promote.promotion import model_folder
+    from hpo.promote.versions import model_folder
     from hpo.terminal import counting, show_predictions
 
     if out is not None and (out.is_dir() or not out.parent.is_dir()):

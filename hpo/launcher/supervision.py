@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from hpo.launcher.forkserver import ForkServer
 from hpo.launcher.local import LocalWorkers, default_workers
 from hpo.launcher.workers import Interrupted, LaunchError, Workers
-from hpo.promote.promotion import materialise_model
+from hpo.promote.versions import materialise_model
 from hpo.storage.artifacts import artifact_store
 from hpo.storage.background import BackgroundLoop
 from hpo.storage.database import database_url

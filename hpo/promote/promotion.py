@@ -18,12 +18,10 @@ from hpo.models.data.sequences import Sequences
 from hpo.models.metrics import Scores, measure
 from hpo.models.training.training import Training
 from hpo.storage.artifacts import ArtifactStore, MissingArtifactError, artifact_store
-from hpo.storage.database import database_url
 from hpo.storage.errors import LeaseLost
-from hpo.storage.home import home
 from hpo.storage.keys import model_prefix
 from hpo.storage.leases import Leases
-from hpo.storage.registry import ModelVersion, Registry, materialise, publish
+from hpo.storage.registry import ModelVersion, Registry, publish
 from hpo.storage.trials import TrialStorage
 from hpo.study.config import to_dict
 from hpo.study.lifecycle import OpenStudy, open_study
@@ -202,20 +200,6 @@ def _show(storage: TrialStorage, study_id: int, record: TrialRecord, model: Mode
     values = ", ".join(f"{value:.4f} on the {part} part" for part, value in parts.items() if value is not None)
     sentence = f"model `{model.name}` version {model.version} is trial {record.number}: {metric} {values}"
     announce_model(storage, study_id, sentence)
-
-
-def materialise_model(model: ModelVersion) -> Path:
-    """The folder of a promoted version on this machine, fetched from the artifact store if need be."""
-    folder = home() / "models" / model.name / f"v{model.version}"
-    materialise(artifact_store(), model.artifacts, folder)
-    return folder
-
-
-def model_folder(model: str, version: int | None) -> Path:
-    """A saved model folder by its path, or a promoted model by its name."""
-    if Path(model).is_dir():
-        return Path(model)
-    return materialise_model(Registry(database_url()).get(model, version))
 
 
 def training_part(folder: Path) -> Sequences | None:

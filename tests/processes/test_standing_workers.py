@@ -26,7 +26,7 @@ from hpo.datasets import fetch_sequences
 from hpo.launcher.forkserver import ForkedProcess, ForkServer
 from hpo.models.data.canonical import fingerprint, save
 from hpo.models.data.readers import read
-from hpo.promote.promotion import model_folder
+from hpo.promote.versions import model_folder
 from hpo.storage.artifacts import ArtifactError, artifact_store
 from hpo.storage.keys import data_key
 from hpo.storage.server import server as embedded

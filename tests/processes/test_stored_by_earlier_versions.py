@@ -13,7 +13,7 @@ import pytest
 from optuna.trial import FrozenTrial, TrialState
 
 import hpo
-from hpo.promote.promotion import model_folder
+from hpo.promote.versions import model_folder
 from tests.conftest import Cli, assert_exact
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "before_the_redesign"
