@@ -99,11 +99,11 @@ def _live_view(state: Snapshot) -> Group:
         state.name, ProgressBar(total=max(state.budget, 1), completed=ended, width=40), f"{ended}/{state.budget} trials"
     )
     left_s = _seconds_left(state)
-    told = [f"best {_best(state)}", _counts(state)]
-    told += [f"{state.rate_per_hour:.0f} an hour"] if state.rate_per_hour else []
-    told += [f"{_duration(left_s)} left"] if left_s else []
-    told += [state.status] if state.status != "open" else ["promoting"] if ended >= state.budget else []
-    return Group(bar, Text("; ".join(told)), *(Text(f"  {_in_flight(trial)}") for trial in state.in_flight))
+    parts = [f"best {_best(state)}", _counts(state)]
+    parts += [f"{state.rate_per_hour:.0f} an hour"] if state.rate_per_hour else []
+    parts += [f"{_duration(left_s)} left"] if left_s else []
+    parts += [state.status] if state.status != "open" else ["promoting"] if ended >= state.budget else []
+    return Group(bar, Text("; ".join(parts)), *(Text(f"  {_in_flight(trial)}") for trial in state.in_flight))
 
 
 def _in_flight(trial: InFlight) -> str:

@@ -10,7 +10,7 @@ from hpo.storage.background import BackgroundLoop
 from hpo.storage.errors import PostgresError
 
 BEATS = 4  # renewals within the time of a lease …
-BEAT_S = 2.0  # … and at least one in so long: a renewal also tells that a study was stopped
+BEAT_S = 2.0  # … and at least one in so long: a renewal also returns whether the study was stopped
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Heartbeat:
         return self._loop is not None and self._loop.wait_for_rounds(count, timeout_s)
 
     def learn(self, *, lost: bool, study_stopped: bool, out_of_time: bool) -> None:
-        """Take in what a renewal has told."""
+        """Keep what a renewal has returned."""
         self._lost = self._lost or lost
         self._study_stopped = self._study_stopped or study_stopped
         self._out_of_time = self._out_of_time or out_of_time

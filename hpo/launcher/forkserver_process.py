@@ -27,7 +27,7 @@ PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15  # of prctl(2)
 
 
 def main() -> None:
-    """Import, then fork as told until the launcher and all workers are gone."""
+    """Import, then fork a worker for each order until the launcher and all workers are gone."""
     orders, answers = os.dup(0), os.dup(1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)  # a library that prints must not get between the answers

@@ -75,7 +75,7 @@ class TrialContext:
         self.lease, self.resources, self.sequences = lease, resources, sequences
         self.plan: Plan = study.plan
         self.name = f"study {study.name}, trial {lease.number}"  # in logs: a worker has trials of several studies
-        self.reported = 0  # the last epoch that the database was told of under this lease
+        self.reported = 0  # the last epoch that was reported to the database under this lease
         self._study = study
         self._checkpoint_key = lease.checkpoint_key
         self._schedule = CheckpointSchedule()
@@ -181,7 +181,7 @@ class TrialContext:
         return self._study.sampler.parameters(self.lease.trial_id)
 
     def report(self, epoch: Epoch) -> None:
-        """Tell the database and the pruner of an epoch, once."""
+        """Report an epoch to the database and the pruner, once."""
         self._study.storage.set_trial_intermediate_value(self.lease.trial_id, epoch.number, epoch.value)
         self.reported = epoch.number
 

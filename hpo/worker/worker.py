@@ -69,7 +69,7 @@ class Worker:
         self.promoting = threading.Lock()
         self.slots = self._choose_slots() if slots is None else slots
         self._held: set[Lease] = set()  # by its slots
-        self._seen_s = time.monotonic()  # when it last told the database that it lives
+        self._seen_s = time.monotonic()  # when the database last learnt that it lives
         self._failure: BaseException | None = None
 
     def run(self) -> None:

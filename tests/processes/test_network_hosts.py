@@ -35,7 +35,7 @@ pytestmark = pytest.mark.xdist_group("hosts")  # its tests share a network
 HOSTS = {"hub": "10.99.0.1", "desk": "10.99.0.2", "one": "10.99.0.3", "two": "10.99.0.4"}
 S3_PORT, OTHER_PORT = 9000, 9001
 EPOCHS = 400
-END_S = 10  # a worker that is told to end has so long
+END_S = 10  # a worker that is asked to stop has so long
 
 
 class Network:

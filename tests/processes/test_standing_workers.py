@@ -36,7 +36,7 @@ from hpo.storage.trials import trial_storage
 from hpo.study.lifecycle import delete_study
 from tests.conftest import assert_exact, execute, wait_for
 
-END_S = 10  # a worker that is told to end has so long
+END_S = 10  # a worker that is asked to stop has so long
 
 
 class Standing:

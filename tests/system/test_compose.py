@@ -313,7 +313,7 @@ def test_a_wrong_database_password_is_unhealthy_and_not_shown(tmp_path: Path, da
 SBATCH = ROOT / "examples/slurm/worker.sbatch"
 JOB: dict[str, Any] = yaml.safe_load((ROOT / "examples/kubernetes/worker-job.yaml").read_text())
 POD: dict[str, Any] = JOB["spec"]["template"]["spec"]
-END_S = 10  # a worker that is told to end has so long
+END_S = 10  # a worker that is asked to stop has so long
 
 
 def test_the_slurm_script_is_a_worker_that_a_signal_ends_in_time(tmp_path: Path, database_url: str) -> None:
