@@ -176,7 +176,7 @@ def pages(storage: TrialStorage, study: optuna.Study, address: str, requests: in
 
     def busy() -> tuple[float, int, bytes]:
         study.add_trial(trial(numbers, TrialState.PRUNED))
-        storage.flush()
+        storage.session.flush()
         return get(address, f"{detail}?after=0")
 
     who = "hpo" if ours else "stock"

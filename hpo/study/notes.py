@@ -8,12 +8,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from optuna.exceptions import UpdateFinishedTrialError
-
-if TYPE_CHECKING:
-    from optuna.storages import BaseStorage
+from optuna.storages import BaseStorage
 
 _NOTE_PART = 2045  # characters of one piece of a note, optuna-dashboard's own limit
 _NOTE = "dashboard:note_str:"
