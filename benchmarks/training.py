@@ -51,7 +51,7 @@ from hpo.models.config import ClassifierConfig, TrainingConfig  # noqa: E402
 from hpo.models.data.sequences import Sequences, from_arrays  # noqa: E402
 from hpo.models.machine import ONE_THREAD, prepare_process  # noqa: E402
 from hpo.models.training.training import Training  # noqa: E402
-from hpo.trial.run import lstm_kernel  # noqa: E402
+from hpo.trial.build import lstm_kernel  # noqa: E402
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 PROCESSES = multiprocessing.get_context("spawn")
