@@ -8,7 +8,7 @@ units stay exactly zero: their cell is c = 0.5*0 + 0.5*tanh(0), and whatever rea
 Letters: K trials, T steps, B sequences in a batch, I inputs of a layer, H common hidden size, L layers, D directions,
 N sequences in the data, F features, P parameters of a trial, rounded up. Gates in nn.LSTM's order i, f, g, o.
 
-    python benchmarks/fused.py [--hidden 16 64 256] [--precision tf32 bf16]
+    python experiments/fused.py [--hidden 16 64 256] [--precision tf32 bf16]
 
 compiles the kernels for a Hopper GPU, without one, and prints what they take. Triton 3.6 to 3.8 compile all of them;
 3.9.0 dies of an assertion in LLVM's SLP vectoriser on the smallest ieee one.

@@ -1,4 +1,4 @@
-"""The fused kernel of benchmarks/fused.py held against nn.LSTM and torch's AdamW in float64, on the CPU.
+"""The fused kernel of experiments/fused.py compared with nn.LSTM and torch's AdamW in float64, on the CPU.
 
 Triton is told to interpret its kernels before it is imported, so all of it runs in a process of its own: the tests of
 `TestFused` are collected there only.

@@ -57,9 +57,8 @@ class StudySection:
     # seconds after which the trial of a worker that does not renew its lease is adopted
     lease_s: float = field(default=60.0, metadata=checked(lease, key="lease"))
     attempts: int = field(default=3, metadata=checked(whole(1)))  # workers that may try one trial before it fails
-    warm_start: str | None = field(
-        default=None, metadata=checked(text)
-    )  # name of a study whose trials the sampler sees
+    # name of a study whose trials the sampler sees
+    warm_start: str | None = field(default=None, metadata=checked(text))
 
 
 @dataclass(frozen=True)

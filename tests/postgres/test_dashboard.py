@@ -83,13 +83,6 @@ def store(tmp_path: Path) -> ArtifactStore:
 
 
 @pytest.fixture
-def storage(database_url: str) -> Iterator[TrialStorage]:
-    storage = trial_storage(database_url)
-    yield storage
-    storage.close()
-
-
-@pytest.fixture
 def study(storage: TrialStorage) -> optuna.Study:
     """One finished and one running trial."""
     study = optuna.create_study(storage=storage, study_name="power", direction="maximize")

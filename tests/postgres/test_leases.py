@@ -35,13 +35,6 @@ PARAMS = {"x": (0.25, FloatDistribution(0, 1))}
 
 
 @pytest.fixture
-def storage(database_url: str) -> Iterator[TrialStorage]:
-    made = trial_storage(database_url)
-    yield made
-    made.close()
-
-
-@pytest.fixture
 def leases(storage: TrialStorage) -> Leases:
     return Leases(storage)
 

@@ -43,13 +43,6 @@ X = FloatDistribution(0, 1)
 
 
 @pytest.fixture
-def storage(database_url: str) -> Iterator[TrialStorage]:
-    made = trial_storage(database_url)
-    yield made
-    made.close()
-
-
-@pytest.fixture
 def other(database_url: str) -> Iterator[TrialStorage]:
     """The same database as another process sees it."""
     made = trial_storage(database_url)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
@@ -47,13 +47,6 @@ schedule = "constant"
 hidden_size = [4, 8]
 layers = [1, 2]
 """
-
-
-@pytest.fixture
-def storage(database_url: str) -> Iterator[TrialStorage]:
-    made = trial_storage(database_url)
-    yield made
-    made.close()
 
 
 @pytest.fixture
