@@ -21,7 +21,7 @@ RUN apt-get update \
 # A plain user; what it may write: its home and the artifact store's mount point.
 RUN useradd --create-home --uid 10001 hpo && install --directory --owner=hpo --group=hpo /artifacts
 
-# What we depend on first: a change of the code does not install it again. Setuptools wants a folder for each package.
+# What we depend on first: a change of the code does not install it again. Setuptools needs a folder for each package.
 WORKDIR /app
 COPY pyproject.toml README.md LICENSE ./
 COPY tools/setup.sh tools/
