@@ -10,6 +10,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import psycopg2
@@ -17,7 +18,8 @@ from psycopg2 import extensions
 from sqlalchemy import make_url
 from sqlalchemy.dialects.postgresql.psycopg2 import PGDialect_psycopg2
 
-from hpo.storage.errors import DatabaseUnavailable
+from hpo.storage.deadlines import Deadline
+from hpo.storage.errors import DatabaseRefusal, DatabaseUnavailable
 from hpo.storage.statements import BoundStatement, Statement
 
 log = logging.getLogger(__name__)
@@ -25,20 +27,40 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 Row = tuple[Any, ...]
 
-# A stopped or cut-off process must not keep others waiting for its locks, nor its socket for hours. Plans are kept
-# while tables grow from nothing, so they must go by an index from the start.
-# Set by a statement, as poolers reject them as options of the connection.
+# What the connection relies on, whatever the server, the database or the role sets. Set by a statement, as poolers
+# reject them as options of the connection; a server that does not know one keeps its own.
 SETTINGS = {
-    "idle_in_transaction_session_timeout": "10s",
-    "lock_timeout": "10s",
+    # What is written is read back to the bit.
+    "datestyle": "ISO, MDY",
+    "intervalstyle": "postgres",
+    "extra_float_digits": "3",
+    "bytea_output": "hex",
+    "standard_conforming_strings": "on",
     "timezone": "UTC",
-    "plan_cache_mode": "force_generic_plan",
-    "enable_seqscan": "off",
-    "jit": "off",
+    # A commit is one, and sees what others have committed.
+    "default_transaction_isolation": "read committed",
+    "default_transaction_read_only": "off",
+    "default_transaction_deferrable": "off",
+    "synchronous_commit": "on",
+    # A stopped or cut-off process must not keep others waiting for its locks, nor its socket for hours.
+    "idle_in_transaction_session_timeout": "10s",
+    "idle_session_timeout": "0",
+    "transaction_timeout": "0",
     "tcp_keepalives_idle": "10",
     "tcp_keepalives_interval": "5",
     "tcp_keepalives_count": "4",
+    # Plans are kept while tables grow from nothing, so they must go by an index from the start.
+    "plan_cache_mode": "force_generic_plan",
+    "enable_seqscan": "off",
+    "enable_indexscan": "on",
+    "enable_nestloop": "on",
+    "jit": "off",
 }
+# Optuna's tables are looked for where ours say that they are.
+SEARCH_PATH = """SELECT set_config('search_path', quote_ident(n.nspname), false)
+FROM pg_namespace m JOIN pg_class c ON c.relnamespace = m.oid JOIN pg_constraint k ON k.conrelid = c.oid
+    JOIN pg_class t ON t.oid = k.confrelid JOIN pg_namespace n ON n.oid = t.relnamespace
+WHERE m.nspname = 'hpo' AND c.relname = 'terms' AND k.contype = 'f'"""
 DEFAULTS = {
     "application_name": "hpo",
     "connect_timeout": 10,
@@ -47,14 +69,32 @@ DEFAULTS = {
     "keepalives_count": 4,
     "tcp_user_timeout": 30_000,
 }
+DEADLINE_S = 10.0  # that a call may take at first; one that took longer is repeated with twice the time
 # Errors that another try may get past: on the same connection (deadlock, lock timeout, full disk or memory) …
 PATIENCE = ("40P01", "40001", "55P03", "53100", "53200")
-# … or on a new one (shutting down, starting up, too many connections, a standby during failover, idle too long).
-TRANSIENT = (*PATIENCE, "57P01", "57P02", "57P03", "53300", "25006", "25P03")
+# … or on a new one (shutting down, starting up, too many connections, a standby during failover, idle too long, a
+# statement that took too long).
+TRANSIENT = (*PATIENCE, "57P01", "57P02", "57P03", "53300", "25006", "25P03", "57P05", "57014")
 SILENCE_S = 2.0  # that a database may be away without a line in the log
 # Statements that this connection has prepared are not known, or were prepared by another one.
 MIXED = ("26000", "42P05")
-REJECTIONS = ("authentication failed", "does not exist", "no pg_hba.conf entry", "no password supplied")
+# What a server or libpq says when no other try will help …
+REJECTIONS = (
+    "authentication failed",
+    "does not exist",
+    "no pg_hba.conf entry",
+    "no password supplied",
+    "could not translate host name",
+    "not permitted to log in",
+    "permission denied for database",
+    "not currently accepting connections",
+    "does not support SSL",
+    "certificate verify failed",
+    "server certificate for",
+    "invalid",
+)
+# … and when one may, or another host of several.
+PASSING = ("Temporary failure", "Connection refused", "timeout expired", "timed out", "unreachable", "starting up")
 
 
 def connect_arguments(url: str) -> dict[str, Any]:
@@ -63,27 +103,43 @@ def connect_arguments(url: str) -> dict[str, Any]:
     if parsed.get_backend_name() not in ("postgresql", "postgres"):
         raise ValueError(f"studies live in PostgreSQL: a postgresql:// URL is needed, got {parsed.drivername}://…")
     arguments = PGDialect_psycopg2().create_connect_args(parsed)[1]  # type: ignore[no-untyped-call]
-    return {**DEFAULTS, **arguments}
+    return {**DEFAULTS, **arguments, "client_encoding": "UTF8"}
+
+
+@dataclass(frozen=True)
+class Outage:
+    """A time in which the database could not be reached."""
+
+    seconds: float = 0.0
+    ended_at: float = float("-inf")  # by the monotonic clock
+
+    @property
+    def ended_ago_s(self) -> float:
+        return time.monotonic() - self.ended_at
 
 
 class Connection:
     """One psycopg2 connection in autocommit mode, one caller at a time.
 
     `execute` and `with_retries` repeat their work after a lost connection, with backoff, for `retry_s` seconds, so
-    what they are given must be safe to repeat. They raise DatabaseUnavailable after that, and psycopg2's errors for a
-    statement that the server rejects. `generation` counts connections made: a change means that commits made with
-    synchronous_commit=off may be gone.
+    what they are given must be safe to repeat. A call without an answer within `deadline_s` is a lost connection too.
+    They raise DatabaseUnavailable after that, DatabaseRefusal where another try would not help, and psycopg2's errors
+    for data that the server rejects. `generation` counts connections made: a change means that commits made with
+    synchronous_commit=off may be gone. `outage`: the last time in which the database was away.
     """
 
-    def __init__(self, url: str, retry_s: float = 60.0) -> None:
-        self.url, self.retry_s = url, retry_s
+    def __init__(self, url: str, retry_s: float = 60.0, deadline_s: float = DEADLINE_S) -> None:
+        self.url, self.retry_s, self.deadline_s = url, retry_s, deadline_s
         self.lock = threading.RLock()
         self.generation = 0
         self.trips = 0  # statements sent, for the benchmarks
+        self.outage = Outage()
         self._arguments = connect_arguments(url)
-        own = set(re.findall(r"(?:-c\s*|--)(\w+)\s*=", self._arguments.get("options", "")))  # the URL's go first
-        self._settings = ";".join(f"SET {name} = '{value}'" for name, value in SETTINGS.items() if name not in own)
+        options = self._arguments.get("options", "")
+        self._own = {name.lower() for name in re.findall(r"(?:-c\s*|--)(\w+)\s*=", options)}  # the URL's go first
         self._connection: extensions.connection | None = None
+        self._deadline: Deadline | None = None  # of the connection's calls
+        self._overdue = 0  # calls in a row that took too long
         self._prepared: set[Statement] = set()  # on this connection
         _OPEN.add(self)
 
@@ -105,10 +161,9 @@ class Connection:
         texts = [each.prepare.encode() for each in new]
         for each, given in bound:
             texts.append(cursor.mogrify(each.execute if isinstance(each, Statement) else each, given))
-        self.trips += 1
         self._prepared.update(new)
         try:
-            cursor.execute(b";\n".join(texts))
+            self._send(cursor, b";\n".join(texts))
         except psycopg2.Error as error:
             if error.pgcode in MIXED:
                 raise DatabaseUnavailable(
@@ -117,77 +172,144 @@ class Connection:
                 ) from error
             if new and not cursor.connection.closed:  # which of them the server got to is not known
                 self._prepared.clear()
-                cursor.execute("DEALLOCATE ALL")
+                self._send(cursor, b"DEALLOCATE ALL")
             raise
         return cursor.fetchall() if cursor.description else []
 
     def with_retries(self, work: Callable[[extensions.cursor], T], retry_s: float | None = None) -> T:
         """Call `work(cursor)`, again after each loss of the connection. retry_s: instead of the connection's own."""
-        began, pause, logged = time.monotonic(), 0.05, False
+        began, pause, logged, lost = time.monotonic(), 0.05, False, False
         with self.lock:
             while True:
                 try:
                     with self._connected().cursor() as cursor:
-                        if logged:
-                            log.warning("the database at %s is back", self.address)
-                        return work(cursor)
+                        found = work(cursor)
+                    if logged:
+                        log.warning("the database at %s is back", self.address)
+                    if lost:
+                        self.outage = Outage((now := time.monotonic()) - began, now)
+                    self._overdue = 0
+                    return found
                 except (psycopg2.OperationalError, psycopg2.InterfaceError, psycopg2.InternalError) as error:
                     patience_s = self.retry_s if retry_s is None else retry_s  # which may shrink meanwhile
-                    self._wait_or_raise(error, time.monotonic() + pause > began + patience_s)
+                    self._wait_or_raise(error, time.monotonic() + pause > began + patience_s, patience_s)
+                    lost = lost or self._connection is None
                     logged = logged or self._log_loss(error, began)
+                except (psycopg2.ProgrammingError, psycopg2.NotSupportedError) as error:
+                    raise self._refusal(error) from error
                 time.sleep(pause * random.uniform(0.5, 1.0))
                 pause = min(2 * pause, 2.0)
+
+    def hurry(self, seconds: float) -> None:
+        """From now on nothing is waited for or tried longer than this, not even the call in progress. From any thread."""
+        self.retry_s, self.deadline_s = min(self.retry_s, seconds), min(self.deadline_s, seconds)
+        if (deadline := self._deadline) is not None:
+            deadline.shorten(seconds)
 
     def close(self) -> None:
         """Close the connection; the next use opens another."""
         with self.lock:
-            if self._connection is not None:
-                self._connection.close()
-                self._connection = None
+            self._drop()
+
+    def _drop(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+        if self._deadline is not None:
+            self._deadline.close()
+        self._connection = self._deadline = None
+
+    def _send(self, cursor: extensions.cursor, text: bytes) -> None:
+        """Send a query and wait for its answer, no longer than its deadline: the server's own, then ours."""
+        deadline, seconds = self._deadline, self._patience_s
+        assert deadline is not None
+        self.trips += 1
+        with deadline.within(seconds + min(1.0, seconds / 4)):
+            cursor.execute(text)
+
+    @property
+    def _patience_s(self) -> float:
+        """What a call may take: twice as long after each one in a row that took too long."""
+        return self.deadline_s * 2**self._overdue
 
     def _connected(self) -> extensions.connection:
         if self._connection is None or self._connection.closed:
+            self._drop()
             made = psycopg2.connect(**self._arguments)
             made.autocommit = True
-            with made.cursor() as cursor:
-                cursor.execute(self._settings)
-            self._connection = made
+            self._connection, self._deadline = made, Deadline(made.fileno())
             self._prepared.clear()
+            try:
+                with made.cursor() as cursor:
+                    self._send(cursor, self._settings().encode())
+            except psycopg2.Error:
+                made.close()  # without its settings it is of no use
+                raise
             self.generation += 1
         return self._connection
 
-    def _wait_or_raise(self, error: psycopg2.Error, too_late: bool) -> None:
+    def _settings(self) -> str:
+        """The statements that set what the connection relies on."""
+        milliseconds = int(1000 * self._patience_s)
+        timed = {"statement_timeout": f"{milliseconds}", "lock_timeout": f"{int(0.8 * milliseconds)}"}
+        pairs = ", ".join(f"('{k}', '{v}')" for k, v in {**SETTINGS, **timed}.items() if k not in self._own)
+        known = f"SELECT set_config(k, v, false) FROM (VALUES {pairs}) s (k, v) WHERE current_setting(k, true) IS NOT NULL"
+        return known if "search_path" in self._own else f"{known};\n{SEARCH_PATH}"
+
+    def _wait_or_raise(self, error: psycopg2.Error, too_late: bool, patience_s: float) -> None:
         """Return where another try may help, else raise."""
-        reason = _reason(error)
-        rejected = any(words in reason for words in REJECTIONS)
+        reason = self._reason(error)
+        if error.pgcode == "57014" or (self._deadline is not None and self._deadline.passed):
+            self._overdue += 1
         if self._connection is not None and not self._connection.closed:
             if error.pgcode not in TRANSIENT:
-                raise error
+                raise self._refusal(error) from error
             if error.pgcode not in PATIENCE:
-                self.close()
-        elif rejected:
-            raise DatabaseUnavailable(f"the database at {self.address} refuses us: {reason}") from error
+                self._drop()
+        else:
+            self._drop()
+            if any(words in reason for words in REJECTIONS) and not any(words in reason for words in PASSING):
+                raise DatabaseRefusal(f"the database at {self.address} refuses us: {reason}") from error
         if too_late:
             raise DatabaseUnavailable(
-                f"the database at {self.address} did not answer for {self.retry_s:g} s ({reason.splitlines()[-1]}); "
+                f"the database at {self.address} did not answer for {patience_s:g} s ({reason.splitlines()[-1]}); "
                 "start it again or check HPO_DATABASE_URL"
             ) from error
 
+    def _refusal(self, error: psycopg2.Error) -> DatabaseRefusal:
+        """An error that another try does not get past, in one line with the way out."""
+        reason = " ".join(self._reason(error).splitlines()[0].split())
+        return DatabaseRefusal(f"the database at {self.address} refuses: {reason}; {_way_out(error.pgcode or '')}")
+
     def _log_loss(self, error: psycopg2.Error, began: float) -> bool:
         """Log a loss that lasts; whether it was logged."""
-        if time.monotonic() < began + SILENCE_S or (self._connection is not None and not self._connection.closed):
+        if time.monotonic() < began + SILENCE_S or self._connection is not None:
             return False
-        log.warning("the database at %s does not answer, trying again: %s", self.address, _reason(error))
+        log.warning("the database at %s does not answer, trying again: %s", self.address, self._reason(error))
         return True
+
+    def _reason(self, error: psycopg2.Error) -> str:
+        if self._deadline is not None and self._deadline.passed:
+            return f"no answer to a statement within {self._patience_s:g} s"
+        return str(error).strip() or type(error).__name__
 
     def forget_parent(self) -> None:
         """In the child after a fork: the parent's socket and lock are not ours."""
         self.lock = threading.RLock()
         self._connection = None  # psycopg2 closes a connection only in the process that made it
+        if self._deadline is not None:
+            self._deadline.close()
+            self._deadline = None
 
 
-def _reason(error: psycopg2.Error) -> str:
-    return str(error).strip() or type(error).__name__
+def _way_out(code: str) -> str:
+    """What a user can do about an error of that SQLSTATE."""
+    if code == "42501":
+        return "grant the role what it lacks; README.md lists the rights of owner, worker and reader"
+    if code in ("42P01", "42703", "42883", "3F000"):
+        return "its tables are missing or of another version: `hpo db check` says which, `hpo db upgrade` mends it"
+    if code.startswith("53"):
+        return "give the server more room"
+    return "`hpo db check` says more"
 
 
 _OPEN: weakref.WeakSet[Connection] = weakref.WeakSet()

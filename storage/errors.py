@@ -14,7 +14,11 @@ class PostgresError(HpoError):
 
 
 class DatabaseUnavailable(PostgresError):
-    """The database rejects the connection, or stayed out of reach for the whole of `retry_s`."""
+    """The database stayed out of reach for the whole of `retry_s`."""
+
+
+class DatabaseRefusal(DatabaseUnavailable):
+    """The database rejects the connection or the statement, and would do so again."""
 
 
 class SchemaError(HpoError):
@@ -29,6 +33,10 @@ class MissingRecord(HpoError, KeyError):
 
 class LeaseLost(HpoError):
     """The trial is in other hands: its lease ran out, or another worker adopted it."""
+
+
+class TrialLeased(HpoError):
+    """Only the worker that holds the trial's lease ends it."""
 
 
 class StudyOver(HpoError):

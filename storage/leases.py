@@ -1,8 +1,9 @@
 """Who works on which trial: budget, leases, adoption of orphans, and the right to promote.
 
-A lease is one row of `hpo.leases` for each trial started under it; the database's clock decides whether it is alive.
-Its `attempt` is the fencing token: an adopter raises it, and writes with an older one are rejected; the worker's name
-goes with it, for a database that comes back without its last commits. A RUNNING trial without such a row belongs to
+A lease is one row of `hpo.leases` for each trial started under it. Its `attempt` is the fencing token: an adopter raises
+it, and writes with an older one are rejected; the worker's name goes with it, for a database that comes back without its
+last commits. A lease that was not renewed in time, by the database's clock, may be taken over; until somebody does so its
+holder goes on. Time in which the database was away is added: the server's own, and what the taker could not reach it. A RUNNING trial without such a row belongs to
 somebody else (a plain Optuna script): not counted, never adopted.
 
 `Leases.take` is the one owner of a lease. Nothing but this module attaches or detaches fences.
@@ -21,6 +22,7 @@ from hpo.storage.background import BackgroundLoop
 from hpo.storage.connection import Row
 from hpo.storage.errors import LeaseLost, MissingRecord, PostgresError, Reason, StudyOver
 from hpo.storage.heartbeat import BEATS, Heartbeat, Progress
+from hpo.storage.liveness import Fate, fate, process_start, this_machine
 from hpo.storage.snapshot import RECENT, Snapshot, WorkerRow, read_snapshot
 from hpo.storage.statements import statement
 from hpo.storage.terms import StudyRow, Terms
@@ -29,18 +31,26 @@ from hpo.storage.writes import Fence
 
 _OPEN_STUDY = statement("open_study")
 _STUDY_TERMS, _ALL_STUDY_TERMS = statement("study_terms"), statement("all_study_terms")
-_REOPEN_STUDY, _EXTEND_TIMEOUT = statement("reopen_study"), statement("extend_timeout")
+_REOPEN_STUDY = statement("reopen_study")
 _SET_STATUS = statement("set_status")
-_REGISTER_WORKER = [statement(name) for name in ("forget_old_calls", "forget_old_workers", "register_worker")]
+_REGISTER_WORKER = [statement(name) for name in ("forget_old_calls", "forget_old_workers", "lapse_workers", "register_worker")]
 _RETIRE_WORKER = statement("retire_worker")
+_LAPSE_WORKERS, _WORKERS_OF_HOST = statement("lapse_workers"), statement("workers_of_host")
 _WORKERS, _SNAPSHOT = statement("workers"), statement("snapshot")
-_STEPS = ("lock", "touch", "end_foreign", "fail_spent", "adopt", "forget_reports", "start", "result")
+_STEPS = ("lock", "touch", "tick", "end_foreign", "lapse", "fail_spent", "adopt", "forget_reports", "start", "result")
 _TAKE = [statement(f"take_{step}") for step in _STEPS]
 _RENEW, _RELEASE = statement("renew"), statement("release")
 _CHECKPOINT, _REPLACED_CHECKPOINT = statement("checkpoint"), statement("replaced_checkpoint")
 _SPENT_CHECKPOINTS, _FORGET_CHECKPOINTS = statement("spent_checkpoints"), statement("forget_checkpoints")
 _ACQUIRE_PROMOTION = statement("acquire_promotion")
 _RELEASE_PROMOTIONS, _FINISH_PROMOTION = statement("release_promotions"), statement("finish_promotion")
+
+
+class Unchanged:
+    """That a setting is to stay as it is."""
+
+
+UNCHANGED = Unchanged()
 
 
 @dataclass(frozen=True)
@@ -56,6 +66,7 @@ class Lease:
     checkpoint_key: str | None
     checkpoint_epoch: int | None  # reported values after this step have been removed
     lease_s: float  # seconds that the lease lasts after a renewal
+    store_key: str  # what stands for the study in the keys of artifacts
     heartbeat: Heartbeat = field(default_factory=Heartbeat, compare=False, repr=False)
 
     @property
@@ -70,7 +81,7 @@ class RenewResult:
 
     lost: frozenset[Lease]
     stopped: frozenset[int]  # studies that were stopped
-    out_of_time: frozenset[int]  # studies whose deadline has passed
+    out_of_time: frozenset[int]  # studies whose time is spent
 
 
 class Leases:
@@ -112,15 +123,17 @@ class Leases:
         """Those on which there may be work: neither stopped nor finished."""
         return [row for row in self.studies() if row.status in ("open", "exhausted")]
 
-    def reopen(self, study_id: int, *, trials: int | None = None, timeout_s: float | None = None) -> StudyRow:
-        """Go on with a study that was stopped, or that more trials or more time are given to.
+    def reopen(
+        self, study_id: int, *, trials: int | None = None, timeout_s: float | None | Unchanged = UNCHANGED
+    ) -> StudyRow:
+        """Go on with a study that was stopped, under a new budget; what is stored then.
 
-        trials: the new budget, where it is more than the old one. timeout_s: the new wall-clock budget, where it is
-        more than the old one; what it is more is added to the time left. A finished study that gets neither
-        stays finished, one that gets either is promoted again when it is over.
+        trials: at least those that have begun; None leaves it. timeout_s: None for no limit. A study that is over stays
+        so, unless it gets more of what it had no more of: then it is promoted again when it is over.
         """
-        given = {"study": study_id, "trials": trials or 0, "timeout_s": timeout_s}
-        self._session.execute(_REOPEN_STUDY, _EXTEND_TIMEOUT, given=given, durable=True)
+        timed = not isinstance(timeout_s, Unchanged)
+        given = {"study": study_id, "trials": trials, "timed": timed, "timeout_s": timeout_s if timed else None}
+        self._session.execute(_REOPEN_STUDY, given=given, durable=True)
         return self._row(study_id)
 
     def stop(self, study_id: int) -> None:
@@ -146,9 +159,38 @@ class Leases:
         device: str | None = None,
         log: str | None = None,
     ) -> None:
-        """Make a worker known to displays. study_id None: it takes trials of any study."""
-        given = {"worker": worker, "study": study_id, "host": host, "pid": pid, "device": device, "log": log}
+        """Make a worker known to displays, and to others of its machine. study_id None: it takes trials of any study.
+
+        What a former process of that name held is free.
+        """
+        given = {
+            "worker": worker,
+            "study": study_id,
+            "host": host,
+            "pid": pid,
+            "device": device,
+            "log": log,
+            "machine": None if (machine := this_machine()) is None else str(machine),
+            "process_start": None if pid is None else process_start(pid),
+            "workers": [worker],
+            "counted": True,
+        }
         self._session.execute(*_REGISTER_WORKER, given=given, durable=True)
+
+    def free_dead(self, host: str, worker: str) -> list[str]:
+        """Free what workers of this host hold whose processes are gone, but for `worker`; their names.
+
+        A process that died counts as a lost lease. One that went down with its machine does not.
+        """
+        dead: dict[Fate, list[str]] = {"died": [], "machine restarted": [], "unknown": []}
+        rows = self._session.execute(_WORKERS_OF_HOST, given={"host": host, "worker": worker})
+        for name, machine, pid, start, silent_s in rows:
+            dead[fate(machine, pid, start, silent_s)].append(name)
+        for kind, counted in (("died", True), ("machine restarted", False)):
+            if dead[kind]:
+                given = {"workers": dead[kind], "counted": counted}
+                self._session.execute(_LAPSE_WORKERS, given=given, durable=True)
+        return dead["died"] + dead["machine restarted"]
 
     def retire(self, worker: str) -> None:
         """The worker ends."""
@@ -187,11 +229,12 @@ class Leases:
 
         Nothing renews the lease by itself: `take` does. Returns None when there is nothing to take but trials are in
         flight: try again later. Raises StudyOver when nothing will come, and MissingRecord for a study without terms.
-        Trials that were lost max_attempts times are failed on the way. A study that was stopped, or is out of time,
-        keeps its orphans until it is opened again.
+        Trials that were lost max_attempts times in a row are failed on the way. A study that was stopped keeps its
+        orphans until it is opened again; one that is out of time gives them out to be ended with what they have.
         """
         with self.storage.connection.lock:
-            given = {"study": study_id, "worker": worker, "device": device}
+            away_s, back_s = self._longest_outage()
+            given = {"study": study_id, "worker": worker, "device": device, "away_s": away_s, "back_s": back_s}
             rows = self._session.execute_once(*_TAKE, given=given)
             if not rows:
                 raise _not_opened(study_id)
@@ -203,6 +246,11 @@ class Leases:
         if in_flight:
             return None
         raise StudyOver(study_id, _reason(status, out_of_time, spent))
+
+    def _longest_outage(self) -> tuple[float, float]:
+        """For how many seconds this process could not reach the database the last time, and how long ago that ended."""
+        found = [self.storage.connection.outage, self.storage.heartbeat_connection.outage]
+        return max((outage.seconds, outage.ended_ago_s) for outage in found)
 
     def release(self, lease: Lease) -> None:
         """Give the trial back at once, to be adopted from its last checkpoint; this does not count as lost.
@@ -217,8 +265,8 @@ class Leases:
     def renew(self, worker: str, progress: Mapping[Lease, Progress]) -> RenewResult:
         """Renew a worker's leases in one statement, and say that the worker lives, also without leases.
 
-        Over a connection of its own: nothing else that the process does can hold it up. A lease that has run
-        out is not revived, one without new batches for `stall_s` is left to run out.
+        Over a connection of its own: nothing else that the process does can hold it up. One without new batches for
+        `stall_s` is left to run out. One that has run out and was not taken over goes on.
         """
         given = {
             "worker": worker,

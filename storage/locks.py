@@ -2,36 +2,28 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import psycopg2
-
 from hpo.storage.connection import Connection
-from hpo.storage.errors import DatabaseUnavailable, PostgresError
 from hpo.storage.statements import statement
-from hpo.storage.url import mask
 
-_LOCK = statement("lock_exclusively")
+LOOK_S = 0.05  # between two tries
+_TRY_LOCK = statement("try_lock")
 
 
 @contextmanager
-def exclusively(url: str, name: str) -> Iterator[None]:
+def exclusively(url: str, name: str, retry_s: float = 60.0) -> Iterator[None]:
     """Hold the lock of that name while the block runs; waits for others without limit.
 
-    Raises PostgresError when the database goes away before the lock is held.
+    retry_s: how long a database that is away is waited for before DatabaseUnavailable. A lock goes with its connection, so
+    what the block does must also be safe beside another that began when that was lost.
     """
-    connection = Connection(url, retry_s=0.0)
+    connection = Connection(url, retry_s)
     try:
-        _lock(connection, name)
+        while not connection.execute(_TRY_LOCK, given={"name": name})[0][0]:
+            time.sleep(LOOK_S)
         yield
     finally:
-        connection.close()  # the lock goes with the connection
-
-
-def _lock(connection: Connection, name: str) -> None:
-    try:
-        connection.execute("SET lock_timeout = 0", _LOCK, given={"name": name})
-    except (DatabaseUnavailable, psycopg2.OperationalError) as error:
-        reason = mask(str(error.__cause__ or error)).strip()
-        raise PostgresError(f"the database went away: {reason}; run the command again") from None
+        connection.close()

@@ -56,8 +56,7 @@ class Snapshot:
     status: str
     budget: int
     started: int
-    deadline: datetime | None
-    seconds_left: float | None  # to the deadline, at least 0
+    seconds_left: float | None  # of its timeout, at least 0; the clock stands while no worker lives
     promoted_version: int | None
     counts: dict[str, int]  # complete, pruned, failed, running, waiting; copied and foreign trials too
     best_value: float | None
@@ -76,7 +75,7 @@ class Snapshot:
 
 def read_snapshot(row: Row) -> Snapshot:
     """A snapshot from the row of the statement `snapshot`."""
-    known, (counts, best, in_flight, groups, *rest) = row[:8], row[8:]
+    known, (counts, best, in_flight, groups, *rest) = row[:7], row[7:]
     named = {name: (counts or {}).get(state, 0) for state, name in _STATES.items()}
     value, number = (read_float(best[0]), best[1]) if best else (None, None)
     trials = tuple(InFlight(*trial) for trial in in_flight or ())

@@ -14,9 +14,9 @@ from optuna.storages import RDBStorage
 from sqlalchemy.exc import IntegrityError, ProgrammingError
 
 from hpo.storage.connection import Connection
-from hpo.storage.errors import SchemaError
+from hpo.storage.errors import DatabaseRefusal, SchemaError
 
-HEAD = "0001"  # the revision in migrations/versions that this code is written for
+HEAD = "0002"  # the revision in migrations/versions that this code is written for
 LOCK = 0x68706F  # advisory lock of those who create or upgrade tables ("hpo")
 MIGRATIONS = Path(__file__).parent / "migrations"
 
@@ -43,8 +43,10 @@ def _revision(connection: Connection) -> str | None:
     """The revision of our tables, None where there are none: one query."""
     try:
         rows = connection.execute("SELECT version_num FROM hpo.revision")
-    except psycopg2.errors.UndefinedTable:
-        return None
+    except DatabaseRefusal as error:
+        if isinstance(error.__cause__, psycopg2.errors.UndefinedTable):
+            return None
+        raise
     return str(rows[0][0]) if rows else None
 
 

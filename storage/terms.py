@@ -12,10 +12,11 @@ class Terms:
     """How a study's trials are handed out."""
 
     budget: int  # trials to start, over all workers; failed ones count, adopted ones are not new
-    timeout_s: float | None = None  # wall-clock budget of the study in seconds, from its opening
+    timeout_s: float | None = None  # seconds with a live worker after which the study ends
     lease_s: float = 60.0  # seconds; a worker not heard of for so long loses its trials
     stall_s: float = 600.0  # seconds; a training without a new batch for so long loses its lease
-    max_attempts: int = 3  # leases that may be lost on a trial before it fails
+    max_attempts: int = 3  # leases that may be lost in a row, without getting further, before a trial fails
+    resolution: float = 0.0  # values closer than this are equal
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class StudyRow:
     started: int
     timeout_s: float | None
     opened_at: datetime
-    deadline: datetime | None
+    elapsed_s: float  # with a live worker; counted where there is a timeout
     lease_s: float
     stall_s: float
     max_attempts: int
@@ -37,4 +38,6 @@ class StudyRow:
     promoter: str | None
     promoter_expires_at: datetime | None
     promoted_version: int | None
-    out_of_time: bool  # by the database's clock
+    out_of_time: bool  # by the study's clock
+    resolution: float
+    store_key: str  # what stands for the study in the keys of its artifacts

@@ -23,7 +23,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hpo.storage.cache import FINISHED, StudyCache, number_of
 from hpo.storage.connection import Connection, Row
-from hpo.storage.errors import MissingRecord
+from hpo.storage.errors import MissingRecord, TrialLeased
+from hpo.storage.heartbeat import BEATS
 from hpo.storage.records import (
     columns,
     float_columns,
@@ -75,6 +76,16 @@ class TrialStorage(BaseStorage):
     def set_retry(self, retry_s: float) -> None:
         """How long a lost connection is tried again from now on, also by a call that is trying at this moment."""
         self.retry_s = self.connection.retry_s = self.heartbeat_connection.retry_s = retry_s
+
+    def keep_deadlines(self, lease_s: float) -> None:
+        """A call that hangs is noticed while a lease of so many seconds can still be renewed."""
+        self.connection.deadline_s = min(self.connection.deadline_s, lease_s)
+        self.heartbeat_connection.deadline_s = min(self.heartbeat_connection.deadline_s, lease_s / BEATS)
+
+    def hurry(self, seconds: float) -> None:
+        """The process is to end: nothing is waited for longer than this, not even calls in progress. From any thread."""
+        self.connection.hurry(seconds)
+        self.heartbeat_connection.hurry(seconds)
 
     def close(self) -> None:
         """Write what is held back and close the connections; the next use opens others."""
@@ -208,6 +219,11 @@ class TrialStorage(BaseStorage):
             if self._change(trial_id, state, values):
                 return True
             self.session.explain_rejection(trial_id)
+            if state.is_finished():
+                raise TrialLeased(
+                    f"trial {trial_id} is under the lease of a worker, and only that one ends it; end the study with "
+                    "`hpo stop`, or wait for the trial"
+                )
             return False
 
     def finish_trial(
@@ -235,7 +251,8 @@ class TrialStorage(BaseStorage):
             "earlier": ["WAITING"] if state == TrialState.RUNNING else ["WAITING", "RUNNING"],
             **columns(stored, "v_value", "v_type"),
         }
-        if self._once("set_state", given=given) is None:
+        names = ("set_state",) if fence is None else ("name_lease", "set_state")
+        if self._once(*names, given=given) is None:
             return False
         if state.is_finished():
             self.session.forget(trial_id)

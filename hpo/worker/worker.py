@@ -36,6 +36,7 @@ from hpo.worker.slots import choose_slots
 log = logging.getLogger("hpo")
 
 IDLE_S = 0.5  # between two looks for work when there is none
+DEAD_S = 5.0  # between two looks for workers of this machine that died
 SEEN_S = 2.0  # between two signs of life of a worker that has no study to take trials of
 SHORT_RETRY_S = 1.0  # after a signal a lost database is not tried for longer
 
@@ -70,6 +71,7 @@ class Worker:
         self.slots = self._choose_slots() if slots is None else slots
         self._held: set[Lease] = set()  # by its slots
         self._seen_s = time.monotonic()  # when the database last learnt that it lives
+        self._looked_s = -math.inf  # when it last looked for dead workers
         self._failure: BaseException | None = None
 
     def run(self) -> None:
@@ -77,6 +79,7 @@ class Worker:
         log_path = os.environ.get("HPO_LOG")
         study_id = None if self.only is None else study_id_of(self.storage, self.only)
         self.leases.register(self.name, study_id, socket.gethostname(), os.getpid(), self.device, log_path)
+        self.free_dead()  # what they held goes on first
         try:
             if self.slots == 1:
                 Slot(self).run()
@@ -95,9 +98,17 @@ class Worker:
         finally:
             self._held.discard(lease)
 
+    def free_dead(self) -> None:
+        """Free what workers of this machine hold whose processes are gone."""
+        if time.monotonic() - self._looked_s < DEAD_S:
+            return
+        self._looked_s = time.monotonic()
+        for name in self.leases.free_dead(socket.gethostname(), self.name):
+            log.warning("the worker %s is gone; what it held is free", name)
+
     def shorten_retries(self) -> None:
-        """Asked to stop: a database that is away is not waited for."""
-        self.storage.set_retry(SHORT_RETRY_S)
+        """Asked to stop: a database that is away, or does not answer, is not waited for."""
+        self.storage.hurry(SHORT_RETRY_S)
 
     def give_back(self) -> None:
         """All that it holds, over a connection of its own: nobody knows what the others hang in."""
@@ -126,6 +137,7 @@ class Worker:
 
     def rest(self) -> None:
         """Wait a moment for work, or for a request to stop."""
+        self.free_dead()
         self.stop_requested.wait(IDLE_S)
 
     def _run_slots(self) -> None:
@@ -229,7 +241,8 @@ class Slot:
 
     def _open(self, name: str) -> OpenStudy:
         if name not in self._studies:
-            self._studies[name] = open_study(name, self.worker.storage)
+            self._studies[name] = study = open_study(name, self.worker.storage)
+            self.worker.storage.keep_deadlines(study.plan.config.study.lease_s)
         return self._studies[name]
 
 

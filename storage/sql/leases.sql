@@ -1,49 +1,81 @@
--- Who works on which trial. A lease is alive until expires_at, by the database's clock; `attempt` is its fencing token.
+-- Who works on which trial. `attempt` is the fencing token: whoever holds the last one, and has not given it back, may
+-- write. A lease that was not renewed in time may be taken over; until that is done its holder goes on.
 
--- fragment: going_on
--- Whether trials of the study may be taken, as of the transaction's begin.
-(status IN ('open', 'exhausted') AND NOT coalesce(deadline <= now(), false))
+-- fragment: lease_time
+s.lease_s * interval '1 s'
 
--- fragment: lease_end
-clock_timestamp() + lease_s * interval '1 s'
+-- fragment: free
+-- Whether the trial may be adopted: it was given back, or its holder is taken for dead.
+(l.released OR l.lost_attempt IS NOT DISTINCT FROM l.attempt)
+
+-- fragment: waited_for
+-- Until when the holder is waited for: for the time of its lease, and after a start of the server for that time again.
+greatest(l.expires_at, CASE WHEN l.renewed_at < hpo.server_started() THEN hpo.server_started() + {lease_time} END)
 
 -- fragment: touch_worker
 -- Note that the worker lives, without waiting for another of its threads that does so at the same time.
-UPDATE hpo.workers SET seen_at = clock_timestamp()
+UPDATE hpo.workers SET seen_at = hpo.clock()
 WHERE worker = (SELECT worker FROM hpo.workers WHERE worker = %(worker)s FOR NO KEY UPDATE SKIP LOCKED)
 
--- fragment: held
--- The lease, while it is alive and still the worker's.
-trial_id = %(trial)s AND attempt = %(attempt)s AND worker = %(worker)s AND ended_at IS NULL
-AND expires_at > clock_timestamp()
+-- fragment: lapse
+-- Take the holder for dead. The loss counts where the attempt got no further than the one before, by its checkpoints,
+-- and the server was there all the time.
+lost_attempt = l.attempt,
+lost = CASE WHEN {further} THEN 0 ELSE l.lost + ({counts})::int END,
+lost_progress = CASE WHEN {counts} THEN l.progress END
 
--- Taking a trial: these eight statements go together in one round trip and transaction, under the lock on the study's
--- row. They are separate so that each sees what was committed while an earlier one waited. Whether a lease has run out
--- is decided as of the transaction's begin, now(), so that they agree. The trial taken is left in hpo.calls: a
--- repetition finds it there and takes nothing more.
+-- fragment: further
+coalesce(l.checkpoint_epoch, -1) > coalesce(l.began_epoch, -1)
+
+-- fragment: counts
+(NOT {further} AND l.renewed_at >= hpo.server_started())
+
+-- fragment: held
+-- The lease, while it is the worker's.
+trial_id = %(trial)s AND attempt = %(attempt)s AND worker = %(worker)s AND ended_at IS NULL AND NOT released
+
+-- Taking a trial: these statements go together in one round trip and transaction, under the lock on the study's row.
+-- They are separate so that each sees what was committed while an earlier one waited. All ask hpo.moment(), the
+-- transaction's begin, so that they agree. The trial taken is left in hpo.calls: a repetition finds it there and takes
+-- nothing more.
 
 -- name: take_lock
--- Step 1: lock the study's row.
+-- Lock the study's row. What follows may end trials.
 -- prepared: study int
-{lock_study_row}
+SELECT set_config('hpo.lease', 'any', true) FROM ({lock_study_row}) s
 
 -- name: take_touch
--- Step 2: note that the worker lives.
+-- Note that the worker lives.
 -- prepared: worker text
 {touch_worker}
 
--- name: take_end_foreign
--- Step 3: end the leases of trials that somebody else ended: a plain script, a dashboard.
+-- name: take_tick
+-- Let the study's clock go on, so that elapsed_s is exact as of this moment.
 -- prepared: study int
-UPDATE hpo.leases l SET ended_at = clock_timestamp() FROM trials t
+UPDATE hpo.terms SET elapsed_s = {elapsed}, clock_at = hpo.clock()
+WHERE study_id = %(study)s AND timeout_s IS NOT NULL AND status IN ('open', 'exhausted')
+
+-- name: take_end_foreign
+-- End the leases of trials that somebody else ended: a plain script, a dashboard.
+-- prepared: study int
+UPDATE hpo.leases l SET ended_at = hpo.clock() FROM trials t
 WHERE l.study_id = %(study)s AND l.ended_at IS NULL AND l.trial_id = t.trial_id AND t.state <> 'RUNNING'
 
+-- name: take_lapse
+-- Take for dead the holders that were not heard of in time. Time in which the caller could not reach the database, away_s
+-- seconds until back_s seconds ago, is added to everybody's.
+-- prepared: study int, away_s float8, back_s float8
+UPDATE hpo.leases l SET {lapse} FROM hpo.terms s
+WHERE l.study_id = %(study)s AND s.study_id = l.study_id AND l.ended_at IS NULL AND NOT {free}
+AND {waited_for} + CASE WHEN %(back_s)s < s.lease_s THEN %(away_s)s ELSE 0 END * interval '1 s' <= hpo.moment()
+
 -- name: take_fail_spent
--- Step 4: fail the trials whose lease was lost once too often, and say why.
+-- Fail the trials that were lost once too often, and say why.
 -- prepared: study int
-WITH spent AS (UPDATE hpo.leases l SET ended_at = clock_timestamp(), lost = lost + 1 FROM hpo.terms s
-    WHERE l.study_id = %(study)s AND s.study_id = l.study_id AND ended_at IS NULL AND expires_at <= now()
-    AND NOT released AND lost + 1 >= max_attempts RETURNING trial_id, worker, lost, epoch),
+WITH spent AS (UPDATE hpo.leases l SET ended_at = hpo.clock() FROM hpo.terms s
+    WHERE l.study_id = %(study)s AND s.study_id = l.study_id AND l.ended_at IS NULL AND NOT l.released
+    AND l.lost_attempt = l.attempt AND l.lost_progress IS NOT NULL AND l.lost >= s.max_attempts
+    RETURNING l.trial_id, l.worker, l.lost, l.epoch),
 failed AS (UPDATE trials t SET state = 'FAIL', datetime_complete = {utc_now} FROM spent s
     WHERE t.trial_id = s.trial_id AND t.state = 'RUNNING' RETURNING t.trial_id)
 INSERT INTO trial_user_attributes (trial_id, key, value_json)
@@ -53,30 +85,31 @@ FROM spent JOIN failed USING (trial_id)
 ON CONFLICT (trial_id, key) DO UPDATE SET value_json = excluded.value_json
 
 -- name: take_adopt
--- Step 5: adopt the trial whose lease ran out or was given back first.
+-- Adopt the first of the trials that are free, also after the study's time: it is then ended with what it has.
 -- prepared: study int, worker text, device text, client uuid, call bigint
-WITH adopted AS (UPDATE hpo.leases l SET attempt = attempt + 1, lost = lost + (NOT released)::int, released = false,
-        worker = %(worker)s, device = %(device)s, progress = 0, progress_at = clock_timestamp(),
-        epoch = checkpoint_epoch, metric = NULL, expires_at = {lease_end}
+WITH adopted AS (UPDATE hpo.leases l SET attempt = attempt + 1, released = false, worker = %(worker)s,
+        device = %(device)s, progress = 0, progress_at = hpo.clock(), epoch = checkpoint_epoch, metric = NULL,
+        began_epoch = checkpoint_epoch, renewed_at = hpo.clock(), expires_at = hpo.clock() + {lease_time}
     FROM hpo.terms s
-    WHERE s.study_id = %(study)s AND {going_on} AND NOT EXISTS (SELECT FROM hpo.calls WHERE {this_call})
-    AND trial_id = (SELECT trial_id FROM hpo.leases WHERE study_id = %(study)s AND ended_at IS NULL
-        AND expires_at <= now() ORDER BY expires_at LIMIT 1 FOR UPDATE)
+    WHERE s.study_id = %(study)s AND s.status IN ('open', 'exhausted')
+    AND NOT EXISTS (SELECT FROM hpo.calls WHERE {this_call})
+    AND trial_id = (SELECT l.trial_id FROM hpo.leases l JOIN trials t USING (trial_id)
+        WHERE l.study_id = %(study)s AND l.ended_at IS NULL AND {free} ORDER BY t.number LIMIT 1 FOR UPDATE OF l)
     RETURNING trial_id)
 INSERT INTO hpo.calls (client, call, result) SELECT %(client)s, %(call)s, trial_id FROM adopted {claim}
 
 -- name: take_forget_reports
--- Step 6: remove the adopted trial's reports of epochs after its checkpoint, which are trained again.
+-- Remove the adopted trial's reports of epochs after its checkpoint, which are trained again.
 -- prepared: client uuid, call bigint
 DELETE FROM trial_intermediate_values i USING hpo.calls c, hpo.leases l
 WHERE {this_call} AND l.trial_id = c.result AND l.attempt > 1 AND i.trial_id = l.trial_id
 AND i.step > coalesce(l.checkpoint_epoch, -1)
 
 -- name: take_start
--- Step 7: where nothing was adopted and the budget allows it, start a waiting or a new trial.
+-- Where nothing was adopted and the budget and the time allow it, start a waiting or a new trial.
 -- prepared: study int, worker text, device text, client uuid, call bigint
 WITH counted AS (UPDATE hpo.terms SET started = started + 1
-    WHERE study_id = %(study)s AND {going_on} AND status = 'open' AND started < budget
+    WHERE study_id = %(study)s AND status = 'open' AND started < budget AND NOT coalesce(elapsed_s >= timeout_s, false)
     AND NOT EXISTS (SELECT FROM hpo.calls WHERE {this_call}) RETURNING lease_s),
 popped AS (UPDATE trials SET state = 'RUNNING', datetime_start = {utc_now}
     WHERE EXISTS (TABLE counted) AND trial_id = (SELECT trial_id FROM trials
@@ -86,44 +119,72 @@ made AS (INSERT INTO trials (study_id, number, state, datetime_start)
     SELECT %(study)s, {next_number}, 'RUNNING', {utc_now}
     FROM counted WHERE NOT EXISTS (TABLE popped) RETURNING trial_id),
 taken AS (TABLE popped UNION ALL TABLE made),
-granted AS (INSERT INTO hpo.leases (trial_id, study_id, worker, device, expires_at, progress_at)
-    SELECT trial_id, %(study)s, %(worker)s, %(device)s, {lease_end}, clock_timestamp() FROM taken, counted)
+granted AS (INSERT INTO hpo.leases (trial_id, study_id, worker, device, renewed_at, expires_at, progress_at)
+    SELECT trial_id, %(study)s, %(worker)s, %(device)s, hpo.clock(), hpo.clock() + {lease_time}, hpo.clock()
+    FROM taken, counted s)
 INSERT INTO hpo.calls (client, call, result) SELECT %(client)s, %(call)s, trial_id FROM taken {claim}
 
 -- name: take_result
--- Step 8: the lease that was taken, if any, and what is left of the study.
+-- The lease that was taken, if any, and what is left of the study. In a study that was stopped only what is held is in
+-- flight: the rest is kept.
 -- prepared: study int, client uuid, call bigint
 SELECT l.study_id, l.trial_id, t.number, l.worker, l.attempt, l.attempt > 1, l.checkpoint_key, l.checkpoint_epoch,
-    s.lease_s, s.status, coalesce(deadline <= now(), false), started >= budget, EXISTS (SELECT FROM hpo.leases f
-        WHERE f.study_id = %(study)s AND f.ended_at IS NULL AND (f.expires_at > now() OR {going_on}))
+    s.lease_s, s.store_key, s.status, coalesce(elapsed_s >= timeout_s, false), started >= budget,
+    EXISTS (SELECT FROM hpo.leases l WHERE l.study_id = %(study)s AND l.ended_at IS NULL
+        AND (s.status IN ('open', 'exhausted') OR NOT {free} AND {waited_for} > hpo.moment()))
 FROM hpo.terms s LEFT JOIN hpo.calls c ON {this_call} LEFT JOIN hpo.leases l ON l.trial_id = c.result
     LEFT JOIN trials t ON t.trial_id = l.trial_id
 WHERE s.study_id = %(study)s
 
+-- name: lapse_workers
+-- Take for dead what these workers hold, and whom they promote for: their processes are gone. Where counted is false
+-- their machine went down, which is no trial's fault.
+-- types: workers text[], counted bool
+WITH lapsed AS (UPDATE hpo.leases l SET {lapse} FROM hpo.terms s
+    WHERE %(counted)s AND s.study_id = l.study_id AND l.worker = ANY(%(workers)s) AND l.ended_at IS NULL AND NOT {free}),
+released AS (UPDATE hpo.leases SET released = true
+    WHERE NOT %(counted)s AND worker = ANY(%(workers)s) AND ended_at IS NULL),
+resigned AS (UPDATE hpo.terms SET promoter = NULL, promoter_expires_at = NULL
+    WHERE promoter = ANY(%(workers)s) AND status IN ('open', 'exhausted'))
+UPDATE hpo.workers SET stopped_at = seen_at WHERE worker = ANY(%(workers)s) AND stopped_at IS NULL
+
+-- name: workers_of_host
+-- The workers of a host that have not said that they ended, but for one: with the time since they were last heard of.
+-- types: host text, worker text
+SELECT worker, machine, pid, process_start, extract(epoch FROM hpo.clock() - seen_at)::float8 FROM hpo.workers
+WHERE host = %(host)s AND worker <> %(worker)s AND stopped_at IS NULL AND machine IS NOT NULL AND pid IS NOT NULL
+
 -- name: renew
--- Renew a worker's leases with their progress; a lease that has run out stays so, one without progress for stall_s
--- runs out.
+-- Renew a worker's leases with their progress, and let their studies' clocks go on. One without progress for stall_s is
+-- left to run out. A holder that was taken for dead lives after all: that loss does not count.
 -- types: worker text, trials int[], attempts int[], progress bigint[], epochs int[], metrics float8[]
 WITH reported AS (SELECT * FROM unnest(%(trials)s::int[], %(attempts)s::int[], %(progress)s::bigint[],
     %(epochs)s::int[], %(metrics)s::float8[]) AS b (trial_id, attempt, progress, epoch, metric)),
 seen AS ({touch_worker}),
-renewed AS (UPDATE hpo.leases l SET epoch = b.epoch, metric = b.metric, progress = b.progress,
-        progress_at = CASE WHEN b.progress <> l.progress THEN clock_timestamp() ELSE l.progress_at END,
-        expires_at = CASE WHEN b.progress <> l.progress
-            OR l.progress_at > clock_timestamp() - s.stall_s * interval '1 s'
-            THEN clock_timestamp() + s.lease_s * interval '1 s' ELSE l.expires_at END
+ticked AS (UPDATE hpo.terms SET elapsed_s = {elapsed}, clock_at = hpo.clock() WHERE study_id IN (
+    SELECT study_id FROM hpo.terms JOIN hpo.leases USING (study_id) JOIN reported USING (trial_id)
+    WHERE timeout_s IS NOT NULL AND status IN ('open', 'exhausted') FOR NO KEY UPDATE OF terms SKIP LOCKED)),
+renewed AS (UPDATE hpo.leases l SET epoch = b.epoch, metric = b.metric, progress = b.progress, renewed_at = hpo.clock(),
+        progress_at = CASE WHEN b.progress <> l.progress THEN hpo.clock() ELSE l.progress_at END,
+        expires_at = hpo.clock() + {lease_time}, lost_attempt = NULL, lost_progress = NULL,
+        lost = l.lost - (l.lost_progress IS NOT NULL)::int
     FROM reported b, hpo.terms s
     WHERE l.trial_id = b.trial_id AND l.attempt = b.attempt AND l.worker = %(worker)s AND s.study_id = l.study_id
-    AND l.ended_at IS NULL AND l.expires_at > clock_timestamp() RETURNING l.trial_id)
-SELECT b.trial_id, b.attempt, l.study_id, s.status, coalesce(s.deadline <= clock_timestamp(), false),
-    b.trial_id IN (TABLE renewed) OR l.attempt = b.attempt AND l.ended_at IS NOT NULL
+    AND l.ended_at IS NULL AND NOT l.released
+    AND (b.progress <> l.progress OR l.progress_at > hpo.clock() - s.stall_s * interval '1 s')),
+forgiven AS (UPDATE hpo.leases l SET lost_attempt = NULL, lost_progress = NULL, lost = l.lost - 1 FROM reported b
+    WHERE l.trial_id = b.trial_id AND l.lost_attempt = b.attempt AND l.attempt > b.attempt
+    AND b.progress > l.lost_progress AND l.ended_at IS NULL)
+SELECT b.trial_id, b.attempt, l.study_id, s.status, {out_of_time},
+    coalesce(l.attempt = b.attempt AND (l.ended_at IS NOT NULL OR l.worker = %(worker)s AND NOT l.released), false)
 FROM reported b LEFT JOIN hpo.leases l USING (trial_id) LEFT JOIN hpo.terms s USING (study_id)
 
 -- name: checkpoint
 -- Name the artifact with the trial's state after an epoch, and keep the key of the one before.
 -- types: trial int, attempt int, worker text, key text, epoch int, client uuid, call bigint
 WITH named AS (UPDATE hpo.leases SET checkpoint_key = %(key)s, checkpoint_epoch = %(epoch)s,
-    replaced_key = CASE WHEN checkpoint_key = %(key)s THEN replaced_key ELSE checkpoint_key END
+    replaced_key = CASE WHEN checkpoint_key = %(key)s THEN replaced_key ELSE checkpoint_key END,
+    replaced_epoch = CASE WHEN checkpoint_key = %(key)s THEN replaced_epoch ELSE checkpoint_epoch END
     WHERE {held} RETURNING trial_id)
 INSERT INTO hpo.calls (client, call, result) SELECT %(client)s, %(call)s, trial_id FROM named {claim}
 
@@ -149,21 +210,23 @@ AND (checkpoint_key = ANY(%(keys)s) OR replaced_key = ANY(%(keys)s))
 -- name: release
 -- Give a trial back at once.
 -- types: trial int, attempt int, worker text
-UPDATE hpo.leases SET expires_at = clock_timestamp(), released = true WHERE {held}
+UPDATE hpo.leases SET released = true WHERE {held}
 
 -- name: acquire_promotion
--- Take or renew the lease to promote: nothing more is started, no lease is alive and, but for a deadline, none waits
--- for adoption.
+-- Take or renew the lease to promote: nothing more is started and nothing is in flight.
 -- types: study int, worker text
-UPDATE hpo.terms s SET promoter = %(worker)s,
-    promoter_expires_at = clock_timestamp() + lease_s * interval '1 s'
+UPDATE hpo.terms s SET promoter = %(worker)s, promoter_expires_at = hpo.clock() + {lease_time}
 WHERE study_id = %(study)s AND status IN ('open', 'exhausted') AND promoted_version IS NULL
-AND (promoter IS NULL OR promoter = %(worker)s OR promoter_expires_at <= clock_timestamp())
+AND (promoter IS NULL OR promoter = %(worker)s OR {promoter_silent})
 AND (status = 'exhausted' OR started >= budget OR {out_of_time})
 AND NOT EXISTS (SELECT FROM hpo.leases l JOIN trials t USING (trial_id)
-    WHERE l.study_id = s.study_id AND l.ended_at IS NULL AND t.state = 'RUNNING'
-    AND (l.expires_at > clock_timestamp() OR NOT {out_of_time}))
+    WHERE l.study_id = s.study_id AND l.ended_at IS NULL AND t.state = 'RUNNING')
 RETURNING lease_s
+
+-- fragment: promoter_silent
+-- Whether the promoter was not heard of for the time of its lease, or since the server's start.
+greatest(promoter_expires_at, CASE WHEN promoter_expires_at - {lease_time} < hpo.server_started()
+    THEN hpo.server_started() + {lease_time} END) <= hpo.clock()
 
 -- name: release_promotions
 -- Leave what a worker has begun to promote to the next one.
@@ -177,6 +240,5 @@ WHERE promoter = %(worker)s AND status IN ('open', 'exhausted') RETURNING study_
 -- types: study int, worker text, version int
 UPDATE hpo.terms SET promoted_version = %(version)s, status = 'finished', promoter_expires_at = NULL
 WHERE study_id = %(study)s AND promoter = %(worker)s AND
-    (promoter_expires_at > clock_timestamp() OR status = 'finished'
-    AND promoted_version IS NOT DISTINCT FROM %(version)s)
+    (promoter_expires_at IS NOT NULL OR status = 'finished' AND promoted_version IS NOT DISTINCT FROM %(version)s)
 RETURNING study_id

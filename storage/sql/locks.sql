@@ -1,4 +1,4 @@
--- name: lock_exclusively
--- Wait for the lock of that name, however long another connection holds it.
+-- name: try_lock
+-- Take the lock of that name, unless another connection holds it; whether it was taken.
 -- types: name text
-SELECT pg_advisory_lock(hashtextextended('hpo.alone ' || %(name)s, 0))
+SELECT pg_try_advisory_lock(hashtextextended('hpo.alone ' || %(name)s, 0))

@@ -1,16 +1,17 @@
 -- The terms of a study, its workers, and its state for displays.
 
 -- fragment: terms
-SELECT study_id, study_name, config, budget, started, timeout_s, opened_at, deadline, lease_s, stall_s, max_attempts,
-    status, promoter, promoter_expires_at, promoted_version, {out_of_time}
+SELECT study_id, study_name, config, budget, started, timeout_s, opened_at, {elapsed}, lease_s, stall_s, max_attempts,
+    status, promoter, promoter_expires_at, promoted_version, {out_of_time}, resolution, store_key
 FROM hpo.terms JOIN studies USING (study_id)
 
 -- name: open_study
 -- Store the terms of a study, unless it has some.
--- types: study int, config jsonb, budget int, timeout_s float8, lease_s float8, stall_s float8, max_attempts int
-INSERT INTO hpo.terms (study_id, config, budget, timeout_s, deadline, lease_s, stall_s, max_attempts)
-SELECT study_id, %(config)s, %(budget)s, %(timeout_s)s, now() + %(timeout_s)s * interval '1 s', %(lease_s)s,
-    %(stall_s)s, %(max_attempts)s
+-- types: study int, config jsonb, budget int, timeout_s float8, lease_s float8, stall_s float8, max_attempts int,
+--     resolution float8
+INSERT INTO hpo.terms (study_id, config, budget, timeout_s, lease_s, stall_s, max_attempts, resolution, store_key)
+SELECT study_id, %(config)s, %(budget)s, %(timeout_s)s, %(lease_s)s, %(stall_s)s, %(max_attempts)s, %(resolution)s,
+    study_id || '_' || left(replace(gen_random_uuid()::text, '-', ''), 12)
 FROM studies WHERE study_id = %(study)s ON CONFLICT DO NOTHING
 
 -- name: study_terms
@@ -23,20 +24,22 @@ FROM studies WHERE study_id = %(study)s ON CONFLICT DO NOTHING
 {terms} ORDER BY study_id
 
 -- name: reopen_study
--- Go on with a study that was stopped, or that more trials are given to.
--- types: study int, trials int
-UPDATE hpo.terms SET budget = greatest(budget, %(trials)s), status = 'open', promoter = NULL,
-    promoter_expires_at = NULL, promoted_version = NULL
-WHERE study_id = %(study)s AND (status = 'stopped' OR %(trials)s > budget)
-
--- name: extend_timeout
--- Give a study more time; one that finished because time ran out is open again.
--- types: study int, timeout_s float8
-UPDATE hpo.terms SET timeout_s = %(timeout_s)s,
-    deadline = greatest(deadline, now()) + (%(timeout_s)s - coalesce(timeout_s, 0)) * interval '1 s',
-    status = CASE WHEN status = 'finished' AND {out_of_time} THEN 'open' ELSE status END,
-    promoted_version = CASE WHEN status = 'finished' AND {out_of_time} THEN NULL ELSE promoted_version END
-WHERE study_id = %(study)s AND %(timeout_s)s > coalesce(timeout_s, 0)
+-- Go on with a study that was stopped, under a new budget: of trials, never below those that have begun, and of time.
+-- One that is over, and is given more of what it had no more of, is open again.
+-- types: study int, trials int, timed bool, timeout_s float8
+UPDATE hpo.terms s SET budget = n.new_budget, timeout_s = n.new_timeout_s,
+    elapsed_s = CASE WHEN s.timeout_s IS NULL THEN 0 ELSE elapsed_s END, -- time is counted where there is a limit
+    status = CASE WHEN n.goes_on THEN 'open' ELSE status END,
+    promoter = CASE WHEN NOT n.goes_on THEN promoter END,
+    promoter_expires_at = CASE WHEN NOT n.goes_on THEN promoter_expires_at END,
+    promoted_version = CASE WHEN NOT n.goes_on THEN promoted_version END
+FROM (SELECT study_id, new_budget, new_timeout_s, status = 'stopped' OR new_budget > budget
+        OR status = 'finished' AND started < budget AND {out_of_time} AND NOT coalesce({elapsed} >= new_timeout_s, false)
+        AS goes_on
+    FROM hpo.terms o CROSS JOIN LATERAL (SELECT greatest(coalesce(%(trials)s, o.budget), o.started) AS new_budget,
+        CASE WHEN %(timed)s THEN %(timeout_s)s ELSE o.timeout_s END AS new_timeout_s) m
+    WHERE study_id = %(study)s FOR NO KEY UPDATE OF o) n
+WHERE s.study_id = n.study_id
 
 -- name: set_status
 -- Change a study's status where it has one of the earlier ones.
@@ -45,29 +48,31 @@ UPDATE hpo.terms SET status = %(status)s WHERE study_id = %(study)s AND status =
 
 -- name: forget_old_calls
 -- Forget the calls of clients that are gone for a day.
-DELETE FROM hpo.calls WHERE called_at < now() - interval '1 day'
+DELETE FROM hpo.calls WHERE called_at < hpo.clock() - interval '1 day'
 
 -- name: forget_old_workers
 -- Forget the workers that are gone for thirty days.
-DELETE FROM hpo.workers WHERE seen_at < now() - interval '30 days'
+DELETE FROM hpo.workers WHERE seen_at < hpo.clock() - interval '30 days'
 
 -- name: register_worker
 -- Make a worker known to displays.
--- types: worker text, study int, host text, pid int, device text, log text
-INSERT INTO hpo.workers (worker, study_id, host, pid, device, log)
-VALUES (%(worker)s, %(study)s, %(host)s, %(pid)s, %(device)s, %(log)s)
+-- types: worker text, study int, host text, pid int, device text, log text, machine text, process_start bigint
+INSERT INTO hpo.workers (worker, study_id, host, pid, device, log, machine, process_start, started_at, seen_at)
+VALUES (%(worker)s, %(study)s, %(host)s, %(pid)s, %(device)s, %(log)s, %(machine)s, %(process_start)s, hpo.clock(),
+    hpo.clock())
 ON CONFLICT (worker) DO UPDATE SET study_id = excluded.study_id, host = excluded.host, pid = excluded.pid,
-    device = excluded.device, log = excluded.log, started_at = now(), seen_at = now(), stopped_at = NULL
+    device = excluded.device, log = excluded.log, machine = excluded.machine, process_start = excluded.process_start,
+    started_at = excluded.started_at, seen_at = excluded.seen_at, stopped_at = NULL
 
 -- name: retire_worker
 -- Note that a worker has ended.
 -- types: worker text
-UPDATE hpo.workers SET stopped_at = now(), seen_at = now() WHERE worker = %(worker)s
+UPDATE hpo.workers SET stopped_at = hpo.clock(), seen_at = hpo.clock() WHERE worker = %(worker)s
 
 -- name: workers
 -- The workers that were started for the study or hold one of its trials, oldest first.
 -- types: study int
-SELECT worker, host, pid, device, log, stopped_at IS NULL AND seen_at > clock_timestamp() - lease_s * interval '1 s'
+SELECT worker, host, pid, device, log, stopped_at IS NULL AND seen_at > hpo.clock() - lease_s * interval '1 s'
 FROM hpo.workers w JOIN hpo.terms s ON s.study_id = %(study)s
 WHERE w.study_id = s.study_id OR EXISTS (
     SELECT FROM hpo.leases l WHERE l.study_id = s.study_id AND l.worker = w.worker)
@@ -76,9 +81,9 @@ ORDER BY started_at, worker
 -- name: snapshot
 -- A study at one moment: its terms, its trials by state, the best one, those in flight, its workers and its rate.
 -- types: study int, recent int
-SELECT s.study_id, n.study_name, s.status, s.budget, s.started, s.deadline,
-    CASE WHEN s.deadline IS NOT NULL
-        THEN greatest(0, extract(epoch FROM s.deadline - clock_timestamp()))::float8 END, s.promoted_version,
+SELECT s.study_id, n.study_name, s.status, s.budget, s.started, CASE WHEN timeout_s IS NOT NULL
+        THEN greatest(0, timeout_s - {elapsed}) END,
+    s.promoted_version,
     (SELECT json_object_agg(state, n) FROM (SELECT state, count(*) AS n FROM trials t
         WHERE t.study_id = s.study_id GROUP BY state) c),
     (SELECT json_build_array(CASE v.value_type WHEN 'FINITE' THEN to_json(v.value) ELSE to_json(v.value_type) END,
@@ -90,12 +95,12 @@ SELECT s.study_id, n.study_name, s.status, s.budget, s.started, s.deadline,
         LIMIT 1),
     (SELECT json_agg(json_build_array(t.number, l.worker, w.host, coalesce(l.device, w.device), l.attempt, l.epoch,
             CASE WHEN l.metric NOT IN ('NaN', 'Infinity', '-Infinity') THEN l.metric END,
-            l.expires_at > clock_timestamp()) ORDER BY t.number)
+            NOT {free} AND {waited_for} > hpo.clock()) ORDER BY t.number)
         FROM hpo.leases l JOIN trials t USING (trial_id) LEFT JOIN hpo.workers w USING (worker)
         WHERE l.study_id = s.study_id AND l.ended_at IS NULL AND t.state = 'RUNNING'),
     (SELECT json_agg(json_build_array(host, device, n) ORDER BY host, device) FROM (SELECT host, device, count(*) AS n
         FROM hpo.workers w WHERE (w.study_id = s.study_id OR w.study_id IS NULL) AND w.stopped_at IS NULL
-        AND w.seen_at > clock_timestamp() - s.lease_s * interval '1 s' GROUP BY host, device) p),
+        AND w.seen_at > hpo.clock() - s.lease_s * interval '1 s' GROUP BY host, device) p),
     least(r.n, %(recent)s) * 3600.0::float8
         / nullif(extract(epoch FROM e.ended - CASE WHEN r.n > %(recent)s THEN r.since ELSE e.started END)::float8, 0),
     e.started, e.ended

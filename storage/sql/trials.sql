@@ -103,24 +103,30 @@ reports AS (INSERT INTO trial_intermediate_values (trial_id, step, intermediate_
     FROM trial, unnest(%(r_step)s, %(r_value)s, %(r_type)s) AS r (step, value, type))
 SELECT FROM trial
 
+-- name: name_lease
+-- Name the lease under which a trial's state is changed, for the guard on Optuna's table.
+-- prepared: trial int, attempt int, worker text
+SELECT set_config('hpo.lease', concat_ws('/', %(trial)s, %(attempt)s, %(worker)s), true)
+
 -- name: set_state
 -- Set a trial's state and values and end its lease with it: under a fence only while that lease holds, locked against
 -- an adopter.
 -- prepared: trial int, attempt int, worker text, state text, finished bool, earlier trialstate[], v_value float8[],
 --     v_type text[], client uuid, call bigint
 WITH fence AS (SELECT trial_id FROM hpo.leases WHERE trial_id = %(trial)s
-    AND (%(attempt)s IS NULL OR attempt = %(attempt)s AND worker = %(worker)s AND ended_at IS NULL
-        AND expires_at > clock_timestamp()) FOR UPDATE),
+    AND attempt = %(attempt)s AND worker = %(worker)s AND ended_at IS NULL AND NOT released FOR UPDATE),
+foreign_lease AS (SELECT FROM hpo.leases WHERE trial_id = %(trial)s AND ended_at IS NULL AND %(attempt)s IS NULL),
 changed AS (UPDATE trials SET state = %(state)s::trialstate,
         datetime_start = CASE WHEN %(state)s = 'RUNNING' THEN {utc_now} ELSE datetime_start END,
         datetime_complete = CASE WHEN %(finished)s THEN {utc_now} ELSE datetime_complete END
     WHERE trial_id = %(trial)s AND state = ANY(%(earlier)s)
-    AND (%(attempt)s IS NULL OR EXISTS (TABLE fence)) RETURNING trial_id),
+    AND CASE WHEN %(attempt)s IS NULL THEN NOT EXISTS (TABLE foreign_lease) ELSE EXISTS (TABLE fence) END
+    RETURNING trial_id),
 result AS (INSERT INTO trial_values (trial_id, objective, value, value_type)
     SELECT trial_id, n - 1, value, type::trialvaluetype
     FROM changed, unnest(%(v_value)s::float8[], %(v_type)s::text[]) WITH ORDINALITY AS v (value, type, n)
     ON CONFLICT (trial_id, objective) DO UPDATE SET value = excluded.value, value_type = excluded.value_type),
-lease AS (UPDATE hpo.leases l SET ended_at = clock_timestamp() FROM changed c
+lease AS (UPDATE hpo.leases l SET ended_at = hpo.clock() FROM changed c
     WHERE l.trial_id = c.trial_id AND %(finished)s)
 INSERT INTO hpo.calls (client, call, result) SELECT %(client)s, %(call)s, trial_id FROM changed {claim}
 
@@ -132,7 +138,7 @@ batch AS (SELECT * FROM unnest(%(trials)s::int[], %(attempts)s::int[], %(workers
 free AS (SELECT t.trial_id FROM batch b JOIN trials t USING (trial_id)
     WHERE b.attempt IS NULL AND t.state IN ('RUNNING', 'WAITING') FOR SHARE OF t),
 leased AS (SELECT l.trial_id FROM batch b JOIN hpo.leases l USING (trial_id) JOIN trials t USING (trial_id)
-    WHERE l.attempt = b.attempt AND l.worker = b.worker AND l.ended_at IS NULL AND l.expires_at > clock_timestamp()
+    WHERE l.attempt = b.attempt AND l.worker = b.worker AND l.ended_at IS NULL AND NOT l.released
     AND t.state = 'RUNNING' FOR SHARE OF l),
 writable AS (TABLE free UNION ALL TABLE leased)
 

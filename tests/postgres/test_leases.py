@@ -18,7 +18,7 @@ from optuna.distributions import FloatDistribution
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
-from hpo.storage.errors import LeaseLost, StudyOver
+from hpo.storage.errors import LeaseLost, StudyOver, TrialLeased
 from hpo.storage.heartbeat import Progress
 from hpo.storage.leases import Lease, Leases
 from hpo.storage.snapshot import RECENT, WorkerGroup
@@ -256,11 +256,15 @@ def test_a_trial_cannot_be_ended_under_a_lost_lease(leases: Leases, elsewhere: L
     assert elsewhere.storage.get_trial(old.trial_id).intermediate_values == {}
 
 
-def test_an_expired_lease_refuses_writes_and_renewal_before_anyone_adopts(leases: Leases) -> None:
+def test_a_lease_that_ran_out_goes_on_until_somebody_adopts(leases: Leases, elsewhere: Leases) -> None:
     study_id = open_study(leases, Terms(budget=1, lease_s=0.2))
     lease = take(leases, study_id, "w")
     until(lambda: not leases.snapshot(study_id).in_flight[0].alive)
-    assert leases.renew("w", {lease: Progress(10)}).lost == {lease}
+    leases.storage.set_trial_params(lease.trial_id, PARAMS)
+    assert leases.renew("w", {lease: Progress(10)}).lost == frozenset()
+    assert leases.snapshot(study_id).in_flight[0].alive
+    take(elsewhere, study_id, "adopter")
+    assert leases.renew("w", {lease: Progress(20)}).lost == {lease}
     with pytest.raises(LeaseLost):
         leases.storage.set_trial_params(lease.trial_id, PARAMS)
 
@@ -282,12 +286,11 @@ def test_a_lease_without_progress_runs_out_and_a_slow_one_with_progress_does_not
     hung, busy = (take(leases, study_id, "w") for _ in range(2))
     batches = iter(range(1, 10**6))
 
-    def renewed() -> bool:
-        lost = leases.renew("w", {hung: Progress(0), busy: Progress(next(batches), 0, 0.5)}).lost
-        assert busy not in lost
-        return lost == {hung}
+    def hangs() -> bool:
+        assert not leases.renew("w", {hung: Progress(0), busy: Progress(next(batches), 0, 0.5)}).lost
+        return [trial.alive for trial in leases.snapshot(study_id).in_flight] == [False, True]
 
-    assert until(renewed)
+    assert until(hangs)
     assert take(leases, study_id, "w").trial_id == hung.trial_id
 
 
@@ -337,10 +340,10 @@ def test_a_heartbeat_learns_that_the_study_ends_and_that_its_lease_is_lost(lease
     with leases.take(study_id, "w") as lease:
         assert lease is not None
         leases.stop(study_id)
-        execute(database_url, "UPDATE hpo.terms SET deadline = now() - interval '1 s'")
+        execute(database_url, "UPDATE hpo.terms SET elapsed_s = timeout_s")
         assert lease.heartbeat.wait_for_rounds(2, 60)
         assert (lease.heartbeat.study_stopped, lease.heartbeat.out_of_time, lease.heartbeat.lost) == (True, True, False)
-        execute(database_url, "UPDATE hpo.leases SET expires_at = now() - interval '1 s'")
+        execute(database_url, "UPDATE hpo.leases SET attempt = attempt + 1, released = true")
         assert lease.heartbeat.wait_for_rounds(2, 60)
         assert lease.heartbeat.lost
         with pytest.raises(LeaseLost):
@@ -405,15 +408,30 @@ def test_a_running_trial_without_a_lease_is_foreign(leases: Leases, database_url
     stock.engine.dispose()
 
 
-def test_a_leased_trial_that_a_plain_script_ended_is_not_adopted(leases: Leases, database_url: str) -> None:
-    study_id = open_study(leases, Terms(budget=1, lease_s=SHORT_S))
+def test_nobody_but_its_holder_ends_a_leased_trial(leases: Leases, elsewhere: Leases, database_url: str) -> None:
+    """optuna-dashboard's tell on a RUNNING trial, and any plain script's."""
+    study_id = open_study(leases, Terms(budget=1, lease_s=0.2))
     lease = take(leases, study_id, "w")
     stock = optuna.storages.RDBStorage(database_url)
-    stock.set_trial_state_values(lease.trial_id, TrialState.COMPLETE, [0.5])
-    with pytest.raises(LeaseLost):
-        finish(leases, lease)
-    with pytest.raises(StudyOver, match="budget"):
-        leases.acquire(study_id, "w")
+    for held in (True, False):
+        with pytest.raises(optuna.exceptions.StorageInternalError) as refused:
+            stock.set_trial_state_values(lease.trial_id, TrialState.COMPLETE, [0.9999])
+        assert "trial 0 is under a lease of the worker w" in str(refused.value.__cause__)
+        with pytest.raises(TrialLeased, match="only that one ends it"):
+            elsewhere.storage.set_trial_state_values(lease.trial_id, TrialState.FAIL)
+        if held:
+            until(lambda: not leases.snapshot(study_id).in_flight[0].alive)  # it waits for adoption, not for a stranger
+    finish(leases, lease)
+    assert stock.get_trial(lease.trial_id).value == 0.5
+    stock.remove_session()
+    stock.engine.dispose()
+
+
+def test_a_trial_without_a_lease_is_anybodys(leases: Leases, database_url: str) -> None:
+    study_id = open_study(leases, Terms(budget=1))
+    stock = optuna.storages.RDBStorage(database_url)
+    trial_id = stock.create_new_trial(study_id)
+    assert stock.set_trial_state_values(trial_id, TrialState.COMPLETE, [0.5])
     stock.remove_session()
     stock.engine.dispose()
 
@@ -478,7 +496,7 @@ def test_a_stopped_study_gives_out_nothing_and_tells_its_workers(leases: Leases)
     assert take(leases, study_id, "other").trial_id == lease.trial_id
 
 
-def test_after_the_deadline_nothing_starts_and_more_time_opens_the_study(leases: Leases) -> None:
+def test_after_its_time_nothing_starts_and_more_time_opens_the_study(leases: Leases) -> None:
     study_id = open_study(leases, Terms(budget=5, timeout_s=0.3))
     lease = take(leases, study_id, "w")
     assert until(lambda: leases.renew("w", {lease: Progress(1)}).out_of_time) == {study_id}

@@ -1,0 +1,77 @@
+"""Calls that end: a connection whose server takes everything and never answers is cut at the call's deadline.
+
+libpq waits for an answer without limit. One thread of the process looks at the calls in progress and shuts the socket of
+an overdue one, which ends the call as a lost connection.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+import time
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from hpo.storage.background import BackgroundLoop
+
+LOOK_S = 0.25  # between two looks at the calls in progress
+
+
+class Deadline:
+    """Of the calls on one connection, one at a time."""
+
+    def __init__(self, descriptor: int) -> None:
+        """descriptor: the connection's socket, of which this keeps a copy, as its number is given again once closed."""
+        self._descriptor = os.dup(descriptor)
+        self.close = weakref.finalize(self, os.close, self._descriptor)
+        """The connection is closed: let go of the copy."""
+        self._ends_at = math.inf
+        self.passed = False  # and the connection was cut
+        _watch(self)
+
+    @contextmanager
+    def within(self, seconds: float) -> Iterator[None]:
+        """Cut the connection where the block takes longer."""
+        self._ends_at = time.monotonic() + seconds
+        try:
+            yield
+        finally:
+            self._ends_at = math.inf
+
+    def shorten(self, seconds: float) -> None:
+        """The call in progress, if there is one, has no longer than this from now on."""
+        self._ends_at = min(self._ends_at, time.monotonic() + seconds) if self._ends_at < math.inf else math.inf
+
+    def look(self) -> None:
+        """Cut the connection where its call is overdue."""
+        if time.monotonic() > self._ends_at and not self.passed:
+            self.passed = True
+            with suppress(OSError), socket.socket(fileno=os.dup(self._descriptor)) as connected:
+                connected.shutdown(socket.SHUT_RDWR)  # an error: it is closed already
+
+
+_ALL: weakref.WeakSet[Deadline] = weakref.WeakSet()
+_loops: list[BackgroundLoop] = []  # the process's one, once there is a connection
+
+
+def _watch(deadline: Deadline) -> None:
+    _ALL.add(deadline)
+    if not _loops:
+        _loops.append(BackgroundLoop(_look, LOOK_S, name="hpo-deadlines", failure="a deadline could not be kept"))
+        _loops[0].start()
+
+
+def _look() -> None:
+    for deadline in list(_ALL):
+        deadline.look()
+
+
+def _after_fork() -> None:
+    """The parent's connections are not ours to cut, and its thread did not come along."""
+    _ALL.clear()
+    _loops.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)
