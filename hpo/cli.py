@@ -25,6 +25,7 @@ from hpo.launcher.launch import launch as launch_study
 from hpo.launcher.local import start_forkserver
 from hpo.launcher.ray_import import ClusterError
 from hpo.models.machine import prepare_process
+from hpo.storage.interrupts import calls_end_with_a_signal
 from hpo.storage.url import mask
 
 if TYPE_CHECKING:
@@ -64,7 +65,8 @@ def main() -> None:
     """Run a command; an HpoError becomes one line and its exit status. What else is raised is a defect of ours."""
     atexit.register(gc.freeze)  # looking for garbage at exit takes half a second with Optuna and SQLAlchemy loaded
     try:
-        app()
+        with calls_end_with_a_signal(0.0):
+            app()
     except OSError as error:
         names = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
         typer.echo(f"hpo: {names or 'the operating system refuses'}: {error.strerror or error}", err=True)

@@ -18,7 +18,7 @@ from psycopg2 import extensions
 from sqlalchemy import make_url
 from sqlalchemy.dialects.postgresql.psycopg2 import PGDialect_psycopg2
 
-from hpo.storage.deadlines import Deadline
+from hpo.storage.deadlines import Deadline, shorten_all
 from hpo.storage.errors import DatabaseRefusal, DatabaseUnavailable
 from hpo.storage.statements import BoundStatement, Statement
 
@@ -63,7 +63,7 @@ FROM pg_namespace m JOIN pg_class c ON c.relnamespace = m.oid JOIN pg_constraint
 WHERE m.nspname = 'hpo' AND c.relname = 'terms' AND k.contype = 'f'"""
 DEFAULTS = {
     "application_name": "hpo",
-    "connect_timeout": 10,
+    "connect_timeout": 5,
     "keepalives_idle": 10,
     "keepalives_interval": 5,
     "keepalives_count": 4,
@@ -104,6 +104,20 @@ def connect_arguments(url: str) -> dict[str, Any]:
         raise ValueError(f"studies live in PostgreSQL: a postgresql:// URL is needed, got {parsed.drivername}://…")
     arguments = PGDialect_psycopg2().create_connect_args(parsed)[1]  # type: ignore[no-untyped-call]
     return {**DEFAULTS, **arguments, "client_encoding": "UTF8"}
+
+
+class _Timed(extensions.connection):
+    """A connection that is cut after some time."""
+
+    deadline: Deadline
+
+
+def connect_for(url: str, seconds: float) -> extensions.connection:
+    """A connection for libraries that make statements of their own; it is cut after so many seconds."""
+    made: _Timed = psycopg2.connect(**connect_arguments(url), connection_factory=_Timed)
+    made.deadline = Deadline(made.fileno())
+    made.deadline.end_after(seconds)
+    return made
 
 
 @dataclass(frozen=True)
@@ -313,6 +327,13 @@ def _way_out(code: str) -> str:
 
 
 _OPEN: weakref.WeakSet[Connection] = weakref.WeakSet()
+
+
+def hurry_all(seconds: float) -> None:
+    """`Connection.hurry` on every connection of the process, which is to end. From any thread."""
+    for connection in list(_OPEN):
+        connection.hurry(seconds)
+    shorten_all(seconds)
 
 
 def _after_fork() -> None:

@@ -34,15 +34,20 @@ class Deadline:
     @contextmanager
     def within(self, seconds: float) -> Iterator[None]:
         """Cut the connection where the block takes longer."""
-        self._ends_at = time.monotonic() + seconds
+        self.end_after(seconds)
         try:
             yield
         finally:
             self._ends_at = math.inf
 
+    def end_after(self, seconds: float) -> None:
+        """Cut the connection once so much time is over."""
+        self._ends_at = time.monotonic() + seconds
+
     def shorten(self, seconds: float) -> None:
         """The call in progress, if there is one, has no longer than this from now on."""
-        self._ends_at = min(self._ends_at, time.monotonic() + seconds) if self._ends_at < math.inf else math.inf
+        if self._ends_at < math.inf:
+            self._ends_at = min(self._ends_at, time.monotonic() + seconds)
 
     def look(self) -> None:
         """Cut the connection where its call is overdue."""
@@ -54,6 +59,12 @@ class Deadline:
 
 _ALL: weakref.WeakSet[Deadline] = weakref.WeakSet()
 _loops: list[BackgroundLoop] = []  # the process's one, once there is a connection
+
+
+def shorten_all(seconds: float) -> None:
+    """No call in progress in this process takes longer than this from now on. From any thread."""
+    for deadline in list(_ALL):
+        deadline.shorten(seconds)
 
 
 def _watch(deadline: Deadline) -> None:

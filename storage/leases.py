@@ -233,24 +233,24 @@ class Leases:
         orphans until it is opened again; one that is out of time gives them out to be ended with what they have.
         """
         with self.storage.connection.lock:
-            away_s, back_s = self._longest_outage()
-            given = {"study": study_id, "worker": worker, "device": device, "away_s": away_s, "back_s": back_s}
+            given = {"study": study_id, "worker": worker, "device": device, **self._outages()}
             rows = self._session.execute_once(*_TAKE, given=given)
             if not rows:
                 raise _not_opened(study_id)
             *lease, status, out_of_time, spent, in_flight = rows[0]
             if lease[0] is not None:
                 taken = Lease(*lease)
+                taken.heartbeat.learn(lost=False, study_stopped=False, out_of_time=out_of_time)
                 self._session.attach(taken.fence)
                 return taken
         if in_flight:
             return None
         raise StudyOver(study_id, _reason(status, out_of_time, spent))
 
-    def _longest_outage(self) -> tuple[float, float]:
-        """For how many seconds this process could not reach the database the last time, and how long ago that ended."""
+    def _outages(self) -> dict[str, list[float]]:
+        """For how many seconds this process could not reach the database the last times, and how long ago that ended."""
         found = [self.storage.connection.outage, self.storage.heartbeat_connection.outage]
-        return max((outage.seconds, outage.ended_ago_s) for outage in found)
+        return {"away_s": [each.seconds for each in found], "back_s": [each.ended_ago_s for each in found]}
 
     def release(self, lease: Lease) -> None:
         """Give the trial back at once, to be adopted from its last checkpoint; this does not count as lost.

@@ -6,40 +6,47 @@ No name of ours is one of Optuna's: for a database user called hpo, PostgreSQL l
 from __future__ import annotations
 
 import logging
+import time
 from pathlib import Path
+from typing import Any
 
 import psycopg2
 import sqlalchemy as sa
+from optuna.exceptions import OptunaError
 from optuna.storages import RDBStorage
-from sqlalchemy.exc import IntegrityError, ProgrammingError
+from sqlalchemy.exc import DBAPIError, IntegrityError, ProgrammingError
 
-from hpo.storage.connection import Connection
+from hpo.storage.connection import Connection, connect_for
 from hpo.storage.errors import DatabaseRefusal, SchemaError
 
 HEAD = "0002"  # the revision in migrations/versions that this code is written for
 LOCK = 0x68706F  # advisory lock of those who create or upgrade tables ("hpo")
+DEADLINE_S = 20.0  # to create the tables of an empty database
+LOOK_S = 0.05  # between two looks whether another process has done it
 MIGRATIONS = Path(__file__).parent / "migrations"
 
 
-def migrate(url: str) -> None:
+def migrate(url: str, deadline_s: float = DEADLINE_S) -> None:
     """Create or upgrade Optuna's tables and ours, once; safe in any number of processes at once.
 
-    One query when everything is up to date. Raises SchemaError for tables newer than this code.
+    One query when everything is up to date. deadline_s: what that may take. Raises SchemaError for tables newer than this
+    code, and PostgresError where the database does not let us.
     """
     connection = Connection(url)
     try:
-        ensure(connection)
+        ensure(connection, deadline_s)
     finally:
         connection.close()
 
 
-def ensure(connection: Connection) -> None:
-    """`migrate` on a connection at hand."""
-    if _revision(connection) != HEAD:
-        _create(connection)
+def ensure(connection: Connection, deadline_s: float = DEADLINE_S) -> None:
+    """`migrate` on a connection at hand; begins again after a lost one, as each step finds what was done."""
+    if revision(connection) != HEAD:
+        connection.with_retries(lambda _: _create(connection, deadline_s))
+        connection.close()  # the next use opens another, which finds the tables where they are
 
 
-def _revision(connection: Connection) -> str | None:
+def revision(connection: Connection) -> str | None:
     """The revision of our tables, None where there are none: one query."""
     try:
         rows = connection.execute("SELECT version_num FROM hpo.revision")
@@ -50,27 +57,44 @@ def _revision(connection: Connection) -> str | None:
     return str(rows[0][0]) if rows else None
 
 
-def _create(connection: Connection) -> None:
-    """Under the advisory lock: Optuna's tables as Optuna makes them, then ours."""
-    url = sa.make_url(connection.url).set(drivername="postgresql+psycopg2")
-    engine = sa.create_engine(url, poolclass=sa.NullPool)
-    with engine.connect() as locked:
-        locked.execute(sa.select(sa.func.pg_advisory_lock(LOCK)))
-        locked.commit()
-        revision = _revision(connection)
-        if revision == HEAD:
-            return
-        if revision is not None and revision > HEAD:
-            raise SchemaError(f"the database's tables are at revision {revision}, this code knows {HEAD}: upgrade hpo")
-        _optuna_tables(url.render_as_string(hide_password=False))
-        _upgrade(locked)
+def _create(connection: Connection, deadline_s: float) -> None:
+    """Under the advisory lock: Optuna's tables as Optuna makes them, then ours. Raises psycopg2's errors."""
+    settings: dict[str, Any] = {
+        "poolclass": sa.NullPool,
+        "creator": lambda: connect_for(connection.url, deadline_s),
+    }
+    engine = sa.create_engine("postgresql+psycopg2://", **settings)
+    try:
+        with engine.connect() as locked:
+            while not locked.scalar(sa.select(sa.func.pg_try_advisory_lock(LOCK))):
+                time.sleep(LOOK_S)
+            locked.commit()
+            found = revision(connection)
+            if found == HEAD:
+                return
+            if found is not None and found > HEAD:
+                raise SchemaError(f"the database's tables are at revision {found}, this code knows {HEAD}: upgrade hpo")
+            _optuna_tables(settings)
+            _upgrade(locked)
+    except DBAPIError as error:
+        assert isinstance(error.orig, psycopg2.Error)
+        if error.orig.pgcode is None:  # the connection was lost: no error of a statement
+            connection.close()
+        raise error.orig from error
+    except OptunaError as error:  # which wraps what its tables' statements met
+        cause = error.__cause__
+        if not isinstance(cause, DBAPIError) or not isinstance(cause.orig, psycopg2.Error):
+            raise
+        if cause.orig.pgcode is None:
+            connection.close()
+        raise cause.orig from error
 
 
-def _optuna_tables(url: str) -> None:
+def _optuna_tables(settings: dict[str, Any]) -> None:
     """Let Optuna create its own tables and version rows; a plain script may be doing so at this moment."""
     for last in (False, False, True):
         try:
-            RDBStorage(url, engine_kwargs={"poolclass": sa.NullPool})
+            RDBStorage("postgresql+psycopg2://", engine_kwargs=settings)
             return
         except (IntegrityError, ProgrammingError):
             if last:

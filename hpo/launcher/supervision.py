@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from hpo.storage.background import BackgroundLoop
 from hpo.storage.database import database_url
 from hpo.storage.errors import MissingRecord, PostgresError
 from hpo.storage.home import home
+from hpo.storage.interrupts import calls_end_with_a_signal
 from hpo.storage.leases import Leases
 from hpo.storage.registry import Registry
 from hpo.storage.server.server import revive
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from hpo.launcher.ray import Cluster
 
 REVIVE_S = 2.0  # between two looks at the embedded server
+HURRY_S = 1.0  # that a call to the database may take after a signal
 LOOK_S = 0.25  # between two looks at the study, or less when a worker ends
 
 Show = Callable[[Snapshot], None]
@@ -95,6 +97,7 @@ def _study_of(config: StudyConfig) -> Iterator[OpenStudy]:
     """Created or found; its connections are closed after the block."""
     storage = trial_storage(database_url())
     try:
+        storage.keep_deadlines(config.study.lease_s)
         yield create_or_open(config, storage, artifact_store())
     finally:
         storage.close()
@@ -119,13 +122,19 @@ def wait(watched: WatchedStudy, group: Workers, stop: threading.Event, show: Sho
     name = watched.name
     while True:
         ended = not group.running()
-        state = watched.state()
-        show(state)
-        if state.status == "finished":
-            return
+        try:
+            state = watched.state()
+        except PostgresError:  # after a signal nobody waits for a database that is away
+            if not stop.is_set():
+                raise
+        else:
+            show(state)
+            if state.status == "finished":
+                return
         if stop.is_set():
             group.stop()
-            show(watched.state())
+            with suppress(PostgresError):
+                show(watched.state())
             raise Interrupted(f"study {name!r} was interrupted; trials in flight are kept: the same command goes on")
         if state.status == "stopped" and (ended or not any(trial.alive for trial in state.in_flight)):
             raise Interrupted(
@@ -152,14 +161,18 @@ def _server_kept_up() -> Iterator[None]:
 
 @contextmanager
 def _noted_signals() -> Iterator[threading.Event]:
-    """SIGINT and SIGTERM set the event instead of being raised while the block runs (main thread only)."""
+    """SIGINT and SIGTERM set the event instead of being raised while the block runs (main thread only).
+
+    Calls to a database that does not answer end soon after.
+    """
     received = threading.Event()
     earlier: dict[signal.Signals, Any] = {}
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
             earlier[number] = signal.signal(number, lambda *_: received.set())
     try:
-        yield received
+        with calls_end_with_a_signal(HURRY_S):
+            yield received
     finally:
         for known, handler in earlier.items():
             signal.signal(known, handler)

@@ -77,6 +77,8 @@ def _train(context: TrialContext) -> TrialState:
     log.info("%s: epoch %d, %s", context.name, len(training.history) + 1, params)
     complete, last_s = True, 0.0
     while not training.finished:
+        if context.stop_reason is StopReason.OUT_OF_TIME and training.history:
+            break  # adopted after the study's time: it ends with what its checkpoint holds
         context.watch(training, short_epochs=last_s < SHORT_EPOCH_S)
         try:
             epoch = training.advance(context.interrupts_epoch)

@@ -9,6 +9,8 @@ import threading
 import time
 from typing import Protocol
 
+from hpo.storage.interrupts import SignalThread
+
 log = logging.getLogger("hpo")
 
 END_S = 6.0  # after a signal a worker ends, whatever it hangs in …
@@ -28,22 +30,17 @@ class Stoppable(Protocol):
 class StopSignals:
     """Sets `stop_requested` at the first signal, and ends the process END_S later with status 0.
 
-    A thread of its own receives them, through the interpreter's wake-up pipe: the main thread runs no handler while it
-    is in C, waiting for a database that does not answer, say. What is not given back by then is given back here.
+    A thread of its own receives them. What is not given back by then is given back there.
     """
 
     def __init__(self) -> None:
         self.stop_requested = threading.Event()
         self.worker: Stoppable | None = None  # once there is one
-        self._received, waker = os.pipe()
-        os.set_blocking(waker, False)
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: None)  # with a handler, so that the pipe is written to
-        signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
-        threading.Thread(target=self._end, name="signals", daemon=True).start()
+            signal.signal(number, lambda *_: None)  # with a handler, so that the thread hears of it
+        SignalThread(self._end)
 
     def _end(self) -> None:
-        os.read(self._received, 1)
         self.stop_requested.set()
         if self.worker is not None:
             self.worker.shorten_retries()

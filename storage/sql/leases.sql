@@ -62,12 +62,13 @@ UPDATE hpo.leases l SET ended_at = hpo.clock() FROM trials t
 WHERE l.study_id = %(study)s AND l.ended_at IS NULL AND l.trial_id = t.trial_id AND t.state <> 'RUNNING'
 
 -- name: take_lapse
--- Take for dead the holders that were not heard of in time. Time in which the caller could not reach the database, away_s
--- seconds until back_s seconds ago, is added to everybody's.
--- prepared: study int, away_s float8, back_s float8
+-- Take for dead the holders that were not heard of in time. Times in which the caller could not reach the database, of
+-- away_s seconds until back_s seconds ago, are added to everybody's.
+-- prepared: study int, away_s float8[], back_s float8[]
 UPDATE hpo.leases l SET {lapse} FROM hpo.terms s
 WHERE l.study_id = %(study)s AND s.study_id = l.study_id AND l.ended_at IS NULL AND NOT {free}
-AND {waited_for} + CASE WHEN %(back_s)s < s.lease_s THEN %(away_s)s ELSE 0 END * interval '1 s' <= hpo.moment()
+AND {waited_for} + coalesce((SELECT max(away) FROM unnest(%(away_s)s, %(back_s)s) o (away, back)
+    WHERE back < s.lease_s), 0) * interval '1 s' <= hpo.moment()
 
 -- name: take_fail_spent
 -- Fail the trials that were lost once too often, and say why.
