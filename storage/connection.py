@@ -75,6 +75,7 @@ PATIENCE = ("40P01", "40001", "55P03", "53100", "53200")
 # … or on a new one (shutting down, starting up, too many connections, a standby during failover, idle too long, a
 # statement that took too long).
 TRANSIENT = (*PATIENCE, "57P01", "57P02", "57P03", "53300", "25006", "25P03", "57P05", "57014")
+PAUSE_S = 0.05  # before a lost connection is made again, twice as long before each further try
 SILENCE_S = 2.0  # that a database may be away without a line in the log
 # Statements that this connection has prepared are not known, or were prepared by another one.
 MIXED = ("26000", "42P05")
@@ -192,7 +193,7 @@ class Connection:
 
     def with_retries(self, work: Callable[[extensions.cursor], T], retry_s: float | None = None) -> T:
         """Call `work(cursor)`, again after each loss of the connection. retry_s: instead of the connection's own."""
-        began, pause, logged, lost = time.monotonic(), 0.05, False, False
+        began, pause, logged, lost = time.monotonic(), PAUSE_S, False, False
         with self.lock:
             while True:
                 try:

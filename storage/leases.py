@@ -233,7 +233,8 @@ class Leases:
         orphans until it is opened again; one that is out of time gives them out to be ended with what they have.
         """
         with self.storage.connection.lock:
-            given = {"study": study_id, "worker": worker, "device": device, **self._outages()}
+            given = {"study": study_id, "worker": worker, "device": device, "held": self._session.held()}
+            given |= self._outages()
             rows = self._session.execute_once(*_TAKE, given=given)
             if not rows:
                 raise _not_opened(study_id)
@@ -257,8 +258,10 @@ class Leases:
 
         Does nothing to a trial that has ended or was taken away.
         """
-        self._session.execute(_RELEASE, given=_fence(lease), durable=True)
-        self._session.detach(lease.fence)
+        try:
+            self._session.execute(_RELEASE, given=_fence(lease), durable=True)
+        finally:  # also where the database is away: this process has nothing more to write to it
+            self._session.detach(lease.fence)
 
     # ------------------------------------------------------------------------------------------------- holding a trial
 

@@ -190,10 +190,18 @@ class Session:
     def detach(self, fence: Fence) -> None:
         """Write what is held back, while the fence still holds, and take it away. Only `Leases` calls this."""
         with self.connection.lock:
-            if self._fences.get(fence.trial_id) == fence:
+            if self._fences.get(fence.trial_id) != fence:
+                return
+            try:
                 if fence.trial_id in self._pending:
                     self.flush()
+            finally:
+                self._give_up(fence.trial_id)
                 self.forget(fence.trial_id)
+
+    def held(self) -> list[int]:
+        """The trials that threads of this process hold, as far as is known."""
+        return [trial_id for trial_id in self._fences if trial_id not in self._lost]
 
     def fence_of(self, trial_id: int) -> Fence | None:
         """The fence around a trial, if there is one."""

@@ -11,7 +11,7 @@ import copy
 import json
 import uuid
 from collections.abc import Container, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import psycopg2
 from optuna.distributions import BaseDistribution, check_distribution_compatibility, distribution_to_json
@@ -57,10 +57,12 @@ class TrialStorage(BaseStorage):
     All of it goes over one connection, so that `heartbeat_connection` is free for a thread that renews leases.
     """
 
+    connects: ClassVar[type[Connection]] = Connection
+
     def __init__(self, url: str, retry_s: float = 60.0) -> None:
         """retry_s: how long a lost connection is tried again before DatabaseUnavailable. Raises SchemaError."""
         self.url, self.retry_s = url, retry_s
-        self.connection, self.heartbeat_connection = Connection(url, retry_s), Connection(url, retry_s)
+        self.connection, self.heartbeat_connection = self.connects(url, retry_s), self.connects(url, retry_s)
         ensure(self.connection)
         self.session = Session(self.connection)
         self._studies: dict[int, StudyCache] = {}

@@ -30,6 +30,12 @@ coalesce(l.checkpoint_epoch, -1) > coalesce(l.began_epoch, -1)
 -- fragment: counts
 (NOT {further} AND l.renewed_at >= hpo.server_started())
 
+-- fragment: forgive
+-- The loss of this attempt, if there was one, does not count.
+lost = l.lost - (l.lost_attempt IS NOT DISTINCT FROM l.attempt AND l.lost_progress IS NOT NULL)::int,
+lost_attempt = CASE WHEN l.lost_attempt IS DISTINCT FROM l.attempt THEN l.lost_attempt END,
+lost_progress = CASE WHEN l.lost_attempt IS DISTINCT FROM l.attempt THEN l.lost_progress END
+
 -- fragment: held
 -- The lease, while it is the worker's.
 trial_id = %(trial)s AND attempt = %(attempt)s AND worker = %(worker)s AND ended_at IS NULL AND NOT released
@@ -70,12 +76,18 @@ WHERE l.study_id = %(study)s AND s.study_id = l.study_id AND l.ended_at IS NULL 
 AND {waited_for} + coalesce((SELECT max(away) FROM unnest(%(away_s)s, %(back_s)s) o (away, back)
     WHERE back < s.lease_s), 0) * interval '1 s' <= hpo.moment()
 
+-- fragment: spent
+-- Whether the trial was lost once too often.
+(NOT l.released AND l.lost_attempt IS NOT DISTINCT FROM l.attempt AND l.lost_progress IS NOT NULL
+    AND l.lost >= s.max_attempts)
+
 -- name: take_fail_spent
--- Fail the trials that were lost once too often, and say why.
+-- Fail the trials that were lost once too often, and say why. Nobody adopts them any more, but a holder that may still
+-- live has the time of its lease once more to come back.
 -- prepared: study int
 WITH spent AS (UPDATE hpo.leases l SET ended_at = hpo.clock() FROM hpo.terms s
-    WHERE l.study_id = %(study)s AND s.study_id = l.study_id AND l.ended_at IS NULL AND NOT l.released
-    AND l.lost_attempt = l.attempt AND l.lost_progress IS NOT NULL AND l.lost >= s.max_attempts
+    WHERE l.study_id = %(study)s AND s.study_id = l.study_id AND l.ended_at IS NULL AND {spent}
+    AND (l.expires_at = '-infinity' OR {waited_for} + {lease_time} <= hpo.moment())
     RETURNING l.trial_id, l.worker, l.lost, l.epoch),
 failed AS (UPDATE trials t SET state = 'FAIL', datetime_complete = {utc_now} FROM spent s
     WHERE t.trial_id = s.trial_id AND t.state = 'RUNNING' RETURNING t.trial_id)
@@ -86,8 +98,9 @@ FROM spent JOIN failed USING (trial_id)
 ON CONFLICT (trial_id, key) DO UPDATE SET value_json = excluded.value_json
 
 -- name: take_adopt
--- Adopt the first of the trials that are free, also after the study's time: it is then ended with what it has.
--- prepared: study int, worker text, device text, client uuid, call bigint
+-- Adopt the first of the trials that are free, also after the study's time: it is then ended with what it has. None that
+-- another thread of the caller's process still holds: its writes would pass under the new lease.
+-- prepared: study int, worker text, device text, held int[], client uuid, call bigint
 WITH adopted AS (UPDATE hpo.leases l SET attempt = attempt + 1, released = false, worker = %(worker)s,
         device = %(device)s, progress = 0, progress_at = hpo.clock(), epoch = checkpoint_epoch, metric = NULL,
         began_epoch = checkpoint_epoch, renewed_at = hpo.clock(), expires_at = hpo.clock() + {lease_time}
@@ -95,7 +108,8 @@ WITH adopted AS (UPDATE hpo.leases l SET attempt = attempt + 1, released = false
     WHERE s.study_id = %(study)s AND s.status IN ('open', 'exhausted')
     AND NOT EXISTS (SELECT FROM hpo.calls WHERE {this_call})
     AND trial_id = (SELECT l.trial_id FROM hpo.leases l JOIN trials t USING (trial_id)
-        WHERE l.study_id = %(study)s AND l.ended_at IS NULL AND {free} ORDER BY t.number LIMIT 1 FOR UPDATE OF l)
+        WHERE l.study_id = %(study)s AND l.ended_at IS NULL AND {free} AND NOT {spent} AND l.trial_id <> ALL(%(held)s)
+        ORDER BY t.number LIMIT 1 FOR UPDATE OF l)
     RETURNING trial_id)
 INSERT INTO hpo.calls (client, call, result) SELECT %(client)s, %(call)s, trial_id FROM adopted {claim}
 
@@ -141,7 +155,7 @@ WHERE s.study_id = %(study)s
 -- Take for dead what these workers hold, and whom they promote for: their processes are gone. Where counted is false
 -- their machine went down, which is no trial's fault.
 -- types: workers text[], counted bool
-WITH lapsed AS (UPDATE hpo.leases l SET {lapse} FROM hpo.terms s
+WITH lapsed AS (UPDATE hpo.leases l SET {lapse}, expires_at = '-infinity' FROM hpo.terms s
     WHERE %(counted)s AND s.study_id = l.study_id AND l.worker = ANY(%(workers)s) AND l.ended_at IS NULL AND NOT {free}),
 released AS (UPDATE hpo.leases SET released = true
     WHERE NOT %(counted)s AND worker = ANY(%(workers)s) AND ended_at IS NULL),
@@ -167,8 +181,7 @@ ticked AS (UPDATE hpo.terms SET elapsed_s = {elapsed}, clock_at = hpo.clock() WH
     WHERE timeout_s IS NOT NULL AND status IN ('open', 'exhausted') FOR NO KEY UPDATE OF terms SKIP LOCKED)),
 renewed AS (UPDATE hpo.leases l SET epoch = b.epoch, metric = b.metric, progress = b.progress, renewed_at = hpo.clock(),
         progress_at = CASE WHEN b.progress <> l.progress THEN hpo.clock() ELSE l.progress_at END,
-        expires_at = hpo.clock() + {lease_time}, lost_attempt = NULL, lost_progress = NULL,
-        lost = l.lost - (l.lost_progress IS NOT NULL)::int
+        expires_at = hpo.clock() + {lease_time}, {forgive}
     FROM reported b, hpo.terms s
     WHERE l.trial_id = b.trial_id AND l.attempt = b.attempt AND l.worker = %(worker)s AND s.study_id = l.study_id
     AND l.ended_at IS NULL AND NOT l.released
@@ -209,9 +222,9 @@ WHERE study_id = %(study)s AND ended_at IS NOT NULL
 AND (checkpoint_key = ANY(%(keys)s) OR replaced_key = ANY(%(keys)s))
 
 -- name: release
--- Give a trial back at once.
+-- Give a trial back at once. A holder that was taken for dead lives after all.
 -- types: trial int, attempt int, worker text
-UPDATE hpo.leases SET released = true WHERE {held}
+UPDATE hpo.leases l SET released = true, {forgive} WHERE {held}
 
 -- name: acquire_promotion
 -- Take or renew the lease to promote: nothing more is started and nothing is in flight.

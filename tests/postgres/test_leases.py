@@ -281,7 +281,9 @@ def test_a_lost_trial_does_not_take_the_writes_of_others_with_it(leases: Leases,
         leases.storage.set_trial_intermediate_value(lost.trial_id, 1, 1.0)
 
 
-def test_a_lease_without_progress_runs_out_and_a_slow_one_with_progress_does_not(leases: Leases) -> None:
+def test_a_lease_without_progress_runs_out_and_a_slow_one_with_progress_does_not(
+    leases: Leases, elsewhere: Leases
+) -> None:
     study_id = open_study(leases, Terms(budget=2, lease_s=SHORT_S, stall_s=0.3))
     hung, busy = (take(leases, study_id, "w") for _ in range(2))
     batches = iter(range(1, 10**6))
@@ -291,7 +293,7 @@ def test_a_lease_without_progress_runs_out_and_a_slow_one_with_progress_does_not
         return [trial.alive for trial in leases.snapshot(study_id).in_flight] == [False, True]
 
     assert until(hangs)
-    assert take(leases, study_id, "w").trial_id == hung.trial_id
+    assert take(elsewhere, study_id, "w2").trial_id == hung.trial_id
 
 
 def test_a_lease_is_renewed_while_everything_else_waits(leases: Leases, elsewhere: Leases) -> None:
@@ -373,9 +375,10 @@ def test_a_released_trial_is_adopted_at_once_and_does_not_count_as_lost(leases: 
     assert leases.storage.get_trial(lease.trial_id).intermediate_values == dict.fromkeys(range(1, 5), 1.0)
 
 
-def test_a_trial_lost_too_often_fails_with_the_reason(leases: Leases) -> None:
+def test_a_trial_lost_too_often_fails_with_the_reason(leases: Leases, database_url: str) -> None:
     study_id = open_study(leases, Terms(budget=1, lease_s=0.2, max_attempts=3))
-    attempts = [take(leases, study_id, f"w{i}").attempt for i in range(3)]
+    storages = [trial_storage(database_url) for _ in range(3)]
+    attempts = [take(Leases(storage), study_id, f"w{i}").attempt for i, storage in enumerate(storages)]
 
     def over() -> bool:
         try:
@@ -390,6 +393,8 @@ def test_a_trial_lost_too_often_fails_with_the_reason(leases: Leases) -> None:
     assert trial.datetime_complete is not None
     assert trial.user_attrs["failure"].startswith("given up after 3 attempts")
     assert trial.user_attrs["failure"].endswith("the last time w2")
+    for storage in storages:
+        storage.close()
     assert leases.snapshot(study_id).in_flight == ()
 
 
@@ -441,6 +446,8 @@ def test_adopting_again_in_the_same_process_drops_what_was_held_back(leases: Lea
     first = take(leases, study_id, "w")
     until(lambda: not leases.snapshot(study_id).in_flight[0].alive)
     leases.storage.set_trial_intermediate_value(first.trial_id, 0, 1.0)
+    assert leases.acquire(study_id, "w") is None  # while this process holds it, what it writes has the older token
+    leases.storage.session.forget(first.trial_id)
     second = take(leases, study_id, "w")
     assert second.attempt == 2
     assert leases.storage.get_trial(second.trial_id).intermediate_values == {}
