@@ -143,8 +143,8 @@ class Connection:
     synchronous_commit=off may be gone. `outage`: the last time in which the database was away.
     """
 
-    def __init__(self, url: str, retry_s: float = 60.0, deadline_s: float = DEADLINE_S) -> None:
-        self.url, self.retry_s, self.deadline_s = url, retry_s, deadline_s
+    def __init__(self, url: str, retry_s: float = 60.0) -> None:
+        self.url, self.retry_s, self.deadline_s = url, retry_s, DEADLINE_S
         self.lock = threading.RLock()
         self.generation = 0
         self.trips = 0  # statements sent, for the benchmarks
