@@ -249,7 +249,8 @@ class Connection:
     def _connected(self) -> extensions.connection:
         if self._connection is None or self._connection.closed:
             self._drop()
-            made = psycopg2.connect(**self._arguments)
+            timeout_s = max(2, min(int(self._arguments["connect_timeout"]), int(self._patience_s)))  # 2: libpq's least
+            made = psycopg2.connect(**{**self._arguments, "connect_timeout": timeout_s})
             made.autocommit = True
             self._connection, self._deadline = made, Deadline(made.fileno())
             self._prepared.clear()
