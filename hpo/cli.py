@@ -39,7 +39,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Tune LSTM classifiers of sequences: Optuna studies in Postgres, many workers, exact results.",
 )
-db = typer.Typer(no_args_is_help=True, help="The embedded PostgreSQL server.")
+db = typer.Typer(no_args_is_help=True, help="The database: the embedded server, or that of HPO_DATABASE_URL.")
 app.add_typer(db, name="db")
 
 StudyName = Annotated[str, typer.Argument(help="Name of a study.")]
@@ -335,6 +335,29 @@ def db_url(show_password: Annotated[bool, typer.Option(help="Print the password 
 
     url = database_url()
     typer.echo(url if show_password else mask(url))
+
+
+@db.command("check")
+def db_check() -> None:
+    """Whether the database is there, fits, and lets this role do its work; exit status 1 where not."""
+    from hpo.storage.check import check
+    from hpo.storage.database import database_url
+
+    found = check(database_url())
+    for finding in found:
+        typer.echo(f"{'ok ' if finding.ok else 'NO '} {finding.what}: {mask(finding.detail)}")
+    if not all(finding.ok for finding in found):
+        raise typer.Exit(1)
+
+
+@db.command("upgrade")
+def db_upgrade() -> None:
+    """Create the tables, or bring those of an earlier version up to date; takes the time that it needs."""
+    from hpo.storage.database import database_url
+    from hpo.storage.tables import HEAD, migrate
+
+    migrate(database_url(), deadline_s=86400.0)
+    typer.echo(f"the tables are at revision {HEAD}")
 
 
 @db.command("start")

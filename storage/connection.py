@@ -28,14 +28,14 @@ T = TypeVar("T")
 Row = tuple[Any, ...]
 
 # What the connection relies on, whatever the server, the database or the role sets. Set by a statement, as poolers
-# reject them as options of the connection; a server that does not know one keeps its own.
+# reject them as options of the connection; a server that does not know one keeps its own. Not among them:
+# standard_conforming_strings, as psycopg2 quotes by what it was when the connection was made.
 SETTINGS = {
     # What is written is read back to the bit.
     "datestyle": "ISO, MDY",
     "intervalstyle": "postgres",
     "extra_float_digits": "3",
     "bytea_output": "hex",
-    "standard_conforming_strings": "on",
     "timezone": "UTC",
     # A commit is one, and sees what others have committed.
     "default_transaction_isolation": "read committed",
@@ -56,11 +56,12 @@ SETTINGS = {
     "enable_nestloop": "on",
     "jit": "off",
 }
-# Optuna's tables are looked for where ours say that they are.
+# Optuna's tables are looked for where ours say that they are; without any, they are made in a schema that there is.
 SEARCH_PATH = """SELECT set_config('search_path', quote_ident(n.nspname), false)
 FROM pg_namespace m JOIN pg_class c ON c.relnamespace = m.oid JOIN pg_constraint k ON k.conrelid = c.oid
     JOIN pg_class t ON t.oid = k.confrelid JOIN pg_namespace n ON n.oid = t.relnamespace
-WHERE m.nspname = 'hpo' AND c.relname = 'terms' AND k.contype = 'f'"""
+WHERE m.nspname = 'hpo' AND c.relname = 'terms' AND k.contype = 'f';
+SELECT set_config('search_path', 'public', false) WHERE current_schema() IS NULL"""
 DEFAULTS = {
     "application_name": "hpo",
     "connect_timeout": 5,
@@ -107,6 +108,20 @@ def connect_arguments(url: str) -> dict[str, Any]:
     return {**DEFAULTS, **arguments, "client_encoding": "UTF8"}
 
 
+def _own_settings(arguments: dict[str, Any]) -> set[str]:
+    """The settings that the URL makes itself; they go first."""
+    return {name.lower() for name in re.findall(r"(?:-c\s*|--)(\w+)\s*=", arguments.get("options", ""))}
+
+
+def _settings(seconds: float, own: set[str]) -> str:
+    """The statements that set what a connection relies on. seconds: that one of its statements may take."""
+    milliseconds = int(1000 * seconds)
+    timed = {"statement_timeout": f"{milliseconds}", "lock_timeout": f"{int(0.8 * milliseconds)}"}
+    pairs = ", ".join(f"('{k}', '{v}')" for k, v in {**SETTINGS, **timed}.items() if k not in own)
+    known = f"SELECT set_config(k, v, false) FROM (VALUES {pairs}) s (k, v) WHERE current_setting(k, true) IS NOT NULL"
+    return known if "search_path" in own else f"{known};\n{SEARCH_PATH}"
+
+
 class _Timed(extensions.connection):
     """A connection that is cut after some time."""
 
@@ -115,9 +130,13 @@ class _Timed(extensions.connection):
 
 def connect_for(url: str, seconds: float) -> extensions.connection:
     """A connection for libraries that make statements of their own; it is cut after so many seconds."""
-    made: _Timed = psycopg2.connect(**connect_arguments(url), connection_factory=_Timed)
+    arguments = connect_arguments(url)
+    made: _Timed = psycopg2.connect(**arguments, connection_factory=_Timed)
     made.deadline = Deadline(made.fileno())
     made.deadline.end_after(seconds)
+    with made.cursor() as cursor:
+        cursor.execute(_settings(seconds, _own_settings(arguments)))
+    made.commit()
     return made
 
 
@@ -150,8 +169,7 @@ class Connection:
         self.trips = 0  # statements sent, for the benchmarks
         self.outage = Outage()
         self._arguments = connect_arguments(url)
-        options = self._arguments.get("options", "")
-        self._own = {name.lower() for name in re.findall(r"(?:-c\s*|--)(\w+)\s*=", options)}  # the URL's go first
+        self._own = _own_settings(self._arguments)
         self._connection: extensions.connection | None = None
         self._deadline: Deadline | None = None  # of the connection's calls
         self._overdue = 0  # calls in a row that took too long
@@ -216,7 +234,7 @@ class Connection:
                 pause = min(2 * pause, 2.0)
 
     def hurry(self, seconds: float) -> None:
-        """From now on nothing is waited for or tried longer than this, not even the call in progress. From any thread."""
+        """From now on nothing is waited for longer than this, not even the call in progress. From any thread."""
         self.retry_s, self.deadline_s = min(self.retry_s, seconds), min(self.deadline_s, seconds)
         if (deadline := self._deadline) is not None:
             deadline.shorten(seconds)
@@ -244,7 +262,7 @@ class Connection:
     @property
     def _patience_s(self) -> float:
         """What a call may take: twice as long after each one in a row that took too long."""
-        return self.deadline_s * 2**self._overdue
+        return self.deadline_s * float(2**self._overdue)
 
     def _connected(self) -> extensions.connection:
         if self._connection is None or self._connection.closed:
@@ -256,20 +274,12 @@ class Connection:
             self._prepared.clear()
             try:
                 with made.cursor() as cursor:
-                    self._send(cursor, self._settings().encode())
+                    self._send(cursor, _settings(self._patience_s, self._own).encode())
             except psycopg2.Error:
                 made.close()  # without its settings it is of no use
                 raise
             self.generation += 1
         return self._connection
-
-    def _settings(self) -> str:
-        """The statements that set what the connection relies on."""
-        milliseconds = int(1000 * self._patience_s)
-        timed = {"statement_timeout": f"{milliseconds}", "lock_timeout": f"{int(0.8 * milliseconds)}"}
-        pairs = ", ".join(f"('{k}', '{v}')" for k, v in {**SETTINGS, **timed}.items() if k not in self._own)
-        known = f"SELECT set_config(k, v, false) FROM (VALUES {pairs}) s (k, v) WHERE current_setting(k, true) IS NOT NULL"
-        return known if "search_path" in self._own else f"{known};\n{SEARCH_PATH}"
 
     def _wait_or_raise(self, error: psycopg2.Error, too_late: bool, patience_s: float) -> None:
         """Return where another try may help, else raise."""

@@ -1,7 +1,7 @@
 """Calls that end: a connection whose server takes everything and never answers is cut at the call's deadline.
 
-libpq waits for an answer without limit. One thread of the process looks at the calls in progress and shuts the socket of
-an overdue one, which ends the call as a lost connection.
+libpq waits for an answer without limit. One thread of the process looks at the calls in progress and shuts the socket
+of an overdue one, which ends the call as a lost connection.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A signal is noticed at any moment, also while the main thread waits in C for a database that does not answer.
 
-Python runs its handlers in the main thread, once that is back from C. A thread that reads the interpreter's wake-up pipe
-hears of a signal at once, and can end what the main thread waits for.
+Python runs its handlers in the main thread, once that is back from C. A thread that reads the interpreter's wake-up
+pipe hears of a signal at once, and can end what the main thread waits for.
 """
 
 from __future__ import annotations

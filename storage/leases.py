@@ -1,10 +1,11 @@
 """Who works on which trial: budget, leases, adoption of orphans, and the right to promote.
 
-A lease is one row of `hpo.leases` for each trial started under it. Its `attempt` is the fencing token: an adopter raises
-it, and writes with an older one are rejected; the worker's name goes with it, for a database that comes back without its
-last commits. A lease that was not renewed in time, by the database's clock, may be taken over; until somebody does so its
-holder goes on. Time in which the database was away is added: the server's own, and what the taker could not reach it. A RUNNING trial without such a row belongs to
-somebody else (a plain Optuna script): not counted, never adopted.
+A lease is one row of `hpo.leases` for each trial started under it. Its `attempt` is the fencing token: an adopter
+raises it, and writes with an older one are rejected; the worker's name goes with it, for a database that comes back
+without its last commits. A lease that was not renewed in time, by the database's clock, may be taken over; until
+somebody does so its holder goes on. Time in which the database was away is added: the server's own, and that in which
+the taker could not reach it. A RUNNING trial without such a row belongs to somebody else (a plain Optuna script): not
+counted, never adopted.
 
 `Leases.take` is the one owner of a lease. Nothing but this module attaches or detaches fences.
 """
@@ -33,7 +34,9 @@ _OPEN_STUDY = statement("open_study")
 _STUDY_TERMS, _ALL_STUDY_TERMS = statement("study_terms"), statement("all_study_terms")
 _REOPEN_STUDY = statement("reopen_study")
 _SET_STATUS = statement("set_status")
-_REGISTER_WORKER = [statement(name) for name in ("forget_old_calls", "forget_old_workers", "lapse_workers", "register_worker")]
+_REGISTER_WORKER = [
+    statement(name) for name in ("forget_old_calls", "forget_old_workers", "lapse_workers", "register_worker")
+]
 _RETIRE_WORKER = statement("retire_worker")
 _LAPSE_WORKERS, _WORKERS_OF_HOST = statement("lapse_workers"), statement("workers_of_host")
 _WORKERS, _SNAPSHOT = statement("workers"), statement("snapshot")
@@ -124,7 +127,7 @@ class Leases:
         return [row for row in self.studies() if row.status in ("open", "exhausted")]
 
     def reopen(
-        self, study_id: int, *, trials: int | None = None, timeout_s: float | None | Unchanged = UNCHANGED
+        self, study_id: int, *, trials: int | None = None, timeout_s: float | Unchanged | None = UNCHANGED
     ) -> StudyRow:
         """Go on with a study that was stopped, under a new budget; what is stored then.
 
@@ -182,15 +185,15 @@ class Leases:
 
         A process that died counts as a lost lease. One that went down with its machine does not.
         """
-        dead: dict[Fate, list[str]] = {"died": [], "machine restarted": [], "unknown": []}
+        found: dict[Fate, list[str]] = {"died": [], "machine restarted": [], "unknown": []}
         rows = self._session.execute(_WORKERS_OF_HOST, given={"host": host, "worker": worker})
         for name, machine, pid, start, silent_s in rows:
-            dead[fate(machine, pid, start, silent_s)].append(name)
-        for kind, counted in (("died", True), ("machine restarted", False)):
-            if dead[kind]:
-                given = {"workers": dead[kind], "counted": counted}
+            found[fate(machine, pid, start, silent_s)].append(name)
+        for workers, counted in ((found["died"], True), (found["machine restarted"], False)):
+            if workers:
+                given = {"workers": workers, "counted": counted}
                 self._session.execute(_LAPSE_WORKERS, given=given, durable=True)
-        return dead["died"] + dead["machine restarted"]
+        return found["died"] + found["machine restarted"]
 
     def retire(self, worker: str) -> None:
         """The worker ends."""
@@ -249,7 +252,7 @@ class Leases:
         raise StudyOver(study_id, _reason(status, out_of_time, spent))
 
     def _outages(self) -> dict[str, list[float]]:
-        """For how many seconds this process could not reach the database the last times, and how long ago that ended."""
+        """For how many seconds this process could not reach the database, and how long ago that ended."""
         found = [self.storage.connection.outage, self.storage.heartbeat_connection.outage]
         return {"away_s": [each.seconds for each in found], "back_s": [each.ended_ago_s for each in found]}
 

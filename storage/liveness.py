@@ -5,7 +5,6 @@ A number alone says nothing: it is given again, and each container counts its ow
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -39,7 +38,7 @@ def this_machine() -> Machine | None:
     """None where the operating system does not say."""
     try:
         boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        namespace = os.readlink("/proc/self/ns/pid")
+        namespace = str(Path("/proc/self/ns/pid").readlink())
     except OSError:
         return None
     return Machine(_machine_id(), boot_id, "".join(filter(str.isdigit, namespace)))

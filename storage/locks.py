@@ -17,8 +17,8 @@ _TRY_LOCK = statement("try_lock")
 def exclusively(url: str, name: str, retry_s: float = 60.0) -> Iterator[None]:
     """Hold the lock of that name while the block runs; waits for others without limit.
 
-    retry_s: how long a database that is away is waited for before DatabaseUnavailable. A lock goes with its connection, so
-    what the block does must also be safe beside another that began when that was lost.
+    retry_s: how long a database that is away is waited for before DatabaseUnavailable. A lock goes with its connection,
+    so what the block does must also be safe beside another that began when that was lost.
     """
     connection = Connection(url, retry_s)
     try:

@@ -29,8 +29,8 @@ MIGRATIONS = Path(__file__).parent / "migrations"
 def migrate(url: str, deadline_s: float = DEADLINE_S) -> None:
     """Create or upgrade Optuna's tables and ours, once; safe in any number of processes at once.
 
-    One query when everything is up to date. deadline_s: what that may take. Raises SchemaError for tables newer than this
-    code, and PostgresError where the database does not let us.
+    One query when everything is up to date. deadline_s: what that may take. Raises SchemaError for tables newer than
+    this code, and PostgresError where the database does not let us.
     """
     connection = Connection(url)
     try:
@@ -76,18 +76,18 @@ def _create(connection: Connection, deadline_s: float) -> None:
                 raise SchemaError(f"the database's tables are at revision {found}, this code knows {HEAD}: upgrade hpo")
             _optuna_tables(settings)
             _upgrade(locked)
-    except DBAPIError as error:
-        assert isinstance(error.orig, psycopg2.Error)
-        if error.orig.pgcode is None:  # the connection was lost: no error of a statement
-            connection.close()
-        raise error.orig from error
-    except OptunaError as error:  # which wraps what its tables' statements met
-        cause = error.__cause__
-        if not isinstance(cause, DBAPIError) or not isinstance(cause.orig, psycopg2.Error):
-            raise
-        if cause.orig.pgcode is None:
-            connection.close()
-        raise cause.orig from error
+    except (DBAPIError, OptunaError) as error:
+        raise _cause(connection, error) from error
+
+
+def _cause(connection: Connection, error: Exception) -> Exception:
+    """The client library's error behind SQLAlchemy's or Optuna's, as `with_retries` knows it."""
+    found = error if isinstance(error, DBAPIError) else error.__cause__
+    if not isinstance(found, DBAPIError) or not isinstance(found.orig, psycopg2.Error):
+        return error
+    if found.orig.pgcode is None:  # no error of a statement: the connection was lost
+        connection.close()
+    return found.orig
 
 
 def _optuna_tables(settings: dict[str, Any]) -> None:

@@ -85,7 +85,7 @@ class TrialStorage(BaseStorage):
         self.heartbeat_connection.deadline_s = min(self.heartbeat_connection.deadline_s, lease_s / BEATS)
 
     def hurry(self, seconds: float) -> None:
-        """The process is to end: nothing is waited for longer than this, not even calls in progress. From any thread."""
+        """The process ends: nothing is waited for longer than this, no call in progress either. From any thread."""
         self.connection.hurry(seconds)
         self.heartbeat_connection.hurry(seconds)
 

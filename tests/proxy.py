@@ -1,10 +1,10 @@
 """A proxy before a PostgreSQL server that goes wrong on demand. It knows the wire protocol's simple queries.
 
-    proxy.lose_answer(k)   the k-th query from now on is executed, then its connection is reset instead of the answer
-    proxy.refuse(k)        the k-th query is not passed on, its connection is reset
-    proxy.swallow(k)       from the k-th query on its connection takes everything and answers nothing
-    proxy.hang()           every connection does so, new ones too, until `resume`
-    proxy.half_open(k)     at the k-th query the server's side is closed, the client's is not, and hears nothing of it
+proxy.lose_answer(k)   the k-th query from now on is executed, then its connection is reset instead of the answer
+proxy.refuse(k)        the k-th query is not passed on, its connection is reset
+proxy.swallow(k)       from the k-th query on its connection takes everything and answers nothing
+proxy.hang()           every connection does so, new ones too, until `resume`
+proxy.half_open(k)     at the k-th query the server's side is closed, the client's is not, and hears nothing of it
 """
 
 from __future__ import annotations

@@ -17,7 +17,8 @@ from hpo.storage.connection import Connection
 CLOCK = """
 CREATE TABLE public.simulated AS
     SELECT '2026-01-01T00:00:00Z'::timestamptz AS clock, '2025-12-31T00:00:00Z'::timestamptz AS server_started;
-CREATE OR REPLACE FUNCTION hpo.clock() RETURNS timestamptz LANGUAGE sql VOLATILE AS 'SELECT clock FROM public.simulated';
+CREATE OR REPLACE FUNCTION hpo.clock() RETURNS timestamptz LANGUAGE sql VOLATILE AS
+    'SELECT clock FROM public.simulated';
 CREATE OR REPLACE FUNCTION hpo.moment() RETURNS timestamptz LANGUAGE sql STABLE AS 'SELECT clock FROM public.simulated';
 CREATE OR REPLACE FUNCTION hpo.server_started() RETURNS timestamptz LANGUAGE sql STABLE AS
     'SELECT server_started FROM public.simulated';

@@ -2,22 +2,31 @@
 
 Each step of a story is an operation of one worker, an event (time passes, a worker dies, the server restarts), or a
 stranger's write. Any round trip may succeed, fail before it reaches the server, or be committed and lose its answer.
-After each step the invariants of the design are looked up in the tables themselves. HPO_SIMULATION_EXAMPLES says how many
-stories are told.
+After each step the invariants of the design are looked up in the tables themselves. HPO_SIMULATION_EXAMPLES says how
+many stories are told.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from optuna.distributions import FloatDistribution
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
@@ -169,7 +178,11 @@ class LeaseStory(RuleBasedStateMachine):
     def is_current(self, held: Held) -> bool:
         """Whether the tables say that this lease is the trial's."""
         row = self.row(held.lease.trial_id)
-        return (row.worker, row.attempt, row.ended) == (held.lease.worker, held.lease.attempt, False) and not row.released
+        return (row.worker, row.attempt, row.ended) == (
+            held.lease.worker,
+            held.lease.attempt,
+            False,
+        ) and not row.released
 
     def ended(self, process: Process, held: Held) -> None:
         process.held.remove(held)
@@ -268,9 +281,7 @@ class LeaseStory(RuleBasedStateMachine):
         current, trial_id = self.is_current(held), held.lease.trial_id
         state = TrialState.COMPLETE if complete else TrialState.PRUNED
         attributes = {"seed": 1, "worker": process.name}
-        answer = self.attempt(
-            process, faults, lambda: process.storage.finish_trial(trial_id, state, [0.5], attributes)
-        )
+        answer = self.attempt(process, faults, lambda: process.storage.finish_trial(trial_id, state, [0.5], attributes))
         assert isinstance(answer, LeaseLost) != current
         self.ended(process, held)
         if current:
@@ -293,14 +304,14 @@ class LeaseStory(RuleBasedStateMachine):
             return
         assert not any(row.state == "RUNNING" for row in self.rows())
         registry = Registry(process.storage.connection)
-        given = {"name": f"study-{self.study_id}", "study_id": self.study_id, "study_name": "s", "trial_number": 0}
+        given: dict[str, Any] = {"name": f"study-{self.study_id}", "study_id": self.study_id, "study_name": "s"}
         model = self.attempt(
-            process, faults, lambda: registry.promote(**given, scores={}, config={}, artifacts={"a": "b"})
+            process,
+            faults,
+            lambda: registry.promote(**given, trial_number=0, scores={}, config={}, artifacts={"a": "b"}),
         )
         self.versions.add(model.version)
-        self.attempt(
-            process, faults, lambda: process.leases.finish_promotion(self.study_id, name, model.version)
-        )
+        self.attempt(process, faults, lambda: process.leases.finish_promotion(self.study_id, name, model.version))
         assert self.leases._row(self.study_id).promoted_version == model.version
         self.world.counted["promoted"] += 1
 
@@ -340,11 +351,9 @@ class LeaseStory(RuleBasedStateMachine):
         """A process is killed while it takes a trial: what was committed of that is nobody's."""
         process = self.processes[name]
         process.storage.set_retry(0.0)
-        with failing(process.storage.connection, [*faults, Fault.AFTER]):
-            try:
-                process.leases.acquire(self.study_id, name)
-            except (DatabaseUnavailable, StudyOver):
-                pass
+        dying = failing(process.storage.connection, [*faults, Fault.AFTER])
+        with dying, suppress(DatabaseUnavailable, StudyOver):
+            process.leases.acquire(self.study_id, name)
         self._rows = None
         self.dies(name)
 
@@ -449,4 +458,4 @@ def test_every_story_of_workers_faults_and_restarts_ends_well(world: World) -> N
         suppress_health_check=list(HealthCheck),
     )
     run_state_machine_as_test(LeaseStory, settings=story)
-    print(dict(world.counted))
+    logging.getLogger(__name__).warning("%s", dict(world.counted))

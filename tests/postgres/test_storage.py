@@ -27,7 +27,7 @@ from optuna.trial import TrialState, create_trial
 
 from hpo.storage import tables
 from hpo.storage.connection import Connection, connect_arguments
-from hpo.storage.errors import DatabaseUnavailable, PostgresError, SchemaError, StudyOver
+from hpo.storage.errors import DatabaseUnavailable, SchemaError, StudyOver
 from hpo.storage.heartbeat import Progress
 from hpo.storage.leases import Leases
 from hpo.storage.locks import exclusively

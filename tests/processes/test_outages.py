@@ -1,8 +1,8 @@
-"""What goes away and comes back: the server, the launcher with its workers, answers, and the night between two launches.
+"""What goes away and comes back: the server, a launch with its workers, answers, the night between two launches.
 
-Each is a public report or a day's experience with a tuner: a trial is failed because the database was restarted; a hung
-pooler holds a worker that Ctrl-C does not end; after a crash the relaunch waits for the dead worker's lease and runs other
-trials first; the time limit runs out while nothing runs.
+Each is a public report or a day's experience with a tuner: a trial is failed because the database was restarted; a
+hung pooler holds a worker that Ctrl-C does not end; after a crash the relaunch waits for the dead worker's lease and
+runs other trials first; the time limit runs out while nothing runs.
 """
 
 from __future__ import annotations

@@ -55,7 +55,8 @@ BEGIN
         AND given IS DISTINCT FROM 'any' AND given IS DISTINCT FROM concat_ws('/', l.trial_id, l.attempt, l.worker);
     IF FOUND THEN
         RAISE EXCEPTION USING ERRCODE = 'object_not_in_prerequisite_state',
-            MESSAGE = format('trial %s is under a lease of the worker %s, and only that one ends it', OLD.number, holder),
+            MESSAGE = format('trial %s is under a lease of the worker %s, and only that one ends it', OLD.number,
+                holder),
             HINT = 'End the study with `hpo stop`, or wait for the trial.';
     END IF;
     RETURN NEW;
