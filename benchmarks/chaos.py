@@ -1,11 +1,14 @@
 """Kill everything and count: no trial lost, none doubled, no bit changed.
 
     python benchmarks/chaos.py [--trials 100] [--workers 4] [--every 2]
+    python benchmarks/chaos.py --trials 1000 --epochs 3 --server 5 40        # about eight minutes
 
 A study of real trials on an embedded server of its own. Every few seconds a random worker is killed with SIGKILL and
 started again; once the server is stopped with `immediate`, once its postmaster is killed with kill -9, each time it
-is started again. Then every trial must have ended exactly once, and every curve must be, bit for bit, that of the
-same configuration trained undisturbed. tests/test_chaos.py runs it in a small form.
+is started again. With --server it is the server alone that dies, at random times so many seconds apart, by turns in
+these two ways, and then no trial may have lost an attempt. At the end every trial must have ended exactly once, and
+every curve must be, bit for bit, that of the same configuration trained undisturbed; of a large study so many, drawn
+by lot, are trained again. tests/processes/test_chaos.py runs both in a small form.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ trials = {trials}
 sampler = "random"
 pruner = "{pruner}"
 lease = 3
-attempts = 100
+attempts = {attempts}
 [data]
 train = "waves.npz"
 validation = {{ folds = 3 }}
@@ -60,6 +63,9 @@ class Chaos:
     states: dict[str, int] | None = None
     numbers: list[int] | None = None
     adopted: int = 0  # trials that ended under a second lease or a later one
+    lost: int = 0  # leases lost, over all trials
+    most_lost: int | None = None  # that may be
+    judged: int = 0  # trials that were trained again
     started: int = 0  # counted against the budget
     differing: list[str] | None = None  # trials whose curve is not that of an undisturbed training
     leftovers: list[str] | None = None  # checkpoints that nobody deleted
@@ -72,12 +78,14 @@ class Chaos:
             found.append(f"{self.trials} trials asked for, {self.started} started, numbered {self.numbers}")
         if not self.states or set(self.states) - {"COMPLETE", "PRUNED"}:
             found.append(f"every trial must end complete or pruned, got {self.states}")
+        if self.most_lost is not None and self.lost > self.most_lost:
+            found.append(f"{self.lost} attempts of trials were lost")
         found += [f"not the bits of an undisturbed training: {text}" for text in self.differing or ()]
         found += [f"left in the artifact store: {key}" for key in self.leftovers or ()]
         return found
 
 
-def write_study(folder: Path, trials: int, epochs: int, pruner: str) -> Path:
+def write_study(folder: Path, trials: int, epochs: int, pruner: str, attempts: int) -> Path:
     """Noisy waves of two frequencies in folder/waves.npz, and a study file over them."""
     noise = np.random.default_rng(0)
     labels = np.arange(120) % 2
@@ -85,7 +93,7 @@ def write_study(folder: Path, trials: int, epochs: int, pruner: str) -> Path:
     X = np.sin(steps * (0.5 + 0.3 * labels[:, None, None])) + noise.normal(0, 1.0, (120, 30, 2))
     np.savez(folder / "waves.npz", X=X, y=labels, lengths=noise.integers(15, 31, 120))
     path = folder / "chaos.toml"
-    path.write_text(STUDY.format(trials=trials, epochs=epochs, pruner=pruner))
+    path.write_text(STUDY.format(trials=trials, epochs=epochs, pruner=pruner, attempts=attempts))
     return path
 
 
@@ -141,9 +149,14 @@ def run(
     epochs: int = 12,
     pruner: str = "median",
     seed: int = 0,
+    server_s: tuple[float, float] | None = None,
+    judged: int = 300,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Chaos:
-    """One study under chaos. HPO_HOME and HPO_ARTIFACTS must name folders of this run's own."""
+    """One study under chaos. HPO_HOME and HPO_ARTIFACTS must name folders of this run's own.
+
+    server_s: only the server dies, so many seconds apart. judged: trials that are trained again, at most.
+    """
     from hpo.storage.artifacts import artifact_store
     from hpo.storage.database import database_url
     from hpo.storage.server import server as embedded
@@ -152,37 +165,58 @@ def run(
     from hpo.study.lifecycle import create_or_open
 
     chance, report, started = random.Random(seed), Chaos(trials), time.monotonic()
-    config = load(write_study(folder, trials, epochs, pruner))
+    config = load(write_study(folder, trials, epochs, pruner, attempts=1 if server_s else 100))
     storage = trial_storage(database_url())
     study = create_or_open(config, storage, artifact_store())
     attacks: list[Callable[[], None]] = [stop_immediately, crash_postmaster]
+    if server_s is not None:
+        report.most_lost = 0
     with workers(count, folder) as running:
         last = time.monotonic()
+        pause_s = every_s if server_s is None else chance.uniform(*server_s)
         while (state := study.leases.snapshot(study.study_id)).status != "finished":
             time.sleep(0.2)
             revive(running, folder)
             ended = sum(state.counts[name] for name in ("complete", "pruned", "failed"))
-            if time.monotonic() - last < every_s or ended == trials:
+            if time.monotonic() - last < pause_s or ended == trials:
                 continue
             last = time.monotonic()
-            victim = chance.choice(running)
-            if victim.poll() is None:
-                os.kill(victim.pid, signal.SIGKILL)
-                report.kills += 1
-            if attacks and ended >= trials * (2 - len(attacks)) / 4:
-                attacks.pop(0)()
-                time.sleep(0.5)
-                embedded.start()
-                report.stops, report.crashes = report.stops + (len(attacks) == 1), report.crashes + (not attacks)
-            tell(f"{ended}/{trials} trials ended, {report.kills} workers killed")
-    _judge(report, study)
+            if server_s is not None:
+                pause_s = chance.uniform(*server_s)
+                _attack(report, attacks[(report.stops + report.crashes) % 2], embedded.start)
+            else:
+                _kill(report, chance.choice(running))
+                if report.stops + report.crashes < 2 and ended >= trials * (1 + report.stops) / 4:
+                    _attack(report, attacks[report.stops], embedded.start)
+            tell(
+                f"{ended}/{trials} trials ended, {report.kills} workers killed, server stopped {report.stops} and "
+                f"crashed {report.crashes} times"
+            )
+    report.lost = storage.connection.execute("SELECT sum(lost)::int FROM hpo.leases")[0][0]
+    _judge(report, study, chance, judged)
     storage.close()
     report.seconds = time.monotonic() - started
     return report
 
 
-def _judge(report: Chaos, study: Any) -> None:
-    """Train every configuration again, undisturbed, in this process."""
+def _kill(report: Chaos, victim: subprocess.Popen[bytes]) -> None:
+    if victim.poll() is None:
+        os.kill(victim.pid, signal.SIGKILL)
+        report.kills += 1
+
+
+def _attack(report: Chaos, attack: Callable[[], None], restart: Callable[[], object]) -> None:
+    attack()
+    report.stops, report.crashes = (
+        report.stops + (attack is stop_immediately),
+        report.crashes + (attack is crash_postmaster),
+    )
+    time.sleep(0.5)
+    restart()
+
+
+def _judge(report: Chaos, study: Any, chance: random.Random, most: int) -> None:
+    """Train configurations again, undisturbed, in this process."""
     from hpo.models.machine import prepare_process
     from hpo.promote.reproduce import reproduce
     from hpo.storage.artifacts import artifact_store
@@ -193,7 +227,10 @@ def _judge(report: Chaos, study: Any) -> None:
     report.states = dict(Counter(trial.state.name for trial in found))
     report.adopted = sum(trial.user_attrs.get("attempt", 1) > 1 for trial in found)
     report.started = study.leases.study(study.study_id).started
-    again = (reproduce(study.storage, study.name, trial.number) for trial in found if "curve" in trial.user_attrs)
+    numbers = [trial.number for trial in found if "curve" in trial.user_attrs]
+    chosen = chance.sample(numbers, min(most, len(numbers)))
+    report.judged = len(chosen)
+    again = (reproduce(study.storage, study.name, number) for number in chosen)
     report.differing = [f"trial {item.number}, {item.first_difference}" for item in again if not item.equal]
     report.leftovers = artifact_store().keys("checkpoint-")
 
@@ -203,7 +240,12 @@ def main() -> None:
     options.add_argument("--trials", type=int, default=100)
     options.add_argument("--workers", type=int, default=4)
     options.add_argument("--every", type=float, default=2.0, help="seconds between two kills")
+    options.add_argument("--epochs", type=int, default=12)
+    options.add_argument(
+        "--server", type=float, nargs=2, metavar=("LEAST", "MOST"), help="only the server dies, so many seconds apart"
+    )
     given = options.parse_args()
+    server_s = None if given.server is None else (given.server[0], given.server[1])
     with tempfile.TemporaryDirectory(prefix="chaos-") as scratch:
         folder = Path(scratch)
         folder.chmod(0o711)  # root's server runs as another user
@@ -213,12 +255,21 @@ def main() -> None:
         from hpo.storage.server import server as embedded
 
         try:
-            report = run(folder, trials=given.trials, count=given.workers, every_s=given.every, tell=print)
+            report = run(
+                folder,
+                trials=given.trials,
+                count=given.workers,
+                every_s=given.every,
+                epochs=given.epochs,
+                server_s=server_s,
+                tell=print,
+            )
         finally:
             embedded.stop()
     print(
         f"{report.trials} trials on {given.workers} workers in {report.seconds:.0f} s: {report.kills} workers killed, "
-        f"server stopped {report.stops} and crashed {report.crashes} time(s); {report.states}, {report.adopted} adopted"
+        f"server stopped {report.stops} and crashed {report.crashes} time(s); {report.states}, "
+        f"{report.adopted} adopted, {report.lost} attempts lost, {report.judged} trained again"
     )
     faults = report.faults()
     print("\n".join(faults) or "every trial ended exactly once, every curve is that of an undisturbed training")

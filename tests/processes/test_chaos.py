@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -25,17 +27,27 @@ def chaos() -> ModuleType:
     return module
 
 
-def test_kills_of_workers_and_of_the_server_lose_double_and_change_nothing(
-    chaos: ModuleType, short_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def folder(short_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where the chaos has a home of its own."""
     monkeypatch.setenv("HPO_HOME", str(short_folder / "chaos"))
     monkeypatch.setenv("HPO_ARTIFACTS", str(tmp_path / "artifacts"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.delenv("HPO_DATABASE_URL", raising=False)
-    try:
-        report = chaos.run(tmp_path, trials=120, count=3, every_s=1.5)
-    finally:
-        embedded.stop()
+    yield tmp_path
+    embedded.stop()
+    shutil.rmtree(short_folder / "chaos")
+
+
+def test_kills_of_workers_and_of_the_server_lose_double_and_change_nothing(chaos: ModuleType, folder: Path) -> None:
+    report = chaos.run(folder, trials=120, count=3, every_s=1.5)
     assert report.faults() == []
     assert report.kills >= 2
     assert (report.stops, report.crashes) == (1, 1)
+
+
+def test_a_server_that_dies_again_and_again_costs_no_attempt(chaos: ModuleType, folder: Path) -> None:
+    report = chaos.run(folder, trials=100, count=2, every_s=0, server_s=(1.0, 3.0), judged=20)
+    assert report.faults() == []
+    assert report.lost == 0
+    assert report.stops >= 1

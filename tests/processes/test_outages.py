@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -63,33 +63,6 @@ def kill_all(environment: dict[str, str]) -> None:
 
 def _lives(process: psutil.Process) -> bool:
     return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-
-
-def test_a_server_that_dies_again_and_again_fails_no_trial(
-    cli: Cli, study_file: Callable[..., Path], environment: dict[str, str], short_folder: Path
-) -> None:
-    file = study_file(trials=4, epochs=60, study='sampler = "random"\npruner = "none"\nlease = 1\nattempts = 1')
-    outside = {"HPO_HOME": str(short_folder / "outages")}
-    environment = {name: value for name, value in environment.items() if name != "HPO_DATABASE_URL"} | outside
-    with launching(file, environment, workers=2) as running:
-        log = short_folder / "outages" / "logs" / "waves" / "worker-0.log"
-        wait_for(lambda: log.exists() and "epoch 1" in log.read_text())
-        for _ in range(4):
-            found = list((short_folder / "outages").rglob("postmaster.pid"))
-            if running.poll() is not None:
-                break
-            if found and (lines := found[0].read_text().split()):
-                with suppress(ProcessLookupError):
-                    os.kill(int(lines[0]), signal.SIGKILL)
-            time.sleep(1.5)
-        output, errors = running.communicate(timeout=120)
-    assert running.returncode == 0, errors
-    url = cli("db", "url", "--show-password", env=environment).stdout.strip()
-    lost = rows(url, "SELECT sum(lost), count(*) FROM hpo.leases")
-    stop = cli("db", "stop", env=environment)
-    assert summary_of(output)["trials"] == {"complete": 4, "pruned": 0, "failed": 0}
-    assert lost == [(0, 4)]
-    assert stop.returncode == 0
 
 
 def test_a_launch_killed_with_its_worker_goes_on_at_once_and_repeats_the_undisturbed_study(
