@@ -183,17 +183,18 @@ class Leases:
     def free_dead(self, host: str, worker: str) -> list[str]:
         """Free what workers of this host hold whose processes are gone, but for `worker`; their names.
 
-        A process that died counts as a lost lease. One that went down with its machine does not.
+        A process that died counts as a lost lease. One that ended by itself while the database was away, or went down
+        with its machine, does not.
         """
-        found: dict[Fate, list[str]] = {"died": [], "machine restarted": [], "unknown": []}
+        found: dict[Fate, list[str]] = {"died": [], "ended": [], "unknown": []}
         rows = self._session.execute(_WORKERS_OF_HOST, given={"host": host, "worker": worker})
         for name, machine, pid, start, silent_s in rows:
-            found[fate(machine, pid, start, silent_s)].append(name)
-        for workers, counted in ((found["died"], True), (found["machine restarted"], False)):
+            found[fate(name, machine, pid, start, silent_s)].append(name)
+        for workers, counted in ((found["died"], True), (found["ended"], False)):
             if workers:
                 given = {"workers": workers, "counted": counted}
                 self._session.execute(_LAPSE_WORKERS, given=given, durable=True)
-        return found["died"] + found["machine restarted"]
+        return found["died"] + found["ended"]
 
     def retire(self, worker: str) -> None:
         """The worker ends."""

@@ -5,14 +5,19 @@ A number alone says nothing: it is given again, and each container counts its ow
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Literal
 
+from hpo.storage.errors import PostgresError
+from hpo.storage.home import home
+
 SILENT_S = 10.0  # a machine that was restarted was away for longer than this
 
-Fate = Literal["unknown", "died", "machine restarted"]
+Fate = Literal["unknown", "died", "ended"]  # ended: by itself, or with its machine
 
 
 @dataclass(frozen=True)
@@ -53,8 +58,8 @@ def process_start(pid: int) -> int | None:
     return None if fields[0] in "ZX" else int(fields[19])
 
 
-def fate(machine: str, pid: int, start: int | None, silent_s: float) -> Fate:
-    """What became of a process that ran on a machine of this one's name.
+def fate(worker: str, machine: str, pid: int, start: int | None, silent_s: float) -> Fate:
+    """What became of a worker's process that ran on a machine of this one's name.
 
     silent_s: seconds since it was last heard of. "unknown": it runs, or nobody here can tell.
     """
@@ -62,9 +67,35 @@ def fate(machine: str, pid: int, start: int | None, silent_s: float) -> Fate:
     if here is None or start is None:
         return "unknown"
     if here == there:
-        return "unknown" if process_start(pid) == start else "died"
+        if process_start(pid) == start:
+            return "unknown"
+        return "ended" if ended_by_itself(worker, start) else "died"
     restarted = here.boot_id != there.boot_id and here.machine_id == there.machine_id != ""
-    return "machine restarted" if restarted and silent_s > SILENT_S else "unknown"
+    return "ended" if restarted and silent_s > SILENT_S else "unknown"
+
+
+def note_end(worker: str) -> None:
+    """This process is about to end by itself.
+
+    What it may be unable to give back to a database that is away was not lost by a crash: whoever finds the worker gone
+    learns so from this note.
+    """
+    with suppress(OSError, PostgresError):
+        path = _note(worker, process_start(os.getpid()))
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+
+
+def ended_by_itself(worker: str, start: int | None) -> bool:
+    """Whether there is such a note; it is removed."""
+    with suppress(OSError, PostgresError):
+        _note(worker, start).unlink()
+        return True
+    return False
+
+
+def _note(worker: str, start: int | None) -> Path:
+    return home() / "ended" / f"{worker}.{start}"
 
 
 def _machine_id() -> str:

@@ -22,6 +22,7 @@ from hpo.storage.artifacts import artifact_store
 from hpo.storage.database import database_url
 from hpo.storage.errors import MissingRecord, PostgresError, StudyOver
 from hpo.storage.leases import Lease, Leases
+from hpo.storage.liveness import note_end
 from hpo.storage.trials import trial_storage
 from hpo.storage.url import mask
 from hpo.study.lifecycle import OpenStudy, open_study, study_id_of
@@ -86,8 +87,16 @@ class Worker:
             else:
                 self._run_slots()
         finally:
+            self._leave()
+
+    def _leave(self) -> None:
+        try:
+            self.leases.release_promotions(self.name)
             self.leases.retire(self.name)
             self.storage.close()
+        except PostgresError:
+            note_end(self.name)  # its slots could not give back their trials either
+            raise
 
     @contextmanager
     def holding(self, lease: Lease) -> Iterator[None]:
@@ -112,6 +121,7 @@ class Worker:
 
     def give_back(self) -> None:
         """All that it holds, over a connection of its own: nobody knows what the others hang in."""
+        note_end(self.name)  # the process ends before a database that is away comes back
         leases = Leases(trial_storage(self.url, retry_s=0.0))
         for lease in list(self._held):
             leases.release(lease)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from optuna.study import StudyDirection
@@ -207,10 +208,23 @@ def test_a_process_is_known_by_its_number_and_its_start() -> None:
     assert here is not None
     assert start is not None
     assert Machine.parse(str(here)) == here
-    assert fate(str(here), os.getpid(), start, 1e6) == "unknown"
-    assert fate(str(here), os.getpid(), start - 1, 0) == "died"  # its number was given again
-    assert fate(str(here), 2**22 + 1, start, 0) == "died"
-    assert fate(str(here), os.getpid(), None, 0) == "unknown"
+    assert fate("w", str(here), os.getpid(), start, 1e6) == "unknown"
+    assert fate("w", str(here), os.getpid(), start - 1, 0) == "died"  # its number was given again
+    assert fate("w", str(here), 2**22 + 1, start, 0) == "died"
+    assert fate("w", str(here), os.getpid(), None, 0) == "unknown"
+
+
+def test_a_process_that_could_not_say_goodbye_to_the_database_was_not_lost_by_a_crash(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Reported: a network that was down for minutes, three times, and the trial is given up."""
+    monkeypatch.setenv("HPO_HOME", str(tmp_path))
+    here, end = str(this_machine()), "from hpo.storage.liveness import note_end; note_end('w')"
+    process = subprocess.Popen([sys.executable, "-c", f"import time; time.sleep(0.2)\n{end}"])
+    start = process_start(process.pid)
+    process.wait()
+    assert fate("w", here, process.pid, start, 0) == "ended"
+    assert fate("w", here, process.pid, start, 0) == "died"  # the note is read once
 
 
 def test_a_process_from_before_the_machines_start_is_gone_and_one_elsewhere_is_not_known() -> None:
@@ -220,11 +234,11 @@ def test_a_process_from_before_the_machines_start_is_gone_and_one_elsewhere_is_n
     before = Machine(here.machine_id, "an earlier boot", here.pid_namespace)
     container = Machine(here.machine_id, here.boot_id, "1")
     elsewhere = Machine("another machine", "another boot", here.pid_namespace)
-    expected = "machine restarted" if here.machine_id else "unknown"
-    assert fate(str(before), os.getpid(), start, SILENT_S + 1) == expected
-    assert fate(str(before), os.getpid(), start, SILENT_S - 1) == "unknown"  # it was heard of just now: a namesake
+    expected = "ended" if here.machine_id else "unknown"
+    assert fate("w", str(before), os.getpid(), start, SILENT_S + 1) == expected
+    assert fate("w", str(before), os.getpid(), start, SILENT_S - 1) == "unknown"  # it was heard of just now: a namesake
     for machine in (named, container, elsewhere):
-        assert fate(str(machine), os.getpid(), start, 1e6) == "unknown"
+        assert fate("w", str(machine), os.getpid(), start, 1e6) == "unknown"
 
 
 # --------------------------------------------------------------------------------------------------- the study's time

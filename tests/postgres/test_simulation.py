@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any, ClassVar
 
 import pytest
@@ -102,6 +103,7 @@ class Process:
     """One life of a logical worker: what dies with it."""
 
     name: str
+    pid: int
     storage: SimulatedStorage
     leases: Leases
     held: list[Held] = field(default_factory=list)
@@ -115,6 +117,8 @@ class World:
         self.clock = Clock(self.observer.connection)
         self.storages = {name: SimulatedStorage(url) for name in WORKERS}  # connections are kept from life to life
         self.counted: Counter[str] = Counter()  # of all stories: examples, steps, faults, …
+        self.pids = count(1)
+        self.dead: set[int] = set()
 
 
 class LeaseStory(RuleBasedStateMachine):
@@ -147,8 +151,8 @@ class LeaseStory(RuleBasedStateMachine):
     def start(self, name: str) -> None:
         storage = self.world.storages[name]
         storage.set_retry(60.0)
-        process = self.processes[name] = Process(name, storage, Leases(storage))
-        process.leases.register(name, self.study_id, "host", os.getpid())
+        process = self.processes[name] = Process(name, next(self.world.pids), storage, Leases(storage))
+        process.leases.register(name, self.study_id, "host", process.pid)
         self._rows = None
 
     def rows(self) -> list[Row]:
@@ -203,6 +207,19 @@ class LeaseStory(RuleBasedStateMachine):
     def first_takes(self, faults: list[Fault]) -> None:
         self._take(WORKERS[0], faults)
 
+    @rule(name=WORKER, epochs=st.integers(1, 3))
+    def trains_undisturbed(self, name: str, epochs: int) -> None:
+        """A trial from its lease to its end."""
+        process = self.processes[name]
+        self._take(name, [])
+        for held in process.held[-1:]:
+            for _ in range(epochs):
+                self._report(process, held, [], 0.5)
+            if held in process.held:
+                self._checkpoint(process, held, [])
+            if held in process.held:
+                self._finish(process, held, [], complete=True)
+
     def _take(self, name: str, faults: list[Fault]) -> None:
         process = self.processes[name]
         before = {row.number: row for row in self.rows()}
@@ -241,7 +258,9 @@ class LeaseStory(RuleBasedStateMachine):
     @precondition(lambda self: any(process.held for process in self.processes.values()))
     @rule(data=st.data(), faults=FAULTS, value=st.floats(0, 1))
     def report(self, data: st.DataObject, faults: list[Fault], value: float) -> None:
-        process, held = self.some_held(data)
+        self._report(*self.some_held(data), faults, value)
+
+    def _report(self, process: Process, held: Held, faults: list[Fault], value: float) -> None:
         current = self.is_current(held)
         held.epoch += 1
         held.batches += 1
@@ -261,7 +280,9 @@ class LeaseStory(RuleBasedStateMachine):
     @precondition(lambda self: any(process.held for process in self.processes.values()))
     @rule(data=st.data(), faults=FAULTS)
     def checkpoint(self, data: st.DataObject, faults: list[Fault]) -> None:
-        process, held = self.some_held(data)
+        self._checkpoint(*self.some_held(data), faults)
+
+    def _checkpoint(self, process: Process, held: Held, faults: list[Fault]) -> None:
         if held.epoch < 0:
             return
         lease, current = held.lease, self.is_current(held)
@@ -277,7 +298,9 @@ class LeaseStory(RuleBasedStateMachine):
     @precondition(lambda self: any(process.held for process in self.processes.values()))
     @rule(data=st.data(), faults=FAULTS, complete=st.booleans())
     def finish(self, data: st.DataObject, faults: list[Fault], complete: bool) -> None:
-        process, held = self.some_held(data)
+        self._finish(*self.some_held(data), faults, complete=complete)
+
+    def _finish(self, process: Process, held: Held, faults: list[Fault], *, complete: bool) -> None:
         current, trial_id = self.is_current(held), held.lease.trial_id
         state = TrialState.COMPLETE if complete else TrialState.PRUNED
         attributes = {"seed": 1, "worker": process.name}
@@ -345,6 +368,20 @@ class LeaseStory(RuleBasedStateMachine):
         self.bury(self.processes[name])
         self.start(name)
         assert not [row for row in self.rows() if row.worker == name and not row.ended and not self.is_free(row)]
+
+    @rule(name=WORKER, other=WORKER, faults=FAULTS)
+    def dies_and_another_looks(self, name: str, other: str, faults: list[Fault]) -> None:
+        """A process is killed, and another one of its machine looks for dead ones."""
+        if name == other:
+            return
+        process, looking = self.processes[name], self.processes[other]
+        held = {each.lease.trial_id for each in process.held if self.is_current(each)}
+        self.world.dead.add(process.pid)
+        self.bury(process)
+        freed = self.attempt(looking, faults, lambda: looking.leases.free_dead("host", other))
+        assert name in freed or Fault.AFTER in faults
+        assert all(self.is_free(row) for row in self.rows() if row.trial_id in held)
+        self.start(name)
 
     @rule(name=WORKER, faults=FAULTS)
     def dies_within(self, name: str, faults: list[Fault]) -> None:
@@ -441,9 +478,10 @@ class LeaseStory(RuleBasedStateMachine):
 def world(server: str, template: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     monkeypatch.setattr(connection_module, "PAUSE_S", 0.0)
     monkeypatch.setattr(session_module, "HELD_BACK_S", 1e6)  # nothing is written but by a step of the story
-    monkeypatch.setattr(leases_module, "process_start", lambda pid: None)
+    monkeypatch.setattr(leases_module, "process_start", lambda pid: pid)
     with fresh_database(server, template) as url:
         made = World(url)
+        monkeypatch.setattr(leases_module, "fate", lambda _, __, pid, *___: "died" if pid in made.dead else "unknown")
         yield made
         for storage in (made.observer, *made.storages.values()):
             storage.close()
