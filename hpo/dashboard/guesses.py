@@ -10,10 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 FREE = 20  # wrong passwords of one address before it has to pause
-FORGET_S = 60.0  # seconds in which one wrong password of an address is forgotten
+FORGET_S = 600.0  # seconds in which one wrong password of an address is forgotten
 LONGEST_PAUSE_S = 64.0
 FREE_OVERALL = 100  # wrong passwords of all addresses together before new ones have to wait
 OVERALL_PER_S = 2.0  # wrong passwords of all addresses that are forgotten in a second
+MOST_COUNTED = FREE + 10.0  # wrong passwords of one address, so that it is forgiven in some hours
 MOST_CLIENTS = 4096  # addresses that are remembered
 
 
@@ -64,8 +65,9 @@ class Guesses:
         self._overall.add(now, OVERALL_PER_S)
         wrong = self._clients.setdefault(client, _Wrong())
         self._clients.move_to_end(client)
-        if (over := wrong.add(now, 1 / FORGET_S) - FREE) > 0:
-            wrong.until = now + min(2.0 ** min(over, 64.0), LONGEST_PAUSE_S)
+        wrong.count = min(wrong.add(now, 1 / FORGET_S), MOST_COUNTED)
+        if wrong.count > FREE:
+            wrong.until = now + min(2.0 ** (wrong.count - FREE), LONGEST_PAUSE_S)
         if len(self._clients) > MOST_CLIENTS:
             self._clients.popitem(last=False)
 

@@ -148,6 +148,9 @@ def wsgi_app(
 def _tidy(environ: WSGIEnvironment) -> WSGIEnvironment:
     """A copy with what the dashboard takes for granted, and no body where none is read."""
     given = {"HTTP_ACCEPT_ENCODING": "", "PATH_INFO": "", **environ}
+    for name in [name for name in given if name.startswith("HTTP_") and not str(given[name]).isascii()]:
+        given[name] = given[name].encode("ascii", "replace").decode()  # no header that counts has other letters
+    given.pop("HTTP_RANGE", None)  # a server may ignore it; Bottle leaves a file open where it is odd
     given["REQUEST_METHOD"] = str(environ.get("REQUEST_METHOD", "GET")).upper()
     if given["REQUEST_METHOD"] in READS or not re.fullmatch(r"[0-9]{1,18}", given.get("CONTENT_LENGTH") or ""):
         given |= {"CONTENT_LENGTH": "0", "CONTENT_TYPE": ""}
@@ -343,7 +346,7 @@ def _styled(page: WSGIApplication, environ: WSGIEnvironment, start: Any) -> list
     def note(status: str, headers: list[tuple[str, str]], *_: Any) -> Any:
         started[:] = status, headers
 
-    conditional = ("HTTP_IF_MODIFIED_SINCE", "HTTP_RANGE", "wsgi.file_wrapper")
+    conditional = ("HTTP_IF_MODIFIED_SINCE", "wsgi.file_wrapper")
     sent: Any = page({name: value for name, value in environ.items() if name not in conditional}, note)
     with closing(sent) if hasattr(sent, "close") else nullcontext():
         body = b"".join(sent).replace(b"</head>", _STYLE + b"</head>")

@@ -128,9 +128,9 @@ def _trial(study_id: int, trial: FrozenTrial, study_attrs: dict[str, Any]) -> by
         trial = copy.copy(trial)
         trial._values = None
     serialized = serialize_frozen_trial(study_id, trial, study_attrs)
-    # Those that Optuna 5 stores one by one too. JSON has no infinity, and what is not a number is not met.
+    # Those that Optuna 5 stores one by one too. JSON has no infinity.
     serialized["constraints"] = [
-        value if math.isfinite(value) else math.copysign(sys.float_info.max, 1.0 if value != value else value)
+        value if math.isfinite(value) else math.copysign(sys.float_info.max, value)
         for value in trial.constraints.values()
     ]
     return json.dumps(serialized).encode()

@@ -124,7 +124,7 @@ def test_what_would_break_a_study_is_closed_and_says_the_way(
 ) -> None:
     """An acceptance run: a visitor created a study without a plan, and told a trial under lease."""
     path = path.format(study=held.study_id, trial=held.trial_id)
-    before = storage.get_all_studies(), storage.get_trial(held.trial_id)
+    before = [vars(study) for study in storage.get_all_studies()], storage.get_trial(held.trial_id)
     for variant in (path, f"{path}/", f"{path}//", path.replace("api", "%61p%69")):
         for verb in (method, method.lower()):
             answer = client(verb, variant, body, HTTP_X_HTTP_METHOD_OVERRIDE="PUT")
@@ -133,8 +133,7 @@ def test_what_would_break_a_study_is_closed_and_says_the_way(
         assert client(method, variant, body)[0] in (403, 404, 405)
     overridden = client("GET", path, body, HTTP_X_HTTP_METHOD_OVERRIDE=method, HTTP_X_METHOD=method)
     assert overridden[0] in (200, 302, 404, 405)
-    after = storage.get_all_studies(), storage.get_trial(held.trial_id)
-    assert repr(after) == repr(before)
+    assert ([vars(study) for study in storage.get_all_studies()], storage.get_trial(held.trial_id)) == before
 
 
 def test_a_writing_route_that_nobody_has_looked_at_is_closed(storage: TrialStorage) -> None:
@@ -267,18 +266,17 @@ BODIES = [
     b"NaN",
     b'{"version": 1e999}',
 ]
-VALUES = [None, True, 1, -1, 10**30, 1.5, "", "a\0b", "\ud800", "x" * 3000, [], [[1]], {}, {"a": {"b": []}}]
+VALUES: list[Any] = [None, True, 1, -1, 10**30, 1.5, "", "a\0b", "\ud800", "x" * 3000, [], [[1]], {}, {"a": {"b": []}}]
 
 
 def test_odd_numbers_of_studies_and_trials_are_not_found(client: Client, held: Lease) -> None:
+    body = {"version": 1, "body": "", "user_attrs": {"a": 1}, "file": "data:a;base64,aGk="}
+    right = {"study": held.study_id, "trial": held.trial_id}
     for target in TARGETS:
-        for number in NUMBERS:
-            for study, trial in ((number, held.trial_id), (held.study_id, number)):
+        for kind in (kind for kind in right if f"{{{kind}}}" in target):
+            for number in NUMBERS:
+                path = target.format(**{**right, kind: number})
                 for method in ("GET", "HEAD", "PUT", "POST", "DELETE"):
-                    body = {"version": 1, "body": "", "user_attrs": {"a": 1}, "file": "data:a;base64,aGk="}
-                    path = target.format(study=study, trial=trial)
-                    if "{trial}" not in target and study == held.study_id:
-                        continue
                     assert 400 <= client(method, path, body)[0] < 500, (method, path[:99])
 
 

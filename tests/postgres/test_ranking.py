@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from typing import Literal
 
 import optuna
 import pytest
@@ -17,7 +18,7 @@ from hpo.study.ranking import best, rank, scores_of
 from hpo.study.record import COPIED_FROM
 from tests.conftest import execute
 
-VALUES = (0.9, 0.95, 0.97, 0.975, 0.98, 0.5, float("inf"), float("-inf"))
+VALUES = (0.9, 0.905, 0.95, 0.97, 0.975, 0.98, 0.5, float("inf"), float("-inf"))
 ODD = (5e-324, 1e300, 10**400, 7, float("inf"), float("nan"), "unknown", True, None)
 LOG_LOSSES: tuple[object, ...] = (0.1, 0.2, 0.3, 0.4, 0.5) * 3 + ODD
 STATES = (TrialState.COMPLETE,) * 6 + (TrialState.PRUNED, TrialState.FAIL, TrialState.RUNNING)
@@ -26,7 +27,7 @@ STATES = (TrialState.COMPLETE,) * 6 + (TrialState.PRUNED, TrialState.FAIL, Trial
 def random_trial(chance: random.Random) -> FrozenTrial:
     """Trained here, copied or another program's; in any state, of any value and log-loss."""
     state = chance.choice(STATES)
-    value = chance.choice(VALUES[: chance.choice((6, 6, 6, 8))])
+    value = chance.choice(VALUES[: chance.choice((6, 6, 6, 9))])
     attributes: dict[str, object] = {COPIED_FROM: "other/1"} if chance.random() < 0.1 else {}
     if not attributes and chance.random() < 0.8:
         attributes["seed"] = 0
@@ -38,7 +39,7 @@ def random_trial(chance: random.Random) -> FrozenTrial:
 
 @pytest.mark.parametrize("direction", ["maximize", "minimize"])
 def test_the_displays_best_trial_is_the_one_to_be_promoted(
-    storage: TrialStorage, database_url: str, direction: str
+    storage: TrialStorage, database_url: str, direction: Literal["maximize", "minimize"]
 ) -> None:
     leases, told = Leases(storage), 0
     for seed in range(40):
@@ -46,7 +47,7 @@ def test_the_displays_best_trial_is_the_one_to_be_promoted(
         study = optuna.create_study(storage=storage, direction=direction)
         resolution = chance.choice((0.0, 0.01, 0.05))
         leases.open_study(study._study_id, Terms(budget=9, resolution=resolution), {})
-        study.add_trials([random_trial(chance) for _ in range(chance.choice((0, 1, 5, 30)))])
+        study.add_trials([random_trial(chance) for _ in range(chance.choice((0, 1, 5, 8, 30, 30)))])
         if chance.random() < 0.3:  # as a plain script may store it
             nan = f"""UPDATE trial_values v SET value = 'NaN', value_type = 'FINITE' FROM trials t
                 WHERE t.trial_id = v.trial_id AND t.study_id = {study._study_id} AND t.number % 3 = 0"""
@@ -61,7 +62,7 @@ def test_the_displays_best_trial_is_the_one_to_be_promoted(
             metric = "auroc" if direction == "maximize" else "log_loss"
             assert shown.number == rank(scores, metric, resolution)[0]
             told += shown.ahead is not None
-    assert told > 3
+    assert told >= 3
 
 
 def test_a_log_loss_that_is_no_number_is_worse_than_any() -> None:
