@@ -162,9 +162,7 @@ def _begin(storage: TrialStorage, leases: Leases, study_id: int, plan: Plan) -> 
     describe_study(storage, study_id, plan.metric, plan.note())
     _enqueue(storage, study_id, plan)
     study = plan.config.study
-    terms = Terms(
-        study.trials, study.timeout_s, study.lease_s, max_attempts=study.attempts, resolution=plan.resolution
-    )
+    terms = Terms(study.trials, study.timeout_s, study.lease_s, max_attempts=study.attempts, resolution=plan.resolution)
     leases.open_study(study_id, terms, plan.to_json())
 
 
