@@ -75,7 +75,7 @@ def _ended(state: Snapshot) -> int:
 
 
 def _best(state: Snapshot) -> str:
-    return "none yet" if state.best_value is None else f"{state.best_value:.4f} (trial {state.best_number})"
+    return "none yet" if state.best is None else f"{state.best.value:.4f} (trial {state.best.number})"
 
 
 def _counts(state: Snapshot) -> str:
@@ -131,7 +131,8 @@ def status_row(state: Snapshot) -> dict[str, Any]:
         "status": state.status,
         "trials": dict(state.counts),
         "budget": state.budget,
-        "best": None if state.best_value is None else {"number": state.best_number, "value": state.best_value},
+        "best": None if state.best is None else {"number": state.best.number, "value": state.best.value},
+        "best_why": None if state.best is None else state.best.why,
         "version": state.promoted_version,
         "per_hour": None if state.rate_per_hour is None else round(state.rate_per_hour, 1),
         "seconds_left": _seconds_left(state),
@@ -198,12 +199,13 @@ def _status_view(states: Sequence[Snapshot], *, detailed: bool) -> Group:
             state.status,
             *(str(state.counts.get(name, 0)) for name in ("complete", "pruned", "failed", "running")),
             str(state.budget),
-            "" if state.best_value is None else _best(state),
+            "" if state.best is None else _best(state),
             _workers(state.worker_groups, len(state.worker_groups) if detailed else GROUPS_SHOWN),
             "" if state.rate_per_hour is None else f"{state.rate_per_hour:.0f}",
             "" if left_s is None else _duration(left_s),
         )
-    return Group(table, *([_flights(states[0])] if detailed and states[0].in_flight else []))
+    reasons = [Text(f"{state.name}: {state.best.why}") for state in states if state.best and state.best.why]
+    return Group(table, *reasons, *([_flights(states[0])] if detailed and states[0].in_flight else []))
 
 
 def _workers(groups: Sequence[WorkerGroup], most: int) -> str:
@@ -271,9 +273,10 @@ def show_summary(summary: dict[str, Any]) -> None:
     """What a launch ended with."""
     console = _console()
     trials, model, best = summary["trials"], summary["model"], summary["best"]
+    why = f" ({summary['best_why']})" if summary["best_why"] else ""
     console.print(
         f"{summary['study']}: {trials['complete']} complete, {trials['pruned']} pruned, {trials['failed']} failed "
-        f"in {summary['seconds']:.1f} s, ended by {summary['ended_by']}; best is trial {best['number']}",
+        f"in {summary['seconds']:.1f} s, ended by {summary['ended_by']}; best is trial {best['number']}{why}",
         highlight=False,
         soft_wrap=True,
     )

@@ -48,6 +48,26 @@ class WorkerGroup:
 
 
 @dataclass(frozen=True)
+class BestTrial:
+    """The best of a study's trials: hpo/study/ranking.py has the rule."""
+
+    number: int
+    value: float
+    ahead: tuple[int, float] | None = None  # number and value of one that is ahead by value, but equal by the rule
+
+    @property
+    def why(self) -> str | None:
+        """In words, where the rule prefers it to a trial that is ahead by value."""
+        if self.ahead is None:
+            return None
+        number, value = self.ahead
+        return (
+            f"trial {self.number} {self.value:.4f}, equal to trial {number}'s {value:.4f} within half a validation "
+            "sequence, lower log-loss"
+        )
+
+
+@dataclass(frozen=True)
 class Snapshot:
     """A study at one moment, for displays."""
 
@@ -59,13 +79,20 @@ class Snapshot:
     seconds_left: float | None  # of its timeout, at least 0; the clock stands while no worker lives
     promoted_version: int | None
     counts: dict[str, int]  # complete, pruned, failed, running, waiting; copied and foreign trials too
-    best_value: float | None
-    best_number: int | None
+    best: BestTrial | None  # of those that our workers trained
     in_flight: tuple[InFlight, ...]
     worker_groups: tuple[WorkerGroup, ...]  # by host and device
     rate_per_hour: float | None  # of trials ended under a lease: of the last RECENT, or of all since the first began
     first_started_at: datetime | None
     last_ended_at: datetime | None
+
+    @property
+    def best_value(self) -> float | None:
+        return None if self.best is None else self.best.value
+
+    @property
+    def best_number(self) -> int | None:
+        return None if self.best is None else self.best.number
 
     @property
     def workers(self) -> int:
@@ -77,7 +104,12 @@ def read_snapshot(row: Row) -> Snapshot:
     """A snapshot from the row of the statement `snapshot`."""
     known, (counts, best, in_flight, groups, *rest) = row[:7], row[7:]
     named = {name: (counts or {}).get(state, 0) for state, name in _STATES.items()}
-    value, number = (read_float(best[0]), best[1]) if best else (None, None)
     trials = tuple(InFlight(*trial) for trial in in_flight or ())
-    fields: Row = (*known, named, value, number, trials, tuple(WorkerGroup(*group) for group in groups or ()), *rest)
+    workers = tuple(WorkerGroup(*group) for group in groups or ())
+    fields: Row = (*known, named, _read_best(*best) if best else None, trials, workers, *rest)
     return Snapshot(*fields)
+
+
+def _read_best(number: int, value: float | str, other: int | None, other_value: float | str) -> BestTrial:
+    ahead = None if other is None else (other, read_float(other_value))
+    return BestTrial(number, read_float(value), ahead)

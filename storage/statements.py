@@ -91,8 +91,8 @@ def _header_length(lines: list[str]) -> int:
 
 def _completed(given: Statement, fragments: Mapping[str, str]) -> Statement:
     text = given.text
-    while "{" in text:
-        text = re.sub(r"\{(\w+)\}", lambda match: fragments[match[1]], text)
+    while re.search(r"\{[a-z]\w*\}", text):
+        text = re.sub(r"\{([a-z]\w*)\}", lambda match: fragments[match[1]], text)
     return Statement(given.name, text, given.types, given.prepared, given.description)
 
 

@@ -3,35 +3,40 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import errno
 import hashlib
 import hmac
 import ipaddress
 import json
 import logging
+import math
 import os
 import re
+import secrets
 import signal
 import socket
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, BinaryIO
-from urllib.parse import parse_qs, urlsplit
+from typing import Any, BinaryIO, NamedTuple
+from urllib.parse import urlsplit
 from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
+import psycopg2
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage
 from optuna_dashboard import wsgi
 from waitress import create_server
 
-from hpo.dashboard.study_json import StudyJson, compressed
+from hpo.dashboard.guesses import Guesses
+from hpo.dashboard.routes import READS, GuardedRoutes
 from hpo.errors import HpoError
-from hpo.storage.artifacts import ArtifactStore
-from hpo.storage.errors import PostgresError
+from hpo.storage.artifacts import ArtifactError, ArtifactStore, MissingArtifactError
+from hpo.storage.errors import DatabaseRefusal, LeaseLost, MissingRecord, PostgresError, TrialLeased
 from hpo.storage.trials import trial_storage
 
 log = logging.getLogger("hpo")
@@ -39,7 +44,7 @@ log = logging.getLogger("hpo")
 USER = "hpo"
 _THREADS = 4
 _RETRY_S = 10.0  # how long a request waits for a database that is out of reach
-_SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
+_KNOWN = "hpo-known"  # cookie of a browser that has given the password once: nobody's wrong guesses make it wait
 _HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "SAMEORIGIN",
@@ -56,6 +61,14 @@ _STYLE = b"<style>main .MuiTypography-body1{white-space:normal}</style>"
 
 class DashboardError(HpoError):
     """The dashboard cannot be served with these settings."""
+
+
+class Rejection(NamedTuple):
+    """The answer to a request that is not served."""
+
+    status: HTTPStatus
+    reason: str
+    headers: tuple[tuple[str, str], ...] = ()
 
 
 def serve(
@@ -110,22 +123,122 @@ def wsgi_app(
         raise DashboardError("the dashboard's password must not be empty; set HPO_DASHBOARD_PASSWORD to one")
     if isinstance(storage, str):
         storage = trial_storage(storage, retry_s=_RETRY_S)  # an object: optuna-dashboard is slow with a URL
-    page: WSGIApplication = wsgi(storage, artifact_store=_ByArtifactId(artifact_store))
-    studies = StudyJson(storage)
+    page: Any = wsgi(storage, artifact_store=_ByArtifactId(artifact_store))
+    GuardedRoutes(storage, allow_delete).install(page)
+    door = _LoopbackOnly() if password is None else _PasswordRequired(password)
 
     def guarded(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        def start(status: str, headers: list[tuple[str, str]], *error: Any) -> Any:
-            return start_response(status, _with_security(headers), *error)
+        given = _tidy(environ)
+        extra: list[tuple[str, str]] = []
 
-        if rejection := _rejection(environ, password, allow_delete):
-            return _rejected(*rejection, start)
-        if environ["REQUEST_METHOD"] == "GET" and (answer := _study(studies, environ, start)) is not None:
-            return answer
-        if re.match(r"/dashboard(/|$)", environ["PATH_INFO"]):
-            return _styled(page, environ, start)
-        return page(environ, start)
+        def start(status: str, headers: list[tuple[str, str]], *error: Any) -> Any:
+            return start_response(status, _with_security([*headers, *extra]), *error)
+
+        if rejection := door.rejection(given) or _misdirected(given):
+            return _rejected(rejection, start)
+        extra += door.greeting(given)
+        try:
+            return _styled(page, given, start) if _is_page(given) else page(given, start)
+        except Exception as error:
+            return _rejected(_rejection_of(error, given), start)
 
     return guarded
+
+
+def _tidy(environ: WSGIEnvironment) -> WSGIEnvironment:
+    """A copy with what the dashboard takes for granted, and no body where none is read."""
+    given = {"HTTP_ACCEPT_ENCODING": "", "PATH_INFO": "", **environ}
+    for name in [name for name in given if name.startswith("HTTP_") and not str(given[name]).isascii()]:
+        given[name] = given[name].encode("ascii", "replace").decode()  # no header that counts has other letters
+    given.pop("HTTP_RANGE", None)  # a server may ignore it; Bottle leaves a file open where it is odd
+    given["REQUEST_METHOD"] = str(environ.get("REQUEST_METHOD", "GET")).upper()
+    if given["REQUEST_METHOD"] in READS or not re.fullmatch(r"[0-9]{1,18}", given.get("CONTENT_LENGTH") or ""):
+        given |= {"CONTENT_LENGTH": "0", "CONTENT_TYPE": ""}
+    return given
+
+
+def _is_page(environ: WSGIEnvironment) -> bool:
+    return re.match(r"/dashboard(/|$)", environ["PATH_INFO"]) is not None
+
+
+def _misdirected(environ: WSGIEnvironment) -> Rejection | None:
+    path: str = environ["PATH_INFO"]
+    if not (path.isascii() and path.isprintable()):  # no address here has other letters
+        return Rejection(HTTPStatus.NOT_FOUND, "there is no such page")
+    if environ["REQUEST_METHOD"] not in READS and _from_another_site(environ):
+        return Rejection(HTTPStatus.FORBIDDEN, "a page of another site may not change studies")
+    return None
+
+
+def _rejection_of(error: Exception, environ: WSGIEnvironment) -> Rejection:
+    """Status and reason for an error in an answer. What is no user's doing is logged and not shown."""
+    match error:
+        case MissingArtifactError():
+            return Rejection(HTTPStatus.NOT_FOUND, "there is no such file")
+        case MissingRecord():
+            return Rejection(HTTPStatus.NOT_FOUND, str(error))
+        case TrialLeased() | LeaseLost() | UpdateFinishedTrialError():
+            return Rejection(HTTPStatus.CONFLICT, str(error) or "the trial has ended")
+        case psycopg2.DataError():
+            return Rejection(HTTPStatus.BAD_REQUEST, "the database cannot hold such a value")
+        case DatabaseRefusal():
+            status, reason = HTTPStatus.SERVICE_UNAVAILABLE, "the database rejects this; the dashboard's log says why"
+        case PostgresError():
+            status, reason = HTTPStatus.SERVICE_UNAVAILABLE, "the database is out of reach"
+        case ArtifactError():
+            status, reason = HTTPStatus.SERVICE_UNAVAILABLE, "the artifact store fails; the dashboard's log says why"
+        case _:
+            status, reason = HTTPStatus.INTERNAL_SERVER_ERROR, "internal server error"
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    told = f"{error}" if isinstance(error, HpoError) else f"{error!r} ({where.filename}:{where.lineno})"
+    log.warning("%s %s: %s", environ["REQUEST_METHOD"], environ["PATH_INFO"], " ".join(told.split()))
+    return Rejection(status, reason)
+
+
+class _LoopbackOnly:
+    """Without a password: only requests to a name of this machine itself."""
+
+    def rejection(self, environ: WSGIEnvironment) -> Rejection | None:
+        if _is_loopback_name(environ.get("HTTP_HOST", "")):
+            return None
+        return Rejection(
+            HTTPStatus.FORBIDDEN, "without a password only requests to localhost or 127.0.0.1 are answered"
+        )
+
+    def greeting(self, environ: WSGIEnvironment) -> list[tuple[str, str]]:
+        return []
+
+
+class _PasswordRequired:
+    """Every request gives the password; whoever guesses has to wait."""
+
+    def __init__(self, password: str) -> None:
+        self._wanted = hashlib.sha256(f"{USER}:{password}".encode()).digest()
+        self._guesses = Guesses()
+        self._known = f"{_KNOWN}={secrets.token_hex(16)}"
+
+    def rejection(self, environ: WSGIEnvironment) -> Rejection | None:
+        given = _credentials(environ.get("HTTP_AUTHORIZATION", ""))
+        # Digests have equal lengths, so that the comparison takes constant time.
+        right = given is not None and hmac.compare_digest(hashlib.sha256(given).digest(), self._wanted)
+        if given is not None and not (right and self._is_known(environ)):
+            wait_s = math.ceil(self._guesses.wait_s(environ.get("REMOTE_ADDR", ""), right=right))
+            if wait_s:
+                reason = f"too many wrong passwords; try again in {wait_s} s"
+                return Rejection(HTTPStatus.TOO_MANY_REQUESTS, reason, (("Retry-After", str(wait_s)),))
+        if right:
+            return None
+        realm = ("WWW-Authenticate", 'Basic realm="hpo dashboard", charset="UTF-8"')
+        return Rejection(HTTPStatus.UNAUTHORIZED, f"user name {USER} and the dashboard's password are needed", (realm,))
+
+    def greeting(self, environ: WSGIEnvironment) -> list[tuple[str, str]]:
+        """The cookie for a browser that has given the password."""
+        if self._is_known(environ):
+            return []
+        return [("Set-Cookie", f"{self._known}; Path=/; HttpOnly; SameSite=Strict")]
+
+    def _is_known(self, environ: WSGIEnvironment) -> bool:
+        return self._known in re.split(r";\s*", environ.get("HTTP_COOKIE", ""))
 
 
 class _ByArtifactId:
@@ -183,19 +296,6 @@ def _ended_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _rejection(environ: WSGIEnvironment, password: str | None, allow_delete: bool) -> tuple[HTTPStatus, str] | None:
-    """Status and reason if a request is rejected, else None."""
-    if password is None and not _is_loopback_name(environ.get("HTTP_HOST", "")):
-        return HTTPStatus.FORBIDDEN, "without a password only requests to localhost or 127.0.0.1 are answered"
-    if password is not None and not _authorized(environ.get("HTTP_AUTHORIZATION", ""), password):
-        return HTTPStatus.UNAUTHORIZED, f"user name {USER} and the dashboard's password are needed"
-    if environ["REQUEST_METHOD"] not in _SAFE_METHODS and _from_another_site(environ):
-        return HTTPStatus.FORBIDDEN, "a page of another site may not change studies"
-    if not allow_delete and _deletes(environ):
-        return HTTPStatus.FORBIDDEN, "deletion is off; start the dashboard with --allow-delete"
-    return None
-
-
 def _is_loopback_name(host: str) -> bool:
     """Whether a Host header names this machine itself: localhost, 127.x.x.x or [::1], with or without a port."""
     name = re.sub(r":\d+$", "", host).strip("[]").lower()
@@ -205,56 +305,37 @@ def _is_loopback_name(host: str) -> bool:
         return False
 
 
-def _authorized(header: str, password: str) -> bool:
+def _credentials(header: str) -> bytes | None:
+    """USER:PASSWORD of a header, None where it is not of that form."""
     scheme, _, encoded = header.partition(" ")
+    if scheme.lower() != "basic":
+        return None
     try:
-        given = base64.b64decode(encoded.strip(), validate=True) if scheme.lower() == "basic" else b""
-    except binascii.Error:
-        given = b""
-    wanted = f"{USER}:{password}".encode()
-    # Digests have equal lengths, so that the comparison takes constant time.
-    return hmac.compare_digest(hashlib.sha256(given).digest(), hashlib.sha256(wanted).digest())
+        given = base64.b64decode(encoded.strip(), validate=True)
+    except ValueError:
+        return None
+    return given if b":" in given else None
 
 
 def _from_another_site(environ: WSGIEnvironment) -> bool:
     """By Sec-Fetch-Site, which browsers send over TLS and to loopback; else by Origin."""
     if site := environ.get("HTTP_SEC_FETCH_SITE"):
         return site not in ("same-origin", "none")
-    origin = environ.get("HTTP_ORIGIN")
-    return origin is not None and urlsplit(origin).netloc != environ.get("HTTP_HOST")
-
-
-def _deletes(environ: WSGIEnvironment) -> bool:
-    """Whether it is a DELETE or a rename: optuna-dashboard renames by copying the study and deleting the old one."""
-    path: str = environ["PATH_INFO"]
-    return environ["REQUEST_METHOD"] == "DELETE" or path.rstrip("/").endswith("/rename")
-
-
-def _rejected(status: HTTPStatus, reason: str, start: Any) -> list[bytes]:
-    body = json.dumps({"reason": reason}).encode()
-    headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body)))]
-    if status is HTTPStatus.UNAUTHORIZED:
-        headers.append(("WWW-Authenticate", 'Basic realm="hpo dashboard", charset="UTF-8"'))
-    start(f"{status.value} {status.phrase}", headers)
-    return [body]
-
-
-def _study(studies: StudyJson, environ: WSGIEnvironment, start: Any) -> list[bytes] | None:
-    """The answer to the request that a study's page repeats every few seconds; None for any other request."""
-    match = re.fullmatch(r"/api/studies/(\d+)/*", environ["PATH_INFO"])
-    after = parse_qs(environ.get("QUERY_STRING", "")).get("after", ["0"])[-1]
+    if (origin := environ.get("HTTP_ORIGIN")) is None:
+        return False
     try:
-        body = studies.study(int(match[1]), int(after)) if match and after.isdecimal() else None
-    except PostgresError as error:
-        log.warning("%s", error)
-        return _rejected(HTTPStatus.SERVICE_UNAVAILABLE, "the database is out of reach", start)
-    if body is None:
-        return None
-    headers = [("Content-Type", "application/json"), ("Vary", "Accept-Encoding")]
-    if "gzip" in environ.get("HTTP_ACCEPT_ENCODING", ""):
-        body = compressed(body)
-        headers.append(("Content-Encoding", "gzip"))
-    start("200 OK", [*headers, ("Content-Length", str(len(body)))])
+        return urlsplit(origin).netloc != environ.get("HTTP_HOST")
+    except ValueError:
+        return True
+
+
+def _rejected(rejection: Rejection, start: Any) -> list[bytes]:
+    status, reason, headers = rejection
+    body = json.dumps({"reason": reason}).encode()
+    start(
+        f"{status.value} {status.phrase}",
+        [("Content-Type", "application/json"), ("Content-Length", str(len(body))), *headers],
+    )
     return [body]
 
 
@@ -265,7 +346,7 @@ def _styled(page: WSGIApplication, environ: WSGIEnvironment, start: Any) -> list
     def note(status: str, headers: list[tuple[str, str]], *_: Any) -> Any:
         started[:] = status, headers
 
-    conditional = ("HTTP_IF_MODIFIED_SINCE", "HTTP_RANGE", "wsgi.file_wrapper")
+    conditional = ("HTTP_IF_MODIFIED_SINCE", "wsgi.file_wrapper")
     sent: Any = page({name: value for name, value in environ.items() if name not in conditional}, note)
     with closing(sent) if hasattr(sent, "close") else nullcontext():
         body = b"".join(sent).replace(b"</head>", _STYLE + b"</head>")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import gzip
 import json
+import math
 import re
+import sys
 import threading
 from collections import defaultdict
 from collections.abc import Mapping
@@ -13,10 +16,15 @@ from typing import Any
 
 from optuna.storages import BaseStorage
 from optuna.study._frozen import FrozenStudy
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 from optuna_dashboard._custom_plot_data import get_plotly_graph_objects
 from optuna_dashboard._inmemory_cache import _CachedExtraStudyProperty
 from optuna_dashboard._serializer import serialize_frozen_trial, serialize_study_detail
+
+from hpo.storage.leases import Leases
+from hpo.storage.snapshot import BestTrial
+from hpo.storage.trials import TrialStorage
+from hpo.study import ranking
 
 OF_TRIAL = re.compile(r"dashboard:(?:artifacts:)?(\d+):")  # a study's attribute that belongs to one of its trials
 
@@ -32,6 +40,7 @@ class _Cache:
 
     spaces: _CachedExtraStudyProperty  # of its finished trials: running ones do not have all their parameters yet
     trials: dict[int, tuple[Mapping[str, Any], bytes]] = field(default_factory=dict)  # id -> study attributes, JSON
+    resolution: float | None = None  # values closer than this are equal; None for a study that is not one of `hpo`
 
 
 class StudyJson:
@@ -61,11 +70,20 @@ class StudyJson:
         with self._lock:
             cache = self._caches.setdefault(study_id, _Cache(_CachedExtraStudyProperty()))
             cache.spaces.update([t for t in trials if t.state.is_finished() and t._trial_id not in cache.trials])
+            if cache.resolution is None:
+                cache.resolution = self._resolution(study_id)
             encoded = _trials(cache, study, trials)
+            chosen = _best(trials, cache.resolution, maximize=directions[0].name == "MAXIMIZE")
+            if chosen is not None and chosen.why is not None:
+                study.user_attrs = {"best trial": chosen.why, **user}
             detail = _detail(study, cache, trials)
-        best = _best(trials, encoded, maximize=directions[0].name == "MAXIMIZE")
+        best = b"" if chosen is None else encoded[chosen.number]
         # The object is closed again around its two lists of trials, which are encoded already.
         return b'%s, "best_trials": [%s], "trials": [%s]}' % (detail[:-1], best, b",".join(encoded[after:]))
+
+    def _resolution(self, study_id: int) -> float | None:
+        row = Leases(self._storage).study(study_id) if isinstance(self._storage, TrialStorage) else None
+        return None if row is None else row.resolution
 
 
 def _detail(study: FrozenStudy, cache: _Cache, trials: list[FrozenTrial]) -> bytes:
@@ -106,17 +124,25 @@ def _trials(cache: _Cache, study: FrozenStudy, trials: list[FrozenTrial]) -> lis
 
 
 def _trial(study_id: int, trial: FrozenTrial, study_attrs: dict[str, Any]) -> bytes:
+    if any(map(math.isnan, trial.values or ())):  # a plain script may store it, and the page cannot show it
+        trial = copy.copy(trial)
+        trial._values = None
     serialized = serialize_frozen_trial(study_id, trial, study_attrs)
-    serialized["constraints"] = list(trial.constraints.values())  # including those that Optuna 5 stores one by one
+    # Those that Optuna 5 stores one by one too. JSON has no infinity.
+    serialized["constraints"] = [
+        value if math.isfinite(value) else math.copysign(sys.float_info.max, value)
+        for value in trial.constraints.values()
+    ]
     return json.dumps(serialized).encode()
 
 
-def _best(trials: list[FrozenTrial], encoded: list[bytes], *, maximize: bool) -> bytes:
-    """The first complete trial with the best value, as Optuna's storages choose it; empty before one is complete."""
-    complete = [(trial.value or 0.0, text) for trial, text in zip(trials, encoded, strict=True) if _complete(trial)]
-    best = max if maximize else min
-    return best(complete, key=lambda scored: scored[0])[1] if complete else b""
-
-
-def _complete(trial: FrozenTrial) -> bool:
-    return trial.state.name == "COMPLETE"
+def _best(trials: list[FrozenTrial], resolution: float | None, *, maximize: bool) -> BestTrial | None:
+    """By the rule of hpo/study/ranking.py; for another program's study, as Optuna's storages choose."""
+    if resolution is not None:
+        return ranking.best(ranking.scores_of(trials), resolution, maximize=maximize)
+    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    if not complete:
+        return None
+    choose = max if maximize else min
+    best = choose(complete, key=lambda trial: trial.value or 0.0)
+    return BestTrial(best.number, best.value or 0.0)

@@ -190,6 +190,7 @@ def summary(study: OpenStudy, watched: WatchedStudy, seconds: float) -> dict[str
         raise LaunchError(no_model(study.name, _failures(study), timeout_s))
     model = Registry(study.storage.connection).get(study.name, state.promoted_version)
     scores = model.scores
+    best = state.best if state.best is not None and state.best.number == model.trial_number else None
     return {
         "study": study.name,
         "ended_by": "budget" if state.started >= state.budget else "timeout" if out_of_time else "exhausted space",
@@ -199,6 +200,7 @@ def summary(study: OpenStudy, watched: WatchedStudy, seconds: float) -> dict[str
             "value": scores["value"],
             "params": model.config["params"],
         },
+        "best_why": None if best is None else best.why,
         "model": {"name": model.name, "version": model.version, "path": str(materialise_model(model))},
         "validation": scores["validation"],
         "test": scores.get("test"),

@@ -49,7 +49,7 @@ class TrialRecord:
     def of(cls, trial: FrozenTrial) -> TrialRecord | None:
         """None for a trial that none of our workers has trained to its end: running, failed, copied, foreign."""
         attributes = trial.user_attrs
-        if "seed" not in attributes or not trial.state.is_finished() or trial.value is None:
+        if not trained_by_us(trial) or not trial.state.is_finished() or trial.value is None:
             return None
         known = {name: attributes[name] for name in ATTRIBUTES if name in attributes}
         return cls(trial._trial_id, trial.number, trial.value, trial.state == TrialState.COMPLETE, **known)
@@ -61,6 +61,12 @@ class TrialRecord:
 
 
 ATTRIBUTES = tuple(item.name for item in fields(TrialRecord) if item.metadata != COLUMN)
+RESERVED = frozenset((*ATTRIBUTES, FAILURE, COPIED_FROM))  # user attributes that only our workers and launches set
+
+
+def trained_by_us(trial: FrozenTrial) -> bool:
+    """Whether one of our workers trained it to its end: it is neither copied nor another program's."""
+    return "seed" in trial.user_attrs
 
 
 def failure_of(trial: FrozenTrial) -> str | None:

@@ -86,13 +86,21 @@ SELECT s.study_id, n.study_name, s.status, s.budget, s.started, CASE WHEN timeou
     s.promoted_version,
     (SELECT json_object_agg(state, n) FROM (SELECT state, count(*) AS n FROM trials t
         WHERE t.study_id = s.study_id GROUP BY state) c),
-    (SELECT json_build_array(CASE v.value_type WHEN 'FINITE' THEN to_json(v.value) ELSE to_json(v.value_type) END,
-            t.number)
-        FROM trials t JOIN trial_values v USING (trial_id)
-        WHERE t.study_id = s.study_id AND t.state = 'COMPLETE' AND v.objective = 0
-        ORDER BY CASE WHEN d.direction = 'MAXIMIZE' THEN -1 ELSE 1 END
-            * CASE v.value_type WHEN 'FINITE' THEN v.value WHEN 'INF_POS' THEN 'inf' ELSE '-inf' END, t.number
-        LIMIT 1),
+    (WITH costs AS (SELECT t.trial_id, t.number, v.value, coalesce(nullif(v.value, 'NaN')
+                * CASE d.direction WHEN 'MAXIMIZE' THEN -1 ELSE 1 END, 'Infinity') AS cost
+            FROM trials t CROSS JOIN LATERAL (SELECT CASE value_type WHEN 'FINITE' THEN value
+                    WHEN 'INF_POS' THEN 'Infinity' WHEN 'INF_NEG' THEN '-Infinity' ELSE 'NaN' END AS value
+                FROM trial_values v WHERE v.trial_id = t.trial_id AND v.objective = 0) v
+            WHERE t.study_id = s.study_id AND t.state = 'COMPLETE' AND EXISTS (
+                SELECT FROM trial_user_attributes a WHERE a.trial_id = t.trial_id AND a.key = 'seed')),
+        first AS (SELECT number, value, cost FROM costs ORDER BY cost, number LIMIT 1)
+        SELECT json_build_array(c.number, c.value, CASE WHEN f.cost < c.cost THEN f.number END, f.value)
+        FROM costs c JOIN first f ON c.cost <= f.cost + s.resolution
+        ORDER BY coalesce((SELECT nullif(CASE WHEN value_json ~ '^-?(\d+(\.\d+)?(e[+-]?\d+)?|Infinity)$'
+                    AND length(value_json) < 300 THEN value_json::float8 END, 'NaN')
+                FROM trial_user_attributes a WHERE a.trial_id = c.trial_id AND a.key = 'log_loss'), 'Infinity'),
+            c.cost, c.number
+        LIMIT 1), -- the rule of hpo/study/ranking.py
     (SELECT json_agg(json_build_array(t.number, l.worker, w.host, coalesce(l.device, w.device), l.attempt, l.epoch,
             CASE WHEN l.metric NOT IN ('NaN', 'Infinity', '-Infinity') THEN l.metric END,
             NOT {free} AND {waited_for} > hpo.clock()) ORDER BY t.number)

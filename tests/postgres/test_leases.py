@@ -69,7 +69,7 @@ def take(leases: Leases, study_id: int, worker: str) -> Lease:
 
 
 def finish(leases: Leases, lease: Lease, value: float = 0.5) -> None:
-    leases.storage.finish_trial(lease.trial_id, TrialState.COMPLETE, [value])
+    leases.storage.finish_trial(lease.trial_id, TrialState.COMPLETE, [value], {"seed": 0})
 
 
 def start(work: Callable[..., None], *args: object) -> BaseProcess:
@@ -94,7 +94,8 @@ def run_all(url: str, study_id: int, worker: str) -> None:
             continue
         leases.storage.set_trial_params(lease.trial_id, PARAMS)
         leases.storage.set_trial_intermediate_value(lease.trial_id, 0, lease.number)
-        leases.storage.finish_trial(lease.trial_id, TrialState.COMPLETE, [lease.number], {"worker": lease.worker})
+        attributes = {"seed": 0, "worker": lease.worker}
+        leases.storage.finish_trial(lease.trial_id, TrialState.COMPLETE, [lease.number], attributes)
 
 
 def test_sixteen_processes_start_exactly_the_budget(leases: Leases, database_url: str) -> None:

@@ -21,7 +21,7 @@ from hpo.storage.heartbeat import Progress
 from hpo.storage.leases import Lease, Leases
 from hpo.storage.terms import Terms
 from hpo.storage.trials import trial_storage
-from tests.conftest import Cli, reports_wait
+from tests.conftest import Cli, execute, reports_wait
 
 UP = "\x1b[1A"  # a terminal's cursor goes back over what is shown, to show it anew
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -82,7 +82,7 @@ def held(leases: Leases) -> Lease:
         leases.register(worker, study._study_id, host, 1, device)
     leases.register("standing", None, "far", 2, "cuda:0")
     for state, value in ((TrialState.COMPLETE, 0.5), (TrialState.COMPLETE, 0.75), (TrialState.PRUNED, 0.1)):
-        leases.storage.finish_trial(_take(leases).trial_id, state, [value])
+        leases.storage.finish_trial(_take(leases).trial_id, state, [value], {"seed": 0})
     lease = _take(leases)
     leases.renew("w1", {lease: Progress(12, 3, 0.625)})
     return lease
@@ -109,6 +109,20 @@ def test_the_table_tells_trials_best_workers_by_place_rate_and_time_left(cli: Cl
     detailed = cli("status", "power").stdout
     flight = [cell.strip() for line in detailed.splitlines() if "0.6250" in line for cell in line.split("│")]
     assert flight[1:-1] == ["3", "3", "0.6250", "w1", "near", "cpu", "1"]
+
+
+def test_status_says_where_equal_values_decide(cli: Cli, leases: Leases, held: Lease) -> None:
+    """An acceptance run: displays called trial 6 the best, summary and model trial 0."""
+    execute(leases.storage.url, "UPDATE hpo.terms SET resolution = 0.1")
+    for value, log_loss in ((0.9747, 0.2), (0.9769, 0.3)):
+        attributes = {"seed": 0, "log_loss": log_loss}
+        leases.storage.finish_trial(_take(leases).trial_id, TrialState.COMPLETE, [value], attributes)
+    why = "trial 4 0.9747, equal to trial 5's 0.9769 within half a validation sequence, lower log-loss"
+    shown = cli("status").stdout
+    assert "0.9747 (trial 4)" in shown
+    assert f"power: {why}\n" in shown
+    (row,) = json.loads(cli("status", "--json").stdout)
+    assert (row["best"], row["best_why"]) == ({"number": 4, "value": 0.9747}, why)
 
 
 def test_json_tells_the_same(cli: Cli, held: Lease) -> None:
