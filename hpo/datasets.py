@@ -6,14 +6,16 @@ import hashlib
 import json
 import shutil
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 from hpo.models.data.canonical import load
 from hpo.models.data.sequences import Sequences
-from hpo.storage.artifacts import ArtifactError, ArtifactStore
+from hpo.storage.artifacts import ArtifactError, ArtifactStore, DamagedArtifactError, MissingArtifactError
 from hpo.storage.files import locked
 from hpo.storage.home import home
 from hpo.storage.keys import data_key
+from hpo.temporary import remove_abandoned
 
 
 class Datasets:
@@ -49,17 +51,23 @@ def _check_or_fetch(store: ArtifactStore, key: str, path: Path) -> None:
     """Leave the whole data set at `path`, and beside it what the file system says of it, for the next look."""
     marks = _marks(path) if path.exists() else None  # before it is read
     if marks is None or _key_of(path) != key:
-        part = path.with_name(f"{key}.part")  # a folder, so that nothing stays of a process killed here
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir()
-        store.fetch(key, part / key)
-        if _key_of(part / key) != key:
-            shutil.rmtree(part)
-            raise ArtifactError(f"artifact {key} does not have the content that its name says; store it again")
-        (part / key).replace(path)
-        part.rmdir()
+        _remove_old_parts(path)
+        try:
+            store.fetch(key, path)
+        except (DamagedArtifactError, MissingArtifactError) as error:
+            raise type(error)(f"{error}; launch the study file again, which stores the data anew") from None
         marks = _marks(path)
-    path.with_name(f"{key}.seen").write_text(json.dumps(marks))
+        if _key_of(path) != key:
+            path.unlink()
+            raise ArtifactError(f"{path} is not what was written to it, the data set {key}; is its disk in order?")
+    with suppress(OSError):  # then the next process reads the file again
+        path.with_name(f"{key}.seen").write_text(json.dumps(marks))
+
+
+def _remove_old_parts(path: Path) -> None:
+    """What processes that were killed while they fetched have left; earlier versions in a folder of its own."""
+    remove_abandoned(path.parent)
+    shutil.rmtree(path.with_name(f"{path.name}.part"), ignore_errors=True)
 
 
 def _unchanged(path: Path) -> bool:

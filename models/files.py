@@ -7,7 +7,8 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from uuid import uuid4
+
+from hpo.temporary import remove_abandoned, temporary_folder, temporary_name
 
 
 @contextmanager
@@ -16,13 +17,12 @@ def whole_file(path: Path) -> Iterator[Path]:
 
     Raises OSError.
     """
-    beside = _beside(path)
-    try:
+    remove_abandoned(path.parent)
+    with temporary_name(path.parent, "part") as beside:
         yield beside
         _flush(beside)
         beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+        _flush(path.parent)
 
 
 @contextmanager
@@ -34,20 +34,13 @@ def whole_folder(path: Path) -> Iterator[Path]:
     """
     path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = _beside(path)
-    beside.mkdir()
-    try:
+    _end_replacement(path)
+    with temporary_folder(path.parent, "part") as beside:
         yield beside
         for written in (*beside.iterdir(), beside):
             _flush(written)
         _replace_folder(beside, path)
         _flush(path.parent)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-
-
-def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{uuid4().hex[:8]}")
 
 
 def _replace_folder(beside: Path, path: Path) -> None:
@@ -55,14 +48,27 @@ def _replace_folder(beside: Path, path: Path) -> None:
     if not path.exists() or not any(path.iterdir()):
         beside.rename(path)
         return
-    old = beside.with_name(f"{beside.name}.old")
-    path.rename(old)
+    path.rename(_old(path))
     try:
         beside.rename(path)
     except OSError:
-        old.rename(path)
+        _old(path).rename(path)
         raise
-    shutil.rmtree(old)
+    shutil.rmtree(_old(path))
+
+
+def _end_replacement(path: Path) -> None:
+    """What a process killed in the middle of `_replace_folder` left: the old folder comes back, or goes."""
+    if not _old(path).exists():
+        return
+    if path.exists():
+        shutil.rmtree(_old(path))
+    else:
+        _old(path).rename(path)
+
+
+def _old(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old")
 
 
 def _flush(path: Path) -> None:

@@ -5,6 +5,8 @@ Keys are flat (see keys.py). What is stored under a key appears whole or not at 
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import io
 import os
 import re
@@ -12,7 +14,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 from urllib.parse import unquote, urlsplit
 
 from optuna.artifacts.exceptions import ArtifactNotFound
@@ -20,7 +22,7 @@ from optuna.artifacts.exceptions import ArtifactNotFound
 from hpo.errors import StudyFault
 from hpo.storage.files import part_file, remove_old_parts
 from hpo.storage.home import home
-from hpo.storage.keys import KEY
+from hpo.storage.keys import KEY, content_hash
 
 if TYPE_CHECKING:
     from typing import Protocol
@@ -32,7 +34,9 @@ if TYPE_CHECKING:
 
 
 _S3_ATTEMPTS = 6
-_PART_LIFE_S = 24 * 3600.0  # a part file older than this was left by a process that died
+_PART_LIFE_S = 24 * 3600.0  # an earlier version's part file older than this was left by a process that died
+_BLOCK = 2**20  # bytes read at once
+_UNREADABLE = (errno.EIO, errno.EBADMSG, getattr(errno, "EUCLEAN", errno.EIO))  # what is stored, not who may read it
 
 
 class ArtifactError(StudyFault):
@@ -43,13 +47,26 @@ class MissingArtifactError(ArtifactError, ArtifactNotFound):
     """There is nothing under this key. Also Optuna's own `ArtifactNotFound`."""
 
 
+class DamagedArtifactError(ArtifactError):
+    """What is stored under the key cannot be read, or is not what the key says."""
+
+
 class ArtifactStore:
-    """What both stores share; `open_reader`, `write` and `remove` are Optuna's artifact store protocol."""
+    """What both stores share; `open_reader`, `write` and `remove` are Optuna's artifact store protocol.
+
+    Whatever is read under a key with a SHA-256 is compared with it: DamagedArtifactError at the end of another content.
+    """
 
     url: str
 
     def open_reader(self, artifact_id: str) -> BinaryIO:
         """A binary reader of the whole artifact; MissingArtifactError where there is none."""
+        source = self._open(artifact_id)
+        expected = content_hash(artifact_id)
+        return source if expected is None else cast(BinaryIO, _CheckedReader(source, expected, artifact_id, self.url))
+
+    def _open(self, key: str) -> BinaryIO:
+        """The stored bytes as they are."""
         raise NotImplementedError
 
     def write(self, artifact_id: str, content_body: BinaryIO) -> None:
@@ -67,6 +84,17 @@ class ArtifactStore:
     def keys(self, prefix: str = "") -> list[str]:
         """The keys that begin with `prefix`, sorted."""
         raise NotImplementedError
+
+    def holds(self, key: str) -> bool:
+        """Whether there is something under the key, with the content that the key names. It is read for that."""
+        if content_hash(key) is None:
+            return self.exists(key)
+        try:
+            for _ in self._blocks(key):
+                pass
+        except (MissingArtifactError, DamagedArtifactError):
+            return False
+        return True
 
     def put(self, key: str, data: bytes | Path) -> None:
         """Store bytes, or a file's bytes, under a key."""
@@ -92,10 +120,42 @@ class ArtifactStore:
         """An artifact's bytes in blocks; a reader that breaks off is an error, not a short artifact."""
         with self.open_reader(key) as source:
             try:
-                while block := source.read(2**20):
+                while block := source.read(_BLOCK):
                     yield block
+            except ArtifactError:
+                raise
+            except OSError as error:
+                kind = DamagedArtifactError if error.errno in _UNREADABLE else ArtifactError
+                raise kind(f"reading {key!r} from {self.url} broke off: {error}") from error
             except Exception as error:
                 raise ArtifactError(f"reading {key!r} from {self.url} broke off: {error}") from error
+
+
+class _CheckedReader(io.RawIOBase):
+    """A reader that compares all that it has read with a SHA-256 when it comes to the end."""
+
+    def __init__(self, source: BinaryIO, expected: str, key: str, url: str) -> None:
+        self._source, self._expected, self._key, self._url = source, expected, key, url
+        self._hash, self._size = hashlib.sha256(), 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Raises DamagedArtifactError at the end of another content."""
+        block = self._source.read(len(buffer))
+        if not block and self._hash.hexdigest() != self._expected:
+            raise DamagedArtifactError(
+                f"{self._url}: artifact {self._key} does not have the content that its name says, in {self._size} bytes"
+            )
+        buffer[: len(block)] = block
+        self._hash.update(block)
+        self._size += len(block)
+        return len(block)
+
+    def close(self) -> None:
+        self._source.close()
+        super().close()
 
 
 class FolderStore(ArtifactStore):
@@ -106,23 +166,22 @@ class FolderStore(ArtifactStore):
 
         self.folder = folder.absolute()
         self.url = str(self.folder)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ArtifactError(f"artifact folder {self.folder} cannot be made: {error.strerror}") from error
+        self._make_folder()
         self._files: _Backend = FileSystemArtifactStore(self.folder)
         remove_old_parts(self.folder, _PART_LIFE_S)
 
-    def open_reader(self, artifact_id: str) -> BinaryIO:
+    def _open(self, key: str) -> BinaryIO:
         try:
-            return self._files.open_reader(_checked(artifact_id))
+            return self._files.open_reader(_checked(key))
         except ArtifactNotFound:
-            raise _missing(self.url, artifact_id) from None
+            raise _missing(self.url, key) from None
         except OSError as error:
-            raise ArtifactError(f"cannot read {artifact_id!r} in {self.url}: {error.strerror}") from error
+            kind = DamagedArtifactError if error.errno in _UNREADABLE else ArtifactError
+            raise kind(f"cannot read {key!r} in {self.url}: {error.strerror}") from error
 
     def write(self, artifact_id: str, content_body: BinaryIO) -> None:
         # Optuna's store copies straight to the name that it is given: give it the part's.
+        self._make_folder()
         with _whole(self.folder / _checked(artifact_id)) as part:
             self._files.write(part.name, content_body)
 
@@ -138,8 +197,18 @@ class FolderStore(ArtifactStore):
         return (self.folder / _checked(key)).is_file()
 
     def keys(self, prefix: str = "") -> list[str]:
-        names = (path.name for path in self.folder.iterdir() if path.is_file())
-        return sorted(name for name in names if name.startswith(prefix) and KEY.fullmatch(name))
+        self._make_folder()
+        with os.scandir(self.folder) as entries:
+            return sorted(
+                e.name for e in entries if e.name.startswith(prefix) and KEY.fullmatch(e.name) and e.is_file()
+            )
+
+    def _make_folder(self) -> None:
+        """Also again, where somebody removed it while we run."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ArtifactError(f"artifact folder {self.folder} cannot be made: {error.strerror}") from error
 
 
 class BucketStore(ArtifactStore):
@@ -157,9 +226,9 @@ class BucketStore(ArtifactStore):
         self._client: Any = boto3.client("s3", config=_s3_config(), endpoint_url=_s3_endpoint())
         self._objects: _Backend = Boto3ArtifactStore(bucket, client=self._client, avoid_buf_copy=True)
 
-    def open_reader(self, artifact_id: str) -> BinaryIO:
-        with self._calling(artifact_id):
-            return self._objects.open_reader(self._name(artifact_id))
+    def _open(self, key: str) -> BinaryIO:
+        with self._calling(key):
+            return self._objects.open_reader(self._name(key))
 
     def write(self, artifact_id: str, content_body: BinaryIO) -> None:
         with self._calling(artifact_id):  # an object appears when its upload is complete, never in parts

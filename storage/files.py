@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import sys
 import time
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from hpo.errors import HpoError
+from hpo.temporary import remove_abandoned, temporary_name
 
 if sys.platform != "win32":
     import fcntl
@@ -28,15 +28,11 @@ def part_file(path: Path) -> Iterator[Path]:
 
     After an exception it is removed, and `path` is as before. Raises OSError.
     """
-    part = path.with_name(f".{uuid.uuid4().hex}.part")
-    try:
+    with temporary_name(path.parent, "part") as part:
         yield part
         _flush(part)
         part.replace(path)
         _flush(path.parent)
-    finally:
-        with suppress(OSError):
-            part.unlink()
 
 
 def write_whole(path: Path, content: bytes | str, mode: int = 0o644) -> None:
@@ -48,10 +44,11 @@ def write_whole(path: Path, content: bytes | str, mode: int = 0o644) -> None:
 
 
 def remove_old_parts(folder: Path, age_s: float) -> None:
-    """Remove the part files of processes that died `age_s` ago or earlier."""
+    """Remove the part files of processes that are gone, and those that earlier versions left `age_s` ago or earlier."""
+    remove_abandoned(folder)
     for part in folder.glob(".*.part"):
         with suppress(OSError):
-            if time.time() - part.stat().st_mtime > age_s:
+            if time.time() - part.stat().st_mtime > age_s and not part.name.startswith(".hpo-"):
                 part.unlink()
 
 

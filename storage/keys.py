@@ -1,19 +1,22 @@
-"""The keys of all artifacts. A key is flat, and names what it holds.
+"""The keys of all artifacts. A key is flat, and names what it holds and the SHA-256 of its content.
 
-    data-SHA256.safetensors                       a data set
-    checkpoint-STUDY-NUMBER-ATTEMPT-EPOCH         a trial's state after an epoch
-    weights-STUDY-NUMBER-ATTEMPT.safetensors      a trial's weights; `curve` and `log` likewise
-    model-STUDY-NUMBER-SHA256-NAME                a file of a promoted model
+    data-SHA256.safetensors                              a data set
+    checkpoint-STUDY-NUMBER-ATTEMPT-EPOCH-SHA256         a trial's state after an epoch
+    weights-STUDY-NUMBER-ATTEMPT-SHA256.safetensors      a trial's weights; `curve` and `log` likewise
+    model-STUDY-NUMBER-SHA256-NAME                       a file of a promoted model
 
-STUDY is the study's id, NUMBER the trial's number, ATTEMPT the fencing token of the lease it was written under.
+STUDY is the study's store key: its id in the database and what tells it from those of other databases that share the
+store. NUMBER is the trial's number, ATTEMPT the fencing token of the lease it was written under. Earlier versions
+stored with the id alone, and checkpoints, weights, curves and logs without their hash.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 
 KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
-_DIGEST = re.compile(r"-([0-9a-f]{64})-")
+_DIGEST = re.compile(r"-([0-9a-f]{64})(?=[-.]|$)")
 _OF_TRIALS = ("checkpoint", "weights", "curve", "log")
 
 
@@ -22,25 +25,30 @@ def data_key(sha256: str) -> str:
     return f"data-{sha256}.safetensors"
 
 
-def checkpoint_key(study_id: int, number: int, attempt: int, epoch: int) -> str:
+def checkpoint_key(study: str, number: int, attempt: int, epoch: int, content: bytes) -> str:
     """The key of a trial's state after an epoch."""
-    return f"checkpoint-{study_id}-{number}-{attempt}-{epoch}"
+    return f"checkpoint-{study}-{number}-{attempt}-{epoch}-{_sha256(content)}"
 
 
-def trial_key(study_id: int, number: int, attempt: int, file: str) -> str:
+def checkpoint_prefix(study: str) -> str:
+    """What the keys of a study's checkpoints begin with."""
+    return f"checkpoint-{study}-"
+
+
+def trial_key(study: str, number: int, attempt: int, file: str, content: bytes) -> str:
     """The key of a trial's file: "weights.safetensors", "curve.svg" or "log.csv"."""
     kind, _, ending = file.partition(".")
-    return f"{kind}-{study_id}-{number}-{attempt}.{ending}"
+    return f"{kind}-{study}-{number}-{attempt}-{_sha256(content)}.{ending}"
 
 
-def study_prefixes(study_id: int) -> tuple[str, ...]:
-    """What the keys begin with that are deleted with the study."""
-    return tuple(f"{kind}-{study_id}-" for kind in _OF_TRIALS)
+def study_prefixes(study: str) -> tuple[str, ...]:
+    """What the keys begin with that are deleted with the study, and no other study's do."""
+    return tuple(f"{kind}-{study}-" for kind in _OF_TRIALS)
 
 
-def model_prefix(study_id: int, number: int) -> str:
+def model_prefix(study: str, number: int) -> str:
     """What the keys of a trial's promoted model begin with."""
-    return f"model-{study_id}-{number}"
+    return f"model-{study}-{number}"
 
 
 def model_key(prefix: str, sha256: str, file: str) -> str:
@@ -49,6 +57,10 @@ def model_key(prefix: str, sha256: str, file: str) -> str:
 
 
 def content_hash(key: str) -> str | None:
-    """The SHA-256 that a model's key names."""
+    """The SHA-256 that a key names; None for one that names none."""
     found = _DIGEST.search(key)
     return found[1] if found else None
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

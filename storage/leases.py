@@ -43,7 +43,8 @@ _WORKERS, _SNAPSHOT = statement("workers"), statement("snapshot")
 _STEPS = ("lock", "touch", "tick", "end_foreign", "lapse", "fail_spent", "adopt", "forget_reports", "start", "result")
 _TAKE = [statement(f"take_{step}") for step in _STEPS]
 _RENEW, _RELEASE = statement("renew"), statement("release")
-_CHECKPOINT, _REPLACED_CHECKPOINT = statement("checkpoint"), statement("replaced_checkpoint")
+_CHECKPOINT = statement("checkpoint")
+_DROP_CHECKPOINT = [statement(name) for name in ("drop_checkpoint", "drop_reports", "last_checkpoint")]
 _SPENT_CHECKPOINTS, _FORGET_CHECKPOINTS = statement("spent_checkpoints"), statement("forget_checkpoints")
 _ACQUIRE_PROMOTION = statement("acquire_promotion")
 _RELEASE_PROMOTIONS, _FINISH_PROMOTION = statement("release_promotions"), statement("finish_promotion")
@@ -294,15 +295,24 @@ class Leases:
     def checkpoint(self, lease: Lease, key: str, epoch: int) -> str | None:
         """Name the artifact that holds the trial's state after the step `epoch`; it must be there already.
 
-        Returns the key that it replaces, for the caller to delete, if any. Raises LeaseLost; then `key` itself
-        may be deleted.
+        The one before is kept. Returns the key of the one before that, for the caller to delete, if any. Raises
+        LeaseLost; then `key` itself may be deleted.
         """
-        given = {**_fence(lease), "key": key, "epoch": epoch}
-        rows = self._session.execute_once(_CHECKPOINT, _REPLACED_CHECKPOINT, given=given)
+        rows = self._session.execute_once(_CHECKPOINT, given={**_fence(lease), "key": key, "epoch": epoch})
         if not rows:
-            raise LeaseLost(f"trial {lease.number} has left worker {lease.worker} (attempt {lease.attempt})")
-        replaced: str | None = rows[0][0]
-        return replaced
+            raise _lost(lease)
+        dropped: str | None = rows[0][0]
+        return dropped
+
+    def drop_checkpoint(self, lease: Lease, key: str) -> tuple[str | None, int | None]:
+        """Go back from a checkpoint that cannot be used to the one before it: its key and epoch, None for none.
+
+        Reports of later epochs are removed with it. Raises LeaseLost.
+        """
+        rows = self._session.execute(*_DROP_CHECKPOINT, given={**_fence(lease), "key": key}, durable=True)
+        if not rows:
+            raise _lost(lease)
+        return rows[0][0], rows[0][1]
 
     def spent_checkpoints(self, study_id: int) -> list[str]:
         """Keys of the checkpoints of ended trials that nobody has reported as deleted: by a worker that was killed
@@ -374,6 +384,10 @@ class Leases:
 
 def _fence(lease: Lease) -> dict[str, Any]:
     return {"trial": lease.trial_id, "attempt": lease.attempt, "worker": lease.worker}
+
+
+def _lost(lease: Lease) -> LeaseLost:
+    return LeaseLost(f"trial {lease.number} has left worker {lease.worker} (attempt {lease.attempt})")
 
 
 def _not_opened(study_id: int) -> MissingRecord:

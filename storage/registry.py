@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
-import shutil
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from datetime import datetime
@@ -17,11 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from hpo.errors import StudyFault
-from hpo.storage.artifacts import ArtifactStore
+from hpo.storage.artifacts import ArtifactStore, DamagedArtifactError
 from hpo.storage.connection import Connection, Row
 from hpo.storage.keys import content_hash, model_key
 from hpo.storage.statements import statement
 from hpo.storage.tables import ensure
+from hpo.temporary import temporary_folder
+
+log = logging.getLogger("hpo")
 
 LATEST = "latest"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -146,48 +148,67 @@ class Registry:
 def publish(store: ArtifactStore, folder: Path, prefix: str) -> dict[str, str]:
     """Store the files of a flat folder; file name -> key.
 
-    A key is `prefix-SHA256-name`: other content has another key, and the same content is stored once.
+    A key is `prefix-SHA256-name`: other content has another key, and the same content is stored once. What is damaged
+    in the store is stored again.
     """
     artifacts = {}
     for path in sorted(folder.iterdir()):
         if not path.is_file():
             raise RegistryError(f"a model folder holds files only, got a folder: {path}")
         key = artifacts[path.name] = model_key(prefix, _sha256(path), path.name)
-        if not store.exists(key):
+        if not store.holds(key):
             store.put(key, path)
     return artifacts
 
 
-def materialise(store: ArtifactStore, artifacts: Mapping[str, str], folder: Path) -> None:
+def materialise(store: ArtifactStore, artifacts: Mapping[str, str], folder: Path, *, repair: bool = False) -> None:
     """Fetch published files; the folder appears with all of them, checked, or not at all.
 
-    A folder that has them already is left as it is; one that has others is a RegistryError.
+    A folder that has them already is left as it is. One that lacks some or has others under their names is a
+    RegistryError or, with `repair`, gets them; what else lies in it stays. RegistryError also for a damaged artifact.
     """
     if any(Path(name).name != name for name in artifacts):
         raise RegistryError(f"a model's files have plain names, got {sorted(artifacts)}")
-    if _holds(folder, artifacts):
+    if holds(folder, artifacts):
+        return
+    if repair and folder.is_dir():
+        _repair(store, artifacts, folder)
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    part = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-    part.mkdir()
     try:
-        for name, key in artifacts.items():
-            store.fetch(key, part / name)
-        if not _holds(part, artifacts):
-            raise RegistryError(f"{store.url}: the content of a file is not what its key says, in {artifacts}")
-        part.rename(folder)
+        with temporary_folder(folder.parent, "part") as part:
+            for name, key in artifacts.items():
+                _fetch(store, key, part / name)
+            part.rename(folder)
     except OSError as error:
-        if not _holds(folder, artifacts):  # else another process was first
+        if not holds(folder, artifacts):  # else another process was first
             raise RegistryError(f"{folder} is in the way: it holds other files; remove it") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
-def _holds(folder: Path, artifacts: Mapping[str, str]) -> bool:
+def holds(folder: Path, artifacts: Mapping[str, str]) -> bool:
     """Whether the folder has every file with the content that its key names."""
-    return all(
-        (folder / name).is_file() and content_hash(key) == _sha256(folder / name) for name, key in artifacts.items()
-    )
+    return all(_is_whole(folder / name, key) for name, key in artifacts.items())
+
+
+def _repair(store: ArtifactStore, artifacts: Mapping[str, str], folder: Path) -> None:
+    for name, key in artifacts.items():
+        if not _is_whole(folder / name, key):
+            log.warning("%s is missing or damaged: it is fetched again", folder / name)
+            _fetch(store, key, folder / name)
+
+
+def _fetch(store: ArtifactStore, key: str, path: Path) -> None:
+    try:
+        store.fetch(key, path)
+    except DamagedArtifactError as error:
+        raise RegistryError(
+            f"the content of {key} in {store.url} is not what its key says; promote the trial again, which stores "
+            "it anew"
+        ) from error
+
+
+def _is_whole(path: Path, key: str) -> bool:
+    return path.is_file() and content_hash(key) == _sha256(path)
 
 
 def _sha256(path: Path) -> str:

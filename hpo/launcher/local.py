@@ -42,7 +42,6 @@ class LocalWorkers:
     def __init__(self, study: str, count: int, slots: int | None = 1, server: ForkServer | None = None) -> None:
         self.study, self.slots, self.server = study, slots, server
         folder = home() / "logs" / study
-        folder.mkdir(parents=True, exist_ok=True)
         self.where_logs_are = str(folder)
         logs = [folder / f"worker-{index}.log" for index in range(count)]
         self.processes = [_Process(index, log, self._start(index, log)) for index, log in enumerate(logs)]
@@ -114,6 +113,7 @@ class LocalWorkers:
         self.server = ForkServer()
 
     def _start(self, index: int, log: Path) -> subprocess.Popen[bytes] | ForkedProcess:
+        log.parent.mkdir(parents=True, exist_ok=True)  # also again, where HPO_HOME was removed
         environment = {"HPO_WORKER_INDEX": str(index), "HPO_LOG": str(log)}
         if self.server is not None:
             return self.server.fork(index, log, environment, {"study": self.study, "slots": self.slots})

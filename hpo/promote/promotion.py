@@ -5,23 +5,23 @@ from __future__ import annotations
 import logging
 import math
 import socket
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 from hpo.datasets import fetch_sequences
 from hpo.errors import StudyFault
 from hpo.models.bundle.bundle import assemble, load, save, unpack
-from hpo.models.bundle.config import BundleConfig
+from hpo.models.bundle.config import BundleConfig, BundleError
 from hpo.models.classifier import Weights
 from hpo.models.data.sequences import Sequences
 from hpo.models.metrics import Scores, measure
-from hpo.models.training.training import Training
-from hpo.storage.artifacts import ArtifactStore, MissingArtifactError, artifact_store
+from hpo.models.training.training import StateError, Training
+from hpo.storage.artifacts import ArtifactStore, DamagedArtifactError, MissingArtifactError, artifact_store
 from hpo.storage.errors import LeaseLost
-from hpo.storage.keys import model_prefix
+from hpo.storage.keys import content_hash, model_prefix
 from hpo.storage.leases import Leases
 from hpo.storage.registry import ModelVersion, Registry, publish
+from hpo.storage.scratch import scratch_folder
 from hpo.storage.trials import TrialStorage
 from hpo.study.config import to_dict
 from hpo.study.lifecycle import OpenStudy, open_study
@@ -29,6 +29,7 @@ from hpo.study.notes import announce_model, attach_artifact
 from hpo.study.plan import Plan
 from hpo.study.record import TrialRecord
 from hpo.trial.build import rebuild
+from hpo.trial.checkpoints import drop_all_checkpoints
 from hpo.trial.context import WorkerResources
 from hpo.trial.device import choose_device, device_name
 from hpo.trial.provenance import provenance
@@ -59,6 +60,7 @@ def promote_when_over(study: OpenStudy, resources: WorkerResources, leases: Leas
         if best := study.best_first():
             sequences = resources.datasets.get(study.plan.train)
             version = promote(study, resources.store, best[0], sequences).version
+        drop_all_checkpoints(resources.store, row.store_key)
     try:
         leases.finish_promotion(study.study_id, resources.worker, version)
     except LeaseLost as lost:  # or the study was opened again meanwhile
@@ -85,16 +87,14 @@ def promote(study: OpenStudy, store: ArtifactStore, record: TrialRecord, sequenc
     The members are evaluated on validation, which must give the recorded score, and then, together, once on
     the test part. Raises PromotionError.
     """
-    training = rebuild(study.plan, record, sequences, choose_device())
-    training.load(_best_weights(store, record, training))
-    validation = _check_score(study.plan.metric, record, training)
+    training, validation = _trained(study.plan, store, record, sequences)
     members = training.weights()
     config = _bundle_config(study, record, training)
     test = _test_scores(study.plan, store, config, members, str(training.device))
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / study.name
+    with scratch_folder() as scratch:
+        folder = scratch / "model"
         save(folder, members, replace(config, validation=validation, test=test), record.curve)
-        artifacts = publish(store, folder, model_prefix(study.study_id, record.number))
+        artifacts = publish(store, folder, model_prefix(_store_key(study), record.number))
     model = Registry(study.storage.connection).promote(
         name=study.name,
         study_id=study.study_id,
@@ -115,16 +115,57 @@ def promote(study: OpenStudy, store: ArtifactStore, record: TrialRecord, sequenc
     return model
 
 
-def _best_weights(store: ArtifactStore, record: TrialRecord, training: Training) -> list[Weights]:
-    """The best epoch's weights: as kept, else trained again (training is exact)."""
-    if record.weights is not None:
-        try:
-            return unpack(store.get(record.weights))
-        except MissingArtifactError:
-            log.info("the weights %s were dropped for better trials': training again", record.weights)
+def _store_key(study: OpenStudy) -> str:
+    row = study.leases.study(study.study_id)
+    assert row is not None  # an open study has a plan, and with it terms
+    return row.store_key
+
+
+def _trained(plan: Plan, store: ArtifactStore, record: TrialRecord, sequences: Sequences) -> tuple[Training, Scores]:
+    """The best epoch's weights, as kept, else trained again (training is exact); with their scores on validation.
+
+    Raises PromotionError where they do not give the recorded score.
+    """
+    training = rebuild(plan, record, sequences, choose_device())
+    scores = None if record.weights is None else _load_kept(plan.metric, store, record, record.weights, training)
+    if scores is not None:
+        return training, scores
+    training = rebuild(plan, record, sequences, choose_device())  # whatever was loaded before
     while not training.finished and len(training.history) < record.epochs:
         training.advance()
-    return training.best_weights
+    training.load(training.best_weights)
+    return training, _check_score(plan.metric, record, training)
+
+
+def _load_kept(
+    metric: str, store: ArtifactStore, record: TrialRecord, weights: str, training: Training
+) -> Scores | None:
+    """Load the weights that were kept and measure them; None where they are gone or damaged."""
+    try:
+        training.load(unpack(store.get(weights)))
+        scores = _check_score(metric, record, training)
+    except MissingArtifactError:
+        log.info("the weights %s were dropped for better trials': training again", weights)
+        return None
+    except (DamagedArtifactError, BundleError, StateError) as error:
+        log.warning("the weights %s are damaged: training again: %s", weights, error)
+        return None
+    except PromotionError as error:
+        if content_hash(weights) is not None:
+            raise  # they are what was stored
+        log.warning("the weights %s may be damaged: training again: %s", weights, error)
+        return None
+    if content_hash(weights) is None and not _same_log_loss(record, training, scores.metrics["log_loss"]):
+        log.warning("the weights %s give another log-loss than recorded, they may be damaged: training again", weights)
+        return None
+    return scores
+
+
+def _same_log_loss(record: TrialRecord, training: Training, log_loss: float) -> bool:
+    """What tells weights without a hash from those that were scored: one bit of them shows in it."""
+    if log_loss == record.log_loss or not math.isfinite(record.log_loss):
+        return True
+    return not _trained_here(record, training) and math.isclose(log_loss, record.log_loss, rel_tol=1e-3)
 
 
 def _check_score(metric: str, record: TrialRecord, training: Training) -> Scores:
@@ -206,5 +247,5 @@ def training_part(folder: Path) -> Sequences | None:
     """The data that a saved model was trained on, where the artifact store still has them."""
     try:
         return fetch_sequences(artifact_store(), load(folder).config.provenance["data"])
-    except (KeyError, MissingArtifactError):
+    except (KeyError, MissingArtifactError, DamagedArtifactError):
         return None

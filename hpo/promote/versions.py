@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 
 from hpo.storage.artifacts import artifact_store
 from hpo.storage.database import database_url
 from hpo.storage.home import home
-from hpo.storage.registry import ModelVersion, Registry, materialise
+from hpo.storage.keys import content_hash
+from hpo.storage.registry import ModelVersion, Registry, holds, materialise
 
 
 def materialise_model(model: ModelVersion) -> Path:
-    """The folder of a promoted version, fetched if need be."""
-    folder = home() / "models" / model.name / f"v{model.version}"
-    materialise(artifact_store(), model.artifacts, folder)
+    """The folder of a promoted version, fetched if need be, and again where it is damaged.
+
+    Its name says its content: another database's version of that name and number has a folder of its own. One that an
+    earlier version of hpo has fetched stays in use.
+    """
+    versions = home() / "models" / model.name
+    fetched = versions / f"v{model.version}"
+    if holds(fetched, model.artifacts):
+        return fetched
+    folder = versions / f"v{model.version}-{_content(model)}"
+    materialise(artifact_store(), model.artifacts, folder, repair=True)
     return folder
+
+
+def _content(model: ModelVersion) -> str:
+    """What tells the version's files from others."""
+    hashes = {name: content_hash(key) or key for name, key in model.artifacts.items()}
+    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def model_folder(model: str, version: int | None) -> Path:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import optuna
@@ -21,6 +19,7 @@ from hpo.storage.errors import MissingRecord
 from hpo.storage.keys import study_prefixes
 from hpo.storage.leases import Leases
 from hpo.storage.locks import exclusively
+from hpo.storage.scratch import scratch_folder
 from hpo.storage.snapshot import Snapshot
 from hpo.storage.terms import Terms
 from hpo.storage.trials import TrialStorage
@@ -84,7 +83,7 @@ def create_or_open(config: StudyConfig, storage: TrialStorage, store: ArtifactSt
         if stored is not None:
             check_same(Plan.from_json(stored.config), plan)
         for key, part in ((plan.train, train), (plan.test, test)):
-            _publish(store, key, part)  # also where somebody emptied the artifact store
+            _publish(store, key, part)  # also where the artifact store was emptied or damaged
         if stored is None:
             _begin(storage, leases, study_id, plan)
     leases.reopen(study_id, trials=config.study.trials, timeout_s=config.study.timeout_s)
@@ -133,8 +132,16 @@ def snapshots(storage: TrialStorage, leases: Leases, name: str | None) -> list[S
 def delete_study(storage: TrialStorage, store: ArtifactStore, name: str) -> None:
     """Remove a study and its trials, checkpoints, weights, curves and logs. Data sets and promoted models stay."""
     study_id = study_id_of(storage, name)
+    row = Leases(storage).study(study_id)
+    if row is not None:  # first, so that a deletion that was killed can be repeated
+        _delete_files(store, row.store_key)
     storage.delete_study(study_id)
-    for prefix in study_prefixes(study_id):
+    if row is not None:  # what its workers have stored meanwhile
+        _delete_files(store, row.store_key)
+
+
+def _delete_files(store: ArtifactStore, store_key: str) -> None:
+    for prefix in study_prefixes(store_key):
         for key in store.keys(prefix):
             store.delete(key)
 
@@ -167,12 +174,12 @@ def _begin(storage: TrialStorage, leases: Leases, study_id: int, plan: Plan) -> 
 
 
 def _publish(store: ArtifactStore, key: str | None, part: Sequences | None) -> None:
-    if key is None or part is None or store.exists(key):
+    """Store a part of the data, unless it is there, undamaged."""
+    if key is None or part is None or store.holds(key):
         return
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "data"
-        save(part, path)
-        store.put(key, path)
+    with scratch_folder() as folder:
+        save(part, folder / "data")
+        store.put(key, folder / "data")
 
 
 # ------------------------------------------------------------------------------------------ trials to begin with

@@ -36,12 +36,15 @@ def rebuild(plan: Plan, record: TrialRecord, sequences: Sequences, device: str) 
 
 
 def lstm_kernel() -> Kernel | None:
-    """The native kernel, compiled once for this machine and user, where there is a compiler. HPO_NATIVE=0: none."""
+    """The native kernel, compiled once for this machine and user, where there is a compiler. HPO_NATIVE=0: none.
+
+    It is kept in the user's cache, or in HPO_HOME where others may write to that.
+    """
     if os.environ.get("HPO_NATIVE", "1") == "0":
         return None
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111 (raises for no one)
-    writable = Path(cache) if os.access(cache, os.W_OK) else home()
-    return load_kernel(writable / "hpo-native")
+    own = home() / "hpo-native"
+    return load_kernel(Path(cache) / "hpo-native", own) if os.access(cache, os.W_OK) else load_kernel(own)
 
 
 def configurations(plan: Plan, params: Mapping[str, Any], seed: int) -> tuple[ClassifierConfig, TrainingConfig]:

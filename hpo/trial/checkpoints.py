@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from hpo.storage.artifacts import ArtifactStore
+from hpo.storage.keys import checkpoint_prefix
 from hpo.storage.leases import Leases
 
 FIRST_CHECKPOINT_S = 0.5  # a trial of less than that is soon trained again …
@@ -33,3 +34,10 @@ def drop_spent_checkpoints(leases: Leases, store: ArtifactStore, study_id: int) 
         for key in keys:
             store.delete(key)
         leases.forget_checkpoints(study_id, keys)
+
+
+def drop_all_checkpoints(store: ArtifactStore, store_key: str) -> None:
+    """Delete every checkpoint of a study that is over, also those that no row names: of workers that were killed, or
+    lost their connection, between storing one and naming it."""
+    for key in store.keys(checkpoint_prefix(store_key)):
+        store.delete(key)

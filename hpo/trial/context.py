@@ -17,8 +17,8 @@ from hpo.datasets import Datasets
 from hpo.models.bundle.bundle import pack
 from hpo.models.data.sequences import Sequences
 from hpo.models.fields import Value
-from hpo.models.training.training import Epoch, Training
-from hpo.storage.artifacts import ArtifactStore, MissingArtifactError
+from hpo.models.training.training import Epoch, StateError, Training
+from hpo.storage.artifacts import ArtifactStore, DamagedArtifactError, MissingArtifactError
 from hpo.storage.errors import LeaseLost, MissingRecord
 from hpo.storage.heartbeat import Progress
 from hpo.storage.keys import checkpoint_key, trial_key
@@ -136,33 +136,44 @@ class TrialContext:
     # ------------------------------------------------------------------------------------------------- its checkpoints
 
     def restore(self, training: Training) -> None:
-        """Go on from the current checkpoint. Without it from the start: the same epochs then give the same values."""
-        if self._checkpoint_key is None:
-            return
-        try:
-            training.restore(self.resources.store.get(self._checkpoint_key))
-        except MissingArtifactError as missing:
-            log.warning("%s starts again from its first epoch: %s", self.name, missing)
+        """Go on from the last checkpoint that is whole. Without one from the start: the same epochs then give the same
+        values. Raises LeaseLost.
+        """
+        while self._checkpoint_key is not None:
+            try:
+                training.restore(self.resources.store.get(self._checkpoint_key))
+            except (MissingArtifactError, DamagedArtifactError, StateError) as error:
+                self._drop_checkpoint(self._checkpoint_key, error)
+            else:
+                return
+
+    def _drop_checkpoint(self, key: str, why: Exception) -> None:
+        """Go back to the checkpoint before one that cannot be used."""
+        self._checkpoint_key, epoch = self._study.leases.drop_checkpoint(self.lease, key)
+        self.reported = min(self.reported, epoch or 0)
+        goes_on = "starts again from its first epoch" if epoch is None else f"goes on after epoch {epoch}"
+        log.warning("%s %s, without its checkpoint %s: %s", self.name, goes_on, key, why)
+        self.resources.store.delete(key)
 
     @property
     def checkpoint_due(self) -> bool:
         return self._schedule.due
 
     def checkpoint(self, training: Training) -> None:
-        """Store the training's state, have the database name it, and delete the checkpoint that it replaces.
+        """Store the training's state, have the database name it, and delete the checkpoint that is kept no longer.
 
         The database names a checkpoint after it is stored, under the lease. Raises LeaseLost.
         """
-        store, epoch = self.resources.store, training.history[-1].number
-        key = checkpoint_key(self.lease.study_id, self.lease.number, self.lease.attempt, epoch)
-        store.put(key, training.state())
+        store, lease, epoch, state = self.resources.store, self.lease, training.history[-1].number, training.state()
+        key = checkpoint_key(lease.store_key, lease.number, lease.attempt, epoch, state)
+        store.put(key, state)
         try:
-            replaced = self._study.leases.checkpoint(self.lease, key, epoch)
+            dropped = self._study.leases.checkpoint(lease, key, epoch)
         except LeaseLost:
             store.delete(key)
             raise
-        if replaced is not None and replaced != key:
-            store.delete(replaced)
+        if dropped is not None:
+            store.delete(dropped)
         self._checkpoint_key = key
         self._schedule.written()
 
@@ -201,13 +212,14 @@ class TrialContext:
         dropped = self._displaced_weights(best) if complete else None
         if dropped is not None:
             files = {**files, WEIGHTS: pack(training.best_weights)}
-        record = self._record(training, best, params, complete, None if dropped is None else self._key(WEIGHTS))
+        keys = self._keys(files)
+        record = self._record(training, best, params, complete, keys.get(WEIGHTS))
         try:
-            self._store(files)
+            self._store(files, keys)
             self._end(TrialState.COMPLETE if complete else TrialState.PRUNED, [record.value], record.attributes())
         except (LeaseLost, MissingRecord):
-            for name in files:
-                self.resources.store.delete(self._key(name))
+            for key in keys.values():
+                self.resources.store.delete(key)
             raise
         for key in dropped or ():
             self.resources.store.delete(key)
@@ -246,22 +258,27 @@ class TrialContext:
 
     def fail(self, reason: str) -> None:
         """End it as failed, with the reason and its log."""
-        self._store({"log.csv": trial_log.written()})
+        files = {"log.csv": trial_log.written()}
+        self._store(files, self._keys(files))
         self._end(TrialState.FAIL, None, {FAILURE: reason})
 
-    def _key(self, name: str) -> str:
-        """The artifact key of a file of this attempt, such as "curve.svg"."""
-        return trial_key(self.lease.study_id, self.lease.number, self.lease.attempt, name)
+    def _keys(self, files: Mapping[str, bytes]) -> dict[str, str]:
+        """The artifact keys of files of this attempt, such as "curve.svg"."""
+        lease = self.lease
+        return {
+            name: trial_key(lease.store_key, lease.number, lease.attempt, name, content)
+            for name, content in files.items()
+        }
 
     def _end(self, state: TrialState, values: list[float] | None, attributes: Mapping[str, Any]) -> None:
         self._study.storage.finish_trial(self.lease.trial_id, state, values, attributes)
 
-    def _store(self, files: Mapping[str, bytes]) -> None:
+    def _store(self, files: Mapping[str, bytes], keys: Mapping[str, str]) -> None:
         """All at once, as each waits for the disk; what can be looked at appears on the trial's page."""
         with ThreadPoolExecutor(len(files)) as pool:
-            list(pool.map(lambda name: self.resources.store.put(self._key(name), files[name]), files))
+            list(pool.map(lambda name: self.resources.store.put(keys[name], files[name]), files))
         for name, mimetype in SHOWN.items():
             if name in files:
                 attach_artifact(
-                    self._study.storage, self.lease.study_id, self.lease.trial_id, self._key(name), name, mimetype
+                    self._study.storage, self.lease.study_id, self.lease.trial_id, keys[name], name, mimetype
                 )

@@ -4,6 +4,7 @@
     config.json         what the weights are: `BundleConfig` and the format's version
     README.md           model card: scores, how to use it with and without this project
     curves.png, confusion.png
+    SHA256SUMS          of all these, as `sha256sum -c` reads them; earlier versions wrote none
 
 Shapes: N sequences, T steps, F features, K classes, k members whose probabilities are averaged.
 """
@@ -25,6 +26,7 @@ from safetensors.torch import save as serialize_tensors
 from torch import Tensor
 
 from hpo.models.bundle import card
+from hpo.models.bundle.checksums import check_folder, write_checksums
 from hpo.models.bundle.config import BundleConfig, BundleError, from_json, to_json
 from hpo.models.bundle.predictions import Predictions
 from hpo.models.classifier import Classifier, Weights, to_probabilities
@@ -150,11 +152,15 @@ def save(
 
 
 def load(folder: str | Path, device: str = "cpu") -> Bundle:
-    """Load a saved model. Raises BundleError, which lists what is missing and what is unexpected."""
+    """Load a saved model, once every file is what its SHA256SUMS says.
+
+    Raises BundleError, which names a damaged file or lists what is missing and what is unexpected.
+    """
     folder = Path(folder)
     missing = [name for name in FILES[:2] if not (folder / name).is_file()]
     if missing:
         raise BundleError(f"{folder} is no saved model: it lacks {' and '.join(missing)}")
+    check_folder(folder)
     config = from_json((folder / "config.json").read_bytes(), str(folder / "config.json"))
     source = folder / "model.safetensors"
     try:
@@ -178,23 +184,28 @@ def pack(members: Sequence[Weights]) -> bytes:
 
 
 def unpack(content: bytes) -> list[Weights]:
-    """The members' weights of a file that `pack` made."""
+    """The members' weights of a file that `pack` made. Raises BundleError for another one."""
     members: dict[int, Weights] = {}
-    for key, tensor in parse_tensors(content).items():
-        _, index, name = key.split(".", 2)
-        members.setdefault(int(index), {})[name] = tensor
+    try:
+        for key, tensor in parse_tensors(content).items():
+            _, index, name = key.split(".", 2)
+            members.setdefault(int(index), {})[name] = tensor
+    except (SafetensorError, ValueError) as error:
+        raise BundleError(f"{len(content)} bytes are no weights of a model: {error}") from error
     return [members[index] for index in sorted(members)]
 
 
 @contextmanager
 def model_folder(out: Path, overwrite: bool) -> Iterator[Path]:
-    """A new folder to write a saved model into, which becomes `out` when the block ends and is removed if it raises.
+    """A new folder to write a saved model into, which gets its checksums and becomes `out` when the block ends, and is
+    removed if it raises.
 
     Only an empty folder or, with `overwrite`, a saved model is replaced. Raises BundleError and OSError.
     """
     _check_free(out.resolve(), overwrite)
     with whole_folder(out) as beside:
         yield beside
+        write_checksums(beside)
 
 
 def _check_free(out: Path, overwrite: bool) -> None:

@@ -13,7 +13,10 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +26,10 @@ from torch.autograd.function import once_differentiable
 
 from hpo.errors import HpoError
 from hpo.models.files import whole_file
+
+if sys.platform != "win32":
+    import grp
+    import pwd
 
 log = logging.getLogger("hpo")
 
@@ -172,17 +179,64 @@ def _check(inputs: Tensor, lengths: Tensor | None, weights: tuple[Tensor, ...]) 
 
 
 @functools.cache
-def load(folder: Path) -> Kernel | None:
-    """The kernel, from the folder or compiled into it; None, with the reason logged, where that cannot be done.
+def load(*folders: Path) -> Kernel | None:
+    """The kernel, from the first of the folders that is this user's alone, or compiled into it; None, with the reason
+    logged, where that cannot be done. Where no folder is, it is compiled for this process only.
 
     A build takes about a second, once for each machine, compiler and version of the source. The file appears whole or
-    not at all, and only after the kernel's outputs and gradients were compared with torch's.
+    not at all, and only after the kernel's outputs and gradients were compared with torch's. One that is not what was
+    compiled is compiled again.
     """
     try:
-        return _build(folder)
+        folder = _private_folder(folders)
+        if folder is not None:
+            return _build(folder)
+        with tempfile.TemporaryDirectory() as scratch:  # a library stays loaded when its file is gone
+            return _build(Path(scratch))
     except NativeError as error:
         log.info("LSTMs run on torch's kernels: %s", error)
         return None
+
+
+def _private_folder(folders: tuple[Path, ...]) -> Path | None:
+    """The first folder, made if need be, that nobody else can write to: a library's code runs as this user.
+
+    Raises NativeError where it cannot be made.
+    """
+    for folder in folders:
+        try:
+            folder.mkdir(0o700, parents=True, exist_ok=True)
+            real = folder.resolve()
+            others = next((path for path in (real, *real.parents) if not _is_own(path, path != real)), None)
+        except OSError as error:
+            raise NativeError(f"the kernel cannot be kept in {folder}: {error.strerror}") from None
+        if others is None:
+            return real
+        log.debug("no kernel is kept in %s or loaded from it: another user owns %s or may write to it", folder, others)
+    return None
+
+
+def _is_own(path: Path, parent: bool = False) -> bool:
+    """Whether only this user and root can change what lies at the path; in a sticky parent that is so, too."""
+    if sys.platform == "win32":
+        return True  # no kernel is built there
+    about = path.stat()
+    if about.st_uid not in (0, os.geteuid()):
+        return False
+    if parent and about.st_mode & stat.S_ISVTX:
+        return True
+    return not about.st_mode & stat.S_IWOTH and (not about.st_mode & stat.S_IWGRP or _is_private(about.st_gid))
+
+
+def _is_private(gid: int) -> bool:
+    """Whether the group is root's or this user's own, without other members."""
+    if sys.platform == "win32":
+        return False
+    try:
+        group, user = grp.getgrgid(gid), pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return gid == 0
+    return group.gr_name in ("root", user) and set(group.gr_mem) <= {"root", user}
 
 
 def _build(folder: Path) -> Kernel:
@@ -191,16 +245,30 @@ def _build(folder: Path) -> Kernel:
     parts = (SOURCE.read_text(), shlex.join([*compiler, *FLAGS]), version, _processor())
     name = "native-" + hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     library = folder / f"{name}.so"
-    if library.exists():
+    if _is_whole(library):
         return Kernel(library, name)
     try:
-        folder.mkdir(0o700, parents=True, exist_ok=True)
         with whole_file(library) as beside:
             _run([*compiler, *FLAGS, str(SOURCE), "-o", str(beside)])
             _compare(Kernel(beside, name))
+            beside.chmod(0o700)
+            with beside.open("ab") as file:  # after the end of a library comes what the loader does not read
+                file.write(hashlib.sha256(beside.read_bytes()).digest())
     except OSError as error:
         raise NativeError(f"the kernel cannot be kept in {folder}: {error.strerror}") from None
+    if not _is_whole(library):
+        raise NativeError(f"{library} is not what was compiled: {folder} does not keep what is written to it")
     return Kernel(library, name)
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether the file is a library that this user compiled, with its SHA-256 at the end."""
+    try:
+        content = library.read_bytes()
+        own = not library.is_symlink() and _is_own(library)
+    except OSError:
+        return False
+    return own and hashlib.sha256(content[:-32]).digest() == content[-32:]
 
 
 def _compiler() -> list[str]:

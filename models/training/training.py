@@ -13,7 +13,8 @@ import io
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -46,6 +47,10 @@ class Diverged(HpoError):
 
 class OutOfMemory(HpoError):
     """The training does not fit the device's memory; the message has its sizes."""
+
+
+class StateError(HpoError):
+    """These bytes are no state of this training, or these weights none of its network."""
 
 
 class TrainingInterrupted(Exception):
@@ -157,7 +162,11 @@ class Training:
             return self._validate()
 
     def load(self, members: Sequence[Weights]) -> None:
-        """Put these weights into the members, to `validate` them."""
+        """Put these weights into the members, to `validate` them. Raises StateError where they do not fit."""
+        if len(members) != len(self.members):
+            raise StateError(f"weights of {len(self.members)} members are needed, got those of {len(members)}")
+        for member, weights in zip(self.members, members, strict=True):
+            _check_fit(member.learner.weights(), weights)
         with self._on_device():
             for member, weights in zip(self.members, members, strict=True):
                 member.learner.model.load_state_dict(weights)
@@ -184,14 +193,21 @@ class Training:
     def restore(self, checkpoint: bytes) -> None:
         """Go on where `state()` was taken: the next epoch gives the same bits as without the break.
 
-        checkpoint: of `state`, of a training of the same data and configurations on any device.
+        checkpoint: of `state`, of a training of the same data and configurations on any device. Raises StateError for
+        other bytes; then the training is as it was.
         """
-        content: dict[str, Any] = torch.load(io.BytesIO(checkpoint), map_location="cpu", weights_only=True)
-        self.history = [Epoch(**epoch) for epoch in content["history"]]
-        self.best = next((epoch for epoch in self.history if epoch.number == content["best"]), None)
-        self.best_weights = content["best_weights"]
+        content = _read_state(checkpoint)
+        try:
+            history = [Epoch(**epoch) for epoch in content["history"]]
+            best = next((epoch for epoch in history if epoch.number == content["best"]), None)
+            best_weights, states = content["best_weights"], content["members"]
+            for member, state in zip(self.members, states, strict=True):
+                _check_fit(member.learner.state(), state)
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
+            raise StateError(f"it is no state of this training: {error}") from error
+        self.history, self.best, self.best_weights = history, best, best_weights
         with self._on_device():
-            for member, state in zip(self.members, content["members"], strict=True):
+            for member, state in zip(self.members, states, strict=True):
                 member.learner.restore(state)
 
     def _train(self, number: int, interrupted: Callable[[], bool]) -> None:
@@ -270,6 +286,32 @@ def _check_finite(number: int, loss: float, probabilities: NDArray[np.float64]) 
         raise Diverged(f"the training loss became {loss} in epoch {number}")
     if not np.isfinite(probabilities).all():
         raise Diverged(f"validation predictions are not finite numbers after epoch {number}")
+
+
+def _read_state(checkpoint: bytes) -> dict[str, Any]:
+    """What `Training.state` wrote: a zip archive, whose entries have checksums. Raises StateError."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(checkpoint)) as archive:
+            damaged = archive.testzip()
+        if damaged is None:
+            content: dict[str, Any] = torch.load(io.BytesIO(checkpoint), map_location="cpu", weights_only=True)
+            return content
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever torch makes of it
+        raise StateError(f"{len(checkpoint)} bytes are no state of a training") from error
+    raise StateError(f"the checksum of its part {damaged} is wrong")
+
+
+def _check_fit(own: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Raise StateError unless `given` has the names and shapes of `own`, in the dictionaries within it, too."""
+    if own.keys() != given.keys():
+        raise StateError(f"it has {sorted(given)} where this training has {sorted(own)}")
+    for name, value in own.items():
+        if isinstance(value, Mapping):
+            _check_fit(value, given[name])
+        elif value.shape != given[name].shape:
+            raise StateError(f"{name} has shape {tuple(given[name].shape)}, this training's {tuple(value.shape)}")
 
 
 def _own_stream(device: torch.device) -> torch.cuda.Stream:

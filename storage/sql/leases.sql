@@ -194,18 +194,41 @@ SELECT b.trial_id, b.attempt, l.study_id, s.status, {out_of_time},
 FROM reported b LEFT JOIN hpo.leases l USING (trial_id) LEFT JOIN hpo.terms s USING (study_id)
 
 -- name: checkpoint
--- Name the artifact with the trial's state after an epoch, and keep the key of the one before.
+-- Name the artifact with the trial's state after an epoch, and keep the one before. Returns the key of the one before
+-- that, which is kept no longer; a repetition returns none.
 -- types: trial int, attempt int, worker text, key text, epoch int, client uuid, call bigint
-WITH named AS (UPDATE hpo.leases SET checkpoint_key = %(key)s, checkpoint_epoch = %(epoch)s,
-    replaced_key = CASE WHEN checkpoint_key = %(key)s THEN replaced_key ELSE checkpoint_key END,
-    replaced_epoch = CASE WHEN checkpoint_key = %(key)s THEN replaced_epoch ELSE checkpoint_epoch END
-    WHERE {held} RETURNING trial_id)
-INSERT INTO hpo.calls (client, call, result) SELECT %(client)s, %(call)s, trial_id FROM named {claim}
+WITH earlier AS (SELECT FROM hpo.calls WHERE {this_call}),
+old AS (SELECT trial_id, checkpoint_key IS NOT DISTINCT FROM %(key)s AS same, checkpoint_key, checkpoint_epoch,
+    replaced_key, replaced_epoch FROM hpo.leases WHERE {held} AND NOT EXISTS (TABLE earlier) FOR UPDATE),
+named AS (UPDATE hpo.leases l SET checkpoint_key = %(key)s, checkpoint_epoch = %(epoch)s,
+    replaced_key = CASE WHEN o.same THEN o.replaced_key ELSE o.checkpoint_key END,
+    replaced_epoch = CASE WHEN o.same THEN o.replaced_epoch ELSE o.checkpoint_epoch END
+    FROM old o WHERE l.trial_id = o.trial_id
+    RETURNING l.trial_id, CASE WHEN NOT o.same THEN o.replaced_key END AS dropped_key),
+claimed AS (INSERT INTO hpo.calls (client, call, result) SELECT %(client)s, %(call)s, trial_id FROM named {claim})
+SELECT dropped_key FROM named UNION ALL SELECT NULL FROM earlier
 
--- name: replaced_checkpoint
--- The key of the checkpoint that the call has replaced.
--- types: client uuid, call bigint
-SELECT replaced_key FROM hpo.leases JOIN hpo.calls ON trial_id = result WHERE {this_call}
+-- Dropping a checkpoint: these statements go together in one round trip and transaction, and a repetition changes
+-- nothing more. A trial's progress is still counted from the checkpoint that its attempt began with.
+
+-- name: drop_checkpoint
+-- Go back from a checkpoint that cannot be used to the one before, or to none.
+-- types: trial int, attempt int, worker text, key text
+UPDATE hpo.leases SET checkpoint_key = replaced_key, checkpoint_epoch = replaced_epoch, replaced_key = NULL,
+    replaced_epoch = NULL, epoch = replaced_epoch, metric = NULL
+WHERE {held} AND checkpoint_key = %(key)s
+
+-- name: drop_reports
+-- Remove the trial's reports of epochs after its checkpoint, which are trained again.
+-- types: trial int, attempt int, worker text
+DELETE FROM trial_intermediate_values i
+USING (SELECT trial_id AS held_id, checkpoint_epoch FROM hpo.leases WHERE {held}) l
+WHERE i.trial_id = l.held_id AND i.step > coalesce(l.checkpoint_epoch, -1)
+
+-- name: last_checkpoint
+-- The trial's checkpoint and its epoch.
+-- types: trial int, attempt int, worker text
+SELECT checkpoint_key, checkpoint_epoch FROM hpo.leases WHERE {held}
 
 -- name: spent_checkpoints
 -- The checkpoints of ended trials that nobody has reported as deleted.

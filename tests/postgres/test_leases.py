@@ -457,18 +457,42 @@ def test_adopting_again_in_the_same_process_drops_what_was_held_back(leases: Lea
 # --------------------------------------------------------------------------------------------------------- checkpoints
 
 
-def test_a_checkpoint_names_the_one_that_it_replaces(leases: Leases, elsewhere: Leases) -> None:
+def test_a_checkpoint_keeps_the_one_before_and_names_the_one_before_that(leases: Leases, elsewhere: Leases) -> None:
     study_id = open_study(leases, Terms(budget=1))
     lease = take(leases, study_id, "w")
     leases.storage.set_trial_intermediate_value(lease.trial_id, 0, 1.0)
     assert leases.checkpoint(lease, "one", 0) is None
     assert elsewhere.storage.get_trial(lease.trial_id).intermediate_values == {0: 1.0}
-    assert leases.checkpoint(lease, "two", 1) == "one"
-    assert leases.checkpoint(lease, "two", 1) == "one"  # as after a lost connection
+    assert leases.checkpoint(lease, "two", 1) is None
+    assert leases.checkpoint(lease, "two", 1) is None
     leases.release(lease)
     adopted = take(elsewhere, study_id, "other")
     assert (adopted.checkpoint_key, adopted.checkpoint_epoch) == ("two", 1)
-    assert elsewhere.checkpoint(adopted, "three", 2) == "two"
+    assert elsewhere.checkpoint(adopted, "three", 2) == "one"
+    assert elsewhere.checkpoint(adopted, "four", 3) == "two"
+
+
+def test_dropping_a_checkpoint_goes_back_to_the_one_before_with_its_reports(leases: Leases, elsewhere: Leases) -> None:
+    study_id = open_study(leases, Terms(budget=1))
+    lease = take(leases, study_id, "w")
+    for epoch in range(1, 7):
+        leases.storage.set_trial_intermediate_value(lease.trial_id, epoch, epoch / 10)
+        if epoch in (2, 4):
+            leases.checkpoint(lease, f"after {epoch}", epoch)
+    for _ in range(2):  # as after a lost connection
+        assert leases.drop_checkpoint(lease, "after 4") == ("after 2", 2)
+        assert elsewhere.storage.get_trial(lease.trial_id).intermediate_values == {1: 0.1, 2: 0.2}
+    assert leases.drop_checkpoint(lease, "after 2") == (None, None)
+    assert elsewhere.storage.get_trial(lease.trial_id).intermediate_values == {}
+    leases.storage.connection.close()  # what was reported before is not sent again
+    leases.storage.set_trial_intermediate_value(lease.trial_id, 1, 0.1)
+    leases.storage.session.flush()
+    assert elsewhere.storage.get_trial(lease.trial_id).intermediate_values == {1: 0.1}
+    leases.release(lease)
+    adopted = take(elsewhere, study_id, "other")
+    assert (adopted.checkpoint_key, adopted.checkpoint_epoch) == (None, None)
+    with pytest.raises(LeaseLost, match=r"trial 0 has left worker w \(attempt 1\)"):
+        leases.drop_checkpoint(lease, "after 2")
 
 
 def test_the_checkpoints_of_ended_trials_are_known_until_they_are_deleted(leases: Leases) -> None:

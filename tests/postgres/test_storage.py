@@ -444,12 +444,13 @@ def test_a_checkpoint_whose_answer_was_lost_is_not_taken_for_refused(cutter: Cut
     leases.open_study(study_id, Terms(budget=1, lease_s=0.5), {})
     lease = leases.acquire(study_id, "w")
     assert lease is not None
-    leases.checkpoint(lease, "one", 0)
+    leases.checkpoint(lease, "zero", 0)
+    leases.checkpoint(lease, "one", 1)
     cutter.cuts = 1
     cutter.refuse_until = lambda: elsewhere.acquire(study_id, "adopter") is not None
-    assert leases.checkpoint(lease, "two", 1) == "one"
-    row = other.connection.execute("SELECT checkpoint_key, worker FROM hpo.leases")
-    assert row == [("two", "adopter")]
+    assert leases.checkpoint(lease, "two", 2) is None
+    row = other.connection.execute("SELECT checkpoint_key, replaced_key, worker FROM hpo.leases")
+    assert row == [("two", "one", "adopter")]
     storage.connection.close()
 
 

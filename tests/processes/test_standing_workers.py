@@ -264,7 +264,7 @@ def test_a_signal_ends_workers_that_hang_in_the_store_and_frees_the_trial(
     s3.process.suspend()
     try:
         fetching = start(**settings, HPO_HOME=str(tmp_path / "elsewhere"))
-        wait_for(lambda: list((tmp_path / "elsewhere").glob("cache/*.part/.*.part")) != [])
+        wait_for(lambda: list((tmp_path / "elsewhere").glob("cache/.*.part")) != [])
         for worker in (training, fetching):
             worker.tell()
         for worker in (training, fetching):

@@ -141,7 +141,12 @@ class TestFolder:
     def test_an_export_exports_again_without_the_graph_of_another_format(self, tmp_path: Path) -> None:
         first = export.export(light(tmp_path / "model"), tmp_path / "first", "onnx")
         second = export.export(bundle.load(first), tmp_path / "second")
-        assert {path.name for path in second.iterdir()} == {"model.safetensors", "config.json", "README.md"}
+        assert {path.name for path in second.iterdir()} == {
+            "model.safetensors",
+            "config.json",
+            "README.md",
+            "SHA256SUMS",
+        }
 
     def test_works_where_the_original_is_gone(self, tmp_path: Path) -> None:
         folder = light(tmp_path / "model")

@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import shutil
+import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from safetensors.torch import load_file
 from hpo.models import metrics
 from hpo.models.bundle import bundle, card
 from hpo.models.bundle.bundle import Bundle
+from hpo.models.bundle.checksums import SUMS, write_checksums
 from hpo.models.bundle.config import BundleConfig, BundleError, preprocessing
 from hpo.models.classifier import Classifier
 from hpo.models.config import ClassifierConfig
@@ -94,7 +96,7 @@ class TestFolder:
 
     def test_holds_its_five_files_readable_by_those_who_may_read_new_files(self, tmp_path: Path) -> None:
         folder = saved(tmp_path / "new" / "model")
-        assert {path.name for path in folder.iterdir()} == set(bundle.FILES)
+        assert {path.name for path in folder.iterdir()} == {*bundle.FILES, SUMS}
         assert list(folder.parent.iterdir()) == [folder]
         plain = tmp_path / "plain"
         plain.mkdir()
@@ -163,10 +165,57 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return saved(tmp_path_factory.mktemp("whole") / "model")
 
 
-class TestBrokenFolder:
+class TestChecksums:
+    """One flipped bit of the weights loads and predicts something else; the format of coreutils' sha256sum tells it."""
+
     @pytest.fixture
     def folder(self, whole: Path, tmp_path: Path) -> Path:
         return Path(shutil.copytree(whole, tmp_path / "model"))
+
+    @pytest.mark.parametrize("name", [*bundle.FILES, "model.onnx"])
+    @pytest.mark.parametrize("damage", ["flipped", "torn", "empty"])
+    def test_a_damaged_file_is_named_with_the_way_out(self, folder: Path, name: str, damage: str) -> None:
+        if name == "model.onnx":
+            (folder / name).write_bytes(b"a graph")
+            write_checksums(folder)
+            bundle.load(folder)
+        content = (folder / name).read_bytes()
+        middle = len(content) // 2
+        flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+        (folder / name).write_bytes({"flipped": flipped, "torn": content[:middle], "empty": b""}[damage])
+        with pytest.raises(
+            BundleError, match=rf"model/{name} does not have the content that SHA256SUMS says; fetch or"
+        ):
+            bundle.load(folder)
+        (folder / name).unlink()
+        with pytest.raises(BundleError, match=rf"lacks {name}"):
+            bundle.load(folder)
+
+    @pytest.mark.parametrize(
+        "text", ["", "\n", "no sums\n", f"{'a' * 64}  ../config.json\n", f"{'a' * 64}  config.json"]
+    )
+    def test_a_damaged_list_is_named(self, folder: Path, text: str) -> None:
+        (folder / SUMS).write_text(text)
+        with pytest.raises(BundleError, match=r"model/SHA256SUMS is damaged; fetch or export the model again"):
+            bundle.load(folder)
+
+    def test_sha256sum_checks_it(self, folder: Path) -> None:
+        if shutil.which("sha256sum") is None:
+            pytest.skip("there is no sha256sum on this machine")
+        subprocess.run(["sha256sum", "--strict", "-c", SUMS], cwd=folder, check=True, capture_output=True)
+
+    def test_a_folder_of_an_earlier_version_loads(self, folder: Path) -> None:
+        (folder / SUMS).unlink()
+        assert bundle.load(folder).config.members == 2
+
+
+class TestBrokenFolder:
+    @pytest.fixture
+    def folder(self, whole: Path, tmp_path: Path) -> Path:
+        """Without checksums, as earlier versions saved it, so that each part is checked by itself."""
+        folder = Path(shutil.copytree(whole, tmp_path / "model"))
+        (folder / SUMS).unlink()
+        return folder
 
     def change(self, folder: Path, **given: Any) -> None:
         content = json.loads((folder / "config.json").read_text())

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -340,3 +342,59 @@ def test_a_folder_that_cannot_be(kernel: Kernel, tmp_path: Path, caplog: pytest.
     with caplog.at_level(logging.INFO, "hpo"):
         assert native.load(tmp_path / "file" / "kernels") is None
     assert f"the kernel cannot be kept in {tmp_path / 'file' / 'kernels'}: Not a directory" in caplog.text
+
+
+@pytest.mark.parametrize("spoiled", ["folder", "parent", "library", "link"])
+def test_what_others_may_write_to_is_not_loaded(
+    kernel: Kernel, folder: Path, tmp_path: Path, spoiled: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As sshd's StrictModes asks it of keys: whoever can write to the library runs code as this user."""
+    shared, own = tmp_path / "shared" / "hpo-native", tmp_path / "own"
+    shared.mkdir(0o700, parents=True)
+    library = shared / f"{kernel.name}.so"
+    shutil.copy(folder / library.name, library)
+    if spoiled == "link":
+        library.rename(tmp_path / "elsewhere.so")
+        library.symlink_to(tmp_path / "elsewhere.so")
+    else:
+        {"folder": shared, "parent": shared.parent, "library": library}[spoiled].chmod(0o777)
+    content = library.read_bytes()
+    with caplog.at_level(logging.DEBUG, "hpo"):
+        loaded = native.load(shared, own)
+    assert loaded is not None
+    assert loaded.name == kernel.name
+    if spoiled in ("folder", "parent"):
+        assert [path.name for path in own.iterdir()] == [library.name]
+        assert f"no kernel is kept in {shared} or loaded from it: another user owns" in caplog.text
+        assert library.read_bytes() == content
+    else:
+        assert not own.exists()
+        assert not library.is_symlink()
+        assert stat.S_IMODE(library.stat().st_mode) == 0o700  # compiled anew
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_another_users_folder_is_left_alone_and_the_kernel_compiled_for_the_process(
+    kernel: Kernel, folder: Path, tmp_path: Path
+) -> None:
+    theirs = tmp_path / "theirs"
+    shutil.copytree(folder, theirs)
+    os.chown(theirs, 65534, 65534)
+    before = [path.stat() for path in theirs.iterdir()]
+    loaded = native.load(theirs)
+    assert loaded is not None
+    assert loaded.name == kernel.name
+    assert [path.stat() for path in theirs.iterdir()] == before
+
+
+@pytest.mark.parametrize("damage", ["torn", "flipped", "empty"])
+def test_a_damaged_library_is_compiled_again(kernel: Kernel, folder: Path, tmp_path: Path, damage: str) -> None:
+    content = (folder / f"{kernel.name}.so").read_bytes()
+    middle = len(content) // 2
+    flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+    library = tmp_path / f"{kernel.name}.so"
+    library.write_bytes({"torn": content[:middle], "flipped": flipped, "empty": b""}[damage])
+    library.chmod(0o700)
+    loaded = native.load(tmp_path)
+    assert loaded is not None
+    assert library.read_bytes() == content

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import stat
 import subprocess
 import sys
@@ -57,22 +58,26 @@ def test_a_lock_is_held_by_one_and_shared_by_many_until_its_process_ends(tmp_pat
     assert not is_locked(path)
 
 
-def test_keys_keep_their_form() -> None:
+def test_keys_name_their_content() -> None:
+    content, digest = b"content", hashlib.sha256(b"content").hexdigest()
     keys = [
-        data_key("ab" * 32),
-        checkpoint_key(7, 3, 2, 11),
-        trial_key(7, 3, 2, "weights.safetensors"),
-        model_key(model_prefix(7, 3), "ab" * 32, "config.json"),
+        data_key(digest),
+        checkpoint_key("7_ab", 3, 2, 11, content),
+        trial_key("7_ab", 3, 2, "weights.safetensors", content),
+        model_key(model_prefix("7_ab", 3), digest, "config.json"),
     ]
     assert keys == [
-        f"data-{'ab' * 32}.safetensors",
-        "checkpoint-7-3-2-11",
-        "weights-7-3-2.safetensors",
-        f"model-7-3-{'ab' * 32}-config.json",
+        f"data-{digest}.safetensors",
+        f"checkpoint-7_ab-3-2-11-{digest}",
+        f"weights-7_ab-3-2-{digest}.safetensors",
+        f"model-7_ab-3-{digest}-config.json",
     ]
     assert all(KEY.fullmatch(key) for key in keys)
-    assert [content_hash(key) for key in keys] == [None, None, None, "ab" * 32]
-    assert study_prefixes(7) == ("checkpoint-7-", "weights-7-", "curve-7-", "log-7-")
+    assert [content_hash(key) for key in keys] == [digest] * 4
+    earlier = ["checkpoint-7-3-2-11", "weights-7-3-2.safetensors", "curve-7-3-2.svg"]
+    assert [content_hash(key) for key in earlier] == [None] * 3
+    assert study_prefixes("7") == ("checkpoint-7-", "weights-7-", "curve-7-", "log-7-")
+    assert not any(key.startswith(study_prefixes("7")) for key in keys)
 
 
 def test_a_missing_record_reads_without_quotes_and_is_a_key_error() -> None:
