@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpo.launcher.launch import launch
+from hpo.storage.url import normalized
 
 if TYPE_CHECKING:
     from hpo.models.bundle.bundle import Bundle
@@ -44,10 +45,11 @@ def storage_for(url: str | None = None, retry_s: float = 60.0) -> TrialStorage:
     """A fast Optuna storage on PostgreSQL, for any Optuna script: `optuna.create_study(storage=hpo.storage_for(url))`.
 
     It keeps studies in Optuna's own tables, which plain Optuna and optuna-dashboard read and write beside it, and adds
-    its own in the schema `hpo`. url: a postgresql:// URL; None: HPO_DATABASE_URL, else the embedded server, which is
-    started. retry_s: seconds that a lost connection is tried again. Raises PostgresError and SchemaError.
+    its own in the schema `hpo`. url: a postgresql:// URL or libpq's key=value pairs; None: HPO_DATABASE_URL, else the
+    embedded server, which is started. retry_s: seconds that a lost connection is tried again. Raises PostgresError and
+    SchemaError.
     """
     from hpo.storage.database import database_url
     from hpo.storage.trials import trial_storage
 
-    return trial_storage(url or database_url(), retry_s)
+    return trial_storage(normalized(url, "url") if url else database_url(), retry_s)

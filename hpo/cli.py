@@ -26,7 +26,7 @@ from hpo.launcher.local import start_forkserver
 from hpo.launcher.ray_import import ClusterError
 from hpo.models.machine import prepare_process
 from hpo.storage.interrupts import calls_end_with_a_signal
-from hpo.storage.url import mask
+from hpo.storage.masking import mask, mask_errors
 
 if TYPE_CHECKING:
     from hpo.launcher.ray import Cluster
@@ -63,6 +63,7 @@ class Backend(StrEnum):
 
 def main() -> None:
     """Run a command; an HpoError becomes one line and its exit status. What else is raised is a defect of ours."""
+    mask_errors()
     atexit.register(gc.freeze)  # looking for garbage at exit takes half a second with Optuna and SQLAlchemy loaded
     try:
         with calls_end_with_a_signal(0.0):
@@ -72,7 +73,7 @@ def main() -> None:
         typer.echo(f"hpo: {names or 'the operating system refuses'}: {error.strerror or error}", err=True)
         sys.exit(1)
     except HpoError as error:
-        typer.echo(f"hpo: {mask(str(error))}", err=True)
+        typer.echo(f"hpo: {error}", err=True)
         sys.exit(error.exit_status)
 
 
@@ -98,6 +99,8 @@ def launch(
     cluster = _cluster(address, cpus, gpus) if on is Backend.ray else None
     if cluster is None and (address, cpus, gpus) != (None, 1.0, None):
         raise typer.BadParameter("--address, --cpus and --gpus go with --on ray")
+    if detach and (cluster or (workers, slots) != ("auto", "auto")):
+        raise typer.BadParameter("--detach starts no workers: --workers, --slots and --on ray go without it")
     with nullcontext() if detach or cluster else start_forkserver() as server:  # it imports torch meanwhile
         from hpo.terminal import ProgressDisplay, show_summary
 

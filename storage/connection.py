@@ -15,12 +15,11 @@ from typing import Any, TypeVar
 
 import psycopg2
 from psycopg2 import extensions
-from sqlalchemy import make_url
-from sqlalchemy.dialects.postgresql.psycopg2 import PGDialect_psycopg2
 
 from hpo.storage.deadlines import Deadline, shorten_all
 from hpo.storage.errors import DatabaseRefusal, DatabaseUnavailable
 from hpo.storage.statements import BoundStatement, Statement
+from hpo.storage.url import parameters
 
 log = logging.getLogger(__name__)
 
@@ -100,12 +99,14 @@ PASSING = ("Temporary failure", "Connection refused", "timeout expired", "timed 
 
 
 def connect_arguments(url: str) -> dict[str, Any]:
-    """psycopg2's arguments for a SQLAlchemy or libpq URL of PostgreSQL. Raises ValueError for another database's."""
-    parsed = make_url(url)
-    if parsed.get_backend_name() not in ("postgresql", "postgres"):
-        raise ValueError(f"studies live in PostgreSQL: a postgresql:// URL is needed, got {parsed.drivername}://…")
-    arguments = PGDialect_psycopg2().create_connect_args(parsed)[1]  # type: ignore[no-untyped-call]
-    return {**DEFAULTS, **arguments, "client_encoding": "UTF8"}
+    """psycopg2's arguments for a SQLAlchemy or libpq address of PostgreSQL.
+
+    Raises ValueError for another database's URL, and PostgresError for an address that libpq cannot read.
+    """
+    scheme, mark, _ = url.partition("://")
+    if mark and scheme not in ("postgres", "postgresql", "postgresql+psycopg2"):
+        raise ValueError(f"studies live in PostgreSQL: a postgresql:// URL is needed, got {scheme[:20]}://…")
+    return {**DEFAULTS, **parameters(url, "the address"), "client_encoding": "UTF8"}
 
 
 def _own_settings(arguments: dict[str, Any]) -> set[str]:

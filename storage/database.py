@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 import time
+from typing import Any
 
 from hpo.storage.errors import PostgresError
 from hpo.storage.server import server
-from hpo.storage.url import mask, normalized
+from hpo.storage.url import mask, normalized, parameters
 
 
 def database_url() -> str:
     """URL (postgresql+psycopg2://…, password included) of HPO_DATABASE_URL, else of the embedded server.
 
-    The embedded server is started if it does not run. A password that HPO_DATABASE_URL lacks is taken from
-    the file HPO_DATABASE_PASSWORD_FILE or from PGPASSWORD. Raises PostgresError.
+    HPO_DATABASE_URL is any address that libpq reads: a URL, also with several hosts, or key=value pairs. A password
+    that it lacks is taken from the file HPO_DATABASE_PASSWORD_FILE or from PGPASSWORD. The embedded server is started
+    if it does not run. Raises PostgresError.
     """
     given = os.environ.get("HPO_DATABASE_URL")
     return normalized(given) if given else server.start()
@@ -38,13 +40,12 @@ def wait_ready(url: str, timeout_s: float = 30.0) -> None:
     Raises PostgresError after `timeout_s` seconds, or at once where the password is rejected.
     """
     import psycopg2
-    from sqlalchemy import make_url
 
-    dsn = make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
+    given: dict[str, Any] = dict(parameters(url))
     deadline = time.monotonic() + timeout_s
     while True:
         try:
-            psycopg2.connect(dsn, connect_timeout=max(2, int(deadline - time.monotonic()))).close()
+            psycopg2.connect(**given | {"connect_timeout": str(max(2, int(deadline - time.monotonic())))}).close()
             return
         except psycopg2.Error as error:  # a ProgrammingError: the URL itself is wrong
             reason, final = mask(str(error)).strip(), not isinstance(error, psycopg2.OperationalError)

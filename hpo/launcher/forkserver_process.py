@@ -20,6 +20,7 @@ from contextlib import suppress
 from typing import Any, NoReturn
 
 from hpo.models.machine import tune_allocator
+from hpo.storage.masking import mask_errors
 
 PRELOADED = ("torch", "hpo.worker.worker")  # with it comes all that a trial and a promotion import
 WORKER = "hpo.worker.worker"
@@ -28,6 +29,7 @@ PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15  # of prctl(2)
 
 def main() -> None:
     """Import, then fork a worker for each order until the launcher and all workers are gone."""
+    mask_errors()  # and with it that of the workers
     orders, answers = os.dup(0), os.dup(1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)  # a library that prints must not get between the answers

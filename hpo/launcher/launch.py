@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from hpo.launcher.forkserver import ForkServer
 from hpo.launcher.local import start_forkserver
+from hpo.launcher.workers import LaunchError
 
 if TYPE_CHECKING:
     from hpo.launcher.ray import Cluster
@@ -37,6 +38,8 @@ def launch(
     study a few times a second. server: a fork server that the caller has started already, to be ended here.
     Raises ConfigError, DataError, StudyError, LaunchError, and Interrupted after a Ctrl-C or SIGTERM.
     """
+    if detach and (workers is not None or cluster is not None):
+        raise LaunchError("a detached launch starts no workers: leave out --workers and --on ray, or --detach")
     needs_none = server is not None or detach or cluster is not None
     with nullcontext(server) if needs_none else start_forkserver() as forkserver:
         from hpo.launcher import supervision  # while the fork server imports what workers need

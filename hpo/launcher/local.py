@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from hpo.launcher.cores import usable_cores
 from hpo.launcher.forkserver import ForkedProcess, ForkServer, forks
 from hpo.launcher.workers import PAUSE_S, RESTARTS, STOP_S, LaunchError, tail
 from hpo.models.machine import ONE_THREAD
@@ -107,7 +108,7 @@ class LocalWorkers:
         if self.server is None or self.server.status is None:
             return
         log.warning("the fork server ended with status %d, a new one is started; see %s", self.server.status, log_path)
-        with log_path.open("a") as file:
+        with log_path.open("a", encoding="utf-8", errors="replace") as file:
             file.write(self.server.last_output())
         self.server.close()
         self.server = ForkServer()
@@ -143,4 +144,4 @@ def default_workers() -> int:
     gpus = Path("/proc/driver/nvidia/gpus")
     if gpus.is_dir() and (count := len(list(gpus.iterdir()))):
         return count
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    return usable_cores()

@@ -15,6 +15,7 @@ from hpo.launcher.ray_local import runs_here
 from hpo.launcher.workers import tail
 from hpo.storage.home import home
 from hpo.storage.leases import Leases
+from hpo.storage.masking import mask
 
 LOOK_S = 0.5  # between two looks at the files that are followed
 
@@ -85,7 +86,7 @@ def _added(files: dict[str, int], path: str) -> list[str]:
         file.seek(files[path])
         whole, newline, _ = file.read().rpartition(b"\n")
     files[path] += len(whole) + len(newline)
-    return whole.decode(errors="replace").splitlines()
+    return mask(whole.decode(errors="replace")).splitlines()
 
 
 def _asked(name: str, lines: int, address: str | None) -> dict[tuple[str, str], str]:

@@ -28,14 +28,13 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from sqlalchemy import make_url
-
 from hpo.launcher.ray_actor import Report, WorkerActor
 from hpo.launcher.ray_import import ClusterError, import_ray
 from hpo.launcher.ray_local import cluster_of_this_machine
 from hpo.launcher.workers import RESTARTS, STOP_S
 from hpo.storage.artifacts import artifact_store
 from hpo.storage.home import home
+from hpo.storage.url import without_password
 
 log = logging.getLogger("hpo")
 
@@ -72,11 +71,6 @@ def settings() -> dict[str, str]:
     return given
 
 
-def without_password(url: str) -> str:
-    parsed = make_url(url)._replace(password=None)  # `set` leaves it where it is given None
-    return parsed.difference_update_query(["password"]).render_as_string(hide_password=False)
-
-
 def namespace(study: str) -> str:
     """Of a study's actors: studies of one name in two databases are two."""
     given = settings()
@@ -97,6 +91,11 @@ class RayWorkers:
         self.where_logs_are = f"`hpo logs {study}`"
         self.gpus = self._gpus()
         self.actors: dict[int, Any] = {index: self._found(index) for index in self._running()}
+        if self.actors:
+            text = (
+                "workers of an earlier launch, %d in all, go on with its --slots, --cpus and --gpus; Ctrl-C ends them"
+            )
+            log.warning(text, len(self.actors))
         self.reports: dict[int, Report] = {}
         self.gone: dict[int, str] = {}  # why, of actors that will not come back
         self._asked: dict[int, Any] = {}

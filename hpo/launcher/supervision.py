@@ -27,7 +27,7 @@ from hpo.storage.registry import Registry
 from hpo.storage.server.server import revive
 from hpo.storage.snapshot import Snapshot
 from hpo.storage.trials import trial_storage
-from hpo.study.config import StudyConfig, config_for_data, load
+from hpo.study.config import ConfigError, StudyConfig, config_for_data, load
 from hpo.study.lifecycle import OpenStudy, create_or_open
 from hpo.study.record import failure_of
 
@@ -44,7 +44,8 @@ Show = Callable[[Snapshot], None]
 def create(config: StudyConfig) -> dict[str, Any]:
     """Create or find the study and leave it to standing workers."""
     with _study_of(config) as study:
-        return {"study": study.name, "trials": config.study.trials, "detached": True}
+        budget = study.leases.snapshot(study.study_id).budget
+        return {"study": study.name, "trials": budget, "detached": True}
 
 
 def run_here(
@@ -83,7 +84,11 @@ def read_config(
     study: str | os.PathLike[str] | StudyConfig, overrides: Sequence[str], trials: int | None
 ) -> StudyConfig:
     """The study of a file (TOML, or bare data) with overrides and another budget. Raises ConfigError."""
+    if trials is not None and any(override.partition("=")[0].strip() == "study.trials" for override in overrides):
+        raise ConfigError("trials are given twice, by --trials and by --set study.trials; leave one out")
     if isinstance(study, StudyConfig):
+        if overrides:
+            raise ConfigError(f"overrides go with a study file; change the configuration instead, got {overrides[0]!r}")
         config = study
     elif Path(study).suffix == ".toml":
         config = load(Path(study), overrides)

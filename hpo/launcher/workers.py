@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Protocol
 
 from hpo.errors import HpoError
+from hpo.storage.masking import mask
 
 RESTARTS = 5  # of one worker that ends with an error, before it is left alone
 PAUSE_S = 1.0  # before the first restart of a worker, twice as long before each further one
@@ -48,5 +49,5 @@ class Workers(Protocol):
 
 
 def tail(path: Path, lines: int = 15) -> str:
-    """The last lines of a file."""
-    return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
+    """The last lines of a log, masked: not all that is in it went through our standard error."""
+    return mask("\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]))

@@ -9,6 +9,8 @@ from typing import Any
 from hpo.errors import StudyFault
 from hpo.study.entries import show
 
+SHARE_LEAST = 1e-9  # one sequence of more than any file holds
+
 
 class CheckError(StudyFault):
     """A value breaks its rule. The message is the rule alone, such as "must be above 0"."""
@@ -61,6 +63,8 @@ def share(value: Any) -> float:
     """A share, in (0, 1)."""
     if type(value) is not float or not 0 < value < 1:
         raise CheckError("must be a share between 0 and 1, both excluded")
+    if value < SHARE_LEAST:
+        raise CheckError(f"must be at least {SHARE_LEAST:g}")
     return value
 
 

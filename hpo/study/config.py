@@ -71,9 +71,10 @@ class Folds:
 def _validation(value: Any) -> float | Folds:
     if isinstance(value, dict) and value.keys() == {"folds"} and type(value["folds"]) is int:
         return Folds(whole(2)(value["folds"]))
-    if type(value) is float and 0 < value < 1:
-        return value
-    raise CheckError("must be a share between 0 and 1, both excluded, or { folds = 5 }")
+    try:
+        return share(value)
+    except CheckError as error:
+        raise CheckError(f"{error}, or {{ folds = 5 }}") from None
 
 
 @dataclass(frozen=True)
@@ -194,6 +195,10 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not valid TOML: not UTF-8 (at line {line})") from None
     except ValueError as error:  # TOMLDecodeError, and plain ones such as for a number of 5,000 digits
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
+    except RecursionError:
+        raise ConfigError(
+            f"{path} must not nest lists and tables hundreds of levels deep; a study needs four"
+        ) from None
 
 
 def _override(tables: dict[str, Any], override: str) -> str:
@@ -214,15 +219,20 @@ def _override(tables: dict[str, Any], override: str) -> str:
 def _override_value(text: str) -> Any:
     try:
         parsed = tomllib.loads(f"value = {text}")
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
     plain = parsed.keys() == {"value"} and isinstance(parsed["value"], str | int | float | list | dict)
     return parsed["value"] if plain else text
 
 
 def _resolved(key: str, file: str, folder: Path, source: _Source) -> str:
-    path = (folder / Path(file).expanduser()).resolve()
-    if not path.is_file():
+    try:
+        path = (folder / Path(file).expanduser()).resolve()
+        found = path.is_file()
+    except (OSError, RuntimeError) as error:  # a name that is too long, a loop of links, a user without a home
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise source.error(f"data.{key}", f"data.{key} must name a file: {reason}, got {show(file[:200])}") from None
+    if not found:
         raise source.error(f"data.{key}", f"data.{key} must name a file, but there is none at {path}")
     return str(path)
 

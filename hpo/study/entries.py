@@ -15,6 +15,8 @@ from hpo.models.fields import Value
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
+SHOWN_MOST, SHOWN_KEY = 2_000, 100  # characters of a value, and of a key, in a message
+
 
 class SpaceError(StudyFault):
     """An entry or a value lies outside what a hyperparameter admits, or contradicts the data."""
@@ -78,15 +80,17 @@ def contains(entry: Entry, value: Value) -> bool:
         return value in entry.values if isinstance(entry, Choices) else value == entry
     if isinstance(value, str) or not entry.low <= value <= entry.high:
         return False
-    steps = (value - entry.low) / entry.step if entry.step else 0.0
-    return abs(steps - round(steps)) < 1e-8
+    distance, step = value - entry.low, entry.step
+    if not step or isinstance(distance, int):
+        return not step or distance % step == 0
+    return abs(distance / step - round(distance / step)) < 1e-8
 
 
-def largest(entry: Any) -> float:
-    """The largest value of a numeric entry."""
+def largest(entry: Any) -> Any:
+    """The largest value of a numeric entry: a whole number, however large, stays one."""
     if isinstance(entry, Range):
         return entry.high
-    return float(max(entry.values) if isinstance(entry, Choices) else entry)
+    return max(entry.values) if isinstance(entry, Choices) else entry
 
 
 def exact(high: float, low: float) -> Decimal:
@@ -121,13 +125,18 @@ def unparse(entry: Entry) -> Any:
 
 
 def show(value: object) -> str:
-    """A value as TOML writes it, on one line."""
+    """A value as TOML writes it, on one line; its beginning where it is longer than SHOWN_MOST characters."""
+    text = _toml(value)
+    return text if len(text) <= SHOWN_MOST else f"{text[:SHOWN_MOST]}… ({len(text)} characters)"
+
+
+def _toml(value: object) -> str:
     if isinstance(value, Range | Choices):
-        return show(unparse(value))
+        return _toml(unparse(value))
     if isinstance(value, Mapping):
-        return "{ " + ", ".join(f"{_key(key)} = {show(item)}" for key, item in value.items()) + " }"
+        return "{ " + ", ".join(f"{_key(key)} = {_toml(item)}" for key, item in value.items()) + " }"
     if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(show, value)) + "]"
+        return "[" + ", ".join(map(_toml, value)) + "]"
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return str(value).lower() if isinstance(value, bool) else str(value)
@@ -141,7 +150,7 @@ def _key(key: str) -> str:
 def unknown(table: str, key: str, known: Iterable[str]) -> str:
     """The error for a key of a table that is not known, naming the nearest that is."""
     prefix = f"{table}." if table else ""
-    known = list(known)
+    known, key = list(known), key[:SHOWN_KEY]
     close = difflib.get_close_matches(key, known, n=1)
     hint = f"did you mean {prefix}{close[0]}?" if close else "known are " + ", ".join(known)
-    return f"unknown key {prefix}{key}; {hint}"
+    return f"unknown key {prefix}{_key(key)}; {hint}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -21,16 +22,18 @@ from hpo.storage.leases import Leases
 from hpo.storage.locks import exclusively
 from hpo.storage.scratch import scratch_folder
 from hpo.storage.snapshot import Snapshot
-from hpo.storage.terms import Terms
+from hpo.storage.terms import StudyRow, Terms
 from hpo.storage.trials import TrialStorage
 from hpo.study.config import ConfigError, StudyConfig
 from hpo.study.entries import distribution
-from hpo.study.notes import describe_study
+from hpo.study.notes import METRIC_NAMES, describe_study
 from hpo.study.plan import Plan, StudyError, check_same, make_plan
 from hpo.study.pruning import make_pruner
 from hpo.study.ranking import best_first
 from hpo.study.record import COPIED_FROM, TrialRecord
 from hpo.study.sampling import ConfigurationSampler, grid
+
+log = logging.getLogger("hpo")
 
 BEGUN = "hpo:begun"  # a study's system attribute: `hpo launch` has begun to fill it
 
@@ -69,41 +72,76 @@ class OpenStudy:
 def create_or_open(config: StudyConfig, storage: TrialStorage, store: ArtifactStore) -> OpenStudy:
     """The study of this file: a new one, or the one of that name if nothing contradicts it.
 
-    Raises StudyError with the differences, and DataError for data that cannot be trained on.
+    An existing study goes on under the file's trials and timeout. Raises StudyError with the differences, before
+    anything is changed, and DataError for data that cannot be trained on.
     """
     plan, train, test = make_plan(config)
     if plan.config.study.sampler == "grid":
         grid(plan.config.space)
     leases = Leases(storage)
-    _check_warm_start(storage, config)
     name = config.study.name
     with exclusively(storage.url, f"study {name}"):  # launches of one file at once: the first one's is the study
-        study_id = _find_or_create(storage, plan)
-        stored = leases.study(study_id)
-        if stored is not None:
-            check_same(Plan.from_json(stored.config), plan)
+        stored = _stored(storage, leases, name)
+        if stored is None:
+            _check_warm_start(storage, config)
+            study_id = _find_or_create(storage, plan)
+        else:
+            study_id = stored.study_id
+            check_same(_plan_of(stored, storage), plan)
         for key, part in ((plan.train, train), (plan.test, test)):
             _publish(store, key, part)  # also where the artifact store was emptied or damaged
         if stored is None:
             _begin(storage, leases, study_id, plan)
-    leases.reopen(study_id, trials=config.study.trials, timeout_s=config.study.timeout_s)
+    row = leases.reopen(study_id, trials=config.study.trials, timeout_s=config.study.timeout_s)
+    if row.budget > config.study.trials:
+        text = "study %s: %d trials have begun, more than the %d that are asked for; no more are started"
+        log.warning(text, name, row.started, config.study.trials)
     return open_study(name, storage)
 
 
 def open_study(name: str, storage: TrialStorage) -> OpenStudy:
-    """The study of that name. Raises StudyError when there is none that `hpo launch` made."""
+    """The study of that name. Raises StudyError when there is none that `hpo launch` made, or not as it made it."""
     study_id = study_id_of(storage, name)
     row = Leases(storage).study(study_id)
     if row is None:
         raise StudyError(f"study {name!r} was not made by `hpo launch`, so it has no plan to work from")
-    try:
-        plan = Plan.from_json(row.config)
-    except (TypeError, KeyError, ValueError, ConfigError) as error:
-        raise StudyError(f"study {name!r} was made by another version of hpo: use that one; {error}") from error
+    plan = _plan_of(row, storage)
     study = optuna.load_study(
         study_name=name, storage=storage, sampler=optuna.samplers.RandomSampler(), pruner=make_pruner(plan)
     )
     return OpenStudy(study_id, name, plan, storage, ConfigurationSampler(plan, study, storage), study)
+
+
+def _stored(storage: TrialStorage, leases: Leases, name: str) -> StudyRow | None:
+    """The study of that name as `hpo launch` has stored it, if it has."""
+    with suppress(MissingRecord):
+        return leases.study(storage.get_study_id_from_name(name))
+    return None
+
+
+def _plan_of(row: StudyRow, storage: TrialStorage) -> Plan:
+    """The stored plan. Raises StudyError for another version's, and where Optuna's tables contradict it."""
+    try:
+        plan = Plan.from_json(row.config)
+    except (AttributeError, TypeError, KeyError, ValueError, ConfigError) as error:
+        raise StudyError(f"study {row.name!r} was made by another version of hpo: use that one; {error}") from error
+    _check_directions(storage, row.study_id, row.name, plan.metric)
+    return plan
+
+
+def _check_directions(storage: TrialStorage, study_id: int, name: str, metric: str) -> None:
+    """Raise StudyError where the study does not have the metric as its only objective.
+
+    Sampler, pruner and displays go by the directions in Optuna's tables, which others write too.
+    """
+    found: list[str] = []
+    with suppress(MissingRecord):  # somebody removed them
+        found = [each.name.lower() for each in storage.get_study_directions(study_id)]
+    if found != [direction(metric)]:
+        raise StudyError(
+            f"study {name!r} in the database has the directions [{', '.join(found)}], but {metric} is one value to "
+            f"{direction(metric)}; choose another [study] name, or `hpo delete {name}` and launch again"
+        )
 
 
 def study_id_of(storage: TrialStorage, name: str) -> int:
@@ -147,11 +185,25 @@ def _delete_files(store: ArtifactStore, store_key: str) -> None:
 
 
 def _find_or_create(storage: TrialStorage, plan: Plan) -> int:
-    """The id of the study of that name, made if there is none."""
+    """The id of the study of that name, made if there is none.
+
+    Raises StudyError for another program's study, unless it is empty and has the same objective.
+    """
     name = plan.config.study.name
     with suppress(DuplicatedStudyError):
         optuna.create_study(study_name=name, storage=storage, direction=direction(plan.metric))
-    return storage.get_study_id_from_name(name)
+    study_id = storage.get_study_id_from_name(name)
+    _check_directions(storage, study_id, name, plan.metric)
+    attributes = storage.get_study_system_attrs(study_id)
+    if BEGUN in attributes:
+        return study_id
+    objective = attributes.get(METRIC_NAMES, [plan.metric])
+    if objective != [plan.metric] or storage.get_all_trials(study_id, deepcopy=False):
+        raise StudyError(
+            f"the database already has a study named {name!r} that was not made by `hpo launch`, with trials or an "
+            "objective of its own; choose another [study] name"
+        )
+    return study_id
 
 
 def _begin(storage: TrialStorage, leases: Leases, study_id: int, plan: Plan) -> None:
@@ -159,12 +211,6 @@ def _begin(storage: TrialStorage, leases: Leases, study_id: int, plan: Plan) -> 
 
     A launch that died in between left BEGUN on the study: what it had queued is not queued again.
     """
-    foreign = BEGUN not in storage.get_study_system_attrs(study_id)
-    if foreign and storage.get_all_trials(study_id, deepcopy=False):
-        raise StudyError(
-            f"the database already has a study named {plan.config.study.name!r} that was not made by `hpo launch`; "
-            "choose another [study] name"
-        )
     storage.set_study_system_attr(study_id, BEGUN, True)
     describe_study(storage, study_id, plan.metric, plan.note())
     _enqueue(storage, study_id, plan)

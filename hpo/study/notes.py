@@ -13,6 +13,7 @@ from typing import Any
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage
 
+METRIC_NAMES = "study:metric_names"  # a study's system attribute under Optuna's name: one name an objective
 _NOTE_PART = 2045  # characters of one piece of a note, optuna-dashboard's own limit
 _NOTE = "dashboard:note_str:"
 _PROMOTED = "**Promoted:**"  # the line of a study's note that tells the model
@@ -32,7 +33,7 @@ def attach_artifact(storage: BaseStorage, study_id: int, trial_id: int, key: str
 
 def describe_study(storage: BaseStorage, study_id: int, metric_name: str, note_markdown: str) -> None:
     """Name the study's objective and replace its note on the dashboard (Markdown) where that differs."""
-    storage.set_study_system_attr(study_id, "study:metric_names", [metric_name])
+    storage.set_study_system_attr(study_id, METRIC_NAMES, [metric_name])
     _set_note(storage, study_id, storage.get_study_system_attrs(study_id), note_markdown)
 
 

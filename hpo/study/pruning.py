@@ -1,16 +1,18 @@
-"""The pruners, among them Optuna's median rule at a cost that hardly grows with the study."""
+"""The pruners: Optuna's rules, as functions of the study's seed, at a cost that hardly grows with the study."""
 
 from __future__ import annotations
 
 import math
-from bisect import insort
+from bisect import bisect, insort
 from collections import defaultdict
+from itertools import accumulate
 
 import optuna
 from optuna.pruners._percentile import _is_first_in_interval_step
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
+from hpo.models.seeds import derive
 from hpo.study.plan import Plan
 
 
@@ -20,12 +22,30 @@ def make_pruner(plan: Plan) -> optuna.pruners.BasePruner:
     name = plan.config.study.pruner
     least = max(1, min(epochs // 10, 5))  # epochs before a curve says anything
     if name == "hyperband":
-        return optuna.pruners.HyperbandPruner(min_resource=least, max_resource=epochs, reduction_factor=3)
+        return HyperbandPruner(plan.config.study.seed, least, epochs)
     if name == "halving":
         return optuna.pruners.SuccessiveHalvingPruner(min_resource=least, reduction_factor=3)
     if name == "median":
         return MedianPruner(n_warmup_steps=least)
     return optuna.pruners.NopPruner()
+
+
+class HyperbandPruner(optuna.pruners.HyperbandPruner):
+    """Optuna's own, but for a trial's bracket: a function of the study's seed and the trial's number.
+
+    Optuna's is one of the study's name and the number, so that a study would not repeat itself under another name.
+    The brackets' shares are Optuna's.
+    """
+
+    def __init__(self, seed: int, min_resource: int, max_resource: int) -> None:
+        super().__init__(min_resource, max_resource, reduction_factor=3)
+        self._seed = seed
+
+    def _get_bracket_id(self, study: Study, trial: FrozenTrial) -> int:
+        if not self._pruners:
+            return 0
+        ends = list(accumulate(self._trial_allocation_budgets))
+        return bisect(ends, derive(self._seed, "bracket", trial.number) % ends[-1])
 
 
 class MedianPruner(optuna.pruners.MedianPruner):

@@ -23,6 +23,7 @@ Drawn = dict[str, tuple[Value, BaseDistribution]]  # a value by name, and what i
 
 DRAWS = 10  # by the sampler, until a configuration is one that the study has not had
 RANDOM_DRAWS = 100  # at random, after that
+QMC_STRIDE = 2**20  # places in the sequence between two attempts to draw the same trial
 GRID_MOST = 100_000  # points that sampler "grid" can hold in memory
 
 
@@ -144,10 +145,24 @@ def make_sampler(plan: Plan, *seed_parts: int) -> optuna.samplers.BaseSampler:
     if name == "qmc":
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            return optuna.samplers.QMCSampler(seed=study.seed)
+            return QmcSampler(seed, *seed_parts)
     if name == "grid":
         return optuna.samplers.GridSampler(grid(plan.config.space), seed=study.seed)
     return optuna.samplers.RandomSampler(seed=seed)
+
+
+class QmcSampler(optuna.samplers.QMCSampler):
+    """Optuna's own, but for a trial's place in the sequence: a function of its number and of the attempt to draw it.
+
+    Optuna counts the draws in an attribute of the study, also those of a worker that died before it wrote them.
+    """
+
+    def __init__(self, seed: int, number: int = 0, attempt: int = 0) -> None:
+        super().__init__(seed=seed, warn_independent_sampling=False)
+        self._place = number + attempt * QMC_STRIDE
+
+    def _find_sample_id(self, study: optuna.Study, search_space: dict[str, BaseDistribution]) -> int:
+        return self._place
 
 
 def grid(space: Mapping[str, Entry]) -> dict[str, list[Any]]:

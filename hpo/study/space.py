@@ -32,7 +32,13 @@ from hpo.study.entries import (
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
-LARGEST = {"hidden_size": 4096, "layers": 8, "head_size": 65536}  # of a search; a network may be larger
+LARGEST = {  # of a search; a network may be larger
+    "hidden_size": 4096,
+    "layers": 8,
+    "head_size": 65536,
+    **dict.fromkeys(("sequence_length", "patch_length", "batch_size"), 10**9),
+}
+STEPS_MOST = 10**9  # of a range
 ORDER = (  # of drawing: what decides whether a parameter is active comes before it
     "normalization",
     "sequence_length",
@@ -224,6 +230,8 @@ def _checked_range(entry: Range, key: str, written: dict[str, object]) -> Range:
         raise SpaceError(f"{key} must have either a step or log = true, got {show(written)}")
     if entry.log and entry.low <= 0:
         raise SpaceError(f"{key}.low must be above 0 where log = true, got {show(written)}")
+    if entry.step is not None and (entry.high - entry.low) / entry.step > STEPS_MOST:
+        raise SpaceError(f"{key}.step must leave at most {STEPS_MOST} values, got {show(written)}")
     if entry.step is not None and (rest := exact(entry.high, entry.low) % Decimal(str(entry.step))):
         high = float(Decimal(str(entry.high)) - rest)
         raise SpaceError(f"{key}.high must be low plus a whole number of steps, such as {high:g}, got {show(written)}")

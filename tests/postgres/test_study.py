@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,9 @@ from typing import Any
 
 import numpy as np
 import optuna
+import psycopg2
 import pytest
+from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
 from hpo.datasets import Datasets
@@ -22,7 +25,7 @@ from hpo.storage.artifacts import artifact_store
 from hpo.storage.errors import StudyOver
 from hpo.storage.leases import Lease
 from hpo.storage.trials import TrialStorage, trial_storage
-from hpo.study.config import SAMPLERS, StudyConfig, load
+from hpo.study.config import KEYS, SAMPLERS, StudyConfig, load
 from hpo.study.lifecycle import BEGUN, OpenStudy, create_or_open, open_study
 from hpo.study.plan import Plan, StudyError
 from hpo.study.pruning import make_pruner
@@ -30,7 +33,7 @@ from hpo.terminal import show_predictions
 from hpo.trial.checkpoints import drop_spent_checkpoints
 from hpo.trial.context import StopReason, TrialContext, WorkerResources
 from hpo.trial.device_lock import SharedExclusiveLock
-from tests.conftest import wait_for
+from tests.conftest import execute, wait_for
 
 FINITE = """
 normalization = "none"
@@ -169,6 +172,171 @@ def test_other_data_under_the_same_name_are_refused(
     np.savez(tmp_path / "waves.npz", X=np.ones((60, 8, 2)), y=np.arange(60) % 2)
     with pytest.raises(StudyError, match=r"data.train: the content of the file differs"):
         opened()
+
+
+OTHER = {  # another value for each key of a study file
+    "study.metric": '"accuracy"',
+    "study.trials": "9",
+    "study.timeout": "77",
+    "study.sampler": '"random"',
+    "study.pruner": '"median"',
+    "study.seed": "1",
+    "study.lease": "7",
+    "study.attempts": "4",
+    "study.warm_start": '"before"',
+    "data.train": '"copy.npz"',
+    "data.test": '"copy.npz"',
+    "data.holdout": "0.3",
+    "data.validation": "0.3",
+    "data.label": '"target"',
+    "data.id": '"name"',
+    "data.step": '"time"',
+    "data.group": '"patient"',
+    "train.epochs": "7",
+    "train.patience": "7",
+    "train.precision": '"bfloat16"',
+    "train.keep_best": "7",
+    "space.layers": "2",
+    "enqueue": "[{ layers = 1 }]",
+}
+OBEYED = {"study.trials": "budget", "study.timeout": "timeout_s"}  # and where that is stored
+
+
+def test_every_key_of_a_study_file_has_another_value_here() -> None:
+    keys = {f"{section}.{key}" for section in KEYS for key in KEYS[section]}
+    assert OTHER.keys() == keys - {"study.name"} | {"space.layers", "enqueue"}
+
+
+@pytest.mark.parametrize("key", OTHER)
+def test_a_changed_setting_of_a_study_that_exists_is_obeyed_or_refused(
+    opened: Callable[..., OpenStudy], storage: TrialStorage, tmp_path: Path, key: str
+) -> None:
+    """`--trials 6` on a study of 30 ran 30 without a word."""
+    study, store = opened(), artifact_store(str(tmp_path / "artifacts"))
+    before = study.leases.study(study.study_id)
+    assert before is not None
+    optuna.create_study(study_name="before", storage=storage)
+    shutil.copy(tmp_path / "waves.npz", tmp_path / "copy.npz")
+    changed = load(tmp_path / "waves.toml", [f"{key}={OTHER[key]}"])
+    if key == "data.train":  # the same content
+        assert create_or_open(changed, storage, store).plan == study.plan
+    elif key in OBEYED:
+        row = create_or_open(changed, storage, store).leases.study(study.study_id)
+        changes: dict[str, Any] = {OBEYED[key]: int(OTHER[key])}
+        assert row == replace(before, **changes)
+    else:
+        with pytest.raises(StudyError, match=f"{key}: (stored|the content)") as raised:
+            create_or_open(changed, storage, store)
+        assert "change it back, choose another" in str(raised.value)
+        assert study.leases.study(study.study_id) == before
+
+
+def test_fewer_trials_than_have_begun_are_said_to_be_too_few(
+    opened: Callable[..., OpenStudy], caplog: pytest.LogCaptureFixture
+) -> None:
+    study = opened(study="trials = 30")
+    run(study, 3)
+    row = opened(study="trials = 4").leases.study(study.study_id)
+    assert row is not None
+    assert row.budget == 4
+    assert caplog.messages == []
+    row = opened(study="trials = 2").leases.study(study.study_id)
+    assert row is not None
+    assert row.budget == 3
+    assert caplog.messages == [
+        "study waves: 3 trials have begun, more than the 2 that are asked for; no more are started"
+    ]
+    with pytest.raises(StudyOver, match="budget"):
+        acquire(study)
+
+
+def test_a_study_goes_on_although_the_one_that_it_learnt_from_is_gone(
+    opened: Callable[..., OpenStudy], storage: TrialStorage
+) -> None:
+    optuna.create_study(study_name="before", storage=storage)
+    study = opened(study='warm_start = "before"')
+    storage.delete_study(storage.get_study_id_from_name("before"))
+    assert opened(study='warm_start = "before"').study_id == study.study_id
+
+
+# What Optuna's tables say beside the plan: optuna-dashboard and plain scripts write them too
+
+
+def everything(storage: TrialStorage, tmp_path: Path) -> list[Any]:
+    """All that a refusal could change."""
+    tables = ["studies", "study_directions", "study_system_attributes", "study_user_attributes", "trials", "hpo.terms"]
+    with closing(psycopg2.connect(storage.url.replace("+psycopg2", ""))) as connection:
+        cursor, found = connection.cursor(), []
+        for table in tables:
+            cursor.execute(f"SELECT t::text FROM {table} t ORDER BY 1")
+            found.append(cursor.fetchall())
+    return [*found, sorted((tmp_path / "artifacts").glob("**/*"))]
+
+
+@pytest.mark.parametrize("directions", [["minimize"], ["maximize", "minimize"]])
+def test_a_study_with_other_directions_is_refused_as_it_is(
+    opened: Callable[..., OpenStudy], storage: TrialStorage, tmp_path: Path, directions: list[str]
+) -> None:
+    """A study made in the dashboard with direction minimize had its AUROC minimised, exit status 0."""
+    storage.create_new_study([StudyDirection[each.upper()] for each in directions], "waves")
+    before = everything(storage, tmp_path)
+    with pytest.raises(StudyError) as raised:
+        opened(study='metric = "auroc"')
+    assert str(raised.value) == (
+        f"study 'waves' in the database has the directions [{', '.join(directions)}], but auroc is one value to "
+        "maximize; choose another [study] name, or `hpo delete waves` and launch again"
+    )
+    assert everything(storage, tmp_path) == before
+
+
+def test_an_empty_study_with_the_same_objective_is_taken_over(
+    opened: Callable[..., OpenStudy], storage: TrialStorage
+) -> None:
+    made = optuna.create_study(study_name="waves", storage=storage, direction="minimize")
+    assert opened(study='metric = "log_loss"').study_id == made._study_id
+
+
+def test_an_empty_study_whose_objective_has_another_name_is_refused_as_it_is(
+    opened: Callable[..., OpenStudy], storage: TrialStorage, tmp_path: Path
+) -> None:
+    made = optuna.create_study(study_name="waves", storage=storage, direction="maximize")
+    storage.set_study_system_attr(made._study_id, "study:metric_names", ["throughput"])
+    before = everything(storage, tmp_path)
+    with pytest.raises(StudyError, match=r"was not made by `hpo launch`, with trials or an objective of its own"):
+        opened()
+    assert everything(storage, tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "UPDATE study_directions SET direction = 'MINIMIZE'",
+        "INSERT INTO study_directions (study_id, direction, objective) SELECT study_id, 'MAXIMIZE', 1 FROM studies",
+        "DELETE FROM study_directions",
+    ],
+)
+def test_directions_that_somebody_has_changed_stop_launch_and_worker(
+    opened: Callable[..., OpenStudy], database_url: str, tmp_path: Path, config: Callable[..., StudyConfig], change: str
+) -> None:
+    opened()
+    execute(database_url, change)
+    with closing(trial_storage(database_url)) as other:
+        before = everything(other, tmp_path)
+        refusal = r"study 'waves' in the database has the directions \["
+        with pytest.raises(StudyError, match=refusal):  # a worker's way
+            open_study("waves", other)
+        with pytest.raises(StudyError, match=refusal):
+            create_or_open(config(study="trials = 99"), other, artifact_store(str(tmp_path / "artifacts")))
+        assert everything(other, tmp_path) == before
+
+
+def test_a_plan_of_another_version_stops_a_launch_by_name(opened: Callable[..., OpenStudy], database_url: str) -> None:
+    for content in ("{}", "[]", '{"config": {}, "written": {}, "classes": [], "features": []}'):
+        opened()
+        execute(database_url, f"UPDATE hpo.terms SET config = '{content}'")
+        with pytest.raises(StudyError, match="study 'waves' was made by another version of hpo"):
+            opened()
+        execute(database_url, "DELETE FROM hpo.terms")
 
 
 def test_a_missing_study_names_the_known_ones(opened: Callable[..., OpenStudy], storage: TrialStorage) -> None:

@@ -107,6 +107,55 @@ def test_a_relaunch_goes_on_to_a_raised_budget(
     assert sum(more["trials"].values()) == 5
 
 
+def test_a_lowered_budget_is_obeyed_as_far_as_trials_have_not_begun(
+    cli: Cli, study_file: Callable[..., Path], trials: Callable[..., list[FrozenTrial]]
+) -> None:
+    """`--trials 6` on a study of 30 ran 30 without a word."""
+    file = study_file(trials=30, epochs=1)
+    assert "open for 30 trials" in cli("launch", file, "--detach").stdout
+    assert "open for 3 trials" in cli("launch", file, "--detach", "--trials", 3).stdout
+    first = cli("launch", file, "--workers", 1, "--json", "--trials", 3)
+    assert sum(summary_of(first)["trials"].values()) == 3
+    assert "more than" not in first.stderr
+    second = cli("launch", file, "--workers", 1, "--json", "--set", "study.trials=2")
+    assert sum(summary_of(second)["trials"].values()) == 3
+    assert "study waves: 3 trials have begun, more than the 2 that are asked for; no more are started" in second.stderr
+    assert_exact(trials(), 3)
+
+
+def test_a_lowered_timeout_ends_a_study_and_a_raised_one_goes_on(
+    cli: Cli, study_file: Callable[..., Path], trials: Callable[..., list[FrozenTrial]]
+) -> None:
+    """The time that a study has taken is that of its live workers, so one of a millisecond has passed."""
+    file = study_file(trials=2, epochs=1, study='timeout = "1h"')
+    assert summary_of(cli("launch", file, "--workers", 1, "--json"))["ended_by"] == "budget"
+    more = ("--workers", 1, "--json", "--trials")
+    lowered = summary_of(cli("launch", file, *more, 500, "--set", "study.timeout=0.001"))
+    assert lowered["ended_by"] == "timeout"
+    assert len(trials()) < 10
+    begun = len(trials())
+    raised = summary_of(cli("launch", file, *more, begun + 1, "--set", "study.timeout=2h"))
+    assert raised["ended_by"] == "budget"
+    assert_exact(trials(), begun + 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--detach", "--workers", "2"), "--detach starts no workers"),
+        (("--detach", "--slots", "2"), "--detach starts no workers"),
+        (("--trials", "3", "--set", "study.trials=4"), "trials are given twice"),
+        (("--cpus", "2"), "--address, --cpus and --gpus go with --on ray"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(
+    cli: Cli, study_file: Callable[..., Path], environment: dict[str, str], options: tuple[str, ...], message: str
+) -> None:
+    done = cli("launch", study_file(), *options, env=environment | {"COLUMNS": "300"})
+    assert done.returncode != 0
+    assert message in done.stderr
+
+
 def test_a_contradicting_file_is_refused_with_the_difference(cli: Cli, study_file: Callable[..., Path]) -> None:
     file = study_file(trials=1, epochs=1)
     assert cli("launch", file, "--workers", 1).returncode == 0
