@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -47,7 +49,7 @@ def run(workers: int | None, trials: int) -> None:
     test = read(Path(str(config.data.test)), labeled=False)
     console.print(f"\nThe first of {test.n} days of the test part, predicted by the exported folder alone:")
     show_predictions(bundle.predict(test.take(range(5))), rows=5)
-    console.print(_next_steps(name, folder, str(config.data.test), summary["test"]["auroc"]), markup=False)
+    console.print(_next_steps(name, folder, str(config.data.test), summary), markup=False)
 
 
 def _new_name(name: str) -> str:
@@ -61,12 +63,12 @@ def _new_name(name: str) -> str:
     return next(candidate for candidate in candidates if candidate not in known)
 
 
-def _next_steps(name: str, folder: Path, data: str, auroc: float) -> str:
+def _next_steps(name: str, folder: Path, data: str, summary: Mapping[str, Any]) -> str:
     hpo = os.path.relpath(Path(shutil.which("hpo") or ".venv/bin/hpo"))
     return f"""
-test AUROC {auroc:.4f} (1,029 days that tuning never saw)
+test AUROC {summary["test"]["auroc"]:.4f} (1,029 days that tuning never saw)
 exported model   {folder}
-logs             {home() / "logs" / name}
+logs             {summary["logs"]}
 
 Try next:
   {hpo} dashboard                         # every trial, on http://127.0.0.1:8080

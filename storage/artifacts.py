@@ -285,7 +285,10 @@ def artifact_store(url: str | None = None) -> ArtifactStore:
     url = url or os.environ.get("HPO_ARTIFACTS")
     if not url:
         return FolderStore(home() / "artifacts")
-    parts = urlsplit(url) if "://" in url else None
+    try:
+        parts = urlsplit(url) if "://" in url else None
+    except ValueError as error:  # brackets that are no IPv6 address
+        raise ArtifactError(f"HPO_ARTIFACTS is no folder and no URL: {error}") from None
     if parts is None:
         return FolderStore(Path(url).expanduser())
     if parts.scheme == "file" and parts.netloc in ("", "localhost"):

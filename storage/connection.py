@@ -83,6 +83,8 @@ MIXED = ("26000", "42P05")
 REJECTIONS = (
     "authentication failed",
     "does not exist",
+    "no such database",
+    "no such user",
     "no pg_hba.conf entry",
     "no password supplied",
     "could not translate host name",

@@ -19,6 +19,7 @@ import traceback
 from contextlib import suppress
 from typing import Any, NoReturn
 
+from hpo.errors import HpoError
 from hpo.models.machine import tune_allocator
 from hpo.storage.masking import mask_errors
 
@@ -112,6 +113,8 @@ def _be_worker(order: dict[str, Any], server: int, pipes: tuple[int, ...]) -> No
         _leave_server(order, pipes)
         importlib.import_module(WORKER).work(**order["arguments"])
         status = 0
+    except HpoError as error:
+        sys.stderr.write(f"hpo: {error}\n")  # masked like all that goes there
     except BaseException:
         traceback.print_exc()
     finally:

@@ -38,11 +38,19 @@ class LocalWorkers:
     """Worker processes of this machine. A context manager: leaving it ends those that still run, and the fork server.
 
     slots: trials at once in each; None: as many as fit. server: what forks them; None: each is started on its own.
+    folder: of their logs; None: that of the first study of this name.
     """
 
-    def __init__(self, study: str, count: int, slots: int | None = 1, server: ForkServer | None = None) -> None:
+    def __init__(
+        self,
+        study: str,
+        count: int,
+        slots: int | None = 1,
+        server: ForkServer | None = None,
+        folder: Path | None = None,
+    ) -> None:
         self.study, self.slots, self.server = study, slots, server
-        folder = home() / "logs" / study
+        folder = folder or home() / "logs" / study
         self.where_logs_are = str(folder)
         logs = [folder / f"worker-{index}.log" for index in range(count)]
         self.processes = [_Process(index, log, self._start(index, log)) for index, log in enumerate(logs)]

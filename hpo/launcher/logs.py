@@ -17,6 +17,7 @@ from hpo.storage.home import home
 from hpo.storage.leases import Leases
 from hpo.storage.masking import mask
 
+ORIGIN = ".study"  # file in a folder of logs: the key of the study that they are of
 LOOK_S = 0.5  # between two looks at the files that are followed
 
 
@@ -46,6 +47,23 @@ class WorkerLog:
         return worker in self.workers or worker in (stem, stem.removeprefix("worker-"))
 
 
+def log_folder(name: str, store_key: str) -> Path:
+    """Where a study's workers write on this machine: `HPO_HOME/logs/NAME`.
+
+    A study of that name in another database, or one that was deleted, may have been there first: then a folder beside
+    it, with the study's key. Raises OSError.
+    """
+    folder = home() / "logs" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    origin = folder / ORIGIN
+    try:
+        with origin.open("x") as file:  # an earlier version's logs are the study's that comes first
+            file.write(store_key)
+        return folder
+    except FileExistsError:
+        return folder if origin.read_text() in (store_key, "") else folder.with_name(f"{name}-{store_key}")
+
+
 def read_logs(
     leases: Leases, study_id: int, name: str, worker: str | None, lines: int, address: str | None
 ) -> list[WorkerLog]:
@@ -54,7 +72,9 @@ def read_logs(
     address: of a Ray cluster to ask; None: RAY_ADDRESS, else the one that a launch has started here, if it runs.
     """
     known: dict[tuple[str, str], list[str]] = {}
-    for path in sorted((home() / "logs" / name).glob("*.log")):
+    study = leases.study(study_id)
+    folder = home() / "logs" / name if study is None else log_folder(name, study.store_key)
+    for path in sorted(folder.glob("*.log")):
         known[socket.gethostname(), str(path)] = []
     for row in leases.workers(study_id):
         if row.log:

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from hpo.launcher.forkserver import ForkServer
 from hpo.launcher.local import LocalWorkers, default_workers
+from hpo.launcher.logs import log_folder
 from hpo.launcher.workers import Interrupted, LaunchError, Workers
 from hpo.promote.versions import materialise_model
 from hpo.storage.artifacts import artifact_store
 from hpo.storage.background import BackgroundLoop
 from hpo.storage.database import database_url
 from hpo.storage.errors import MissingRecord, PostgresError
-from hpo.storage.home import home
 from hpo.storage.interrupts import calls_end_with_a_signal
 from hpo.storage.leases import Leases
 from hpo.storage.registry import Registry
@@ -56,9 +56,14 @@ def run_here(
     with _study_of(config) as study:
         watched = WatchedStudy(study.leases, study.study_id, study.name)
         count = workers or min(default_workers(), watched.state().budget)
-        with _noted_signals() as stop, _server_kept_up(), LocalWorkers(study.name, count, slots, forkserver) as group:
+        folder = log_folder(study.name, watched.store_key())
+        with (
+            _noted_signals() as stop,
+            _server_kept_up(),
+            LocalWorkers(study.name, count, slots, forkserver, folder) as group,
+        ):
             wait(watched, group, stop, show)
-        return summary(study, watched, time.monotonic() - started)
+        return summary(study, watched, time.monotonic() - started, group.where_logs_are)
 
 
 def run_on_ray(
@@ -77,7 +82,7 @@ def run_on_ray(
             RayWorkers(study.name, workers, slots, cluster, watched.state().budget) as group,
         ):
             wait(watched, group, stop, show)
-        return summary(study, watched, time.monotonic() - started)
+        return summary(study, watched, time.monotonic() - started, group.where_logs_are)
 
 
 def read_config(
@@ -114,12 +119,22 @@ class WatchedStudy:
     def __init__(self, leases: Leases, study_id: int, name: str) -> None:
         self.leases, self.study_id, self.name = leases, study_id, name
 
+    def store_key(self) -> str:
+        """What stands for the study in the names of its files. Raises LaunchError for a study that was deleted."""
+        row = self.leases.study(self.study_id)
+        if row is None:
+            raise self._deleted()
+        return row.store_key
+
     def state(self) -> Snapshot:
         """Raises LaunchError for a study that was deleted."""
         try:
             return self.leases.snapshot(self.study_id)
         except MissingRecord:
-            raise LaunchError(f"study {self.name!r} was deleted while it ran; launch it again to begin anew") from None
+            raise self._deleted() from None
+
+    def _deleted(self) -> LaunchError:
+        return LaunchError(f"study {self.name!r} was deleted while it ran; launch it again to begin anew")
 
 
 def wait(watched: WatchedStudy, group: Workers, stop: threading.Event, show: Show) -> None:
@@ -186,13 +201,13 @@ def _noted_signals() -> Iterator[threading.Event]:
 # ----------------------------------------------------------------------------------------------------- the summary
 
 
-def summary(study: OpenStudy, watched: WatchedStudy, seconds: float) -> dict[str, Any]:
+def summary(study: OpenStudy, watched: WatchedStudy, seconds: float, logs: str) -> dict[str, Any]:
     """What `hpo launch --json` prints in its last line. Raises LaunchError where no trial completed."""
     state, row = watched.state(), watched.leases.study(study.study_id)
     out_of_time = row is not None and row.out_of_time
     if state.promoted_version is None:
         timeout_s = row.timeout_s if row is not None and out_of_time else None
-        raise LaunchError(no_model(study.name, _failures(study), timeout_s))
+        raise LaunchError(no_model(study.name, _failures(study), timeout_s, logs))
     model = Registry(study.storage.connection).get(study.name, state.promoted_version)
     scores = model.scores
     best = state.best if state.best is not None and state.best.number == model.trial_number else None
@@ -209,6 +224,7 @@ def summary(study: OpenStudy, watched: WatchedStudy, seconds: float) -> dict[str
         "model": {"name": model.name, "version": model.version, "path": str(materialise_model(model))},
         "validation": scores["validation"],
         "test": scores.get("test"),
+        "logs": logs,
         "seconds": round(seconds, 2),
     }
 
@@ -218,9 +234,9 @@ def _failures(study: OpenStudy) -> list[str]:
     return [reason for trial in trials if (reason := failure_of(trial)) is not None]
 
 
-def no_model(name: str, failures: Sequence[str], timeout_s: float | None) -> str:
+def no_model(name: str, failures: Sequence[str], timeout_s: float | None, logs: str) -> str:
     """Why a study ended without a model. timeout_s: its wall-clock budget, where that ran out."""
     reason = f"the first of {len(failures)} failures: {failures[0]}; " if failures else ""
     if timeout_s is not None:
         reason += f"its study.timeout of {timeout_s:g} s ran out: give it more and launch it again; "
-    return f"study {name!r} ended without a completed trial; {reason}logs: {home() / 'logs' / name}"
+    return f"study {name!r} ended without a completed trial; {reason}logs: {logs}"

@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from hpo.errors import HpoError
 from hpo.models.config import ClassifierConfig, TrainingConfig
 from hpo.models.data.sequences import Sequences
 from hpo.models.kernel.native import Kernel
@@ -35,12 +36,20 @@ def rebuild(plan: Plan, record: TrialRecord, sequences: Sequences, device: str) 
     return build(plan, record.params, record.seed, sequences, device, native=record.lstm_kernel != "torch")
 
 
+def native_wanted() -> bool:
+    """Whether HPO_NATIVE leaves the native kernel on. Raises HpoError for another value than 0 and 1."""
+    given = os.environ.get("HPO_NATIVE", "1")
+    if given not in ("0", "1"):
+        raise HpoError(f"HPO_NATIVE must be 0 (train on torch's LSTM) or 1 (on the native kernel), got {given!r}")
+    return given == "1"
+
+
 def lstm_kernel() -> Kernel | None:
     """The native kernel, compiled once for this machine and user, where there is a compiler. HPO_NATIVE=0: none.
 
     It is kept in the user's cache, or in HPO_HOME where others may write to that.
     """
-    if os.environ.get("HPO_NATIVE", "1") == "0":
+    if not native_wanted():
         return None
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111 (raises for no one)
     own = home() / "hpo-native"

@@ -23,6 +23,7 @@ from hpo.storage.errors import LeaseLost, MissingRecord
 from hpo.storage.heartbeat import Progress
 from hpo.storage.keys import checkpoint_key, trial_key
 from hpo.storage.leases import Lease
+from hpo.storage.masking import mask
 from hpo.study.lifecycle import OpenStudy
 from hpo.study.notes import attach_artifact
 from hpo.study.plan import Plan
@@ -260,7 +261,7 @@ class TrialContext:
         """End it as failed, with the reason and its log."""
         files = {"log.csv": trial_log.written()}
         self._store(files, self._keys(files))
-        self._end(TrialState.FAIL, None, {FAILURE: reason})
+        self._end(TrialState.FAIL, None, {FAILURE: mask(reason)})
 
     def _keys(self, files: Mapping[str, bytes]) -> dict[str, str]:
         """The artifact keys of files of this attempt, such as "curve.svg"."""

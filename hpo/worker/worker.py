@@ -26,6 +26,7 @@ from hpo.storage.liveness import note_end
 from hpo.storage.trials import trial_storage
 from hpo.storage.url import mask
 from hpo.study.lifecycle import OpenStudy, open_study, study_id_of
+from hpo.trial.build import native_wanted
 from hpo.trial.context import TrialContext, WorkerResources
 from hpo.trial.device import choose_device
 from hpo.trial.device_lock import SharedExclusiveLock
@@ -53,6 +54,7 @@ class Worker:
         stop_requested: threading.Event | None = None,
     ) -> None:
         """slots: None chooses by the device's memory and the study's sizes. stop_requested: once set, all slots end."""
+        native_wanted()  # or it would fail trial after trial
         self.only = study
         self.url = database_url()
         self.storage = trial_storage(self.url)

@@ -27,7 +27,7 @@ def _read_npz(path: Path) -> Raw:
         with np.load(path, allow_pickle=False) as file:
             found = list(file.files)
             arrays = {name: file[name] for name in _NPZ.values() if name in found}
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
         raise DataError(f"{path} is damaged: {error}") from None
     except ValueError as error:
         way_out = "save labels as a str array, y=numpy.array(labels, dtype=str), and X as a float array"

@@ -250,8 +250,8 @@ def raw_arrays(source: str, X: Any, y: Any, lengths: Any, groups: Any, ids: Any 
     columns = {"y": y, "lengths": lengths, "groups": groups, "ids": ids}
     at = {name: _column(source, name, column, n) for name, column in columns.items()}
     for i, length in enumerate(at["lengths"] or ()):
-        if not isinstance(length, int | float) or not float(length).is_integer():
-            raise DataError(f"{source}, sequence {i}: lengths must be whole numbers, got {length!r}")
+        if not isinstance(length, int | float) or not abs(length) < 2**53 or not float(length).is_integer():
+            raise DataError(f"{source}, sequence {i}: lengths must be whole numbers, got {str(length)[:40]}")
     valid = None if at["lengths"] is None else np.array(at["lengths"], dtype=np.int64)
     names = None if at["ids"] is None else tuple(map(str, names_of(at["ids"])))
     return Raw(source, values, at["y"], at["groups"], "sequence", range(n), names, None, valid)

@@ -181,7 +181,7 @@ def _steps(table: _Table) -> NDArray[Any]:
             try:
                 with warnings.catch_warnings(action="error"):  # numpy only warns of an offset in a time
                     steps = np.array([text.removesuffix("Z") for text in steps], dtype=dtype)
-            except (ValueError, UserWarning):
+            except (ValueError, OverflowError, UserWarning):
                 continue
     if isinstance(steps, list):
         raise DataError(f"{table.source}: steps must be numbers or ISO times without an offset")

@@ -208,7 +208,7 @@ def test_the_trial_of_a_silent_worker_is_adopted_and_its_late_writes_do_not_land
     finish(leases, lease, 0.75)
     ended = leases.storage.get_trial(lease.trial_id)
     assert ended.intermediate_values == {0: 0.0, 1: 1.0, 2: 2.0, 3: 3.0}
-    assert (ended.state, ended.value, ended.user_attrs) == (TrialState.COMPLETE, 0.75, trial.user_attrs)
+    assert (ended.state, ended.value, ended.user_attrs) == (TrialState.COMPLETE, 0.75, trial.user_attrs | {"seed": 0})
     assert leases.snapshot(study_id).started == 1
 
 
@@ -239,7 +239,7 @@ def test_every_write_under_a_lost_lease_is_refused(leases: Leases, elsewhere: Le
     assert (trial.state, trial.params, trial.user_attrs, trial.intermediate_values) == (
         TrialState.COMPLETE,
         {},
-        {},
+        {"seed": 0},
         {},
     )
 

@@ -235,7 +235,7 @@ def test_what_another_try_does_not_mend_is_refused_at_once(
     """Reported: a minute of retries for a name that does not exist."""
     monkeypatch.setattr("hpo.storage.connection.time.sleep", lambda seconds: pytest.fail("it tries again"))
     url = make_url(database_url).set(**change).render_as_string(hide_password=False)  # type: ignore[arg-type]
-    with pytest.raises(DatabaseRefusal) as refused:
+    with pytest.raises(PostgresError) as refused:
         Connection(url).execute("SELECT 1")
     assert "\n" not in str(refused.value).strip()
 

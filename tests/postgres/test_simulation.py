@@ -214,7 +214,8 @@ class LeaseStory(RuleBasedStateMachine):
         self._take(name, [])
         for held in process.held[-1:]:
             for _ in range(epochs):
-                self._report(process, held, [], 0.5)
+                if held in process.held:
+                    self._report(process, held, [], 0.5)
             if held in process.held:
                 self._checkpoint(process, held, [])
             if held in process.held:

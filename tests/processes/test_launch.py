@@ -244,7 +244,7 @@ def test_a_study_gets_no_more_workers_than_trials(
     cli: Cli, study_file: Callable[..., Path], environment: dict[str, str]
 ) -> None:
     summary_of(cli("launch", study_file(trials=1, epochs=1), "--json"))
-    logs = (Path(environment["HPO_HOME"]) / "logs" / "waves").iterdir()
+    logs = (Path(environment["HPO_HOME"]) / "logs" / "waves").glob("*.log")
     assert [log.name for log in logs] == ["worker-0.log"]
 
 

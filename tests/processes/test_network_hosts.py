@@ -317,8 +317,10 @@ def test_a_host_that_is_cut_off_loses_its_trial_to_another_and_nothing_lands_twi
     *_, began = (line for line in two.log.splitlines() if f"trial {number}: epoch" in line)
     assert f"trial {number}: epoch 1," not in began  # from its checkpoint
     assert keys(network, bucket, "hosts/checkpoint-") == set()
-    curves = {f"hosts/curve-{study}-{ended.number}-{ended.user_attrs['attempt']}.svg" for ended in found}
-    assert keys(network, bucket, "hosts/curve-") == curves
+    named = {f"{ended.number}-{ended.user_attrs['attempt']}" for ended in found}
+    curves = keys(network, bucket, "hosts/curve-")
+    assert {"-".join(key.removesuffix(".svg").split("-")[2:4]) for key in curves} == named  # then the content's hash
+    assert len(curves) == len(found)
     weights = {f"hosts/{ended.user_attrs['weights']}" for ended in found if "weights" in ended.user_attrs}
     assert keys(network, bucket, "hosts/weights-") <= weights
     for host in ("one", "two"):

@@ -153,6 +153,9 @@ def test_a_study_of_a_plain_script_has_no_status(cli: Cli, leases: Leases) -> No
     )
 
 
+OURS = {"seed": 0}  # what our workers record of a trial tells it from a stranger's
+
+
 def test_off_a_terminal_watching_prints_what_changes_until_the_study_is_over(
     environment: dict[str, str], held: Lease, leases: Leases
 ) -> None:
@@ -161,7 +164,7 @@ def test_off_a_terminal_watching_prints_what_changes_until_the_study_is_over(
         assert watching.stdout is not None
         expected = "power: 3/1000 trials; 2 complete, 1 pruned, 0 failed, 1 running; best 0.7500 (trial 1)\n"
         assert watching.stdout.readline() == expected
-        leases.storage.finish_trial(held.trial_id, TrialState.COMPLETE, [0.875])
+        leases.storage.finish_trial(held.trial_id, TrialState.COMPLETE, [0.875], OURS)
         expected = "power: 4/1000 trials; 3 complete, 1 pruned, 0 failed, 0 running; best 0.8750 (trial 3)"
         assert watching.stdout.readline() == expected + "\n"
         leases.stop(held.study_id)
@@ -174,7 +177,7 @@ def test_on_a_terminal_watching_refreshes_in_place_and_ctrl_c_ends_it(
 ) -> None:
     with Terminal("status", "--watch", cwd=tmp_path, env=environment) as terminal:
         terminal.until("0.7500 .trial 1")
-        leases.storage.finish_trial(held.trial_id, TrialState.COMPLETE, [0.875])
+        leases.storage.finish_trial(held.trial_id, TrialState.COMPLETE, [0.875], OURS)
         terminal.until("0.8750 .trial 3")
         assert UP in terminal.shown
         terminal.process.send_signal(signal.SIGINT)
