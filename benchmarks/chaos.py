@@ -1,7 +1,7 @@
 """Kill everything and count: no trial lost, none doubled, no bit changed.
 
     python benchmarks/chaos.py [--trials 100] [--workers 4] [--every 2]
-    python benchmarks/chaos.py --trials 1000 --epochs 3 --server 5 40        # about eight minutes
+    python benchmarks/chaos.py --trials 1000 --pruner none --server 5 40     # about eight minutes
 
 A study of real trials on an embedded server of its own. Every few seconds a random worker is killed with SIGKILL and
 started again; once the server is stopped with `immediate`, once its postmaster is killed with kill -9, each time it
@@ -241,6 +241,7 @@ def main() -> None:
     options.add_argument("--workers", type=int, default=4)
     options.add_argument("--every", type=float, default=2.0, help="seconds between two kills")
     options.add_argument("--epochs", type=int, default=12)
+    options.add_argument("--pruner", default="median")
     options.add_argument(
         "--server", type=float, nargs=2, metavar=("LEAST", "MOST"), help="only the server dies, so many seconds apart"
     )
@@ -261,6 +262,7 @@ def main() -> None:
                 count=given.workers,
                 every_s=given.every,
                 epochs=given.epochs,
+                pruner=given.pruner,
                 server_s=server_s,
                 tell=print,
             )

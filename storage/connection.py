@@ -300,7 +300,7 @@ class Connection:
                 raise DatabaseRefusal(f"the database at {self.address} refuses us: {reason}") from error
         if too_late:
             raise DatabaseUnavailable(
-                f"the database at {self.address} did not answer for {patience_s:g} s ({reason.splitlines()[-1]}); "
+                f"the database at {self.address} did not answer for {patience_s:g} s ({_last_line(reason)}); "
                 "start it again or check HPO_DATABASE_URL"
             ) from error
 
@@ -328,6 +328,11 @@ class Connection:
         if self._deadline is not None:
             self._deadline.close()
             self._deadline = None
+
+
+def _last_line(reason: str) -> str:
+    """The last of libpq's lines, one for each host, without its questions below them."""
+    return next((line for line in reversed(reason.splitlines()) if line[:1].strip()), reason)
 
 
 def _way_out(code: str) -> str:

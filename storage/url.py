@@ -93,7 +93,8 @@ def _check(found: Mapping[str, str], address: str, name: str, *, url: bool) -> N
     if url and (authority.count("@") > 1 or "@" in path):
         raise PostgresError(f"{name} has an @ too many; {_WAY_OUT}")
     if not all(port.isascii() and (not port or (port.isdigit() and 0 < int(port[:9]) < 2**16)) for port in ports):
-        raise PostgresError(f"{name} has a port that is no number of 1 to 65535; {_WAY_OUT}")
+        way_out = f"; {_WAY_OUT}" if url else ""
+        raise PostgresError(f"{name} has a port that is no number of 1 to 65535{way_out}")
     if len(ports) > 1 and len(ports) != len(hosts):
         raise PostgresError(f"{name} has {len(ports)} ports for {len(hosts)} hosts: give one for all, or one each")
 

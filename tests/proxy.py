@@ -3,6 +3,7 @@
 proxy.lose_answer(k)   the k-th query from now on is executed, then its connection is reset instead of the answer
 proxy.refuse(k)        the k-th query is not passed on, its connection is reset
 proxy.swallow(k)       from the k-th query on its connection takes everything and answers nothing
+proxy.stall(k)         at the k-th query nothing moves for STALL_S seconds, then everything does
 proxy.hang()           every connection does so, new ones too, until `resume`
 proxy.half_open(k)     at the k-th query the server's side is closed, the client's is not, and hears nothing of it
 """
@@ -17,6 +18,7 @@ from contextlib import contextmanager, suppress
 from urllib.parse import urlsplit
 
 SSL_REQUEST = struct.pack("!I", 80877103)
+STALL_S = 1.0
 READY = b"Z\0\0\0\5"  # ReadyForQuery, before its status byte: the server is done with a query
 
 
@@ -32,6 +34,8 @@ class Proxy:
         self._at = 0
         self._lock = threading.Lock()
         self.hanging = threading.Event()
+        self.moving = threading.Event()
+        self.moving.set()
         self._links: list[_Link] = []
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -46,6 +50,9 @@ class Proxy:
 
     def half_open(self, k: int) -> None:
         self._plan(k, _Link.half_open)
+
+    def stall(self, k: int) -> None:
+        self._plan(k, _Link.stall)
 
     def hang(self) -> None:
         self.hanging.set()
@@ -109,6 +116,11 @@ class _Link:
         self._server.close()
         return False
 
+    def stall(self) -> bool:
+        self._proxy.moving.clear()
+        threading.Timer(STALL_S, self._proxy.moving.set).start()
+        return True
+
     def reset(self) -> None:
         for each in (self._client, self._server):
             with suppress(OSError):
@@ -140,6 +152,7 @@ class _Link:
                 self._pass_on(head + body)
 
     def _pass_on(self, data: bytes) -> None:
+        self._proxy.moving.wait()
         if not self._silent:
             self._server.sendall(data)
 
@@ -162,6 +175,7 @@ class _Link:
                 if lost[-6:-1] == READY:
                     return
                 continue
+            self._proxy.moving.wait()
             self._client.sendall(data)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from hpo.storage import connection as connection_module
+from hpo.storage import tables
 from hpo.storage.artifacts import artifact_store
 from hpo.storage.leases import Leases
 from hpo.storage.registry import Registry
@@ -22,6 +23,7 @@ from hpo.storage.trials import TrialStorage, trial_storage
 from hpo.study.config import StudyConfig, load
 from hpo.study.lifecycle import create_or_open
 from hpo.worker.worker import Worker
+from tests.conftest import fresh_database
 from tests.proxy import Proxy, proxied
 
 STEP = 1 if os.environ.get("HPO_EVERY_QUERY") else 13
@@ -90,7 +92,10 @@ def result(storage: TrialStorage, name: str) -> list[Any]:
     return [*trials, *(hashlib.sha256(content).hexdigest() for content in weights)]
 
 
-@pytest.mark.parametrize("fault", ["lose_answer", "refuse", "swallow", "half_open"])
+FAULTS = ["lose_answer", "refuse", "swallow", "half_open", "stall"]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
 def test_a_study_ends_as_if_undisturbed_whichever_query_goes_wrong(
     fault: str, through: tuple[Proxy, str], config: Callable[[str], StudyConfig], storage: TrialStorage
 ) -> None:
@@ -98,10 +103,25 @@ def test_a_study_ends_as_if_undisturbed_whichever_query_goes_wrong(
     proxy, url = through
     run(config("undisturbed"), url)
     whole, queries = result(storage, "undisturbed"), proxy.queries
-    offset = ["lose_answer", "refuse", "swallow", "half_open"].index(fault)
+    offset = FAULTS.index(fault)
     tried = range(1 + 2 * offset if STEP > 1 else 1, queries + 1, STEP)
     assert len(tried) > 5
     for k in tried:
         getattr(proxy, fault)(k)
         run(config(f"{fault}-{k}"), url)
         assert result(storage, f"{fault}-{k}") == whole, f"{fault} at query {k}"
+
+
+@pytest.mark.parametrize("fault", ["lose_answer", "refuse"])
+def test_tables_are_made_whichever_query_goes_wrong(fault: str, server: str, template: str) -> None:
+    """Reported as 125 lines of SQLAlchemy's where the connection was lost in a migration."""
+    k, queries = 1 + (fault == "refuse"), 10**6
+    while k <= queries:
+        with fresh_database(server, "template0") as empty, proxied(empty) as (proxy, url):
+            getattr(proxy, fault)(k)
+            storage = trial_storage(url)
+            assert tables.revision(storage.connection) == tables.HEAD
+            queries = proxy.queries
+            storage.close()
+        k += STEP
+    assert k > 3 * STEP
