@@ -10,13 +10,12 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import psycopg2
 from psycopg2 import extensions
 
-from hpo.storage.deadlines import Deadline, shorten_all
+from hpo.storage.deadlines import Deadline, Pause, shorten_all
 from hpo.storage.errors import DatabaseRefusal, DatabaseUnavailable
 from hpo.storage.statements import BoundStatement, Statement
 from hpo.storage.url import parameters
@@ -143,18 +142,6 @@ def connect_for(url: str, seconds: float) -> extensions.connection:
     return made
 
 
-@dataclass(frozen=True)
-class Outage:
-    """A time in which the database could not be reached."""
-
-    seconds: float = 0.0
-    ended_at: float = float("-inf")  # by the monotonic clock
-
-    @property
-    def ended_ago_s(self) -> float:
-        return time.monotonic() - self.ended_at
-
-
 class Connection:
     """One psycopg2 connection in autocommit mode, one caller at a time.
 
@@ -170,7 +157,7 @@ class Connection:
         self.lock = threading.RLock()
         self.generation = 0
         self.trips = 0  # statements sent, for the benchmarks
-        self.outage = Outage()
+        self.outage = Pause()
         self._arguments = connect_arguments(url)
         self._own = _own_settings(self._arguments)
         self._connection: extensions.connection | None = None
@@ -223,7 +210,7 @@ class Connection:
                     if logged:
                         log.warning("the database at %s is back", self.address)
                     if lost:
-                        self.outage = Outage((now := time.monotonic()) - began, now)
+                        self.outage = Pause((now := time.monotonic()) - began, now)
                     self._overdue = 0
                     return found
                 except (psycopg2.OperationalError, psycopg2.InterfaceError, psycopg2.InternalError) as error:

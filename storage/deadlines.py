@@ -13,10 +13,12 @@ import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 
 from hpo.storage.background import BackgroundLoop
 
 LOOK_S = 0.25  # between two looks at the calls in progress
+FROZEN_S = 5.0  # without a look: the process, or its machine, did not run
 
 
 class Deadline:
@@ -57,6 +59,18 @@ class Deadline:
                 connected.shutdown(socket.SHUT_RDWR)  # an error: it is closed already
 
 
+@dataclass(frozen=True)
+class Pause:
+    """A time in which this process could not do its work."""
+
+    seconds: float = 0.0
+    ended_at: float = -math.inf  # by the monotonic clock
+
+    @property
+    def ended_ago_s(self) -> float:
+        return time.monotonic() - self.ended_at
+
+
 _ALL: weakref.WeakSet[Deadline] = weakref.WeakSet()
 _loops: list[BackgroundLoop] = []  # the process's one, once there is a connection
 
@@ -70,11 +84,29 @@ def shorten_all(seconds: float) -> None:
 def _watch(deadline: Deadline) -> None:
     _ALL.add(deadline)
     if not _loops:
+        _Looks.at = time.time()
         _loops.append(BackgroundLoop(_look, LOOK_S, name="hpo-deadlines", failure="a deadline could not be kept"))
         _loops[0].start()
 
 
+class _Looks:
+    """When the thread looked last, by the clock on the wall, which also goes while the machine sleeps."""
+
+    at = 0.0
+    frozen = Pause()
+
+
+def last_freeze() -> Pause:
+    """When this process did not run for a while: its laptop slept, its container was paused, it was stopped."""
+    silent_s = time.time() - _Looks.at if _loops else 0.0
+    if silent_s > FROZEN_S:
+        _Looks.frozen = Pause(silent_s, time.monotonic())
+    return _Looks.frozen
+
+
 def _look() -> None:
+    last_freeze()
+    _Looks.at = time.time()
     for deadline in list(_ALL):
         deadline.look()
 

@@ -21,6 +21,7 @@ from typing import Any
 
 from hpo.storage.background import BackgroundLoop
 from hpo.storage.connection import Row
+from hpo.storage.deadlines import last_freeze
 from hpo.storage.errors import LeaseLost, MissingRecord, PostgresError, Reason, StudyOver
 from hpo.storage.heartbeat import BEATS, Heartbeat, Progress
 from hpo.storage.liveness import Fate, fate, process_start, this_machine
@@ -254,8 +255,11 @@ class Leases:
         raise StudyOver(study_id, _reason(status, out_of_time, spent))
 
     def _outages(self) -> dict[str, list[float]]:
-        """For how many seconds this process could not reach the database, and how long ago that ended."""
-        found = [self.storage.connection.outage, self.storage.heartbeat_connection.outage]
+        """For how many seconds this process could not reach the database, or did not run, and how long ago that ended.
+
+        The others were as badly off: they get that time too.
+        """
+        found = [self.storage.connection.outage, self.storage.heartbeat_connection.outage, last_freeze()]
         return {"away_s": [each.seconds for each in found], "back_s": [each.ended_ago_s for each in found]}
 
     def release(self, lease: Lease) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -14,7 +15,8 @@ import pytest
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
-from hpo.storage.connection import Outage
+from hpo.storage import deadlines
+from hpo.storage.deadlines import Pause, last_freeze
 from hpo.storage.errors import StudyOver
 from hpo.storage.heartbeat import Progress
 from hpo.storage.leases import Lease, Leases
@@ -83,10 +85,50 @@ def test_a_taker_that_was_cut_off_leaves_the_others_as_much_time(leases: Leases,
     study_id = opened(leases)
     take(leases, study_id, "ann")
     clock.advance(LEASE_S + 5)
-    other.storage.connection.outage = Outage(6.0, time.monotonic())
+    other.storage.connection.outage = Pause(6.0, time.monotonic())
     assert other.acquire(study_id, "bob") is None
     clock.advance(2)
     assert take(other, study_id, "bob").attempt == 2
+
+
+FROZEN = """
+import sys
+from hpo.storage import deadlines
+from hpo.storage.connection import Connection
+deadlines.FROZEN_S = 1.0
+Connection(sys.argv[1]).execute("SELECT 1")
+assert deadlines.last_freeze().seconds == 0
+print("ready", flush=True)
+sys.stdin.readline()
+print(deadlines.last_freeze().seconds, deadlines.last_freeze().ended_ago_s)
+"""
+
+
+def test_a_process_that_was_stopped_knows_it(database_url: str) -> None:
+    """A laptop that slept, a container that was paused: all workers of the machine wake up with leases run out."""
+    command = [sys.executable, "-c", FROZEN, database_url]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(1.5)
+        process.send_signal(signal.SIGCONT)
+        frozen_s, ago_s = map(float, process.communicate("go on\n")[0].split())
+    assert frozen_s > 1
+    assert ago_s < 60
+
+
+def test_a_taker_that_did_not_run_leaves_the_others_as_much_time(
+    leases: Leases, other: Leases, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study_id = opened(leases)
+    take(leases, study_id, "ann")
+    clock.advance(LEASE_S + 5)
+    monkeypatch.setattr(deadlines._Looks, "frozen", Pause(6.0, time.monotonic()))
+    assert last_freeze().seconds == 6.0
+    assert other.acquire(study_id, "bob") is None
 
 
 def test_a_connection_notes_how_long_the_database_was_away(storage: TrialStorage) -> None:

@@ -488,6 +488,7 @@ def world(server: str, template: str, monkeypatch: pytest.MonkeyPatch) -> Iterat
             storage.close()
 
 
+@pytest.mark.timeout(600 + 2 * EXAMPLES)
 def test_every_story_of_workers_faults_and_restarts_ends_well(world: World) -> None:
     LeaseStory.world = world
     story = settings(
