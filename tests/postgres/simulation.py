@@ -5,13 +5,16 @@ The database is real. Its clock is the functions hpo.clock(), hpo.moment() and h
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
 
 import psycopg2
+import pytest
 from psycopg2 import extensions
 
+from hpo.storage import deadlines
 from hpo.storage.connection import Connection
 
 CLOCK = """
@@ -26,9 +29,10 @@ CREATE OR REPLACE FUNCTION hpo.server_started() RETURNS timestamptz LANGUAGE sql
 
 
 class Clock:
-    """The database's clock, set by hand."""
+    """The database's clock, set by hand. That of this process, which may wait for its turn, does not count."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, patch: pytest.MonkeyPatch) -> None:
+        patch.setattr(deadlines, "FROZEN_S", math.inf)
         self._connection = connection
         connection.execute(CLOCK)
 

@@ -29,8 +29,8 @@ LEASE_S = 10.0
 
 
 @pytest.fixture
-def clock(storage: TrialStorage) -> Clock:
-    return Clock(storage.connection)
+def clock(storage: TrialStorage, monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(storage.connection, monkeypatch)
 
 
 @pytest.fixture

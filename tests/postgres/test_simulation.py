@@ -112,9 +112,9 @@ class Process:
 class World:
     """What outlives the stories: the database, its clock, and an observer that meets no faults."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, patch: pytest.MonkeyPatch) -> None:
         self.observer = TrialStorage(url)
-        self.clock = Clock(self.observer.connection)
+        self.clock = Clock(self.observer.connection, patch)
         self.storages = {name: SimulatedStorage(url) for name in WORKERS}  # connections are kept from life to life
         self.counted: Counter[str] = Counter()  # of all stories: examples, steps, faults, …
         self.pids = count(1)
@@ -481,7 +481,7 @@ def world(server: str, template: str, monkeypatch: pytest.MonkeyPatch) -> Iterat
     monkeypatch.setattr(session_module, "HELD_BACK_S", 1e6)  # nothing is written but by a step of the story
     monkeypatch.setattr(leases_module, "process_start", lambda pid: pid)
     with fresh_database(server, template) as url:
-        made = World(url)
+        made = World(url, monkeypatch)
         monkeypatch.setattr(leases_module, "fate", lambda _, __, pid, *___: "died" if pid in made.dead else "unknown")
         yield made
         for storage in (made.observer, *made.storages.values()):
