@@ -69,10 +69,10 @@ WHERE l.study_id = %(study)s AND l.ended_at IS NULL AND l.trial_id = t.trial_id 
 
 -- name: take_lapse
 -- Take for dead the holders that were not heard of in time. Times in which the caller could not reach the database, of
--- away_s seconds until back_s seconds ago, are added to everybody's.
--- prepared: study int, away_s float8[], back_s float8[]
+-- away_s seconds until back_s seconds ago, are added to everybody's. Its own threads, who hold `held`, live as it does.
+-- prepared: study int, away_s float8[], back_s float8[], held int[]
 UPDATE hpo.leases l SET {lapse} FROM hpo.terms s
-WHERE l.study_id = %(study)s AND s.study_id = l.study_id AND l.ended_at IS NULL AND NOT {free}
+WHERE l.study_id = %(study)s AND s.study_id = l.study_id AND l.ended_at IS NULL AND NOT {free} AND l.trial_id <> ALL(%(held)s)
 AND {waited_for} + coalesce((SELECT max(away) FROM unnest(%(away_s)s, %(back_s)s) o (away, back)
     WHERE back < s.lease_s), 0) * interval '1 s' <= hpo.moment()
 
