@@ -499,5 +499,7 @@ def test_every_story_of_workers_faults_and_restarts_ends_well(world: World) -> N
         deadline=None,
         suppress_health_check=list(HealthCheck),
     )
-    run_state_machine_as_test(LeaseStory, settings=story)
-    logging.getLogger(__name__).warning("%s", dict(world.counted))
+    try:
+        run_state_machine_as_test(LeaseStory, settings=story)
+    finally:
+        logging.getLogger(__name__).warning("%s", dict(world.counted))
