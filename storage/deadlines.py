@@ -27,8 +27,7 @@ class Deadline:
     def __init__(self, descriptor: int) -> None:
         """descriptor: the connection's socket, of which this keeps a copy, as its number is given again once closed."""
         self._descriptor = os.dup(descriptor)
-        self.close = weakref.finalize(self, os.close, self._descriptor)
-        """The connection is closed: let go of the copy."""
+        self.close = weakref.finalize(self, os.close, self._descriptor)  # to be called with the connection's own
         self._ends_at = math.inf
         self.passed = False  # and the connection was cut
         _watch(self)

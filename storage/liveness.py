@@ -86,6 +86,11 @@ def note_end(worker: str) -> None:
         path.touch()
 
 
+def forget_end(worker: str) -> None:
+    """This process could give back everything after all: nobody will look for its note."""
+    ended_by_itself(worker, process_start(os.getpid()))
+
+
 def ended_by_itself(worker: str, start: int | None) -> bool:
     """Whether there is such a note; it is removed."""
     with suppress(OSError, PostgresError):

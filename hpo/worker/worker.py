@@ -22,7 +22,7 @@ from hpo.storage.artifacts import artifact_store
 from hpo.storage.database import database_url
 from hpo.storage.errors import MissingRecord, PostgresError, StudyOver
 from hpo.storage.leases import Lease, Leases
-from hpo.storage.liveness import note_end
+from hpo.storage.liveness import forget_end, note_end
 from hpo.storage.trials import trial_storage
 from hpo.storage.url import mask
 from hpo.study.lifecycle import OpenStudy, open_study, study_id_of
@@ -129,6 +129,7 @@ class Worker:
             leases.release(lease)
         leases.release_promotions(self.name)
         leases.retire(self.name)
+        forget_end(self.name)
 
     def offers(self) -> list[str]:
         """The names of the studies to look for work in."""

@@ -6,6 +6,5 @@ SELECT c.oid::regclass::text, CASE WHEN c.relkind = 'S' THEN true ELSE has_table
             AND has_table_privilege(c.oid, 'DELETE') END
 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
 WHERE c.relkind IN ('r', 'S') AND (n.nspname = 'hpo' OR n.nspname = current_schema() AND c.relname LIKE ANY (ARRAY[
-    'studies%%', 'study\_%%', 'trials%%', 'trial\_%%', 'version\_info%%', 'alembic\_version']))
-AND c.relname NOT IN ('revision', 'alembic_version', 'version_info') AND c.relname NOT LIKE 'version\_info%%'
+    'studies%%', 'study\_%%', 'trials%%', 'trial\_%%'])) AND c.relname <> 'revision'
 ORDER BY 1

@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,19 +32,6 @@ def clock(storage: TrialStorage, monkeypatch: pytest.MonkeyPatch) -> Clock:
     return Clock(storage.connection, monkeypatch)
 
 
-@pytest.fixture
-def leases(storage: TrialStorage) -> Leases:
-    return Leases(storage)
-
-
-@pytest.fixture
-def other(database_url: str) -> Iterator[Leases]:
-    """The same database as another worker sees it."""
-    made = trial_storage(database_url)
-    yield Leases(made)
-    made.close()
-
-
 def opened(leases: Leases, **terms: float | None) -> int:
     study_id = leases.storage.create_new_study([StudyDirection.MAXIMIZE])
     leases.open_study(study_id, Terms(**{"budget": 1, "lease_s": LEASE_S, **terms}), {})  # type: ignore[arg-type]
@@ -66,7 +52,7 @@ def lost(leases: Leases) -> int:
 
 
 def test_after_a_start_of_the_server_a_holder_has_its_lease_to_come_back(
-    leases: Leases, other: Leases, clock: Clock
+    leases: Leases, elsewhere: Leases, clock: Clock
 ) -> None:
     """Reported: a restart of the database costs trials whose workers live."""
     study_id = opened(leases)
@@ -74,21 +60,23 @@ def test_after_a_start_of_the_server_a_holder_has_its_lease_to_come_back(
     clock.advance(LEASE_S + 5)  # the server is away
     clock.restart_server()
     clock.advance(LEASE_S - 1)
-    assert other.acquire(study_id, "bob") is None
+    assert elsewhere.acquire(study_id, "bob") is None
     assert leases.renew("ann", {held: Progress(1)}).lost == frozenset()
     clock.advance(LEASE_S + 1)
-    assert take(other, study_id, "bob").attempt == 2
+    assert take(elsewhere, study_id, "bob").attempt == 2
 
 
-def test_a_taker_that_was_cut_off_leaves_the_others_as_much_time(leases: Leases, other: Leases, clock: Clock) -> None:
+def test_a_taker_that_was_cut_off_leaves_the_others_as_much_time(
+    leases: Leases, elsewhere: Leases, clock: Clock
+) -> None:
     """A pooler or a switch between all workers and the server was away; who comes back first takes nothing yet."""
     study_id = opened(leases)
     take(leases, study_id, "ann")
     clock.advance(LEASE_S + 5)
-    other.storage.connection.outage = Pause(6.0, time.monotonic())
-    assert other.acquire(study_id, "bob") is None
+    elsewhere.storage.connection.outage = Pause(6.0, time.monotonic())
+    assert elsewhere.acquire(study_id, "bob") is None
     clock.advance(2)
-    assert take(other, study_id, "bob").attempt == 2
+    assert take(elsewhere, study_id, "bob").attempt == 2
 
 
 FROZEN = """
@@ -121,14 +109,14 @@ def test_a_process_that_was_stopped_knows_it(database_url: str) -> None:
 
 
 def test_a_taker_that_did_not_run_leaves_the_others_as_much_time(
-    leases: Leases, other: Leases, clock: Clock, monkeypatch: pytest.MonkeyPatch
+    leases: Leases, elsewhere: Leases, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study_id = opened(leases)
     take(leases, study_id, "ann")
     clock.advance(LEASE_S + 5)
     monkeypatch.setattr(deadlines._Looks, "frozen", Pause(6.0, time.monotonic()))
     assert last_freeze().seconds == 6.0
-    assert other.acquire(study_id, "bob") is None
+    assert elsewhere.acquire(study_id, "bob") is None
 
 
 def test_a_connection_notes_how_long_the_database_was_away(storage: TrialStorage) -> None:
@@ -162,23 +150,23 @@ def test_a_worker_that_falls_silent_counts_and_one_that_got_further_does_not(lea
         worker.close()
 
 
-def test_what_falls_silent_with_the_server_does_not_count(leases: Leases, other: Leases, clock: Clock) -> None:
+def test_what_falls_silent_with_the_server_does_not_count(leases: Leases, elsewhere: Leases, clock: Clock) -> None:
     """A power loss takes both."""
     study_id = opened(leases, max_attempts=1)
     take(leases, study_id, "ann")
     clock.advance(1)
     clock.restart_server()
     clock.advance(LEASE_S + 1)
-    assert take(other, study_id, "bob").attempt == 2
+    assert take(elsewhere, study_id, "bob").attempt == 2
     assert lost(leases) == 0
 
 
-def test_a_holder_that_comes_back_is_forgiven(leases: Leases, other: Leases, clock: Clock) -> None:
+def test_a_holder_that_comes_back_is_forgiven(leases: Leases, elsewhere: Leases, clock: Clock) -> None:
     study_id = opened(leases, max_attempts=2)
     held = take(leases, study_id, "ann")
     leases.renew("ann", {held: Progress(3)})
     clock.advance(LEASE_S + 1)
-    take(other, study_id, "bob")
+    take(elsewhere, study_id, "bob")
     assert lost(leases) == 1
     assert leases.renew("ann", {held: Progress(3)}).lost == {held}
     assert lost(leases) == 1  # it hung
@@ -187,18 +175,18 @@ def test_a_holder_that_comes_back_is_forgiven(leases: Leases, other: Leases, clo
 
 
 def test_a_trial_is_given_up_only_after_its_holder_had_time_to_come_back(
-    leases: Leases, other: Leases, clock: Clock
+    leases: Leases, elsewhere: Leases, clock: Clock
 ) -> None:
     study_id = opened(leases, max_attempts=1)
     held = take(leases, study_id, "ann")
     clock.advance(LEASE_S + 1)
-    assert other.acquire(study_id, "bob") is None
+    assert elsewhere.acquire(study_id, "bob") is None
     leases.renew("ann", {held: Progress(1)})
     clock.advance(LEASE_S + 1)
-    assert other.acquire(study_id, "bob") is None
+    assert elsewhere.acquire(study_id, "bob") is None
     clock.advance(LEASE_S)
     with pytest.raises(StudyOver):
-        other.acquire(study_id, "bob")
+        elsewhere.acquire(study_id, "bob")
     assert leases.storage.get_all_trials(study_id)[0].state == TrialState.FAIL
 
 
@@ -220,13 +208,13 @@ def test_a_process_of_this_machine_that_died_frees_its_trial_at_once(leases: Lea
     assert leases.renew("here", {kept: Progress(1)}).lost == frozenset()
 
 
-def test_who_begins_under_the_name_of_another_frees_what_that_one_held(leases: Leases, other: Leases) -> None:
+def test_who_begins_under_the_name_of_another_frees_what_that_one_held(leases: Leases, elsewhere: Leases) -> None:
     """In a container every worker is process 1 of one host name."""
     study_id = opened(leases)
     leases.register("box-1", study_id, "box", os.getpid())
     take(leases, study_id, "box-1")
-    other.register("box-1", study_id, "box", os.getpid())
-    assert take(other, study_id, "box-1").attempt == 2
+    elsewhere.register("box-1", study_id, "box", os.getpid())
+    assert take(elsewhere, study_id, "box-1").attempt == 2
 
 
 def test_a_dead_promoter_leaves_the_promotion(leases: Leases, clock: Clock) -> None:
@@ -303,7 +291,7 @@ def test_a_studys_clock_goes_while_a_worker_lives(leases: Leases, clock: Clock) 
 
 
 def test_a_deadline_ends_what_is_in_flight_and_gives_out_what_was_left(
-    leases: Leases, other: Leases, clock: Clock
+    leases: Leases, elsewhere: Leases, clock: Clock
 ) -> None:
     study_id = opened(leases, budget=9, timeout_s=15)
     held = take(leases, study_id, "ann")
@@ -311,15 +299,15 @@ def test_a_deadline_ends_what_is_in_flight_and_gives_out_what_was_left(
     assert leases.renew("ann", {held: Progress(1)}).out_of_time == frozenset()
     clock.advance(8)
     assert leases.renew("ann", {held: Progress(2)}).out_of_time == {study_id}
-    assert other.acquire(study_id, "bob") is None
-    assert not other.acquire_promotion(study_id, "bob")
+    assert elsewhere.acquire(study_id, "bob") is None
+    assert not elsewhere.acquire_promotion(study_id, "bob")
     clock.advance(LEASE_S + 1)  # ann dies
-    adopted = take(other, study_id, "bob")
+    adopted = take(elsewhere, study_id, "bob")
     assert (adopted.number, adopted.heartbeat.out_of_time) == (0, True)
-    other.storage.finish_trial(adopted.trial_id, TrialState.COMPLETE, [0.5])
+    elsewhere.storage.finish_trial(adopted.trial_id, TrialState.COMPLETE, [0.5])
     with pytest.raises(StudyOver, match="timeout"):
-        other.acquire(study_id, "bob")
-    assert other.acquire_promotion(study_id, "bob")
+        elsewhere.acquire(study_id, "bob")
+    assert elsewhere.acquire_promotion(study_id, "bob")
 
 
 def test_a_budget_may_grow_and_shrink(leases: Leases, clock: Clock) -> None:

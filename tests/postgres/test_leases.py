@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import datetime, timedelta
 from multiprocessing.process import BaseProcess
 from typing import TypeVar
@@ -23,7 +23,7 @@ from hpo.storage.heartbeat import Progress
 from hpo.storage.leases import Lease, Leases
 from hpo.storage.snapshot import RECENT, WorkerGroup
 from hpo.storage.terms import Terms
-from hpo.storage.trials import TrialStorage, trial_storage
+from hpo.storage.trials import trial_storage
 from tests.conftest import execute
 
 T = TypeVar("T")
@@ -32,19 +32,6 @@ PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["hpo.storage.leases"])
 SHORT_S = 1.0  # a lease for tests in which it runs out
 PARAMS = {"x": (0.25, FloatDistribution(0, 1))}
-
-
-@pytest.fixture
-def leases(storage: TrialStorage) -> Leases:
-    return Leases(storage)
-
-
-@pytest.fixture
-def elsewhere(database_url: str) -> Iterator[Leases]:
-    """The same database as another worker sees it."""
-    made = trial_storage(database_url)
-    yield Leases(made)
-    made.close()
 
 
 def open_study(leases: Leases, terms: Terms, direction: StudyDirection = StudyDirection.MAXIMIZE) -> int:

@@ -272,6 +272,7 @@ def test_a_signal_ends_workers_that_hang_in_the_store_and_frees_the_trial(
     finally:
         s3.process.resume()
     assert rows(database_url, "SELECT attempt, lost, released FROM hpo.leases") == [(1, 0, True)]
+    assert list(tmp_path.glob("*/ended/*")) == []  # they could give back everything: no note says that they could not
 
 
 def test_a_signal_ends_a_worker_that_promotes_and_the_next_one_promotes_at_once(
