@@ -18,3 +18,10 @@ class StudyFault(HpoError):
 
     A standing worker quarantines such a study, with backoff, and goes on with the others.
     """
+
+
+class WorkerFault(HpoError):
+    """This process can do no more work, as its device does not answer it any more. Another process can.
+
+    What it holds is free for others at once, and counts as lost: whatever brought the device down may do so again.
+    """

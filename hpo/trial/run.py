@@ -8,9 +8,10 @@ from collections.abc import Mapping
 import psycopg2
 from optuna.trial import TrialState
 
+from hpo.models.device import OutOfMemory
 from hpo.models.fields import Value
 from hpo.models.training.memory import release_memory
-from hpo.models.training.training import Epoch, OutOfMemory, Training, TrainingInterrupted
+from hpo.models.training.training import Epoch, Training, TrainingInterrupted
 from hpo.storage.artifacts import ArtifactError
 from hpo.storage.errors import LeaseLost, MissingRecord, PostgresError
 from hpo.trial import log as trial_log

@@ -1,4 +1,4 @@
-"""The memory of a training: how much it takes, whether it ran out, and how it is given back."""
+"""The memory of a training: how much it takes, and how it is given back."""
 
 from __future__ import annotations
 
@@ -32,12 +32,6 @@ def memory_bytes(n: int, members: int, classifier: ClassifierConfig, batch_size:
         inputs = width
     rows = max(batch_size, EVALUATION_BATCH[device] // 4)
     return 4 * (data + members * 4 * weights + (members if device == "cuda" else 1) * rows * kept)
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether a GPU's, a CPU's or a library's allocator says so: only some of them have a type of their own."""
-    signs = ("out of memory", "can't allocate memory", "could not allocate", "ALLOC_FAILED")
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
 
 
 def release_memory(device: str) -> None:

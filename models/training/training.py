@@ -27,12 +27,13 @@ from hpo.errors import HpoError
 from hpo.models.classifier import Classifier, Weights
 from hpo.models.config import ClassifierConfig, TrainingConfig
 from hpo.models.data.sequences import Sequences
+from hpo.models.device import device_errors
 from hpo.models.kernel.native import LARGEST, Kernel
 from hpo.models.metrics import choose_threshold, direction, score
 from hpo.models.seeds import derive
 from hpo.models.training.batches import Batches
 from hpo.models.training.member import Member
-from hpo.models.training.memory import is_out_of_memory, memory_bytes
+from hpo.models.training.memory import memory_bytes
 from hpo.models.training.schedules import learning_rate
 
 MIB = 2**20
@@ -43,10 +44,6 @@ _initialising = threading.Lock()  # first weights are drawn from torch's own ran
 
 class Diverged(HpoError):
     """Loss, gradients or predictions stopped being finite numbers."""
-
-
-class OutOfMemory(HpoError):
-    """The training does not fit the device's memory; the message has its sizes."""
 
 
 class StateError(HpoError):
@@ -96,7 +93,7 @@ class Training:
         kernel: the native one, for float32 on a CPU and sizes where it is the faster one; None: torch's own LSTM.
         graphs: on a GPU, replay captured steps; else, or where capture fails, run them one operation at a time: the
         bits are the same. fixed_shapes: steps of a few fixed shapes (see `FixedSteps`); None: on a GPU.
-        Raises OutOfMemory.
+        Raises OutOfMemory and DeviceLost, as do all calls that use the device.
         """
         assert sequences.labels is not None
         self.config, self.classifier = config, classifier
@@ -135,7 +132,7 @@ class Training:
     def advance(self, interrupted: Callable[[], bool] = lambda: False) -> Epoch:
         """Train one epoch and validate.
 
-        Raises TrainingInterrupted as soon as `interrupted()` is true between two batches, Diverged and OutOfMemory.
+        Raises TrainingInterrupted as soon as `interrupted()` is true between two batches, and Diverged.
         After any of them the object is in the middle of an epoch: `restore` a checkpoint or drop it.
         """
         started = time.perf_counter()
@@ -210,6 +207,16 @@ class Training:
             for member, state in zip(self.members, states, strict=True):
                 member.learner.restore(state)
 
+    def close(self) -> None:
+        """Let go of all memory, in the thread that trained; the history and the best weights stay."""
+        self.members.clear()
+
+    def __enter__(self) -> Training:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def _train(self, number: int, interrupted: Callable[[], bool]) -> None:
         rate = learning_rate(self.config, [epoch.log_loss for epoch in self.history])
         for member in self.members:
@@ -224,15 +231,10 @@ class Training:
 
     @contextmanager
     def _on_device(self) -> Iterator[None]:
-        """Run on this training's stream; turn any allocator's error into OutOfMemory."""
+        """Run on this training's stream; errors of the device become OutOfMemory or DeviceLost."""
         stream = nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
-        try:
-            with stream:
-                yield
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise OutOfMemory(f"out of memory on {self.device}: {self._size()}") from None
+        with device_errors(self.device, self._size), stream:
+            yield
 
     def _size(self) -> str:
         shape, config = self.classifier, self.config

@@ -389,7 +389,7 @@ def test_trainings_in_threads_of_one_process_give_the_bits_that_they_give_alone(
 TOO_LARGE = """
 import resource, sys
 sys.path.insert(0, sys.argv[1])
-from hpo.models.training.training import OutOfMemory
+from hpo.models.device import OutOfMemory
 from tests.unit.test_training import sequences, training
 data = sequences()
 small = training(data)
