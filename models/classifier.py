@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hpo.models.config import ClassifierConfig
+from hpo.models.device import is_gpu
 from hpo.models.kernel.native import Kernel
 
 Weights = dict[str, Tensor]  # a classifier's state by parameter name
@@ -56,6 +57,7 @@ class Classifier(nn.Module):
     mean: Tensor
     deviation: Tensor
     kernel: Kernel | None = None  # runs the LSTM in float32 on a CPU; None: torch does
+    apart: bool | None = None  # on a GPU: whether the directions of a layer run one by one, their weights laid out so
 
     def __init__(self, config: ClassifierConfig) -> None:
         super().__init__()
@@ -72,6 +74,19 @@ class Classifier(nn.Module):
         self.head = _head(pooled, config)
         self.register_buffer("mean", torch.zeros(config.features))
         self.register_buffer("deviation", torch.ones(config.features))
+
+    def place(self, device: torch.device, *, variable: bool = True) -> Classifier:
+        """Move it to a device, as `to` does. On a GPU each call of cuDNN then finds its weights in one buffer, laid out
+        as it wants them; it would copy them every time.
+
+        variable: sequences differ in length, so that the reverse direction runs over flipped ones, by itself.
+        """
+        self.to(device)
+        if is_gpu(device):
+            self.apart = variable and self.config.bidirectional
+            for weights in self._calls():
+                lay_out(weights, self.config.hidden_size)
+        return self
 
     def fit_normalization(self, values: Tensor, lengths: Tensor) -> None:
         """Take the channel statistics of the training part: values (N, T, F), lengths (N,)."""
@@ -122,11 +137,11 @@ class Classifier(nn.Module):
         final: only those that each direction ends with, (B, D*H), which cost the native kernel less.
         """
         dropout = self.config.dropout if self.training and self.config.layers > 1 else 0.0
-        flipped = self.kernel is None and lengths is not None and self.config.bidirectional
-        if self.kernel is None and not dropout and not flipped:
+        apart = lengths is not None and self.config.bidirectional if self.apart is None else self.apart
+        if self.kernel is None and self.apart is None and not dropout and not apart:
             result: Tensor = self.lstm(patches)[0]
             return result
-        flips = _flips(patches.shape[0], cast(Tensor, lengths)) if flipped else None
+        flips = _flips(patches, lengths) if apart and self.kernel is None else None
         for layer in range(self.config.layers):
             if layer and dropout:
                 patches = drop(patches, dropout, generator)
@@ -173,6 +188,16 @@ class Classifier(nn.Module):
             return self._run(patches, forward + backward)
         flipped = _reorder(self._run(_reorder(patches, flips), backward), flips)
         return torch.cat([self._run(patches, forward), flipped], 2)
+
+    def _calls(self) -> list[list[Tensor]]:
+        """The weights of each call on a GPU: of a layer in one direction, or in both."""
+        calls = []
+        for layer in range(self.config.layers):
+            forward, backward = self._weights(f"l{layer}"), []
+            if self.config.bidirectional:
+                backward = self._weights(f"l{layer}_reverse")
+            calls += [forward, backward] if self.apart else [forward + backward]
+        return calls
 
     def _weights(self, suffix: str) -> list[Tensor]:
         """The weights of one direction of one layer."""
@@ -234,10 +259,21 @@ def drop(values: Tensor, probability: float, generator: torch.Generator | None) 
     return values * kept.div_(1 - probability)
 
 
-def _flips(steps: int, lengths: Tensor) -> Tensor:
+def _flips(patches: Tensor, lengths: Tensor | None) -> Tensor:
     """(S, B, 1): where each step of a sequence flipped within its own length comes from."""
-    index = torch.arange(steps, device=lengths.device)[:, None]
+    steps, batch = patches.shape[:2]
+    index = torch.arange(steps, device=patches.device)[:, None]
+    if lengths is None:
+        return (steps - 1 - index).expand(steps, batch)[:, :, None]
     return torch.where(index < lengths, lengths - 1 - index, index)[:, :, None]
+
+
+@torch.no_grad()
+def lay_out(weights: list[Tensor], hidden_size: int) -> None:
+    """Move the weights of one call of cuDNN's LSTM, one direction's or both's, into one buffer, as cuDNN wants them."""
+    if torch.backends.cudnn.is_acceptable(weights[0]):  # type: ignore[no-untyped-call]
+        size, lstm, both = weights[0].shape[1], 2, len(weights) == 8
+        torch._cudnn_rnn_flatten_weight(weights, 4, size, lstm, hidden_size, 0, 1, False, both)
 
 
 def _reorder(patches: Tensor, index: Tensor) -> Tensor:

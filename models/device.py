@@ -26,6 +26,11 @@ class DeviceLost(WorkerFault):
     """The device does not answer this process any more: after an illegal access every call fails until it ends."""
 
 
+def is_gpu(device: torch.device) -> bool:
+    """Whether it runs kernels beside the CPU, which had better not wait for it, in streams and graphs."""
+    return device.type == "cuda"
+
+
 def is_out_of_memory(error: Exception) -> bool:
     """Whether a GPU's, a CPU's or a library's allocator says so: only some of them have a type of their own."""
     named = isinstance(error, MemoryError | torch.OutOfMemoryError)

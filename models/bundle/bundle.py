@@ -168,13 +168,13 @@ def load(folder: str | Path, device: str = "cpu") -> Bundle:
     except SafetensorError as error:
         raise BundleError(f"{source} is not a whole safetensors file ({error}); fetch or export it again") from None
     models = _models(config, tensors, str(source))
-    return Bundle(config, tuple(model.to(device) for model in models), folder)
+    return Bundle(config, tuple(model.place(torch.device(device)) for model in models), folder)
 
 
 def assemble(config: BundleConfig, members: Sequence[Weights], device: str = "cpu") -> Bundle:
     """The bundle that `save` would write, in memory. Raises BundleError."""
     models = _models(config, parse_tensors(pack(members)), "these weights")
-    return Bundle(config, tuple(model.to(device) for model in models))
+    return Bundle(config, tuple(model.place(torch.device(device)) for model in models))
 
 
 def pack(members: Sequence[Weights]) -> bytes:

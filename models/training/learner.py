@@ -22,14 +22,17 @@ class Learner:
     the device.
     """
 
-    def __init__(self, model: Classifier, config: TrainingConfig, labels: Tensor) -> None:
-        """labels (N,): those of the training part, on the model's device."""
-        self.model, self.config = model, config
+    def __init__(self, model: Classifier, config: TrainingConfig, labels: Tensor, *, waits: bool = True) -> None:
+        """labels (N,): those of the training part, on the model's device.
+
+        waits: a step may read what it computes, and so wait for the device; else it can be captured.
+        """
+        self.model, self.config, self.waits = model, config, waits
         self.device = labels.device
         self.parameters = ParameterBuffers(model)
         self.generator = torch.Generator(self.device)
         self.class_weight = _class_weight(labels, model.config.classes) if config.class_weight == "balanced" else None
-        self.optimizer = Optimizer(self.parameters.buffers, self.parameters.gradients, config)
+        self.optimizer = Optimizer(self.parameters.buffers, self.parameters.gradients, config, waits=waits)
         self.loss_sum = torch.zeros((), device=self.device)
 
     def step(self, batch: Batch, mask: Tensor | None = None) -> None:
@@ -40,7 +43,7 @@ class Learner:
         loss = self._loss(logits.float(), batch.labels, mask)
         loss.backward()  # type: ignore[no-untyped-call]
         if self.config.gradient_clip:
-            self.parameters.clip(self.config.gradient_clip)
+            self.parameters.clip(self.config.gradient_clip, waits=self.waits)
         self.optimizer.step()
         self.loss_sum += loss.detach() * (len(batch.labels) if mask is None else mask.sum())
 

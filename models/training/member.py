@@ -36,7 +36,7 @@ class Member:
     ) -> None:
         """index: of the fold, one of what its seeds are functions of. fixed_shapes and graphs as for `Training`."""
         self.train, self.validation, self.index = train, validation, index
-        self.learner = Learner(model, config, train.part_labels())
+        self.learner = Learner(model, config, train.part_labels(), waits=not fixed_shapes)
         self.fixed = FixedSteps(self.learner, train, graphs) if fixed_shapes else None
 
     def epoch(self, number: int, rate: float) -> Iterator[Callable[[], None]]:
@@ -58,6 +58,11 @@ class Member:
         for indices in batches:
             batch = self.train.batch(indices)
             yield lambda batch=batch: learner.step(batch)  # type: ignore[misc]
+
+    def close(self) -> None:
+        """End what must end in the thread that trained."""
+        if self.fixed is not None:
+            self.fixed.close()
 
     @torch.inference_mode()
     def validate(self) -> Tensor:

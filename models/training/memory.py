@@ -10,7 +10,7 @@ import torch
 
 from hpo.models.config import ClassifierConfig
 from hpo.models.training.batches import EVALUATION_BATCH
-from hpo.models.training.fixed_steps import CAPTURING
+from hpo.models.training.graphs import CAPTURING
 
 
 def memory_bytes(n: int, members: int, classifier: ClassifierConfig, batch_size: int, device: str) -> int:

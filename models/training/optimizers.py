@@ -29,19 +29,21 @@ MEMORY = {  # what is remembered of each weight, by torch's names; a momentum of
 class Optimizer:
     """One optimiser over a few buffers, each with its gradient in a buffer of its own.
 
-    rate: the learning rate; on a GPU it lies on the device and no step waits for the CPU, so that a step can be
-    captured. state: of each buffer by torch's names, all zero before the first step, and always the same tensors.
-    fused: whether one kernel makes the whole step (its bits differ from those of several).
+    rate: the learning rate; in steps that can be captured it lies on the device. state: of each buffer by torch's
+    names, all zero before the first step, and always the same tensors. fused: whether one kernel makes the whole step
+    (its bits differ from those of several).
     """
 
-    def __init__(self, buffers: Sequence[Tensor], gradients: Sequence[Tensor], config: TrainingConfig) -> None:
+    def __init__(
+        self, buffers: Sequence[Tensor], gradients: Sequence[Tensor], config: TrainingConfig, *, waits: bool = True
+    ) -> None:
+        """waits: a step may read what the device has computed; else it can be captured."""
         self.kind, self.decay = config.optimizer, config.weight_decay
         self.fused = self.kind != "rmsprop"
         self.buffers, self.gradients = list(buffers), list(gradients)
         device = self.buffers[0].device
-        self.rate: float | Tensor = config.learning_rate
-        if device.type == "cuda":
-            self.rate = torch.tensor(config.learning_rate, device=device)
+        rate = config.learning_rate
+        self.rate: float | Tensor = rate if waits else torch.tensor(rate, device=device)
         self._memory = [[torch.zeros_like(buffer) for buffer in buffers] for _ in MEMORY[self.kind]]
         self._steps = [torch.zeros((), device=device) for _ in buffers] if "adam" in self.kind else []
         self.state: list[dict[str, Tensor]] = [

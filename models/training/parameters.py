@@ -26,17 +26,19 @@ class ParameterLayout:
 
 class ParameterBuffers:
     """A model's weights in one buffer and their gradients in another, so that clipping and the optimiser are a kernel
-    or two whatever the number of weights. On a GPU the LSTM's weights stay in the buffer that cuDNN laid out.
+    or two whatever the number of weights. Weights that share a buffer already stay there: cuDNN has laid it out.
 
     groups: each buffer with its layout. buffers and gradients: in the order of the groups.
     """
 
     def __init__(self, model: Classifier) -> None:
         named = dict(model.named_parameters())
-        lstm = {name: weight for name, weight in named.items() if name.startswith("lstm.")}
-        rest = {name: weight for name, weight in named.items() if name not in lstm}
-        laid_out = len({weight.untyped_storage().data_ptr() for weight in lstm.values()}) == 1 < len(lstm)
-        self.groups = [_laid_out(lstm), _side_by_side(rest)] if laid_out else [_side_by_side(named)]
+        stored: dict[int, dict[str, nn.Parameter]] = {}
+        for name, weight in named.items():
+            stored.setdefault(weight.untyped_storage()._cdata, {})[name] = weight
+        shared = [weights for weights in stored.values() if len(weights) > 1]
+        rest = {name: weight for weights in stored.values() if len(weights) == 1 for name, weight in weights.items()}
+        self.groups = [*map(_laid_out, shared), *([_side_by_side(rest)] if rest else [])]
         self.buffers = [buffer for buffer, _ in self.groups]
         self.gradients = [torch.zeros_like(buffer) for buffer in self.buffers]
         for (buffer, layout), gradient in zip(self.groups, self.gradients, strict=True):
@@ -49,12 +51,15 @@ class ParameterBuffers:
         for gradient in self.gradients:
             gradient.zero_()
 
-    def clip(self, most: float) -> None:
-        """Scale the gradients down to a norm of at most `most`, all weights taken together, as clip_grad_norm_ does."""
+    def clip(self, most: float, *, waits: bool = True) -> None:
+        """Scale the gradients down to a norm of at most `most`, all weights taken together, as clip_grad_norm_ does.
+
+        waits: the norm may be read.
+        """
         norms = [torch.linalg.vector_norm(gradient) for gradient in self.gradients]
         norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
-        if norm.device.type == "cpu" and float(norm) < most - 2 * CLIP_EPSILON:
-            return  # the factor would be 1; on a GPU, reading the norm would wait for the device
+        if waits and float(norm) < most - 2 * CLIP_EPSILON:
+            return  # the factor would be 1
         scale = (most / (norm + CLIP_EPSILON)).clamp(max=1.0)
         for gradient in self.gradients:
             gradient.mul_(scale)

@@ -27,7 +27,7 @@ from hpo.errors import HpoError
 from hpo.models.classifier import Classifier, Weights
 from hpo.models.config import ClassifierConfig, TrainingConfig
 from hpo.models.data.sequences import Sequences
-from hpo.models.device import device_errors
+from hpo.models.device import device_errors, is_gpu
 from hpo.models.kernel.native import LARGEST, Kernel
 from hpo.models.metrics import choose_threshold, direction, score
 from hpo.models.seeds import derive
@@ -104,7 +104,7 @@ class Training:
         self.best: Epoch | None = None
         self.best_weights: list[Weights] = []
         self.batches = 0  # trained since this object was made
-        gpu = self.device.type == "cuda"
+        gpu = is_gpu(self.device)
         fits = not gpu and config.precision == "float32" and classifier.hidden_size <= LARGEST
         self.kernel = kernel if fits else None
         self._stream = _own_stream(self.device) if gpu else None
@@ -209,7 +209,10 @@ class Training:
 
     def close(self) -> None:
         """Let go of all memory, in the thread that trained; the history and the best weights stay."""
-        self.members.clear()
+        members, self.members = self.members, []
+        with self._on_device():
+            for member in members:
+                member.close()
 
     def __enter__(self) -> Training:
         return self
@@ -250,12 +253,13 @@ class Training:
     ) -> list[Member]:
         values, lengths = torch.from_numpy(sequences.values), torch.from_numpy(sequences.lengths)
         labels = torch.from_numpy(sequences.labels).to(self.device)
+        variable = bool((sequences.lengths != sequences.lengths[0]).any())
         found: list[Member] = []
         whole: tuple[torch.Tensor, torch.Tensor] | None = None  # what members share that prepare their data alike
         for index, (train, validation) in enumerate(folds):
             model = _model(self.classifier, derive("weights", self.config.seed, index))
             model.fit_normalization(values[train], lengths[train])
-            model.to(self.device)
+            model.place(self.device, variable=variable)
             model.kernel = self.kernel
             if whole is None or self.classifier.normalization == "channel":
                 with torch.no_grad():
