@@ -18,6 +18,9 @@ OUT_OF_MEMORY = (
 )
 
 
+FULL = 512 * 2**20  # bytes: with less free memory a library's failure is taken for the want of it
+
+
 class OutOfMemory(HpoError):
     """The training does not fit the device's memory; the message has its sizes."""
 
@@ -35,6 +38,14 @@ def is_out_of_memory(error: Exception) -> bool:
     """Whether a GPU's, a CPU's or a library's allocator says so: only some of them have a type of their own."""
     named = isinstance(error, MemoryError | torch.OutOfMemoryError)
     return named or any(sign in str(error) for sign in OUT_OF_MEMORY)
+
+
+def is_full(device: torch.device) -> bool:
+    """Whether a GPU has so little memory left that a library may fail for the want of it, whatever it says."""
+    if device.type != "cuda":
+        return False
+    free, _ = torch.cuda.mem_get_info(device)
+    return free < FULL
 
 
 def probe(device: torch.device) -> None:
@@ -65,6 +76,6 @@ def device_errors(device: torch.device, size: Callable[[], str]) -> Iterator[Non
                 f"{device} does not answer this process any more: {reason}; the worker ends, and its trials go on in "
                 f"others. If it happens again, see `hpo doctor` and the driver's log (dmesg)"
             ) from error
-        if not is_out_of_memory(error):
+        if not is_out_of_memory(error) and not ("_STATUS_" in str(error) and is_full(device)):
             raise
         raise OutOfMemory(f"out of memory on {device}: {size()}") from None

@@ -15,7 +15,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -235,9 +235,14 @@ class Training:
     @contextmanager
     def _on_device(self) -> Iterator[None]:
         """Run on this training's stream; errors of the device become OutOfMemory or DeviceLost."""
-        stream = nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
-        with device_errors(self.device, self._size), stream:
-            yield
+        with device_errors(self.device, self._size):
+            if self._stream is None:
+                yield
+                return
+            # Backward passes run in this thread. torch would run those of all slots in one thread of the device, with
+            # one handle of cuDNN, and what one slot does with its streams would end another's capture.
+            with torch.cuda.stream(self._stream), torch.autograd.set_multithreading_enabled(False):
+                yield
 
     def _size(self) -> str:
         shape, config = self.classifier, self.config
