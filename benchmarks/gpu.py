@@ -1,17 +1,20 @@
 """How many trials an hour one GPU trains: the loop that people write, our Training with K slots, K fused trials.
 
-    python benchmarks/gpu.py [--shapes 0 1 …] [--cpu]
+    python benchmarks/gpu.py [--sections limits shape-0 …] [--minutes 9] [--go-on] [--cpu]
 
-Shapes are (T, F, H, L, B): steps, features, hidden size, layers, batch size. (a) loop: DataLoader, nn.LSTM, BCE, Adam,
-`loss.item()` each step, tf32 in cuDNN as torch has it by default. Ours: our `Training`, float32: eager, and
-with CUDA graphs in K slots, K threads with a stream each. Fused: `experiments/fused.py`, K trials in one kernel, as one
-CUDA graph. All train on 1,024 sequences with Adam or AdamW without clipping and validate on 256 after each epoch. K
-doubles until it no longer pays or memory ends. Each variant is measured in windows that take turns with windows of the
-loop; a ratio is of two neighbouring windows.
+Shapes are (T, F, H, L, B): steps, features, hidden size, layers, batch size; `to T`: lengths from T/4 to T. (a) loop:
+DataLoader, nn.LSTM (over packed sequences where lengths vary), BCE, Adam, `loss.item()` each step, tf32 in cuDNN as
+torch has it by default. Ours: our `Training`, float32: eager, and with CUDA graphs in K slots, K threads with a stream
+each; processes: the same slots in one process and spread over several. Fused: `experiments/fused.py`, K trials in one
+kernel, as one CUDA graph. All train on 1,024 sequences with Adam or AdamW without clipping and validate on 256 after
+each epoch. K doubles until it no longer pays or memory ends. Each variant is measured in windows that take turns with
+windows of the loop; a ratio is of two neighbouring windows. `costs` is what a capture takes, and how much memory a
+training, beside the estimate.
 
-Every section runs in a process of its own with a time limit, under eight minutes in all. Rows go to gpu.jsonl in $OUT,
-or in this folder. Without a GPU it says so and ends; --cpu is a dry run of the logic at tiny sizes: its figures mean
-nothing. It needs torch and triton, nothing else of the project than `models`.
+It runs unattended: every section is a process of its own with a time limit, and what is not begun after --minutes is
+left for a call with --go-on, which keeps the rows so far. Each row goes to gpu.jsonl in $OUT, or in this folder, as
+soon as it is measured. Without a GPU it says so and ends; --cpu is a dry run of the logic at tiny sizes: its figures
+mean nothing. It needs torch, and triton for the fused kernel.
 """
 
 from __future__ import annotations
@@ -50,8 +53,7 @@ from hpo.models.training.training import Training  # noqa: E402
 CPU = "--cpu" in sys.argv
 DEVICE = "cpu" if CPU else "cuda"
 OUT = Path(os.environ.get("OUT", ".")) / "gpu.jsonl"
-WHOLE_S = 470  # of all sections; those that come late get less
-SECTION_S = {"limits": 30, "equality": 85, "shape": 70}
+SECTION_S = {"limits": 30, "costs": 60, "fused": 85, "shape": 70, "processes": 60}  # at most, by the kind of section
 ROUNDS, LOOP_S, WINDOW_S = (1, 0.0, 0.0) if CPU else (3, 0.2, 0.4)  # windows of one whole epoch at least
 N, VALIDATION = (16, 4) if CPU else (1024, 256)  # sequences
 EPOCHS = 50  # of the trials that are counted by the hour
@@ -71,10 +73,11 @@ class Shape:
     L: int
     B: int
     target: float | None = None  # times (a)
+    variable: bool = False  # lengths from T/4 to T
 
     @property
     def name(self) -> str:
-        return f"({self.T}, {self.F}, {self.H}, {self.L}, {self.B})"
+        return f"({'to ' * self.variable}{self.T}, {self.F}, {self.H}, {self.L}, {self.B})"
 
     def flops(self) -> float:
         """Of the products of one sequence, forward and backward."""
@@ -83,9 +86,12 @@ class Shape:
     def sequences(self) -> Sequences:
         """The training rows first, then the validation part: noise with a class's offset in the first feature."""
         labels = np.arange(N + VALIDATION) % 2
-        X = np.random.default_rng(1).normal(0, 1, (len(labels), self.T, self.F))
+        random = np.random.default_rng(1)
+        X = random.normal(0, 1, (len(labels), self.T, self.F))
         X[:, :, 0] += 0.2 * labels[:, None]
-        return from_arrays(X, labels, np.full(len(labels), self.T))
+        least = max(1, self.T // 4) if self.variable else self.T
+        lengths = random.integers(least, self.T + 1, len(labels))
+        return from_arrays([x[:length] for x, length in zip(X, lengths, strict=True)], labels)
 
     def classifier(self, **given: Any) -> ClassifierConfig:
         shape = {"features": self.F, "classes": 2, "steps": self.T, "hidden_size": self.H, "layers": self.L}
@@ -98,9 +104,11 @@ SHAPES = (
     Shape(500, 1, 64, 1, 64, 20),
     Shape(100, 9, 128, 2, 64),
     Shape(100, 9, 256, 1, 16, 5),
+    Shape(26, 12, 32, 1, 32, 20, variable=True),
+    Shape(100, 9, 64, 2, 64, variable=True),
 )
 if CPU:
-    SHAPES = (Shape(4, 2, 3, 1, 8, 20),)
+    SHAPES = (Shape(4, 2, 3, 1, 8, 20), Shape(8, 2, 3, 1, 8, variable=True))
 
 Train = Callable[[float], tuple[int, float]]  # until this time -> training sequences of all trials, seconds
 
@@ -111,6 +119,8 @@ def emit(**row: Any) -> None:
 
 
 def read_rows() -> list[dict[str, Any]]:
+    if not OUT.exists():
+        return []
     return [json.loads(line) for line in OUT.read_text().splitlines()]
 
 
@@ -123,14 +133,18 @@ def synchronize() -> None:
 
 
 class Plain(nn.Module):
-    """nn.LSTM and a linear layer on its last step."""
+    """nn.LSTM and a linear layer on its last step, of packed sequences where lengths vary."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.lstm = nn.LSTM(shape.F, shape.H, shape.L, batch_first=True)
         self.head = nn.Linear(shape.H, 1)
+        self.variable = shape.variable
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        if self.variable:
+            packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+            return self.head(self.lstm(packed)[1][0][-1]).squeeze(1)
         return self.head(self.lstm(x)[0][:, -1]).squeeze(1)
 
 
@@ -150,8 +164,8 @@ def epochs(epoch: Callable[[], Any], trials: int = 1) -> Train:
 def loop(shape: Shape) -> Train:
     """(a), the loop that people write."""
     data = shape.sequences()
-    x, y = torch.from_numpy(data.values), torch.from_numpy(data.labels).float()
-    parts = TensorDataset(x[:N], y[:N]), TensorDataset(x[N:], y[N:])
+    x, y, n = torch.from_numpy(data.values), torch.from_numpy(data.labels).float(), torch.from_numpy(data.lengths)
+    parts = TensorDataset(x[:N], y[:N], n[:N]), TensorDataset(x[N:], y[N:], n[N:])
     loader, validation_loader = DataLoader(parts[0], shape.B, shuffle=True), DataLoader(parts[1], shape.B)
     model, loss_function = Plain(shape).to(DEVICE), nn.BCEWithLogitsLoss()
     optimizer = torch.optim.Adam(model.parameters(), lr=RATE)
@@ -159,17 +173,17 @@ def loop(shape: Shape) -> Train:
     def epoch() -> float:
         total = 0.0
         model.train()
-        for x, y in loader:
+        for x, y, n in loader:
             x, y = x.to(DEVICE), y.to(DEVICE)
             optimizer.zero_grad()
-            loss = loss_function(model(x), y)
+            loss = loss_function(model(x, n), y)
             loss.backward()
             optimizer.step()
             total += loss.item()
         model.eval()
         with torch.no_grad():
-            for x, y in validation_loader:
-                total += loss_function(model(x.to(DEVICE)), y.to(DEVICE)).item()
+            for x, y, n in validation_loader:
+                total += loss_function(model(x.to(DEVICE), n), y.to(DEVICE)).item()
         return total
 
     run = epochs(epoch)
@@ -228,6 +242,7 @@ class Slots:
         return sum(seen for seen, _ in answers), max(seconds for _, seconds in answers)
 
     def close(self) -> None:
+        self.each(lambda own: own.close(), self.trainings)
         for thread in self.threads:
             thread.shutdown()
 
@@ -287,46 +302,60 @@ def seconds(call: Callable[[], Any], times: int = 8) -> float:
     return statistics.median(taken[2:])
 
 
-def equality() -> None:
-    """Whether the fast ways give what the plain ones give."""
+def costs() -> None:
+    """What captures cost in time and memory, and how good the estimate of memory is."""
+    for shape in SHAPES:
+        guard(f"costs of {shape.name}", lambda shape=shape: emit(costs=shape.name, **costs_of(shape)))  # type: ignore[misc]
+
+
+def costs_of(shape: Shape) -> dict[str, Any]:
+    """Milliseconds of the first epochs, of one that is captured and of one that is not; MiB taken and estimated."""
+    found: dict[str, Any] = {}
+    for graphs in (False, True):
+        release()
+        before = 0 if CPU else torch.cuda.memory_reserved()
+        with training(shape, 0, graphs) as run:
+            times = [1e3 * run.advance().seconds for _ in range(6)]
+            if not CPU:
+                torch.cuda.empty_cache()
+                found["graphs MiB" if graphs else "resident MiB"] = (torch.cuda.memory_reserved() - before) / 2**20
+            fixed = run.members[0].fixed
+            found |= {"shapes": len(fixed.replays), "estimate MiB": run.bytes / 2**20}
+            found["graph ms" if graphs else "eager ms"] = [times[0], statistics.median(times[3:])]
+    return found
+
+
+def processes() -> None:
+    """The same number of slots in one process and spread over several, which a card runs in turns without MPS."""
+    shape, seconds = SHAPES[0 if CPU else 1], 0.2 if CPU else 3.0
+    for count, slots in ((1, 4), (2, 2), (4, 1), (4, 4)):
+        start = time.time() + (5.0 if CPU else 9.0)  # all have begun by then
+        command = [sys.executable, __file__, "--section", "beside", "--beside", str(slots), str(start), str(seconds)]
+        started = [
+            subprocess.Popen([*command, *(["--cpu"] if CPU else [])], stdout=subprocess.PIPE, text=True)
+            for _ in range(count)
+        ]
+        rates = [float(process.communicate()[0].split()[-1]) for process in started]
+        emit(beside=shape.name, processes=count, slots=slots, rate=sum(rates))
+
+
+def beside(slots: int, start: float, seconds: float) -> None:
+    """One of several processes: sequences a second of its slots, from a common moment on."""
+    run = Slots(SHAPES[0 if CPU else 1], slots)
+    run(0.0)
+    time.sleep(max(0.0, start - time.time()))
+    seen, taken = run(time.monotonic() + seconds)
+    run.close()
+    print(seen / taken)
+
+
+def fused() -> None:
+    """Whether the fused kernel gives what the plain ways give."""
     small = Shape(3, 2, 5, 1, 8) if CPU else Shape(60, 3, 24, 2, 32)
-    more = {} if CPU else {"bidirectional": True, "dropout": 0.2}
-    guard("graphs", lambda: compare_graphs(small, more))
-    guard("slots", lambda: compare_slots(small))
     guard("fused steps", lambda: compare_fused_steps(small))
     for hidden in (3,) if CPU else (16, 64, 128, 256):
         for precision in TOLERANCE:
             guard("fused error", lambda H=hidden, P=precision: emit(check="fused error", **fused_error(H, P)))  # type: ignore[misc]
-
-
-def compare_graphs(shape: Shape, given: dict[str, Any]) -> None:
-    runs = [training(shape, 0, graphs, **given) for graphs in (True, False)]
-    for run in runs:
-        for _ in range(3):
-            run.advance()
-    fixed = runs[0].members[0].fixed
-    note = f"{len(fixed.graphs)} graphs" if fixed.reason is None else f"not captured: {fixed.reason}"
-    emit(check="graphs and eager give equal weights", equal=same(*runs), note=note)
-
-
-def compare_slots(shape: Shape) -> None:
-    together = Slots(shape, SLOTS[-1])
-    together.each(lambda own: [own.advance() for _ in range(3)], together.trainings)
-    apart = []
-    for seed in range(SLOTS[-1]):
-        apart.append(training(shape, seed))
-        for _ in range(3):
-            apart[-1].advance()
-    equal = all(same(one, other) for one, other in zip(together.trainings, apart, strict=True))
-    together.close()
-    emit(check=f"{SLOTS[-1]} slots and one give equal weights", equal=equal, note="")
-
-
-def same(one: Training, other: Training) -> bool:
-    """Bit for bit: weights and losses."""
-    weights = [run.members[0].learner.weights() for run in (one, other)]
-    losses = [[(epoch.train_loss, epoch.log_loss) for epoch in run.history] for run in (one, other)]
-    return losses[0] == losses[1] and all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 def compare_fused_steps(shape: Shape) -> None:
@@ -509,6 +538,10 @@ def report(rows: list[dict[str, Any]]) -> None:
             print(f"{row['device']}, torch {row['torch']}, cuDNN {row['cudnn']}: products {rates}, ", end="")
             print(f"copies {peaks['copy'] / 1e12:.2f} TB/s")
     report_checks([row for row in rows if "check" in row])
+    report_costs([row for row in rows if "costs" in row])
+    for row in rows:
+        if "beside" in row:
+            print(f"{row['processes']} processes of {row['slots']} slots, {row['beside']}: {row['rate']:.0f} a second")
     for row in rows:
         if "failed" in row and "shape" not in row and "check" not in row:
             print(f"{row['failed']}: {row['error']}")
@@ -527,6 +560,18 @@ def report_checks(rows: list[dict[str, Any]]) -> None:
             verdict = "ok" if row["ok"] else "WRONG"
             print(f"fused against float64, H = {row['H']}, {row['precision']}: outputs and gradients ", end="")
             print(f"{fused} off, nn.LSTM in float32 {right}: {verdict}")
+
+
+def report_costs(rows: list[dict[str, Any]]) -> None:
+    if rows:
+        print(
+            "\n| shape | graphs | first and later epochs, ms: eager | captured | MiB: eager | with graphs | estimate |"
+        )
+        print("|" + "---|" * 7)
+    for row in rows:
+        times = [" and ".join(f"{time:.1f}" for time in row[name]) for name in ("eager ms", "graph ms")]
+        sizes = [f"{row.get(name, 0):.0f}" for name in ("resident MiB", "graphs MiB", "estimate MiB")]
+        print("| " + " | ".join([row["costs"], str(row["shapes"]), *times, *sizes]) + " |")
 
 
 def report_shape(shape: Shape, rows: list[dict[str, Any]], peaks: dict[str, float]) -> None:
@@ -576,12 +621,10 @@ def verdict(shape: Shape, rows: list[dict[str, Any]]) -> None:
 def section(name: str, seconds_left: float) -> None:
     prepare_process()
     until = time.monotonic() + seconds_left
-    if name == "limits":
-        limits()
-    elif name == "equality":
-        equality()
+    if name.startswith("shape-"):
+        measure_shape(SHAPES[int(name.removeprefix("shape-"))], until)
     else:
-        measure_shape(SHAPES[int(name)], until)
+        {"limits": limits, "costs": costs, "fused": fused, "processes": processes}[name]()
 
 
 def run(name: str, limit_s: float) -> None:
@@ -595,15 +638,26 @@ def run(name: str, limit_s: float) -> None:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         emit(failed=f"section {name}", error=f"killed at its limit of {limit_s:.0f} s")
+    emit(section=name)
 
 
 def main() -> None:
+    names = ["limits", "costs", "fused", *(f"shape-{index}" for index in range(len(SHAPES))), "processes"]
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--shapes", type=int, nargs="+", default=list(range(len(SHAPES))), choices=range(len(SHAPES)))
+    options.add_argument(
+        "--sections", nargs="+", default=names, choices=names, metavar="SECTION", help=", ".join(names)
+    )
+    options.add_argument("--minutes", type=float, default=9.0, help="no section begins that could end later")
+    options.add_argument("--go-on", action="store_true", help="only what the rows of an earlier call lack")
     options.add_argument("--cpu", action="store_true", help="a dry run at tiny sizes")
     options.add_argument("--section", help=argparse.SUPPRESS)
     options.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
+    options.add_argument("--beside", nargs=3, type=float, help=argparse.SUPPRESS)
     given = options.parse_args()
+    if given.beside:
+        prepare_process()
+        beside(int(given.beside[0]), *given.beside[1:])
+        return
     if given.section:
         section(given.section, given.seconds)
         return
@@ -613,13 +667,21 @@ def main() -> None:
     if CPU:
         os.environ["TRITON_INTERPRET"] = "1"
     began = time.monotonic()
-    OUT.write_text("")
-    for name in ("limits", "equality", *map(str, given.shapes)):
-        limit_s = min(SECTION_S.get(name, SECTION_S["shape"]), WHOLE_S - (time.monotonic() - began))
-        if limit_s > 10:
-            run(name, limit_s)
+    if not given.go_on:
+        OUT.write_text("")
+    done = {row["section"] for row in read_rows() if "section" in row}
+    left = [name for name in given.sections if name not in done]
+    while left and time.monotonic() - began + SECTION_S[kind(left[0])] < 60 * given.minutes:
+        name = left.pop(0)
+        run(name, SECTION_S[kind(name)])
     report(read_rows())
     print(f"\n{time.monotonic() - began:.0f} s in all; rows in {OUT}")
+    if left:
+        print(f"left for a call with --go-on: {', '.join(left)}")
+
+
+def kind(section: str) -> str:
+    return section.partition("-")[0]
 
 
 if __name__ == "__main__":

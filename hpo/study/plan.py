@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -46,6 +47,13 @@ class Plan:
         """Models that a trial trains: one a fold."""
         validation = self.config.data.validation
         return validation.folds if isinstance(validation, Folds) else 1
+
+    @property
+    def validated(self) -> int:
+        """Sequences that a model is validated on, about."""
+        validation = self.config.data.validation
+        share = validation if isinstance(validation, float) else 1 / self.members
+        return math.ceil(share * self.sequences)
 
     @property
     def resolution(self) -> float:

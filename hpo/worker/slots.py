@@ -25,7 +25,7 @@ def choose_slots(plan: Plan, device: str) -> int:
     if device == "cpu":
         return 1
     classifier, config = configurations(plan, largest(plan), 0)
-    needed = memory_bytes(plan.sequences, plan.members, classifier, config.batch_size, "cuda") + HANDLES
+    needed = HANDLES + memory_bytes(plan.sequences, plan.validated, plan.members, classifier, config.batch_size, "cuda")
     free, _ = torch.cuda.mem_get_info(device)
     return max(1, min(MOST, WIDTH // classifier.hidden_size, int(SHARE * free / needed)))
 

@@ -12,26 +12,36 @@ from hpo.models.config import ClassifierConfig
 from hpo.models.training.batches import EVALUATION_BATCH
 from hpo.models.training.graphs import CAPTURING
 
+LEAST = 10 * 2**20  # bytes that cuDNN takes for the smallest step
 
-def memory_bytes(n: int, members: int, classifier: ClassifierConfig, batch_size: int, device: str) -> int:
+
+def memory_bytes(
+    n: int, validated: int, members: int, classifier: ClassifierConfig, batch_size: int, device: str
+) -> int:
     """A rough upper estimate of what a training of n sequences takes on its device, in bytes.
 
-    n sequences, members: models in training at once, batch_size in sequences, device: its type, cpu or cuda.
+    n, validated: sequences, and those that a member validates on; members: models in training at once; batch_size in
+    sequences; device: its type, cpu or cuda.
 
-    Data; weights, gradients and optimiser; what the backward pass keeps of each step (four gates, cell, output and
-    their gradients). On a GPU each member keeps its own, in the pool of its graphs.
+    Data; weights, gradients and optimiser; what a step or a validation takes besides. On a GPU, in units of an output
+    of one layer in one direction (steps, rows, H), as measured with cuDNN 9 (benchmarks/LOG.md): 21 of workspace in a
+    step and 9 a layer and direction, 24 and 3 in a validation; and twice a step's for the graphs of each member.
     """
     directions = 2 if classifier.bidirectional else 1
     width, inputs = directions * classifier.hidden_size, classifier.features * classifier.patch_length
     copies = members if classifier.normalization == "channel" else 1
-    data = 2 * copies * n * classifier.patches * inputs
-    weights, kept = 0, 0
+    weights, first, kept = 0, inputs, 0
     for _ in range(classifier.layers):
-        weights += 4 * width * (inputs + classifier.hidden_size + 2)
-        kept += classifier.patches * (12 * width + inputs)
-        inputs = width
-    rows = max(batch_size, EVALUATION_BATCH[device] // 4)
-    return 4 * (data + members * 4 * weights + (members if device == "cuda" else 1) * rows * kept)
+        weights += 4 * width * (first + classifier.hidden_size + 2)
+        kept += classifier.patches * (12 * width + first)
+        first = width
+    always = 4 * (2 * copies * n * classifier.patches * inputs + members * 4 * weights)
+    if device == "cpu":
+        return always + 4 * max(batch_size, EVALUATION_BATCH[device] // 4) * kept
+    rows = min(EVALUATION_BATCH[device], validated)
+    step = LEAST + 4 * batch_size * classifier.patches * (width * (21 + 9 * classifier.layers) + 2 * inputs)
+    validation = LEAST + 4 * rows * classifier.patches * (width * (24 + 3 * classifier.layers) + 2 * inputs)
+    return always + max(step, validation) + members * (2 * LEAST + 2 * step)
 
 
 def release_memory(device: str) -> None:

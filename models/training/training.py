@@ -98,7 +98,8 @@ class Training:
         assert sequences.labels is not None
         self.config, self.classifier = config, classifier
         self.device = torch.device(device)
-        self.bytes = memory_bytes(sequences.n, len(folds), classifier, config.batch_size, self.device.type)
+        validated = max(len(validation) for _, validation in folds)
+        self.bytes = memory_bytes(sequences.n, validated, len(folds), classifier, config.batch_size, self.device.type)
         self.labels = np.concatenate([sequences.labels[validation] for _, validation in folds])
         self.history: list[Epoch] = []
         self.best: Epoch | None = None

@@ -415,7 +415,7 @@ def test_the_estimate_of_memory_grows_with_every_size() -> None:
     base = {"features": 2, "classes": 2, "steps": 100, "hidden_size": 16}
 
     def estimate(members: int = 1, batch: int = 32, **given: Any) -> int:
-        return memory_bytes(1000, members, ClassifierConfig(**(base | given)), batch, "cuda")
+        return memory_bytes(1000, 200, members, ClassifierConfig(**(base | given)), batch, "cuda")
 
     least = estimate()
     assert all(estimate(**more) > least for more in ({"hidden_size": 32}, {"layers": 2}, {"bidirectional": True}))
