@@ -6,6 +6,7 @@ again in the same memory. What a GPU would refuse in a capture, or answer with g
 - reading a value on the host ends the capture (CUDA's documentation of stream capture);
 - random numbers come from a generator that is registered with the graph only;
 - a replay finds no value of the one before: fresh memory is filled with NaN first, as the pool hands it to others;
+- after a capture that failed its generators draw no more (torch before 2.13), which `LostGenerators` checks;
 - once a graph has ended, the others of its stream must not be replayed (PyTorch issue 193402: its end clears the cuBLAS
   workspace of that stream).
 
@@ -51,6 +52,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.calls: list[Call] = []
         self.generators = generators
+        self.error: Exception | None = None  # what has ended the capture
         self._own: set[int] = set()  # storages that the capture has made
         self._before: dict[int, tuple[Tensor, Tensor]] = {}  # by storage: all of it, and a copy
         self._states = [(generator, generator.get_state()) for generator in generators]
@@ -58,7 +60,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if any(name in str(function) for name in HOST_READS):
-            raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing ({function})")
+            self.error = RuntimeError(f"CUDA error: operation not permitted when stream is capturing ({function})")
+            raise self.error
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor | torch.Generator)]
         drawn = [leaf for leaf in given if isinstance(leaf, torch.Generator)]
         known = {generator._cdata for generator in self.generators}  # type: ignore[attr-defined]
@@ -94,6 +97,17 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     self._before[storage._cdata] = whole, whole.clone()
 
 
+class LostGenerators(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Within the block no generator draws that a failed capture has kept."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for leaf in tree_leaves((args, kwargs or {})):
+            if isinstance(leaf, torch.Generator):
+                kept = leaf._cdata in Graph.driver.lost  # type: ignore[attr-defined]
+                assert not kept, "this generator is still in a capture that failed"
+        return function(*args, **(kwargs or {}))
+
+
 @dataclass
 class Driver:
     """What the emulated driver has seen, and what it is to do."""
@@ -103,6 +117,7 @@ class Driver:
     calls: list[int] = field(default_factory=list)  # of each capture
     streams: set[int] = field(default_factory=set)  # with captures, by number
     fails: Callable[[int], Exception | None] = lambda _: None  # what the n-th capture (from 0) ends with
+    lost: set[int] = field(default_factory=set)  # generators, by address, that failed captures have kept
     live: weakref.WeakSet[Graph] = field(default_factory=weakref.WeakSet)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -117,6 +132,7 @@ class Graph:
         self._recorder: Recorder | None = None
         self._calls: list[Call] = []
         self.stream = current_stream()
+        self._error: Exception | None = None
         self.damaged = False
 
     def register_generator_state(self, generator: torch.Generator) -> None:
@@ -136,7 +152,7 @@ class Graph:
         self._recorder.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         _current.captures = False
         self._recorder.undo()
-        self._calls, self._recorder = self._recorder.calls, None
+        self._calls, self._error, self._recorder = self._recorder.calls, self._recorder.error, None
         driver = self.driver
         with driver.lock:
             number = driver.captures
@@ -144,7 +160,9 @@ class Graph:
             driver.calls.append(len(self._calls))
             driver.streams.add(self.stream.number)
             driver.live.add(self)
-        if (error := driver.fails(number)) is not None:
+        error = driver.fails(number) or self._error
+        if error is not None:
+            driver.lost |= {generator._cdata for generator in self._generators}  # type: ignore[attr-defined]
             raise error
 
     def replay(self) -> None:
