@@ -128,6 +128,20 @@ def test_the_graphs_of_an_ended_training_are_gone_before_the_next_one_captures(d
         gc.enable()
 
 
+def test_with_a_training_all_its_graphs_end(driver: Driver) -> None:
+    """Those whose capture failed too, at once and not whenever garbage is collected."""
+    gc.disable()
+    try:
+        driver.fails = lambda number: RuntimeError("CUDA error: capture was invalidated") if number == 3 else None
+        subject = training(RICH, folds=2)
+        with subject:
+            advanced(subject, 6)
+            assert len(driver.live) == driver.captures > 3
+        assert len(driver.live) == 0
+    finally:
+        gc.enable()
+
+
 def test_garbage_is_not_collected_in_a_capture(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it would end may call the driver, which ends the capture."""
     seen: set[bool] = set()
