@@ -52,11 +52,11 @@ class Graphs:
 
     def close(self) -> None:
         """End all graphs, in the thread that captured them."""
-        try:
-            if self._graphs:
-                torch.cuda.current_stream(self.device).synchronize()
-        finally:
-            self._graphs.clear()
+        graphs, self._graphs = self._graphs, []
+        if graphs:
+            torch.cuda.current_stream(self.device).synchronize()
+        for graph in graphs:
+            graph.reset()  # whoever still refers to it
 
 
 @contextmanager

@@ -166,6 +166,7 @@ class Graph:
             raise error
 
     def replay(self) -> None:
+        assert self in self.driver.live, "it has ended"
         assert not self.damaged, "another graph of this stream has ended, and with it the cuBLAS workspace"
         assert current_stream() is self.stream, "replayed on another stream than its memory belongs to"
         self.driver.replays += 1
@@ -179,10 +180,16 @@ class Graph:
                 for i in call.fresh:
                     call.results[i].copy_([leaf for leaf in tree_leaves(again) if isinstance(leaf, Tensor)][i])
 
-    def __del__(self) -> None:
+    def reset(self) -> None:
+        self.driver.live.discard(self)
+        self._calls.clear()
         for other in self.driver.live:
-            if other is not self and other.stream is self.stream:
+            if other.stream is self.stream:
                 other.damaged = True
+
+    def __del__(self) -> None:
+        if self in self.driver.live:
+            self.reset()
 
 
 class Stream:
