@@ -133,7 +133,7 @@ class Graph:
         self._calls: list[Call] = []
         self.stream = current_stream()
         self._error: Exception | None = None
-        self.damaged = False
+        self.captured, self.ended, self.damaged = False, False, False
 
     def register_generator_state(self, generator: torch.Generator) -> None:
         self._generators.append(generator)
@@ -153,6 +153,7 @@ class Graph:
         _current.captures = False
         self._recorder.undo()
         self._calls, self._error, self._recorder = self._recorder.calls, self._recorder.error, None
+        self.captured = True
         driver = self.driver
         with driver.lock:
             number = driver.captures
@@ -166,7 +167,8 @@ class Graph:
             raise error
 
     def replay(self) -> None:
-        assert self in self.driver.live, "it has ended"
+        assert self.captured
+        assert not self.ended
         assert not self.damaged, "another graph of this stream has ended, and with it the cuBLAS workspace"
         assert current_stream() is self.stream, "replayed on another stream than its memory belongs to"
         self.driver.replays += 1
@@ -181,15 +183,19 @@ class Graph:
                     call.results[i].copy_([leaf for leaf in tree_leaves(again) if isinstance(leaf, Tensor)][i])
 
     def reset(self) -> None:
-        self.driver.live.discard(self)
         self._calls.clear()
-        for other in self.driver.live:
-            if other.stream is self.stream:
-                other.damaged = True
+        self._end()
 
     def __del__(self) -> None:
-        if self in self.driver.live:
-            self.reset()
+        self._end()
+
+    def _end(self) -> None:
+        if self.captured and not self.ended:
+            self.ended = True
+            self.driver.live.discard(self)
+            for other in self.driver.live:
+                if other is not self and other.stream is self.stream:
+                    other.damaged = True
 
 
 class Stream:
