@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hpo.doctor import NO, diagnose
 from hpo.errors import HpoError
 from hpo.launcher.launch import launch as launch_study
 from hpo.launcher.local import start_forkserver
@@ -329,6 +330,20 @@ def demo(
     from hpo.demo import run
 
     run(_number("workers", workers), trials)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Whether this machine has what training needs, and what to do where not; exit status 1 where something fails."""
+    found = diagnose()
+    works = all(finding.state != NO for finding in found)
+    if as_json:
+        typer.echo(json.dumps({"ok": works, "findings": [vars(finding) for finding in found]}))
+    else:
+        for finding in found:
+            typer.echo(f"{finding.state:3} {finding.what}: {finding.detail}")
+    if not works:
+        raise typer.Exit(1)
 
 
 @db.command("url")

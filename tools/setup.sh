@@ -2,7 +2,8 @@
 # Make .venv ready for this checkout: `sh tools/setup.sh [EXTRAS]`, EXTRAS as in pyproject.toml (dev, or s3,onnx).
 # A second run does nothing while pyproject.toml is the same; what an interrupted run left is made anew.
 #   PYTHON=/path/to/python3.12   the interpreter to use (default: the first that fits)
-#   HPO_TORCH=cpu|cuda           the build of torch to prefer (default: cuda where the machine has an NVIDIA GPU)
+#   HPO_TORCH=cpu|cuda           the build of torch to prefer (default: cuda where the machine has an NVIDIA GPU);
+#                                a torch of the other kind that is there already is replaced
 set -eu
 unset CDPATH
 cd "$(dirname "$0")/.."
@@ -14,6 +15,11 @@ fail() {
     printf 'setup: %s\n' "$@" >&2
     exit 1
 }
+
+case ${HPO_TORCH:-} in
+'' | cpu | cuda) ;;
+*) fail "HPO_TORCH must be cpu or cuda, got '$HPO_TORCH'" ;;
+esac
 
 pip() {
     .venv/bin/python -m pip "$@"
@@ -74,14 +80,35 @@ wanted_build() {
     fi
 }
 
-# Print the torch requirement of pyproject.toml. Where pip's sources offer CPU builds (versions that end in +cpu, which
-# sort above the plain ones) it is narrowed to the newest build of the wanted kind; a torch already there stays.
+# Torch says so in a file of its own; it is not imported, which takes seconds and may fail.
+build_probe='
+import importlib.util, pathlib
+torch, facts = importlib.util.find_spec("torch"), {}
+if torch:
+    exec(pathlib.Path(torch.origin).with_name("version.py").read_text(), facts)
+    print("cuda" if facts.get("cuda") or facts.get("hip") else "cpu")
+'
+
+# Print what the torch in .venv is built for, cpu or cuda; nothing where there is none.
+installed_build() {
+    .venv/bin/python -P -c "$build_probe"
+}
+
+# Whether HPO_TORCH asks for another build than the one in .venv.
+other_build_wanted() {
+    [ -n "${HPO_TORCH:-}" ] && [ -n "$installed" ] && [ "$HPO_TORCH" != "$installed" ]
+}
+
+# Print the torch requirement of pyproject.toml, narrowed to the newest build of the wanted kind where pip's sources
+# offer CPU builds (versions that end in +cpu, which sort above the plain ones), or a build is to be replaced.
 torch_requirement() {
     range=$(sed -n 's/^ *"\(torch[<>=][^"]*\)".*/\1/p' pyproject.toml)
     versions=$(pip index versions torch 2>/dev/null | sed -n 's/^Available versions: //p' | tr -d ,) || versions=
     wanted=$(wanted_build)
-    case $versions in *+cpu*) ;; *) versions= ;; esac
-    ! .venv/bin/python -P -c 'import importlib.util as i; exit(not i.find_spec("torch"))' || versions=
+    if ! other_build_wanted; then
+        [ -z "$installed" ] || versions= # it stays
+        case $versions in *+cpu*) ;; *) versions= ;; esac
+    fi
     for version in $versions; do
         case $version in *+cpu) build=cpu ;; *) build=cuda ;; esac
         [ "$build" = "$wanted" ] || continue
@@ -90,6 +117,10 @@ torch_requirement() {
             return
         fi
     done
+    if other_build_wanted; then
+        echo "setup: pip's sources offer no $wanted build of $range, so the $installed build in .venv stays; name one" \
+            'that does: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu (or cu126, cu130)' >&2
+    fi
     echo "$range"
 }
 
@@ -103,11 +134,13 @@ exec 9<pyproject.toml
 if command -v flock >/dev/null; then flock 9 || true; fi
 
 if usable; then
+    installed=$(installed_build)
     for made in "$ready" .venv/.ready-dev; do
-        if stamp | cmp -s - "$made"; then exit; fi
+        if stamp | cmp -s - "$made" && ! other_build_wanted; then exit; fi
     done
 else
     make_venv
+    installed=
 fi
 torch=$(torch_requirement)
 echo "setup: installing hpo${extras:+[$extras]} with $torch into .venv (a few minutes the first time)"

@@ -1,4 +1,4 @@
-"""How many CPU cores this process may use: by its affinity, and by the quota of the container that it runs in."""
+"""How many CPU cores and how much memory this process may use, also by the limits of the container that it runs in."""
 
 from __future__ import annotations
 
@@ -19,12 +19,35 @@ def usable_cores(root: Path = ROOT) -> int:
 
 def cpu_quota(root: Path = ROOT) -> float:
     """Cores that the cgroups of this process allow it at once: the least quota up to the root; infinite without one."""
-    folders = {folder for mount, own in _hierarchies(root) for folder in _up(mount, own)}
+    folders = {folder for mount, own in _hierarchies(root, "cpu") for folder in _up(mount, own)}
     return min((quota for folder in folders if (quota := _quota(folder)) is not None), default=math.inf)
 
 
-def _hierarchies(root: Path) -> Iterator[tuple[Path, PurePosixPath]]:
-    """Where a hierarchy with CPU quotas is mounted, and this process's group below it (cgroups(7), "/proc files")."""
+def usable_memory(root: Path = ROOT) -> tuple[float, float]:
+    """Bytes that are free, and bytes in all: the machine's, or what the tightest cgroup leaves and allows.
+
+    Infinite where the system does not say. What a group only caches counts as free.
+    """
+    machine = {name.rstrip(":"): 1024 * int(value) for name, value, *_ in map(str.split, _lines(root / "proc/meminfo"))}
+    found = [(machine.get("MemAvailable", math.inf), machine.get("MemTotal", math.inf))]
+    for mount, own in _hierarchies(root, "memory"):
+        found += [room for folder in _up(mount, own) if (room := _memory(folder)) is not None]
+    return min(free for free, _ in found), min(total for _, total in found)
+
+
+def _memory(folder: Path) -> tuple[float, float] | None:
+    """What a group's own limit leaves, and the limit; None where it has none."""
+    with suppress(ValueError, IndexError):
+        for limit, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+            if (lines := _lines(folder / limit)) and lines[0] != "max" and (total := int(lines[0])) < 2**60:
+                kept = dict(line.split() for line in _lines(folder / "memory.stat"))
+                cached = int(kept.get("total_inactive_file", kept.get("inactive_file", 0)))
+                return total - int(_lines(folder / used)[0]) + cached, total
+    return None
+
+
+def _hierarchies(root: Path, controller: str) -> Iterator[tuple[Path, PurePosixPath]]:
+    """Where a controller's hierarchy is mounted, and this process's group below it (cgroups(7), "/proc files")."""
     groups = {}
     for line in _lines(root / "proc/self/cgroup"):  # 4:cpu,cpuacct:/group, or of version 2 0::/group
         _, controllers, group = line.split(":", 2)
@@ -34,7 +57,8 @@ def _hierarchies(root: Path) -> Iterator[tuple[Path, PurePosixPath]]:
     ):  # 30 23 0:26 /group /sys/fs/cgroup/cpu rw … - cgroup cgroup rw,cpu
         mount, _, filesystem = line.partition(" - ")
         kind, _, options = filesystem.split(" ", 2)
-        name = "" if kind == "cgroup2" else "cpu" if kind == "cgroup" and "cpu" in options.split(",") else None
+        own_kind = kind == "cgroup" and controller in options.split(",")
+        name = "" if kind == "cgroup2" else controller if own_kind else None
         if name is not None and name in groups:
             _, _, _, shown, place, *_ = mount.split(" ")
             own = groups[name]

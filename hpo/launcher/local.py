@@ -12,7 +12,6 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpo.launcher.cores import usable_cores
 from hpo.launcher.forkserver import ForkedProcess, ForkServer, forks
 from hpo.launcher.workers import PAUSE_S, RESTARTS, STOP_S, LaunchError, tail
 from hpo.models.machine import ONE_THREAD
@@ -49,7 +48,7 @@ class LocalWorkers:
         server: ForkServer | None = None,
         folder: Path | None = None,
     ) -> None:
-        self.study, self.slots, self.server = study, slots, server
+        self.study, self.count, self.slots, self.server = study, count, slots, server
         folder = folder or home() / "logs" / study
         self.where_logs_are = str(folder)
         logs = [folder / f"worker-{index}.log" for index in range(count)]
@@ -123,7 +122,7 @@ class LocalWorkers:
 
     def _start(self, index: int, log: Path) -> subprocess.Popen[bytes] | ForkedProcess:
         log.parent.mkdir(parents=True, exist_ok=True)  # also again, where HPO_HOME was removed
-        environment = {"HPO_WORKER_INDEX": str(index), "HPO_LOG": str(log)}
+        environment = {"HPO_WORKER_INDEX": str(index), "HPO_WORKERS": str(self.count), "HPO_LOG": str(log)}
         if self.server is not None:
             return self.server.fork(index, log, environment, {"study": self.study, "slots": self.slots})
         slots = "auto" if self.slots is None else str(self.slots)
@@ -145,11 +144,3 @@ def start_forkserver() -> AbstractContextManager[ForkServer | None]:
     Raises ForkServerError.
     """
     return ForkServer() if forks() else nullcontext()
-
-
-def default_workers() -> int:
-    """One worker a GPU, or without a GPU one a CPU core that this process may use."""
-    gpus = Path("/proc/driver/nvidia/gpus")
-    if gpus.is_dir() and (count := len(list(gpus.iterdir()))):
-        return count
-    return usable_cores()

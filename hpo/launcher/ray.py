@@ -68,6 +68,8 @@ def settings() -> dict[str, str]:
     given = {"host": socket.gethostname(), "HPO_HOME": str(home()), "HPO_ARTIFACTS": artifact_store().url}
     if url := os.environ.get("HPO_DATABASE_URL"):
         given["HPO_DATABASE_URL"] = without_password(url)
+    if device := os.environ.get("HPO_DEVICE"):
+        given["HPO_DEVICE"] = device
     return given
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import socket
@@ -48,7 +49,8 @@ class WorkerActor:
         folder = Path(self.environment.get("HPO_HOME") or home()) / "logs" / study
         folder.mkdir(parents=True, exist_ok=True)
         self.log = folder / f"worker-{socket.gethostname()}-{index}.log"
-        self.environment |= {"HPO_WORKER_INDEX": str(index), "HPO_LOG": str(self.log)}
+        on_card = str(max(1, math.floor(1 / gpus + 1e-6)) if gpus else 1)  # it sees that one alone
+        self.environment |= {"HPO_WORKER_INDEX": str(index), "HPO_WORKERS": on_card, "HPO_LOG": str(self.log)}
         self.me = import_ray().get_runtime_context().current_actor
         self.stop_requested = threading.Event()
         self.popen: subprocess.Popen[bytes] | None = None

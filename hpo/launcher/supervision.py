@@ -12,8 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hpo.launcher.count import count_workers
 from hpo.launcher.forkserver import ForkServer
-from hpo.launcher.local import LocalWorkers, default_workers
+from hpo.launcher.local import LocalWorkers
 from hpo.launcher.logs import log_folder
 from hpo.launcher.workers import Interrupted, LaunchError, Workers
 from hpo.promote.versions import materialise_model
@@ -53,9 +54,11 @@ def run_here(
 ) -> dict[str, Any]:
     """Run the study on this machine to its end, and sum it up."""
     started = time.monotonic()
+    count = count_workers(workers)
     with _study_of(config) as study:
         watched = WatchedStudy(study.leases, study.study_id, study.name)
-        count = workers or min(default_workers(), watched.state().budget)
+        if workers is None:
+            count = min(count, watched.state().budget)
         folder = log_folder(study.name, watched.store_key())
         with (
             _noted_signals() as stop,

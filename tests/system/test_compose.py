@@ -52,12 +52,16 @@ def test_the_dockerfile_passes_the_linter(tmp_path: Path) -> None:
     assert subprocess.run([linter, careless], capture_output=True).returncode == 1
 
 
-def test_images_are_pinned_and_ours_is_the_version_of_the_package() -> None:
+@pytest.mark.parametrize(
+    ("given", "build"), [({}, "cpu"), ({"HPO_TORCH": "cpu"}, "cpu"), ({"HPO_TORCH": "cuda"}, "cuda")]
+)
+def test_images_are_pinned_and_ours_is_one_of_the_packages_version_and_the_wanted_build(
+    given: dict[str, str], build: str
+) -> None:
     assert re.fullmatch(r"postgres:\d+\.\d+-[a-z]+", SERVICES["postgres"]["image"])
-    assert {SERVICES[name]["image"] for name in OURS} == {
-        f"hpo:{version('hpo')}",
-        f"hpo:{version('hpo')}-cuda",
-    }
+    ours = [interpolated(SERVICES[name], PASSWORDS | given) for name in OURS]
+    assert {service["image"] for service in ours} == {f"hpo:{version('hpo')}-{build}"}
+    assert {service["build"]["args"]["TORCH"] for service in ours} == {build}
     assert re.search(r"^ARG PYTHON_IMAGE=python:3\.1[123]\.\d+-slim-[a-z]+$", dockerfile(), re.MULTILINE)
 
 
@@ -101,6 +105,10 @@ def test_workers_have_a_cpu_and_a_gpu_profile() -> None:
     assert devices["driver"] == "nvidia"
     assert devices["capabilities"] == ["gpu"]
     assert SERVICES["worker-gpu"]["command"] == SERVICES["worker"]["command"]
+    given = {name: settings["environment"].get("HPO_DEVICE") for name, settings in SERVICES.items()}
+    assert given == {"postgres": None, "dashboard": None, "worker": "cpu", "worker-gpu": "cuda"}
+    shared = {"HPO_DEVICE": None}
+    assert SERVICES["worker-gpu"]["environment"] | shared == SERVICES["worker"]["environment"] | shared
     assert "container_name" not in SERVICES["worker"]  # that would forbid --scale
 
 
@@ -308,6 +316,14 @@ def test_a_wrong_database_password_is_unhealthy_and_not_shown(tmp_path: Path, da
     assert "a wrong secret" not in refused.stderr
 
 
+def test_a_gpu_worker_without_a_card_ends_with_the_reason(tmp_path: Path, database_url: str) -> None:
+    worker = Container("worker-gpu", tmp_path, database_url, free_port())
+    worker.environment["CUDA_VISIBLE_DEVICES"] = ""
+    refused = worker.run("hpo", *worker.command)
+    assert refused.returncode == 1
+    assert "HPO_DEVICE=cuda requires a card: " in refused.stderr
+
+
 # The same workers under other schedulers
 
 SBATCH = ROOT / "examples/slurm/worker.sbatch"
@@ -369,7 +385,8 @@ def test_the_kubernetes_job_runs_workers_with_what_they_need_and_no_more() -> No
     (user,) = re.findall(r"^USER (\d+)$", dockerfile(), re.MULTILINE)
     assert POD["securityContext"]["runAsUser"] == POD["securityContext"]["fsGroup"] == int(user)
     (worker,) = POD["containers"]
-    assert worker["image"] == SERVICES["worker"]["image"]
+    assert worker["image"] == interpolated(SERVICES["worker"]["image"], {})
+    assert worker["image"].replace("-cpu", "-cuda") in (ROOT / "examples/kubernetes/worker-job.yaml").read_text()
     assert worker["args"][:1] == SERVICES["worker"]["command"]
     assert worker["securityContext"] == {
         "allowPrivilegeEscalation": False,

@@ -217,13 +217,29 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """pip's only source: the stub's torch in several builds."""
     folder = tmp_path_factory.mktemp("sources")
     for version in ("2.10.0+cpu", "2.12.0", "2.12.0+cpu", "2.13.0", "2.14.0+cpu"):
-        with zipfile.ZipFile(folder / f"torch-{version}-py3-none-any.whl", "w") as wheel:
-            info = f"torch-{version}.dist-info"
-            wheel.writestr("torch.py", f"__version__ = '{version}'\n")
-            wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n")
-            wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-            wheel.writestr(f"{info}/RECORD", "")
+        offer_torch(folder, version)
     return folder
+
+
+@pytest.fixture(scope="module")
+def plain(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A source without CPU builds, as PyPI is one for Linux on x86-64."""
+    folder = tmp_path_factory.mktemp("plain")
+    shutil.copytree(sources, folder, ignore=shutil.ignore_patterns("*+cpu*"), dirs_exist_ok=True)
+    return folder
+
+
+def offer_torch(folder: Path, version: str) -> None:
+    """A wheel of a torch that says what it is built for where the real one says it."""
+    cuda = None if version.endswith("+cpu") else "13.0"
+    with zipfile.ZipFile(folder / f"torch-{version}-py3-none-any.whl", "w") as wheel:
+        info = f"torch-{version}.dist-info"
+        wheel.writestr("torch/__init__.py", "from torch.version import __version__\n")
+        facts = f"from typing import Optional\n__version__ = {version!r}\ncuda: Optional[str] = {cuda!r}\n"
+        wheel.writestr("torch/version.py", f"{facts}hip: Optional[str] = None\n")
+        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
 
 
 @pytest.fixture
@@ -296,10 +312,8 @@ def test_set_up_is_done_again_only_when_pyproject_changes(ready: Path) -> None:
 
 @a_ready_checkout
 def test_the_build_of_torch_follows_the_machine_and_what_the_sources_offer(
-    ready: Path, sources: Path, tmp_path: Path
+    ready: Path, sources: Path, plain: Path
 ) -> None:
-    plain = tmp_path / "plain"
-    shutil.copytree(sources, plain, ignore=shutil.ignore_patterns("*+cpu*"))
     for wanted, offered, version in (
         ("cpu", sources, "2.12.0+cpu"),  # 2.13.0 is newer and not a CPU build, 2.14.0 is out of range
         ("cuda", sources, "2.13.0"),
@@ -310,6 +324,51 @@ def test_the_build_of_torch_follows_the_machine_and_what_the_sources_offer(
         done = set_up(ready, offered, HPO_TORCH=wanted)
         assert done.returncode == 0, done.stderr
         assert torch_in(ready) == version
+
+
+@a_ready_checkout
+def test_another_build_of_torch_replaces_the_one_that_is_there_only_when_asked_for(
+    ready: Path, sources: Path, plain: Path, tmp_path: Path
+) -> None:
+    newer = tmp_path / "newer"
+    newer.mkdir()
+    offer_torch(newer, "2.13.0+cu126")
+    for wanted, offered, version in (
+        ("cpu", sources, "2.12.0+cpu"),
+        ("cuda", sources, "2.13.0"),
+        ("cpu", sources, "2.12.0+cpu"),
+        ("cuda", plain, "2.13.0"),  # no source of CPU builds is needed for that
+        ("cpu", sources, "2.12.0+cpu"),
+        ("cuda", newer, "2.13.0+cu126"),
+    ):
+        done = set_up(ready, offered, HPO_TORCH=wanted)
+        assert done.returncode == 0, done.stderr
+        assert torch_in(ready) == version
+        for settings in ({}, {"HPO_TORCH": wanted}):
+            again = set_up(ready, sources, **settings)
+            assert (again.returncode, again.stdout, again.stderr) == (0, "", "")
+    assert torch_in(ready) == "2.13.0+cu126"
+
+
+@a_ready_checkout
+def test_where_no_source_has_the_build_that_is_asked_for_the_other_one_stays_and_the_way_out_is_named(
+    ready: Path, sources: Path, plain: Path
+) -> None:
+    set_up(ready, sources, HPO_TORCH="cuda")
+    before = torch_in(ready)
+    assert "+cpu" not in before
+    kept = set_up(ready, plain, HPO_TORCH="cpu")
+    assert kept.returncode == 0
+    assert "pip's sources offer no cpu build of torch>=2.11,<2.14, so the cuda build in .venv stays" in kept.stderr
+    assert "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu" in kept.stderr
+    assert torch_in(ready) == before
+
+
+@a_ready_checkout
+def test_another_kind_of_torch_is_an_error_with_the_rule_and_the_value(ready: Path, sources: Path) -> None:
+    failed = set_up(ready, sources, HPO_TORCH="gpu")
+    assert failed.returncode == 1
+    assert "HPO_TORCH must be cpu or cuda, got 'gpu'" in failed.stderr
 
 
 @a_ready_checkout

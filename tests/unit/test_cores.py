@@ -1,4 +1,4 @@
-"""The container's CPU quota counts: half a core by cgroup gave two workers on a machine of two cores."""
+"""The container's limits count: half a core by cgroup gave two workers on a machine of two cores."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from hpo.launcher import local
-from hpo.launcher.cores import cpu_quota, usable_cores
+from hpo.launcher import count
+from hpo.launcher.cores import cpu_quota, usable_cores, usable_memory
 
 V2 = "29 23 0:26 {shown} /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate"
 V1 = "33 25 0:29 {shown} /sys/fs/cgroup/cpu,cpuacct rw,nosuid shared:9 - cgroup cgroup rw,cpu,cpuacct"
@@ -87,6 +87,42 @@ def test_there_are_whole_cores_and_at_least_one(
 
 
 def test_a_launch_takes_as_many_workers_as_it_may_use_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local, "usable_cores", lambda: 3)
-    monkeypatch.setattr(Path, "is_dir", lambda _: False)
-    assert local.default_workers() == 3
+    monkeypatch.setenv("HPO_DEVICE", "cpu")
+    monkeypatch.setattr(count, "usable_cores", lambda: 3)
+    assert count.count_workers() == 3
+    assert count.count_workers(5) == 5
+
+
+MEMINFO = "MemTotal:        8000 kB\nMemFree:         1000 kB\nMemAvailable:    4000 kB\nHugePages_Total:       0\n"
+KB = 1024
+
+
+def test_without_a_limit_the_memory_is_the_machines(tmp_path: Path) -> None:
+    root = write(tmp_path, "0::/\n", V2.format(shown="/"), **{"memory.max": "max"})
+    (root / "proc/meminfo").write_text(MEMINFO)
+    assert usable_memory(root) == (4000 * KB, 8000 * KB)
+
+
+def test_of_version_2_the_tightest_memory_limit_counts_and_caches_are_free(tmp_path: Path) -> None:
+    files = {
+        "pod__box__memory.max": "max",
+        "pod__memory.max": str(1000 * KB),
+        "pod__memory.current": str(700 * KB),
+        "pod__memory.stat": f"anon {400 * KB}\ninactive_file {300 * KB}",
+    }
+    root = write(tmp_path, "0::/pod/box\n", V2.format(shown="/"), **files)
+    (root / "proc/meminfo").write_text(MEMINFO)
+    assert usable_memory(root) == (600 * KB, 1000 * KB)
+
+
+@pytest.mark.parametrize(("limit", "total"), [(str(2000 * KB), 2000 * KB), ("9223372036854771712", 8000 * KB)])
+def test_of_version_1_a_huge_memory_limit_is_none(tmp_path: Path, limit: str, total: int) -> None:
+    mounts = "34 25 0:30 / /sys/fs/cgroup/mem rw - cgroup cgroup rw,memory"
+    files = {"mem__memory.limit_in_bytes": limit, "mem__memory.usage_in_bytes": str(500 * KB)}
+    root = write(tmp_path, "5:memory:/\n4:cpu,cpuacct:/\n", mounts, **files)
+    (root / "proc/meminfo").write_text(MEMINFO)
+    assert usable_memory(root) == (min(4000 * KB, total - 500 * KB), total)
+
+
+def test_a_system_that_does_not_say_has_no_limit(tmp_path: Path) -> None:
+    assert usable_memory(tmp_path) == (math.inf, math.inf)
