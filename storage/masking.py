@@ -35,7 +35,7 @@ _URL = re.compile(_START + r"[^:/@\n]*:)(?!\*\*\*@)((?:(?!\w://).){0,500})@", re
 _NOT_ITS_OWN = re.compile(r"\d{1,5}([/?,][^\s@]*)?\W?\s")
 # Without an @: what follows the colon is no port.
 _NO_PORT = r"(?!\d*(?:[/?,;)\]}\s'\".:]|$)|\*\*\*)"
-_NO_HOST = re.compile(_START + r"[^\s:/@]*:)" + _NO_PORT + r"\S+")
+_NO_HOST = re.compile(_START + r"[^\s:/@]*:)" + _NO_PORT + r"[^\n]+")
 _NAMES = (
     r"(?:\w*pass(?:word|wd|phrase)|pwd|\w*secret(?:_?access)?(?:_?key)?|\w*(?:session|auth|access)_?token"
     r"|x-amz-signature)"
@@ -48,8 +48,8 @@ _PAIR = re.compile(
 )
 # What libpq quotes of an address that it cannot read, to the last quote: there may be some in it.
 _QUOTED = re.compile(
-    r'((?:percent-encoded token:|missing "=" after|invalid connection option|URI query parameter:|port number:'
-    r'|integer value|in URI:) )".*"|(host name )"[^"\n]*@.*"',
+    r'((?:percent-encoded (?:token|value):|missing "=" after|invalid connection option|URI query parameter:'
+    r'|port number:|integer value|in URI:) )".*"|(host name )"[^"\n]*@.*"',
     re.DOTALL,
 )
 
