@@ -19,12 +19,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from hpo.errors import WorkerFault
 from hpo.storage.background import BackgroundLoop
 from hpo.storage.connection import Row
 from hpo.storage.deadlines import last_freeze
 from hpo.storage.errors import LeaseLost, MissingRecord, PostgresError, Reason, StudyOver
 from hpo.storage.heartbeat import BEATS, Heartbeat, Progress
 from hpo.storage.liveness import Fate, fate, process_start, this_machine
+from hpo.storage.masking import mask
 from hpo.storage.snapshot import RECENT, Snapshot, WorkerRow, read_snapshot
 from hpo.storage.statements import statement
 from hpo.storage.terms import StudyRow, Terms
@@ -43,7 +45,8 @@ _LAPSE_WORKERS, _WORKERS_OF_HOST = statement("lapse_workers"), statement("worker
 _WORKERS, _SNAPSHOT = statement("workers"), statement("snapshot")
 _STEPS = ("lock", "touch", "tick", "end_foreign", "lapse", "fail_spent", "adopt", "forget_reports", "start", "result")
 _TAKE = [statement(f"take_{step}") for step in _STEPS]
-_RENEW, _RELEASE = statement("renew"), statement("release")
+_OFFERS_TRIAL, _TRIALS_ENDED_BY = statement("offers_trial"), statement("trials_ended_by")
+_RENEW, _RELEASE, _LAPSE_TRIAL = statement("renew"), statement("release"), statement("lapse_trial")
 _CHECKPOINT = statement("checkpoint")
 _DROP_CHECKPOINT = [statement(name) for name in ("drop_checkpoint", "drop_reports", "last_checkpoint")]
 _SPENT_CHECKPOINTS, _FORGET_CHECKPOINTS = statement("spent_checkpoints"), statement("forget_checkpoints")
@@ -72,6 +75,7 @@ class Lease:
     checkpoint_epoch: int | None  # reported values after this step have been removed
     lease_s: float  # seconds that the lease lasts after a renewal
     store_key: str  # what stands for the study in the keys of artifacts
+    lost: int = 0  # attempts in a row that were lost without getting further
     heartbeat: Heartbeat = field(default_factory=Heartbeat, compare=False, repr=False)
 
     @property
@@ -96,6 +100,7 @@ class Leases:
         self.storage = storage
         self._session = storage.session
         self._execute_durably = partial(storage.session.execute, durable=True)
+        self._fault: WorkerFault | None = None  # of this process, which takes nothing more
 
     # ------------------------------------------------------------------------------------------------------ studies
 
@@ -208,6 +213,10 @@ class Leases:
     def take(self, study_id: int, worker: str, device: str | None = None) -> Iterator[Lease | None]:
         """Hold a trial while the block runs: acquire it, renew its lease from a thread, give it back at the end.
 
+        A WorkerFault in the block is the end of its holder: the trial is free at once and counts as lost, by the rule
+        for workers that died. Nothing more can then be taken by these `Leases`, from any thread: whatever asks has the
+        same fault.
+
         Yields None when there is nothing to take but trials are in flight. Raises StudyOver when nothing will come,
         and MissingRecord for a study without terms.
         """
@@ -218,8 +227,13 @@ class Leases:
         try:
             with lease.heartbeat.running(lambda: self._beat(lease), lease.lease_s, lease.number):
                 yield lease
-        finally:
+        except WorkerFault as fault:
+            self._lapse(lease, fault)
+            raise
+        except BaseException:
             self.release(lease)
+            raise
+        self.release(lease)
 
     def _beat(self, lease: Lease) -> None:
         """One renewal."""
@@ -239,6 +253,8 @@ class Leases:
         orphans until it is opened again; one that is out of time gives them out to be ended with what they have.
         """
         with self.storage.connection.lock:
+            if self._fault is not None:
+                raise self._fault
             given = {"study": study_id, "worker": worker, "device": device, "held": self._session.held()}
             given |= self._outages()
             rows = self._session.execute_once(*_TAKE, given=given)
@@ -271,6 +287,26 @@ class Leases:
             self._session.execute(_RELEASE, given=_fence(lease), durable=True)
         finally:  # also where the database is away: this process has nothing more to write to it
             self._session.detach(lease.fence)
+
+    def _lapse(self, lease: Lease, fault: WorkerFault) -> None:
+        """Its holder is as good as dead. Does nothing to a trial that has ended or was taken away."""
+        with self.storage.connection.lock:  # nobody takes it in this process in between
+            self._fault = self._fault or fault
+            try:
+                given = {**_fence(lease), "reason": mask(str(fault))}
+                self._session.execute(_LAPSE_TRIAL, given=given, durable=True)
+            finally:
+                self._session.detach(lease.fence)
+
+    def offers_trial(self, study_id: int) -> bool:
+        """Whether `acquire` would find a trial of the study. It changes nothing."""
+        rows = self._session.execute(_OFFERS_TRIAL, given={"study": study_id, "held": self._session.held()})
+        return bool(rows) and bool(rows[0][0])
+
+    def trials_ended_by(self, worker: str) -> int:
+        """How many trials a worker has trained to their end."""
+        count: int = self._session.execute(_TRIALS_ENDED_BY, given={"worker": worker})[0][0]
+        return count
 
     # ------------------------------------------------------------------------------------------------- holding a trial
 

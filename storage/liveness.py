@@ -6,6 +6,7 @@ A number alone says nothing: it is given again, and each container counts its ow
 from __future__ import annotations
 
 import os
+import socket
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -36,6 +37,11 @@ class Machine:
 
     def __str__(self) -> str:
         return f"{self.machine_id}/{self.boot_id}/{self.pid_namespace}"
+
+
+def worker_name(pid: int) -> str:
+    """Of a worker of this host, by its process."""
+    return f"{socket.gethostname()}-{pid}"
 
 
 @cache

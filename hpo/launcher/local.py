@@ -11,11 +11,17 @@ import time
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hpo.launcher.forkserver import ForkedProcess, ForkServer, forks
 from hpo.launcher.workers import PAUSE_S, RESTARTS, STOP_S, LaunchError, tail
 from hpo.models.machine import ONE_THREAD
+from hpo.storage.errors import PostgresError
 from hpo.storage.home import home
+from hpo.storage.liveness import worker_name
+
+if TYPE_CHECKING:
+    from hpo.storage.leases import Leases
 
 log = logging.getLogger("hpo")
 
@@ -27,6 +33,7 @@ class _Process:
     popen: subprocess.Popen[bytes] | ForkedProcess
     restarts: int = 0
     due: float | None = None  # when it is to be started again, by the monotonic clock
+    asked: subprocess.Popen[bytes] | ForkedProcess | None = None  # the last one whose trials were asked for
 
     @property
     def failed(self) -> bool:
@@ -36,8 +43,13 @@ class _Process:
 class LocalWorkers:
     """Worker processes of this machine. A context manager: leaving it ends those that still run, and the fork server.
 
+    A worker that ends with an error is started again, RESTARTS times in a row. One that had trained a trial to its end
+    has all of them again: a few configurations that bring workers down end no study, and as the trials are counted, so
+    are the restarts.
+
     slots: trials at once in each; None: as many as fit. server: what forks them; None: each is started on its own.
-    folder: of their logs; None: that of the first study of this name.
+    folder: of their logs; None: that of the first study of this name. leases: of the study's database, to ask what a
+    worker has done; None: nobody's restarts are given back.
     """
 
     def __init__(
@@ -47,8 +59,9 @@ class LocalWorkers:
         slots: int | None = 1,
         server: ForkServer | None = None,
         folder: Path | None = None,
+        leases: Leases | None = None,
     ) -> None:
-        self.study, self.count, self.slots, self.server = study, count, slots, server
+        self.study, self.count, self.slots, self.server, self.leases = study, count, slots, server, leases
         folder = folder or home() / "logs" / study
         self.where_logs_are = str(folder)
         logs = [folder / f"worker-{index}.log" for index in range(count)]
@@ -63,8 +76,10 @@ class LocalWorkers:
     def tend(self) -> None:
         """Start those again that died, after a pause. Raises LaunchError when none is left that could go on."""
         for process in self.processes:
-            if process.failed and process.restarts < RESTARTS:
-                self._restart(process)
+            if process.failed:
+                self._forgive(process)
+                if process.restarts < RESTARTS:
+                    self._restart(process)
         if all(process.failed and process.restarts == RESTARTS for process in self.processes):
             raise LaunchError(
                 f"every worker of study {self.study!r} ended with an error, {RESTARTS} restarts each; "
@@ -100,6 +115,15 @@ class LocalWorkers:
                     popen.wait(STOP_S)
         if self.server is not None:
             self.server.close()
+
+    def _forgive(self, process: _Process) -> None:
+        """Give a worker its restarts back, once after each of its ends, where it got on."""
+        if self.leases is None or process.restarts == 0 or process.asked is process.popen or process.popen.pid is None:
+            return
+        process.asked = process.popen
+        with suppress(PostgresError):
+            if self.leases.trials_ended_by(worker_name(process.popen.pid)):
+                process.restarts = 0
 
     def _restart(self, process: _Process) -> None:
         """Once its pause is over."""

@@ -63,7 +63,7 @@ def run_here(
         with (
             _noted_signals() as stop,
             _server_kept_up(),
-            LocalWorkers(study.name, count, slots, forkserver, folder) as group,
+            LocalWorkers(study.name, count, slots, forkserver, folder, study.leases) as group,
         ):
             wait(watched, group, stop, show)
         return summary(study, watched, time.monotonic() - started, group.where_logs_are)

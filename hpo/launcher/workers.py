@@ -9,7 +9,7 @@ from typing import Protocol
 from hpo.errors import HpoError
 from hpo.storage.masking import mask
 
-RESTARTS = 5  # of one worker that ends with an error, before it is left alone
+RESTARTS = 5  # of one worker that ends with an error again and again, before it is left alone
 PAUSE_S = 1.0  # before the first restart of a worker, twice as long before each further one
 STOP_S = 30.0  # that workers have to finish a batch and give their trial back
 

@@ -5,8 +5,12 @@ from __future__ import annotations
 import logging
 import math
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from hpo.datasets import fetch_sequences
 from hpo.errors import StudyFault
@@ -14,7 +18,9 @@ from hpo.models.bundle.bundle import assemble, load, save, unpack
 from hpo.models.bundle.config import BundleConfig, BundleError
 from hpo.models.classifier import Weights
 from hpo.models.data.sequences import Sequences
+from hpo.models.device import OutOfMemory, device_errors
 from hpo.models.metrics import Scores, measure
+from hpo.models.training.memory import release_memory
 from hpo.models.training.training import StateError, Training
 from hpo.storage.artifacts import ArtifactStore, DamagedArtifactError, MissingArtifactError, artifact_store
 from hpo.storage.errors import LeaseLost
@@ -28,7 +34,7 @@ from hpo.study.lifecycle import OpenStudy, open_study
 from hpo.study.notes import announce_model, attach_artifact
 from hpo.study.plan import Plan
 from hpo.study.record import TrialRecord
-from hpo.trial.build import rebuild
+from hpo.trial.build import configurations, rebuild
 from hpo.trial.checkpoints import drop_all_checkpoints
 from hpo.trial.context import WorkerResources
 from hpo.trial.device import choose_device, device_name
@@ -38,7 +44,10 @@ log = logging.getLogger("hpo")
 
 MIMETYPES = {".png": "image/png", ".json": "application/json", ".md": "text/markdown"}
 TOLERANCE = 1e-5  # the least between the recorded score and the same weights' on another machine or version
-RECORDED = ("params", "seed", "parameters", "training_seconds", "device", "worker", "fused_optimizer", "lstm_kernel")
+RECORDED = (
+    "params", "seed", "parameters", "training_seconds", "device", "worker", "fused_optimizer", "lstm_kernel",
+    "best_origin",
+)  # fmt: skip
 
 
 class PromotionError(StudyFault):
@@ -87,10 +96,13 @@ def promote(study: OpenStudy, store: ArtifactStore, record: TrialRecord, sequenc
     The members are evaluated on validation, which must give the recorded score, and then, together, once on
     the test part. Raises PromotionError.
     """
-    training, validation = _trained(study.plan, store, record, sequences)
-    members = training.weights()
-    config = _bundle_config(study, record, training)
-    test = _test_scores(study.plan, store, config, members, str(training.device))
+    device = choose_device()
+    try:
+        members, validation = _trained(study.plan, store, record, sequences, device)
+        config = _bundle_config(study, record, len(members))
+        test = _test_scores(study.plan, store, config, members, device)
+    except OutOfMemory as error:
+        raise PromotionError(f"the model of trial {record.number} cannot be evaluated now: {error}") from None
     with scratch_folder() as scratch:
         folder = scratch / "model"
         save(folder, members, replace(config, validation=validation, test=test), record.curve)
@@ -121,20 +133,35 @@ def _store_key(study: OpenStudy) -> str:
     return row.store_key
 
 
-def _trained(plan: Plan, store: ArtifactStore, record: TrialRecord, sequences: Sequences) -> tuple[Training, Scores]:
+def _trained(
+    plan: Plan, store: ArtifactStore, record: TrialRecord, sequences: Sequences, device: str
+) -> tuple[list[Weights], Scores]:
     """The best epoch's weights, as kept, else trained again (training is exact); with their scores on validation.
 
-    Raises PromotionError where they do not give the recorded score.
+    The device's memory is free again when it returns. Raises PromotionError where they do not give the recorded score.
     """
-    training = rebuild(plan, record, sequences, choose_device())
-    scores = None if record.weights is None else _load_kept(plan.metric, store, record, record.weights, training)
-    if scores is not None:
-        return training, scores
-    training = rebuild(plan, record, sequences, choose_device())  # whatever was loaded before
-    while not training.finished and len(training.history) < record.epochs:
-        training.advance()
-    training.load(training.best_weights)
-    return training, _check_score(plan.metric, record, training)
+    if record.weights is not None:
+        with _memory_for(device), rebuild(plan, record, sequences, device) as training:
+            scores = _load_kept(plan.metric, store, record, record.weights, training)
+            if scores is not None:
+                return training.weights(), scores
+    with _memory_for(device), rebuild(plan, record, sequences, device) as training:  # whatever was loaded before
+        while not training.finished and len(training.history) < record.epochs:
+            training.advance()
+        training.load(training.best_weights)
+        exact = _trained_here(record, training) and set(record.origins) <= {training.origin, ""}
+        return training.weights(), _check_score(plan.metric, record, training, exact)
+
+
+@contextmanager
+def _memory_for(device: str) -> Iterator[None]:
+    """Errors of the device become OutOfMemory and DeviceLost; what the block has taken of its memory is given back."""
+    with device_errors(torch.device(device), lambda: "evaluating a model"):
+        try:
+            yield
+        finally:
+            if device != "cpu":
+                release_memory(device)
 
 
 def _load_kept(
@@ -143,7 +170,7 @@ def _load_kept(
     """Load the weights that were kept and measure them; None where they are gone or damaged."""
     try:
         training.load(unpack(store.get(weights)))
-        scores = _check_score(metric, record, training)
+        scores = _check_score(metric, record, training, _trained_here(record, training))
     except MissingArtifactError:
         log.info("the weights %s were dropped for better trials': training again", weights)
         return None
@@ -168,25 +195,27 @@ def _same_log_loss(record: TrialRecord, training: Training, log_loss: float) -> 
     return not _trained_here(record, training) and math.isclose(log_loss, record.log_loss, rel_tol=1e-3)
 
 
-def _check_score(metric: str, record: TrialRecord, training: Training) -> Scores:
-    """The scores on validation; the study's metric must be the recorded value, to the bit where it was trained.
+def _check_score(metric: str, record: TrialRecord, training: Training, exact: bool) -> Scores:
+    """The scores on validation; the study's metric must be the recorded value, `exact`ly where it was computed here.
 
     Another machine's rounding may turn the class or the rank of a sequence, so that a metric moves by a step.
     """
     scores = measure(training.validate(), training.labels, record.threshold, record.seed)
     value = scores.metrics[metric]
     near = math.isclose(value, record.value, abs_tol=max(TOLERANCE, 1 / len(training.labels)))
-    if value != record.value and (_trained_here(record, training) or not near):
+    if value != record.value and (exact or not near):
         raise PromotionError(
             f"the promoted weights must give the recorded validation {metric} {record.value!r}, they "
-            f"give {value!r}; trial {record.number} was trained on {record.device} with torch "
-            f"{record.provenance.get('torch')}"
+            f"give {value!r} on {training.origin}; trial {record.number} was trained on {_places(record)}"
         )
     return scores
 
 
 def _trained_here(record: TrialRecord, training: Training) -> bool:
-    """Whether the trial ran on this machine's device with the same torch and kernel, so that the bits are the same."""
+    """Whether the best epoch was computed on this machine's device with the same torch and kernel, so that its weights
+    give the same bits. Earlier versions recorded where the trial ended."""
+    if record.best_origin:
+        return record.best_origin == training.origin
     return (
         record.device == device_name(str(training.device))
         and record.provenance.get("torch") == provenance()["torch"]
@@ -195,15 +224,23 @@ def _trained_here(record: TrialRecord, training: Training) -> bool:
     )
 
 
-def _bundle_config(study: OpenStudy, record: TrialRecord, training: Training) -> BundleConfig:
+def _places(record: TrialRecord) -> str:
+    """Where a trial was trained, for a message."""
+    if record.best_origin:
+        return " then ".join(filter(None, record.origins))
+    return f"{record.device} with torch {record.provenance.get('torch')}"
+
+
+def _bundle_config(study: OpenStudy, record: TrialRecord, members: int) -> BundleConfig:
     plan = study.plan
+    classifier, _ = configurations(plan, record.params, record.seed)
     data = plan.config.data
     return BundleConfig(
-        classifier=training.classifier,
+        classifier=classifier,
         classes=plan.classes,
         features=plan.features,
         metric=plan.metric,
-        members=len(training.members),
+        members=members,
         threshold=record.threshold,
         best_epoch=record.best_epoch,
         columns={"label": data.label, "id": data.id, "step": data.step, "group": data.group},

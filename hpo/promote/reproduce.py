@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
+import torch
+
 from hpo.datasets import fetch_sequences
 from hpo.errors import StudyFault
+from hpo.models.device import device_errors
 from hpo.models.training.training import Training
 from hpo.storage.artifacts import artifact_store
 from hpo.storage.trials import TrialStorage
@@ -39,9 +42,13 @@ def reproduce(storage: TrialStorage, name: str, number: int) -> Reproduction:
     study = open_study(name, storage)
     record = _record(study, number)
     sequences = fetch_sequences(artifact_store(), study.plan.train)
-    training = rebuild(study.plan, record, sequences, choose_device())
-    for _ in range(record.epochs):
-        training.advance()
+    device = choose_device()
+    with (
+        device_errors(torch.device(device), lambda: "training again"),
+        rebuild(study.plan, record, sequences, device) as training,
+    ):
+        for _ in range(record.epochs):
+            training.advance()
     again = {kind: [getattr(epoch, kind) for epoch in training.history] for kind in record.curve}
     difference = _first_difference(record.curve, again)
     return Reproduction(number, record.epochs, difference is None, difference, _causes(record, training))
@@ -72,7 +79,11 @@ def _causes(record: TrialRecord, training: Training) -> tuple[str, ...]:
     then = _what_changes_bits(record.provenance, record.device, record.fused_optimizer, record.lstm_kernel)
     device = device_name(str(training.device))
     now = _what_changes_bits(provenance(), device, training.fused, training.lstm_kernel)
-    return tuple(f"{name}: {then[name]} then, {now[name]} now" for name in now if then[name] != now[name])
+    found = tuple(f"{name}: {then[name]} then, {now[name]} now" for name in now if then[name] != now[name])
+    if len(record.origins) < 2:
+        return found
+    parts = ", then on ".join(origin or "what an earlier version did not record" for origin in record.origins)
+    return (*found, f"origin: it changed in the middle of the trial, which was trained on {parts}")
 
 
 def _what_changes_bits(made_with: Mapping[str, Any], device: str, fused: bool, kernel: str) -> dict[str, Any]:

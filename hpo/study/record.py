@@ -12,6 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 from hpo.models.fields import Value
 
 FAILURE = "failure"  # attribute of a failed trial: why it failed
+WORKER_FAULT = "worker_fault"  # attribute of a trial whose worker lost its device: what that worker said
 COPIED_FROM = "copied_from"  # attribute of a trial that a study was warm-started with: STUDY/NUMBER
 COLUMN = {"column": True}  # of what Optuna keeps outside its user attributes
 Curve = dict[str, list[float]]  # "value", "train_loss" and "log_loss", one number an epoch
@@ -42,6 +43,8 @@ class TrialRecord:
     attempt: int = 1  # leases that it took
     fused_optimizer: bool = False  # whether one kernel made each step
     lstm_kernel: str = "torch"  # name of the native kernel's build, or "torch"
+    best_origin: str = ""  # where the best epoch was computed: host, device, kernel, torch
+    origins: list[str] = field(default_factory=list)  # of all epochs, each once, in the order of the epochs
     provenance: Mapping[str, Any] = field(default_factory=dict)
     weights: str | None = None  # artifact key of the best epoch's weights, while they are kept
 
@@ -61,7 +64,8 @@ class TrialRecord:
 
 
 ATTRIBUTES = tuple(item.name for item in fields(TrialRecord) if item.metadata != COLUMN)
-RESERVED = frozenset((*ATTRIBUTES, FAILURE, COPIED_FROM))  # user attributes that only our workers and launches set
+# User attributes that only our workers and launches set.
+RESERVED = frozenset((*ATTRIBUTES, FAILURE, WORKER_FAULT, COPIED_FROM))
 
 
 def trained_by_us(trial: FrozenTrial) -> bool:

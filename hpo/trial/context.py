@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from hpo.datasets import Datasets
 from hpo.models.bundle.bundle import pack
 from hpo.models.data.sequences import Sequences
 from hpo.models.fields import Value
-from hpo.models.training.training import Epoch, StateError, Training
+from hpo.models.training.training import Epoch, StateError, Training, TrainingInterrupted
 from hpo.storage.artifacts import ArtifactStore, DamagedArtifactError, MissingArtifactError
 from hpo.storage.errors import LeaseLost, MissingRecord
 from hpo.storage.heartbeat import Progress
@@ -33,7 +34,7 @@ from hpo.trial import log as trial_log
 from hpo.trial.checkpoints import CheckpointSchedule, drop_spent_checkpoints
 from hpo.trial.curve import curve_of
 from hpo.trial.device import device_name
-from hpo.trial.device_lock import SharedExclusiveLock
+from hpo.trial.device_lock import LOOK_S, SharedExclusiveLock
 from hpo.trial.provenance import provenance
 
 log = logging.getLogger("hpo")
@@ -117,12 +118,25 @@ class TrialContext:
     def exclusive_device(self) -> Iterator[None]:
         """Wait until the other slots' trials have ended, and keep new ones waiting until the block ends.
 
-        Raises TrainingInterrupted when the trial is to stop while it waits.
+        Raises TrainingInterrupted when the trial is to be given back, or was taken away, while it waits.
         """
         self._waiting = True
-        with self.resources.device_lock.exclusive(lambda: self.stop_reason is not None):
+        with self.resources.device_lock.exclusive(self._gives_up_waiting):
             self._waiting = False
             yield
+
+    def wait_for_others(self, timeout_s: float) -> None:
+        """Wait, that other processes may leave the device. Raises TrainingInterrupted like `exclusive_device`."""
+        self._waiting = True
+        deadline = time.monotonic() + timeout_s
+        while (left_s := deadline - time.monotonic()) > 0:
+            if self._gives_up_waiting():
+                raise TrainingInterrupted
+            self.resources.stop_requested.wait(min(LOOK_S, left_s))
+        self._waiting = False
+
+    def _gives_up_waiting(self) -> bool:
+        return self.stop_reason not in (None, StopReason.OUT_OF_TIME)
 
     def _progress(self) -> Progress:
         """In batches: a hung training makes none, a long epoch does, and so does waiting for the device."""
@@ -253,6 +267,8 @@ class TrialContext:
             attempt=self.lease.attempt,
             fused_optimizer=training.fused,
             lstm_kernel=training.lstm_kernel,
+            best_origin=best.origin,
+            origins=list(dict.fromkeys(epoch.origin for epoch in history)),
             provenance=provenance(),
             weights=weights,
         )

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import psycopg2
+import torch
 from optuna.trial import TrialState
 
-from hpo.models.device import OutOfMemory
+from hpo.errors import WorkerFault
+from hpo.models.device import OutOfMemory, device_errors
 from hpo.models.fields import Value
 from hpo.models.training.memory import release_memory
 from hpo.models.training.training import Epoch, Training, TrainingInterrupted
@@ -21,6 +24,9 @@ from hpo.trial.curve import curve_of, curve_svg
 
 log = logging.getLogger("hpo")
 
+MIB = 2**20
+MUCH = 2**30  # bytes of a card in other processes' hands that are worth waiting for: more than their contexts
+PAUSES_S = (10.0, 30.0, 90.0)  # before a trial that has the device for itself, but for other processes, tries again
 SHORT_EPOCH_S = 5.0  # asked to stop, a worker still finishes an epoch that takes no longer than this
 
 # Not the trial's fault: it goes on when the store, the database or the disk is back, or its study was deleted.
@@ -31,9 +37,8 @@ def run_trial(context: TrialContext) -> TrialState | None:
     """Train one leased trial to its end and record it.
 
     Returns its final state, or None when the trial was given back unfinished (asked to stop) or taken away (the
-    lease was lost): another worker goes on with it.
+    lease was lost): another worker goes on with it. Raises DeviceLost, once the worker's slots are asked to stop.
     """
-    device = context.resources.device
     trial_log.begin()
     try:
         return _train_with_memory(context)
@@ -43,7 +48,7 @@ def run_trial(context: TrialContext) -> TrialState | None:
     except TrainingInterrupted:
         log.info("%s: given back, to go on from its last checkpoint", context.name)
         return None
-    except NOT_ITS_FAULT:
+    except (WorkerFault, *NOT_ITS_FAULT):
         raise
     except Exception as error:
         log.exception("%s failed", context.name)
@@ -52,28 +57,86 @@ def run_trial(context: TrialContext) -> TrialState | None:
         return TrialState.FAIL
     finally:
         context.forget_training()
-        if device != "cpu":
-            release_memory(device)  # one stream's memory is of no use to another
+        if context.resources.device != "cpu":
+            _release_memory(context)  # one stream's memory is of no use to another
+
+
+@contextmanager
+def _device_errors(context: TrialContext) -> Iterator[None]:
+    """Errors of the device become OutOfMemory or DeviceLost, also those of what a training does not call itself. On a
+    lost device no slot begins anything more: they are asked to stop before any learns that it may go on.
+    """
+    try:
+        with device_errors(torch.device(context.resources.device), lambda: f"{context.name}, beside its training"):
+            yield
+    except WorkerFault:
+        context.resources.stop_requested.set()
+        raise
+
+
+def _release_memory(context: TrialContext) -> None:
+    with _device_errors(context):
+        release_memory(context.resources.device)
 
 
 def _train_with_memory(context: TrialContext) -> TrialState:
-    """Beside the other slots' trials; where memory runs out, once more with the device for itself."""
-    device = context.resources.device
-    try:
-        return _train(context)
-    except OutOfMemory as error:
-        log.warning("%s waits until it has the device for itself: %s", context.name, error)
-    context.forget_training()  # and outside of the clause, whose traceback holds on to it as well
-    release_memory(device)
+    """Beside the other slots' trials; where memory runs out, once more with the device for itself.
+
+    So is a trial that was lost without getting further: if it brings its worker down again, it does so alone.
+    """
+    if context.lease.lost:
+        log.info("%s was lost without getting further: it runs with the device for itself", context.name)
+    else:
+        try:
+            return _train(context)
+        except OutOfMemory as error:
+            log.warning("%s waits until it has the device for itself: %s", context.name, error)
+        context.forget_training()  # and outside of the clause, whose traceback holds on to it as well
+        _release_memory(context)
     with context.exclusive_device():
-        release_memory(device)
-        return _train(context)
+        return _train_alone(context)
+
+
+def _train_alone(context: TrialContext) -> TrialState:
+    """With the device for itself; other processes that hold much of its memory are waited for, a few times."""
+    pauses = iter(PAUSES_S)
+    while True:
+        _release_memory(context)
+        try:
+            return _train(context)
+        except OutOfMemory as error:
+            with _device_errors(context):
+                held = held_by_others(context.resources.device)
+            if held < MUCH:
+                raise
+            text, pause_s = f"others hold {held // MIB} MiB of it: {error}", next(pauses, None)
+            if pause_s is None:
+                raise OutOfMemory(f"{error}; other processes held {held // MIB} MiB of the device") from None
+        log.warning("%s does not fit and tries the device again after %g s, %s", context.name, pause_s, text)
+        context.forget_training()
+        context.wait_for_others(pause_s)
+
+
+def held_by_others(device: str) -> int:
+    """Bytes of a card's memory that this process's allocator has not taken: those of other processes, and contexts."""
+    if torch.device(device).type != "cuda":
+        return 0
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free - torch.cuda.memory_reserved(device)
 
 
 def _train(context: TrialContext) -> TrialState:
-    """The epochs, from the last checkpoint on, until the training is finished, pruned or stopped."""
+    """One training from its beginning or last checkpoint to the trial's end; its memory is free after it."""
     params = context.parameters()
-    training = build(context.plan, params, context.seed, context.sequences, context.resources.device)
+    with (
+        _device_errors(context),
+        build(context.plan, params, context.seed, context.sequences, context.resources.device) as training,
+    ):
+        return _train_to_end(context, training, params)
+
+
+def _train_to_end(context: TrialContext, training: Training, params: Mapping[str, Value]) -> TrialState:
+    """The epochs, from the last checkpoint on, until the training is finished, pruned or stopped."""
     context.restore(training)
     log.info("%s: epoch %d, %s", context.name, len(training.history) + 1, params)
     complete, last_s = True, 0.0

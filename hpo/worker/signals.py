@@ -34,13 +34,15 @@ class StopSignals:
     """
 
     def __init__(self) -> None:
-        self.stop_requested = threading.Event()
+        self.received = False
+        self.stop_requested = threading.Event()  # by a signal, or by a slot that ended with an error
         self.worker: Stoppable | None = None  # once there is one
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)  # with a handler, so that the thread hears of it
         SignalThread(self._end)
 
     def _end(self) -> None:
+        self.received = True
         self.stop_requested.set()
         if self.worker is not None:
             self.worker.shorten_retries()

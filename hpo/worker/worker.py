@@ -22,18 +22,18 @@ from hpo.storage.artifacts import artifact_store
 from hpo.storage.database import database_url
 from hpo.storage.errors import MissingRecord, PostgresError, StudyOver
 from hpo.storage.leases import Lease, Leases
-from hpo.storage.liveness import forget_end, note_end
+from hpo.storage.liveness import forget_end, note_end, worker_name
 from hpo.storage.trials import trial_storage
 from hpo.storage.url import mask
 from hpo.study.lifecycle import OpenStudy, open_study, study_id_of
 from hpo.trial.build import native_wanted
 from hpo.trial.context import TrialContext, WorkerResources
-from hpo.trial.device import choose_device
+from hpo.trial.device import choose_device, device_name, use_device
 from hpo.trial.device_lock import SharedExclusiveLock
 from hpo.trial.run import run_trial
 from hpo.worker.quarantine import FAULTS, Quarantine
 from hpo.worker.signals import StopSignals
-from hpo.worker.slots import choose_slots
+from hpo.worker.slots import Places
 
 log = logging.getLogger("hpo")
 
@@ -53,7 +53,9 @@ class Worker:
         slots: int | None = 1,
         stop_requested: threading.Event | None = None,
     ) -> None:
-        """slots: None chooses by the device's memory and the study's sizes. stop_requested: once set, all slots end."""
+        """slots: None chooses for each study by its sizes and the device's memory. stop_requested: once set, all slots
+        end.
+        """
         native_wanted()  # or it would fail trial after trial
         self.only = study
         self.url = database_url()
@@ -61,7 +63,7 @@ class Worker:
         if study is None:  # it stands until it is asked to stop, also while the database is away
             self.storage.set_retry(math.inf)
         self.leases = Leases(self.storage)
-        self.name = f"{socket.gethostname()}-{os.getpid()}"
+        self.name = worker_name(os.getpid())
         self.device = device or choose_device()
         self.stop_requested = stop_requested or threading.Event()
         store = artifact_store()
@@ -71,7 +73,12 @@ class Worker:
         self.quarantine = Quarantine()
         self.over: set[str] = set()  # studies whose end is in the log
         self.promoting = threading.Lock()
-        self.slots = self._choose_slots() if slots is None else slots
+        self.places = Places(slots)
+        self._slots: set[threading.Thread] = set()  # but for the first, which is the main thread's
+        self._slots_lock = threading.Lock()
+        self._parked = 0  # slots that wait until they are wanted
+        self._wanted = threading.Semaphore(0)
+        self._all_done = False  # the first slot has ended
         self._held: set[Lease] = set()  # by its slots
         self._seen_s = time.monotonic()  # when the database last learnt that it lives
         self._looked_s = -math.inf  # when it last looked for dead workers
@@ -81,13 +88,11 @@ class Worker:
         """Work until the named study is over and promoted, or, without a name, until asked to stop."""
         log_path = os.environ.get("HPO_LOG")
         study_id = None if self.only is None else study_id_of(self.storage, self.only)
-        self.leases.register(self.name, study_id, socket.gethostname(), os.getpid(), self.device, log_path)
+        named = device_name(self.device)
+        self.leases.register(self.name, study_id, socket.gethostname(), os.getpid(), named, log_path)
         self.free_dead()  # what they held goes on first
         try:
-            if self.slots == 1:
-                Slot(self).run()
-            else:
-                self._run_slots()
+            self._run_slots()
         finally:
             self._leave()
 
@@ -153,44 +158,76 @@ class Worker:
         self.free_dead()
         self.stop_requested.wait(IDLE_S)
 
+    def add_slot(self, study_id: int) -> None:
+        """Start or wake a slot where all are busy and the study allows one more trial."""
+        with self._slots_lock:
+            if self.places.fixed is not None or not self.places.wants(study_id, 1 + len(self._slots) - self._parked):
+                return
+            if self._parked:
+                self._parked -= 1
+                self._wanted.release()
+            else:
+                self._start_slot()
+
+    def _start_slot(self) -> None:
+        thread = threading.Thread(target=self._run_thread, name=f"slot-{1 + len(self._slots)}")
+        self._slots.add(thread)
+        thread.start()
+
     def _run_slots(self) -> None:
-        """A thread a slot. What ends one of them with an error ends the worker, once the others gave back theirs."""
-        threads = [threading.Thread(target=self._run_slot, name=f"slot-{index}") for index in range(self.slots)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        """The first slot is this thread, each further one a thread of its own. What ends one of them with an error ends
+        the worker, once the others gave back theirs."""
+        with self._slots_lock:
+            for _ in range(1, self.places.fixed or 1):
+                self._start_slot()
+        self._run_slot(Slot(self))
+        self._all_done = True
+        while threads := list(self._slots):
+            for thread in threads:
+                thread.join()
         if self._failure is not None:
             raise self._failure
 
-    def _run_slot(self) -> None:
+    def _run_thread(self) -> None:
+        slot = Slot(self, spare=self.places.fixed is None)
+        self._run_slot(slot)
+        while slot.crowded and self._is_wanted():
+            self._run_slot(slot)
+        with self._slots_lock:
+            self._slots.discard(threading.current_thread())
+
+    def _is_wanted(self) -> bool:
+        """Wait until one more slot is wanted; False where none will be. Threads are kept rather than ended and started
+        anew: each has a stream of its own on the device, and there are only so many."""
+        with self._slots_lock:
+            self._parked += 1
+        while not self._wanted.acquire(timeout=IDLE_S):
+            if self._all_done or self.stop_requested.is_set():
+                return False
+        return True
+
+    def _run_slot(self, slot: Slot) -> None:
         try:
             one_thread()
-            Slot(self).run()
+            use_device(self.device)
+            slot.run()
         except BaseException as error:
             self._failure = self._failure or error
             self.stop_requested.set()
-
-    def _choose_slots(self) -> int:
-        names = [self.only] if self.only is not None else [row.name for row in self.leases.open_studies()]
-        if self.device == "cpu" or not names:
-            return 1
-        found = []
-        for name in names:
-            with self.guard(name):
-                found.append(choose_slots(open_study(name, self.storage).plan, self.device))
-        return min(found, default=1)
 
 
 class Slot:
     """Takes a trial, runs it, takes the next."""
 
-    def __init__(self, worker: Worker) -> None:
-        self.worker = worker
+    def __init__(self, worker: Worker, *, spare: bool = False) -> None:
+        """spare: `run` returns where a study has work but does not allow another trial now."""
+        self.worker, self.spare = worker, spare
+        self.crowded = False  # so it was when it last looked for work
         self._studies: dict[str, OpenStudy] = {}  # a slot's own, as samplers serve one thread
 
     def run(self) -> None:
-        while not self.worker.stop_requested.is_set():
+        self.crowded = False
+        while not self.worker.stop_requested.is_set() and not (self.spare and self.crowded):
             try:
                 if not self._work() and self.worker.only is not None:
                     return
@@ -198,15 +235,23 @@ class Slot:
                 return
 
     def _work(self) -> bool:
-        """Run one trial or promote one model. False: the one study that this worker serves needs nothing more."""
+        """Run one trial or promote one model. False: the one study that this worker serves needs nothing more.
+
+        Studies are looked at oldest first. One that has a trial to take but does not allow another one now is waited
+        for: newer ones get no trial before it, or it would wait for as long as they have any.
+        """
         worker, names = self.worker, self.worker.offers()
-        over = 0
+        over, self.crowded = 0, False
         for name in names:
             with worker.guard(name):
                 study = self._open(name)
                 try:
-                    if self._run_next(study):
-                        return True
+                    with worker.places.place(study.study_id) as free:
+                        if free and self._run_next(study):
+                            return True
+                    if not free and worker.leases.offers_trial(study.study_id):
+                        self.crowded = True
+                        break
                 except StudyOver as ended:
                     over += self._promote(study, ended)
                 except MissingRecord:
@@ -215,6 +260,8 @@ class Slot:
                     log.warning("study %s was deleted", name)
                     del self._studies[name]
                     return worker.only is None
+        if self.crowded and self.spare:
+            return True
         if not names or over < len(names):
             worker.rest()
             return True
@@ -237,6 +284,7 @@ class Slot:
         return lease is not None
 
     def _run_trial(self, study: OpenStudy, lease: Lease, sequences: Sequences) -> None:
+        self.worker.add_slot(study.study_id)
         with self.worker.holding(lease):
             state = run_trial(TrialContext(study, lease, self.worker.resources, sequences))
         log.info("study %s, trial %d: %s", study.name, lease.number, "left" if state is None else state.name.lower())
@@ -254,8 +302,10 @@ class Slot:
 
     def _open(self, name: str) -> OpenStudy:
         if name not in self._studies:
-            self._studies[name] = study = open_study(name, self.worker.storage)
+            study = open_study(name, self.worker.storage)
             self.worker.storage.keep_deadlines(study.plan.config.study.lease_s)
+            self.worker.places.meet(study.study_id, name, study.plan, self.worker.device)
+            self._studies[name] = study
         return self._studies[name]
 
 
@@ -272,10 +322,13 @@ def work(study: str | None, slots: int | None = 1) -> None:
     prepare_process()
     worker = signals.worker = Worker(study, slots=slots, stop_requested=signals.stop_requested)
     ready_s = time.monotonic() - started
-    log.info("worker %s on %s with slots: %d, ready after %.2f s", worker.name, worker.device, worker.slots, ready_s)
+    slots_text = "auto" if slots is None else slots
+    log.info(
+        "worker %s on %s, slots: %s, ready after %.2f s", worker.name, device_name(worker.device), slots_text, ready_s
+    )
     try:
         worker.run()
     except (PostgresError, *FAULTS) as error:
-        if not signals.stop_requested.is_set():
+        if not signals.received:
             raise
         log.warning("asked to stop, it could not give everything back: %s", mask(str(error)))

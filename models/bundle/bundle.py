@@ -32,6 +32,7 @@ from hpo.models.bundle.predictions import Predictions
 from hpo.models.classifier import Classifier, Weights, to_probabilities
 from hpo.models.data.readers import read
 from hpo.models.data.sequences import DataError, Sequences, from_arrays
+from hpo.models.device import device_errors
 from hpo.models.files import whole_folder
 from hpo.models.metrics import predict_labels
 
@@ -52,10 +53,11 @@ class Bundle:
         data is a `Sequences` or whatever `from_arrays` takes as X: (N, T, F), (N, T), or a list of (T_i, F) or
         (T_i,). Features with names are matched by name, in any order and among others. `progress` is called after
         each batch with the number of its sequences. Raises DataError where features or lengths do not fit the
-        model, ValueError where `batch_size` is below 1.
+        model, ValueError where `batch_size` is below 1, OutOfMemory and DeviceLost.
         """
         sequences = self.conform(data)
-        probabilities = self._probabilities(sequences, batch_size, progress)
+        with device_errors(self.models[0].mean.device, lambda: f"{batch_size} sequences at once; take a smaller batch"):
+            probabilities = self._probabilities(sequences, batch_size, progress)
         labels = np.array(self.config.classes)[predict_labels(probabilities, self.config.threshold)]
         return Predictions(self.config.classes, probabilities, labels, sequences.ids)
 

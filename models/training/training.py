@@ -34,6 +34,7 @@ from hpo.models.seeds import derive
 from hpo.models.training.batches import Batches
 from hpo.models.training.member import Member
 from hpo.models.training.memory import memory_bytes
+from hpo.models.training.origin import origin_of
 from hpo.models.training.schedules import learning_rate
 
 MIB = 2**20
@@ -64,13 +65,15 @@ class Epoch:
     log_loss: float  # of the validation part, breaks ties
     threshold: float  # the decision threshold that goes with the value
     seconds: float
+    origin: str = ""  # where it was computed; "" in checkpoints of earlier versions
 
 
 class Training:
     """One trial in training on one device.
 
     history: the epochs so far. best: the best of them, best_weights: its members' states. labels (n,): those of the
-    validation parts, pooled in the order of the folds. bytes: an estimate of the memory that it takes.
+    validation parts, pooled in the order of the folds. bytes: an estimate of the memory that it takes. origin: where it
+    computes.
 
     Trainings may run beside one another in one process, each in a thread of its own: nothing random is shared, and on
     a GPU each one has a stream of its own.
@@ -108,6 +111,7 @@ class Training:
         gpu = is_gpu(self.device)
         fits = not gpu and config.precision == "float32" and classifier.hidden_size <= LARGEST
         self.kernel = kernel if fits else None
+        self.origin = origin_of(self.device, self.lstm_kernel)
         self._stream = _own_stream(self.device) if gpu else None
         with self._on_device():
             fixed = gpu if fixed_shapes is None else fixed_shapes
@@ -147,7 +151,7 @@ class Training:
         threshold = self._threshold(probabilities)
         value = score(self.config.metric, probabilities, self.labels, threshold)
         log_loss = score("log_loss", probabilities, self.labels)
-        epoch = Epoch(number, loss, value, log_loss, threshold, time.perf_counter() - started)
+        epoch = Epoch(number, loss, value, log_loss, threshold, time.perf_counter() - started, self.origin)
         self.history.append(epoch)
         if self._is_best(epoch):
             self.best = epoch

@@ -93,8 +93,10 @@ failed AS (UPDATE trials t SET state = 'FAIL', datetime_complete = {utc_now} FRO
     WHERE t.trial_id = s.trial_id AND t.state = 'RUNNING' RETURNING t.trial_id)
 INSERT INTO trial_user_attributes (trial_id, key, value_json)
 SELECT trial_id, 'failure', to_json('given up after ' || lost || ' attempts: each time its worker went silent or '
-    'made no progress, the last time ' || worker || coalesce(' after epoch ' || epoch, ''))
-FROM spent JOIN failed USING (trial_id)
+    'made no progress, the last time ' || worker || coalesce(' after epoch ' || epoch, '')
+    || coalesce('; a worker said: ' || (SELECT value_json::json #>> '{}' FROM trial_user_attributes a
+        WHERE a.trial_id = s.trial_id AND key = 'worker_fault'), ''))
+FROM spent s JOIN failed USING (trial_id)
 ON CONFLICT (trial_id, key) DO UPDATE SET value_json = excluded.value_json
 
 -- name: take_adopt
@@ -144,7 +146,7 @@ INSERT INTO hpo.calls (client, call, result) SELECT %(client)s, %(call)s, trial_
 -- flight: the rest is kept.
 -- prepared: study int, client uuid, call bigint
 SELECT l.study_id, l.trial_id, t.number, l.worker, l.attempt, l.attempt > 1, l.checkpoint_key, l.checkpoint_epoch,
-    s.lease_s, s.store_key, s.status, coalesce(elapsed_s >= timeout_s, false), started >= budget,
+    s.lease_s, s.store_key, l.lost, s.status, coalesce(elapsed_s >= timeout_s, false), started >= budget,
     EXISTS (SELECT FROM hpo.leases l WHERE l.study_id = %(study)s AND l.ended_at IS NULL
         AND (s.status IN ('open', 'exhausted') OR NOT {free} AND {waited_for} > hpo.moment()))
 FROM hpo.terms s LEFT JOIN hpo.calls c ON {this_call} LEFT JOIN hpo.leases l ON l.trial_id = c.result
@@ -248,6 +250,30 @@ AND (checkpoint_key = ANY(%(keys)s) OR replaced_key = ANY(%(keys)s))
 -- Give a trial back at once. A holder that was taken for dead lives after all.
 -- types: trial int, attempt int, worker text
 UPDATE hpo.leases l SET released = true, {forgive} WHERE {held}
+
+-- name: lapse_trial
+-- Take a trial's holder for dead at its own word, and keep with the trial what it says.
+-- types: trial int, attempt int, worker text, reason text
+WITH mine AS (SELECT trial_id FROM hpo.leases WHERE {held} FOR UPDATE),
+lapsed AS (UPDATE hpo.leases l SET {lapse}, expires_at = '-infinity' FROM mine m
+    WHERE l.trial_id = m.trial_id AND NOT {free})
+INSERT INTO trial_user_attributes (trial_id, key, value_json) SELECT trial_id, 'worker_fault', to_json(%(reason)s::text)
+FROM mine ON CONFLICT (trial_id, key) DO UPDATE SET value_json = excluded.value_json
+
+-- name: offers_trial
+-- Whether a study has a trial to take: one that is free, or one to start.
+-- types: study int, held int[]
+SELECT status = 'open' AND started < budget AND NOT {out_of_time}
+    OR status IN ('open', 'exhausted') AND EXISTS (SELECT FROM hpo.leases l
+        WHERE l.study_id = s.study_id AND l.ended_at IS NULL AND NOT {spent} AND l.trial_id <> ALL(%(held)s)
+        AND ({free} OR {waited_for} <= hpo.clock()))
+FROM hpo.terms s WHERE study_id = %(study)s
+
+-- name: trials_ended_by
+-- How many trials a worker has trained to their end.
+-- types: worker text
+SELECT count(*) FROM hpo.leases l JOIN trials t USING (trial_id)
+WHERE l.worker = %(worker)s AND l.ended_at IS NOT NULL AND t.state IN ('COMPLETE', 'PRUNED')
 
 -- name: acquire_promotion
 -- Take or renew the lease to promote: nothing more is started and nothing is in flight.

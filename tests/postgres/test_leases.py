@@ -8,6 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime, timedelta
 from multiprocessing.process import BaseProcess
 from typing import TypeVar
@@ -18,6 +19,7 @@ from optuna.distributions import FloatDistribution
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
+from hpo.errors import WorkerFault
 from hpo.storage.errors import LeaseLost, StudyOver, TrialLeased
 from hpo.storage.heartbeat import Progress
 from hpo.storage.leases import Lease, Leases
@@ -323,6 +325,93 @@ def test_a_trial_that_is_held_keeps_its_lease_and_is_given_back_at_the_end(lease
     assert elsewhere.storage.get_trial(lease.trial_id).user_attrs == {"a": 1}
     flags = (lease.heartbeat.lost, lease.heartbeat.study_stopped, lease.heartbeat.out_of_time)
     assert flags == (False, False, False)
+
+
+class TestAFaultOfTheWorker:
+    """Its device does not answer it any more: it is as good as dead, and says so itself."""
+
+    def ends(self, leases: Leases, study_id: int, worker: str, epoch: int | None = None) -> Lease:
+        """A worker takes a trial, may make a checkpoint, and meets a fault."""
+        with suppress(WorkerFault), leases.take(study_id, worker) as lease:
+            assert lease is not None
+            if epoch is not None:
+                leases.checkpoint(lease, f"checkpoint-{epoch}", epoch)
+            raise WorkerFault("cuda:0 is gone")
+        assert lease is not None
+        return lease
+
+    def test_frees_its_trial_at_once_and_the_process_takes_nothing_more(
+        self, leases: Leases, elsewhere: Leases
+    ) -> None:
+        study_id = open_study(leases, Terms(budget=2, lease_s=600))
+        lost = self.ends(leases, study_id, "w")
+        with pytest.raises(WorkerFault, match="cuda:0 is gone"):
+            leases.acquire(study_id, "w")
+        adopted = elsewhere.acquire(study_id, "other")
+        assert adopted is not None
+        assert (adopted.trial_id, adopted.attempt, adopted.lost) == (lost.trial_id, 2, 1)
+        assert elsewhere.storage.get_trial(lost.trial_id).user_attrs == {"worker_fault": "cuda:0 is gone"}
+        with pytest.raises(LeaseLost):
+            leases.checkpoint(lost, "checkpoint-1", 1)
+
+    def test_counts_each_time_and_the_trial_fails_with_what_was_said(self, leases: Leases, database_url: str) -> None:
+        study_id = open_study(leases, Terms(budget=1, lease_s=600, max_attempts=3))
+        for index in range(3):
+            process = Leases(trial_storage(database_url))
+            lease = self.ends(process, study_id, f"w{index}")
+            process.storage.close()
+            assert (lease.number, lease.lost) == (0, index)
+        with pytest.raises(StudyOver):
+            leases.acquire(study_id, "w")
+        (trial,) = leases.storage.get_all_trials(study_id)
+        assert trial.state == TrialState.FAIL
+        assert trial.user_attrs["failure"] == (
+            "given up after 3 attempts: each time its worker went silent or made no progress, the last time w2"
+            "; a worker said: cuda:0 is gone"
+        )
+
+    def test_does_not_count_where_the_trial_got_further(self, leases: Leases, database_url: str) -> None:
+        study_id = open_study(leases, Terms(budget=1, lease_s=600, max_attempts=1))
+        for epoch in (1, 2):
+            process = Leases(trial_storage(database_url))
+            assert self.ends(process, study_id, f"w{epoch}", epoch).lost == 0
+            process.storage.close()
+        adopted = leases.acquire(study_id, "w")
+        assert adopted is not None
+        assert (adopted.attempt, adopted.lost, adopted.checkpoint_epoch) == (3, 0, 2)
+
+    def test_changes_nothing_of_a_trial_that_has_ended(self, leases: Leases, elsewhere: Leases) -> None:
+        study_id = open_study(leases, Terms(budget=1))
+        with suppress(WorkerFault), leases.take(study_id, "w") as lease:
+            assert lease is not None
+            finish(leases, lease)
+            raise WorkerFault("cuda:0 is gone")
+        (trial,) = elsewhere.storage.get_all_trials(study_id)
+        assert (trial.state, trial.user_attrs) == (TrialState.COMPLETE, {"seed": 0})
+        assert leases.trials_ended_by("w") == 1
+        assert leases.trials_ended_by("other") == 0
+
+    def test_and_a_trial_that_failed_is_none_that_its_worker_has_ended(self, leases: Leases) -> None:
+        study_id = open_study(leases, Terms(budget=1))
+        leases.storage.finish_trial(take(leases, study_id, "w").trial_id, TrialState.FAIL, None)
+        assert leases.trials_ended_by("w") == 0
+
+
+def test_a_study_says_whether_it_has_a_trial_to_take(leases: Leases, elsewhere: Leases) -> None:
+    study_id = open_study(leases, Terms(budget=1, lease_s=SHORT_S))
+    assert leases.offers_trial(study_id)
+    lease = take(leases, study_id, "w")
+    assert not elsewhere.offers_trial(study_id)
+    until(lambda: elsewhere.offers_trial(study_id))  # its lease has run out
+    assert not leases.offers_trial(study_id)  # not to the one who holds it
+    leases.release(lease)
+    assert leases.offers_trial(study_id)
+    leases.stop(study_id)
+    assert not leases.offers_trial(study_id)
+    leases.reopen(study_id)
+    finish(leases, take(leases, study_id, "w"))
+    assert not leases.offers_trial(study_id)
+    assert not leases.offers_trial(study_id + 1)
 
 
 def test_a_heartbeat_learns_that_the_study_ends_and_that_its_lease_is_lost(leases: Leases, database_url: str) -> None:

@@ -9,17 +9,21 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from optuna.trial import FrozenTrial, TrialState
 
 from hpo.models.training.training import TrainingInterrupted
+from hpo.study.config import TrainSection
 from hpo.study.space import default_space
 from hpo.trial.device_lock import SharedExclusiveLock
-from hpo.worker.slots import largest
-from tests.conftest import Cli
+from hpo.worker import slots
+from hpo.worker.slots import Places, largest
+from tests.conftest import Cli, wait_for
 
 SPACE = """
 hidden_size = { low = 4, high = 12 }
@@ -59,13 +63,13 @@ def test_results_depend_neither_on_the_number_of_slots_nor_on_the_neighbours(
     cli: Cli, random_study: Callable[..., Path], trials: Callable[..., list[FrozenTrial]]
 ) -> None:
     found: dict[int, list[FrozenTrial]] = {}
-    for slots in (1, 3):
-        name = f"with-{slots}"
+    for count in (1, 3):
+        name = f"with-{count}"
         assert cli("launch", random_study(9), *DETACHED, "--set", f"study.name={name}").returncode == 0
-        done = cli("worker", "--study", name, "--slots", slots)
+        done = cli("worker", "--study", name, "--slots", count)
         assert done.returncode == 0, done.stderr
-        assert f"slots: {slots}" in done.stderr
-        found[slots] = trials(name)
+        assert f"slots: {count}" in done.stderr
+        found[count] = trials(name)
     one, three = found[1], found[3]
     assert [trial.number for trial in three] == list(range(9))
     for alone, beside in zip(one, three, strict=True):
@@ -80,6 +84,128 @@ def overlaps(found: list[FrozenTrial]) -> bool:
     """Whether some trial began before another that began earlier had ended."""
     spans = sorted((trial.datetime_start, trial.datetime_complete) for trial in found)
     return any(later[0] < earlier[1] for earlier, later in itertools.pairwise(spans))  # type: ignore[operator]
+
+
+def most_at_once(found: list[FrozenTrial]) -> int:
+    """How many trials were running at the same time."""
+    begins = [(trial.datetime_start, 1) for trial in found]
+    ends = [(trial.datetime_complete, -1) for trial in found]
+    return max(itertools.accumulate(step for _, step in sorted(begins + ends)))
+
+
+# A standing worker's own entry, where each study's number of trials at once is in its name.
+CHOOSING = """
+import hpo.worker.slots, hpo.worker.worker
+hpo.worker.slots.choose_slots = lambda plan, device: int(plan.config.study.name[-1])
+hpo.worker.worker.work(None, slots=None)
+"""
+
+
+def test_a_worker_started_before_any_study_runs_as_many_trials_at_once_as_each_study_allows(
+    cli: Cli,
+    environment: dict[str, str],
+    random_study: Callable[..., Path],
+    trials: Callable[..., list[FrozenTrial]],
+    tmp_path: Path,
+) -> None:
+    """Studies one after another: slots begin with the second, wait during the third, and two go on with the fourth."""
+    log = tmp_path / "worker.log"
+    with log.open("wb") as output:
+        worker = subprocess.Popen([sys.executable, "-P", "-c", CHOOSING], env=environment, stderr=output)
+    try:
+        wait_for(lambda: "slots: auto, ready" in log.read_text())
+        names = ["first-1", "second-3", "third-1", "fourth-2"]
+        for name in names:
+            assert cli("launch", random_study(6, epochs=24), *DETACHED, "--set", f"study.name={name}").returncode == 0
+        wait_for(lambda: worker.poll() is not None or log.read_text().count("is version 1") == 4, 120)
+        worker.terminate()
+        assert worker.wait(30) == 0, log.read_text()
+    finally:
+        worker.kill()
+        worker.wait()
+    for name in names:
+        assert log.read_text().count(f"study {name}: trials at once: {name[-1]}") == 1
+    assert cli("launch", random_study(6, epochs=24), *DETACHED, "--set", "study.name=alone").returncode == 0
+    assert cli("worker", "--study", "alone", "--slots", 1).returncode == 0
+    first, second, third, fourth = (trials(name) for name in names)
+    for found in (first, second, third, fourth):
+        assert [(one.params, one.user_attrs["curve"]) for one in found] == [
+            (one.params, one.user_attrs["curve"]) for one in trials("alone")
+        ]
+    assert [most_at_once(found) for found in (first, third, first + third)] == [1, 1, 1]
+    assert 1 < most_at_once(second) <= 3
+    assert most_at_once(fourth) == 2
+    last_of_first = max(trial.datetime_complete for trial in first if trial.datetime_complete)
+    last_of_second = max(trial.datetime_complete for trial in second if trial.datetime_complete)
+    assert all(trial.datetime_start and trial.datetime_start >= last_of_first for trial in second)
+    assert all(trial.datetime_start and trial.datetime_start >= last_of_second for trial in third)
+
+
+class TestPlaces:
+    @pytest.fixture
+    def places(self, monkeypatch: pytest.MonkeyPatch) -> Places:
+        """Of studies 1 to 3, which allow as many trials at once."""
+        made = Places(None)
+        for number in (1, 2, 3):
+            monkeypatch.setattr(slots, "choose_slots", lambda plan, device, number=number: number)
+            plan: Any = None
+            made.meet(number, f"study-{number}", plan, "cpu")
+        return made
+
+    def test_no_more_trials_run_than_the_least_number_of_their_studies(self, places: Places) -> None:
+        with places.place(3) as one, places.place(3) as two, places.place(1) as refused:
+            assert (one, two, refused) == (True, True, False)
+            with places.place(2) as refused, places.place(3) as three:
+                assert (refused, three) == (False, True)
+        with places.place(1) as one, places.place(3) as refused:
+            assert (one, refused) == (True, False)
+        with places.place(2) as one, places.place(3) as two, places.place(3) as refused:
+            assert (one, two, refused) == (True, True, False)
+
+    def test_another_slot_is_wanted_where_all_are_busy_and_one_more_trial_may_begin(self, places: Places) -> None:
+        with places.place(2):
+            assert places.wants(2, 1)
+            assert not places.wants(2, 2)
+            with places.place(2):
+                assert not places.wants(2, 2)
+
+    def test_a_number_that_was_given_is_every_studys(self) -> None:
+        plan: Any = None
+        made = Places(2)
+        for study_id in (1, 2):
+            made.meet(study_id, "any", plan, "cuda:0")
+        with made.place(1) as one, made.place(2) as two, made.place(1) as three:
+            assert (one, two, three) == (True, True, False)
+
+
+class TestUsableMemory:
+    @pytest.mark.parametrize(("workers", "cards", "share"), [(None, 1, 1), ("8", 1, 8), ("8", 4, 2), ("5", 4, 2)])
+    def test_is_what_is_free_or_kept_by_this_process_shared_by_the_workers_of_the_card(
+        self, workers: str | None, cards: int, share: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.delenv("HPO_WORKERS", raising=False)
+        if workers is not None:
+            monkeypatch.setenv("HPO_WORKERS", workers)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (6 * 2**30, 80 * 2**30))
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2 * 2**30)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
+        assert slots.usable_memory("cuda:0") == 8 * 2**30 // share
+
+    def test_decides_how_many_trials_run_at_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        space = default_space(n=1000, steps=500, features=3)
+        plan = SimpleNamespace(
+            config=SimpleNamespace(space=space, train=TrainSection(epochs=4)),
+            **{"features": ("a", "b", "c"), "classes": ("x", "y"), "steps": 500, "metric": "auroc"},
+            **{"sequences": 1000, "members": 5, "validated": 200},
+        )
+        found = []
+        for gib in (0, 8, 2**20):
+            monkeypatch.setattr(slots, "usable_memory", lambda device, gib=gib: gib * 2**30)
+            found.append(slots.choose_slots(plan, "cuda:0"))  # type: ignore[arg-type]
+        assert found == sorted(found)
+        assert (found[0], found[-1]) == (1, slots.MOST)
+        assert 1 < found[1] < found[2]
+        assert slots.choose_slots(plan, "cpu") == 1  # type: ignore[arg-type]
 
 
 # The worker's own entry, in a process whose memory is limited to what it has once all is loaded, and so much more.

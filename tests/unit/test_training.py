@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import io
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from hpo.models.kernel.native import Kernel
 from hpo.models.metrics import score
 from hpo.models.training.batches import Batch, Batches
 from hpo.models.training.memory import memory_bytes
+from hpo.models.training.origin import origin_of
 from hpo.models.training.schedules import learning_rate
 from hpo.models.training.training import Diverged, Training, TrainingInterrupted
 
@@ -52,6 +55,41 @@ def training(data: Sequences, folds: int = 0, fixed_shapes: bool = False, **give
     settings: dict[str, Any] = {"metric": "accuracy", "epochs": 6, "batch_size": 8, "learning_rate": 0.02, "seed": 3}
     kernel = given.pop("kernel", None)
     return Training(data, parts, config, TrainingConfig(**(settings | given)), kernel=kernel, fixed_shapes=fixed_shapes)
+
+
+class TestOrigin:
+    def test_says_host_device_kernel_and_torch(self, kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("socket.gethostname", lambda: "host-a")
+        data, about = sequences(), f"torch {torch.__version__}"
+        assert run(training(data), 1).history[0].origin == f"host-a: cpu, torch LSTM, {about}"
+        assert run(training(data, kernel=kernel), 1).history[0].origin == f"host-a: cpu, {kernel.name}, {about}"
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA L4")
+        assert origin_of(torch.device("cuda:1"), "torch") == f"host-a: NVIDIA L4, {about}"
+
+    def test_stays_with_the_epochs_of_a_checkpoint_which_hardly_grows(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        data = sequences()
+        first = run(training(data, epochs=40), 40)
+        with_origins = len(first.state())
+        monkeypatch.setattr("socket.gethostname", lambda: "host-b" * 8)
+        resumed = training(data, epochs=60)
+        resumed.restore(first.state())
+        run(resumed, 20)
+        origins = [epoch.origin for epoch in resumed.history]
+        assert origins == [first.origin] * 40 + [resumed.origin] * 20
+        monkeypatch.setattr(first, "history", [replace(epoch, origin="") for epoch in first.history])
+        assert with_origins - len(first.state()) < 200
+
+    def test_is_unknown_of_an_earlier_versions_epochs(self) -> None:
+        data = sequences()
+        content = torch.load(io.BytesIO(run(training(data), 2).state()), weights_only=True)
+        for epoch in content["history"]:
+            del epoch["origin"]
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        resumed = training(data)
+        resumed.restore(buffer.getvalue())
+        run(resumed, 1)
+        assert [epoch.origin for epoch in resumed.history] == ["", "", resumed.origin]
 
 
 @pytest.fixture(scope="session")
