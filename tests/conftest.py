@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 # Tests run side by side, and several threads in each would get in each other's way.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Also beside a GPU, all but what tests/gpu asks of it is about workers on a CPU.
+os.environ.setdefault("HPO_DEVICE", "cpu")
+
 # A busy machine is no failure: properties are held to what they say, not to how soon.
 settings.register_profile("hpo", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("hpo")
@@ -175,6 +178,7 @@ def environment(tmp_path: Path, database_url: str) -> dict[str, str]:
         "HPO_HOME": str(tmp_path / "home"),
         "HPO_DATABASE_URL": database_url,
         "HPO_ARTIFACTS": str(tmp_path / "artifacts"),
+        "HPO_DEVICE": "cpu",
         "OMP_NUM_THREADS": "1",
     }
 

@@ -38,13 +38,13 @@ def choose_device() -> str:
 
 def use_device(device: str) -> None:
     """Make it the calling thread's own, so that what names no card does not open a context on card 0."""
-    if device != "cpu":
+    if torch.device(device).type == "cuda":
         torch.cuda.set_device(device)
 
 
 def device_name(device: str) -> str:
     """`cpu`, or the card's name behind its index, as in `cuda:0 (NVIDIA L4)`."""
-    return device if device == "cpu" else f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"{device} ({torch.cuda.get_device_name(device)})" if torch.device(device).type == "cuda" else device
 
 
 def workers_on(device: str) -> int:

@@ -21,7 +21,7 @@ from hpo.trial.device import workers_on
 
 log = logging.getLogger("hpo")
 
-MOST = 8  # on a card, all workers' together: more only wait for the interpreter (benchmarks/LOG.md, first day on a GPU)
+MOST = 4  # on a card, all workers' together: more only wait for the interpreter (benchmarks/LOG.md, first day on a GPU)
 SHARE = 0.8  # of the free memory that `auto` plans with
 HANDLES = 64 * 2**20  # bytes that libraries take for each stream's workspaces
 

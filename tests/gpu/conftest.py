@@ -15,9 +15,10 @@ from hpo.models.machine import prepare_process
 from tests.gpu.emulation import Driver, installed
 
 GPU = torch.cuda.is_available()
+ON_GPU = (pytest.mark.gpu, pytest.mark.xdist_group("gpu"))  # one after the other: some take all of its memory
 
 
-@pytest.fixture(params=["emulated", *([pytest.param("cuda:0", marks=pytest.mark.gpu)] if GPU else [])])
+@pytest.fixture(params=["emulated", *([pytest.param("cuda:0", marks=ON_GPU)] if GPU else [])])
 def device(request: pytest.FixtureRequest) -> Iterator[str]:
     """A device whose steps are captured: the CPU under an emulated driver, or the first GPU."""
     prepare_process()

@@ -97,6 +97,7 @@ def test_what_libraries_say_of_a_full_card_is_out_of_memory(error: Exception) ->
 
 @needs_gpu
 @pytest.mark.gpu
+@pytest.mark.xdist_group("gpu")
 def test_a_full_card_is_out_of_memory_whatever_library_says_so() -> None:
     """Another process has taken all but some MiB: a new thread's handles no longer fit, or the training does not."""
     with training({}, "cuda:0") as subject:
@@ -194,6 +195,7 @@ except RuntimeError as error:
 
 @needs_gpu
 @pytest.mark.gpu
+@pytest.mark.xdist_group("gpu")
 def test_after_an_illegal_access_every_call_says_that_the_device_is_lost() -> None:
     script = STICKY.replace("advanced(subject, 3)", LOOSE)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=Path.cwd(), timeout=120)
@@ -209,6 +211,7 @@ LOOSE = """subject.members[0].fixed.prepare = lambda batches: None
 
 @needs_gpu
 @pytest.mark.gpu
+@pytest.mark.xdist_group("gpu")
 @pytest.mark.parametrize(
     ("steps", "given"),
     [

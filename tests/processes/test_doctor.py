@@ -21,7 +21,7 @@ Doctor = Callable[..., "subprocess.CompletedProcess[str]"]
 @pytest.fixture
 def env(environment: dict[str, str]) -> dict[str, str]:
     """The environment of a machine whose cards, if it has any, are hidden."""
-    kept = {name: value for name, value in environment.items() if not name.startswith("CUDA_")}
+    kept = {name: value for name, value in environment.items() if not name.startswith(("CUDA_", "HPO_DEVICE"))}
     return kept | {"CUDA_VISIBLE_DEVICES": ""}
 
 
