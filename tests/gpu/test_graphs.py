@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from hpo.models.machine import one_thread
+from hpo.models.metrics import score
 from hpo.models.training.memory import release_memory
 from hpo.models.training.training import Training, TrainingInterrupted
 from tests.gpu.cases import CONFIGURATIONS, Given, advanced, bits, captured, reasons, training
@@ -60,6 +61,19 @@ def test_an_interrupted_epoch_leaves_nothing_behind(device: str) -> None:
             subject.advance(lambda: subject.batches == begun + 2)
         subject.restore(checkpoint)
         assert bits(advanced(subject, 2)) == bits(advanced(simple, 6))
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGURATIONS if name.startswith("drawn")])
+def test_the_best_weights_give_the_recorded_score_in_a_new_training(name: str, device: str) -> None:
+    """To the bit, as a promotion asks for on the device that trained."""
+    given = {**CONFIGURATIONS[name], "metric": "log_loss"}
+    with training(given, device, folds=2) as subject:
+        best = advanced(subject, 4).best
+        weights = subject.best_weights
+    assert best is not None
+    with training(given, device, folds=2) as fresh:
+        fresh.load(weights)
+        assert score("log_loss", fresh.validate(), fresh.labels) == best.log_loss
 
 
 class Unfit:

@@ -34,12 +34,13 @@ def test_without_a_gpu_it_says_so_in_a_line_and_ends(tmp_path: Path) -> None:
 @pytest.mark.skipif(INTERPRETED, reason="the sections interpret by themselves")
 def test_a_dry_run_measures_every_variant_and_finds_equal_answers(tmp_path: Path) -> None:
     need_triton()
-    table = run(tmp_path, "--cpu")
+    run(tmp_path, "--cpu", "--sections", "limits", "costs")
+    first = (tmp_path / "gpu.jsonl").read_text()
+    table = run(tmp_path, "--cpu", "--go-on", "--sections", "costs", "fused", "shape-1", "processes")
+    assert (tmp_path / "gpu.jsonl").read_text().startswith(first)
     rows = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
     assert not [row for row in rows if "failed" in row]
     assert {row["check"] for row in rows if row.get("equal")} == {
-        "graphs and eager give equal weights",
-        "2 slots and one give equal weights",
         "fused trials give equal weights as a graph and eager",
         "padded units of fused trials stay zero",
     }
@@ -51,4 +52,13 @@ def test_a_dry_run_measures_every_variant_and_finds_equal_answers(tmp_path: Path
     variants = {row["variant"].split(",")[0] for row in rows if "rates" in row}
     assert variants == {"eager", "slots", "fused tf32", "fused bf16", "fused ieee"}
     assert all(rate > 0 for row in rows if "rates" in row for rate in row["rates"] + row["loops"])
+    assert [row["section"] for row in rows if "section" in row] == ["limits", "costs", "fused", "shape-1", "processes"]
+    assert len([row for row in rows if "costs" in row]) == 2
+    assert [row["processes"] for row in rows if "beside" in row and row["rate"] > 0] == [1, 2]
     assert table.count("verdict, ") == 2
+    assert "T, F, H, L, B = (to 8, 2, 3, 1, 8)" in table
+
+
+def test_what_does_not_fit_into_its_time_is_named_and_left(tmp_path: Path) -> None:
+    said = run(tmp_path, "--cpu", "--minutes", "0.1", "--sections", "limits", "processes")
+    assert said.splitlines()[-1] == "left for a call with --go-on: limits, processes"

@@ -18,6 +18,7 @@ from hpo.study import entries
 from hpo.study import space as spaces
 from hpo.study.entries import Choices, Entry, Range, SpaceError
 from hpo.study.space import PARAMETERS
+from tests.gpu.cases import space as checked_on_a_gpu
 
 POWER: dict[str, Any] = {"n": 67, "steps": 24, "features": 1, "classes": 2, "variable": False}
 VOWELS: dict[str, Any] = {"n": 270, "steps": 29, "features": 12, "classes": 9, "variable": True}
@@ -403,3 +404,8 @@ def test_importing_the_configuration_does_not_load_torch() -> None:
     code = "import sys, hpo.study.config, hpo.study.space; print('torch' in sys.modules)"
     found = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "False"
+
+
+def test_every_parameter_is_among_those_that_the_checks_of_a_gpu_vary() -> None:
+    """They follow from the fields of the configurations (tests/gpu/cases.py), as the parameters do."""
+    assert set(PARAMETERS) <= set(checked_on_a_gpu())
