@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from enum import StrEnum
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -76,6 +77,19 @@ def main() -> None:
     except HpoError as error:
         typer.echo(f"hpo: {error}", err=True)
         sys.exit(error.exit_status)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"hpo {version('hpo')}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    _: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """What every command has."""
 
 
 @app.command()
@@ -308,8 +322,7 @@ def predict(
     from hpo.promote.versions import model_folder
     from hpo.terminal import counting, show_predictions
 
-    if out is not None and (out.is_dir() or not out.parent.is_dir()):
-        raise typer.BadParameter(f"--out must name a file in a folder that exists, got {str(out)!r}")
+    _check_out(out)
     bundle = load(model_folder(model, version))
     sequences = bundle.read(data)
     with counting(sequences.n, "predicting") as advance:
@@ -319,6 +332,35 @@ def predict(
     else:
         predictions.to_csv(out)
         typer.echo(f"{sequences.n} predictions in {out}")
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A saved model folder, or the name of a promoted model.")],
+    data: Annotated[Path, typer.Argument(help="Labelled sequences: npz, csv, parquet or .ts.")],
+    out: Annotated[Path | None, typer.Option(help="CSV file to write, with true and predicted class.")] = None,
+    version: Annotated[int | None, typer.Option(help="Version of a promoted model.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Sequences in a batch.", min=1)] = 256,
+    as_json: Json = False,
+) -> None:
+    """Scores with intervals on labelled data, the confusion matrix, and the sequences that are wrong."""
+    from hpo.models.bundle.bundle import load
+    from hpo.models.bundle.evaluation import evaluate as measure
+    from hpo.promote.versions import model_folder
+    from hpo.terminal import counting, evaluation_row, show_evaluation
+
+    _check_out(out)
+    bundle = load(model_folder(model, version))
+    with counting(None, "predicting") as advance:
+        found = measure(bundle, data, batch_size, advance)
+    if out is not None:
+        found.to_csv(out)
+    if as_json:
+        typer.echo(json.dumps(evaluation_row(found)))
+        return
+    show_evaluation(found)
+    if out is not None:
+        typer.echo(f"{found.scores.sequences} rows in {out}")
 
 
 @app.command()
@@ -392,6 +434,11 @@ def db_stop() -> None:
     from hpo.storage.server.server import stop as stop_server
 
     typer.echo("stopped" if stop_server() else "it was not running")
+
+
+def _check_out(out: Path | None) -> None:
+    if out is not None and (out.is_dir() or not out.parent.is_dir()):
+        raise typer.BadParameter(f"--out must name a file in a folder that exists, got {str(out)!r}")
 
 
 def _cluster(address: str | None, cpus: float, gpus: float | None) -> Cluster:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,7 @@ from rich.text import Text
 from hpo.models.config import METRICS
 
 if TYPE_CHECKING:
+    from hpo.models.bundle.evaluation import Evaluation
     from hpo.models.bundle.predictions import Predictions
     from hpo.storage.registry import ModelVersion
     from hpo.storage.snapshot import InFlight, Snapshot, WorkerGroup
@@ -28,8 +30,10 @@ WATCH_S = 2.0  # between two looks of `hpo status --watch`
 OVER = ("finished", "stopped")  # states of a study in which nothing more happens by itself
 SHOWN = 10  # predictions printed without an output file
 MANY = 8  # classes: of more, only the predicted one's probability is printed
+SHOWN_COUNTS = ("complete", "pruned", "failed", "running", "waiting")  # trials by state, in a table
 GROUPS_SHOWN = 3  # hosts and devices named in a row of a table
 PIPED_WIDTH = 200  # columns of a table where the output is not a terminal
+TABLE_WIDTH = 110  # columns that a table of studies or models needs: narrower terminals get lines
 
 
 class ProgressDisplay:
@@ -75,11 +79,15 @@ def _ended(state: Snapshot) -> int:
 
 
 def _best(state: Snapshot) -> str:
-    return "none yet" if state.best is None else f"{state.best.value:.4f} (trial {state.best.number})"
+    """With the metric's name, where it is known."""
+    if state.best is None:
+        return "none yet"
+    return f"{state.metric or ''} {state.best.value:.4f} (trial {state.best.number})".lstrip()
 
 
 def _counts(state: Snapshot) -> str:
-    return ", ".join(f"{state.counts.get(name, 0)} {name}" for name in ("complete", "pruned", "failed", "running"))
+    counts = [f"{state.counts.get(name, 0)} {name}" for name in ("complete", "pruned", "failed", "running")]
+    return ", ".join(counts + ([f"{waiting} waiting"] if (waiting := state.counts.get("waiting", 0)) else []))
 
 
 def _headline(state: Snapshot) -> str:
@@ -129,6 +137,7 @@ def status_row(state: Snapshot) -> dict[str, Any]:
     return {
         "study": state.name,
         "status": state.status,
+        "metric": state.metric,
         "trials": dict(state.counts),
         "budget": state.budget,
         "best": None if state.best is None else {"number": state.best.number, "value": state.best.value},
@@ -155,7 +164,8 @@ def status_row(state: Snapshot) -> dict[str, Any]:
 
 def show_status(states: Sequence[Snapshot], *, detailed: bool) -> None:
     """Studies as tables."""
-    _console().print(_status_view(states, detailed=detailed))
+    console = _console()
+    console.print(_status_view(states, console.width, detailed=detailed))
 
 
 def watch_status(look: Callable[[], list[Snapshot]], *, as_json: bool, named: bool) -> None:
@@ -170,7 +180,7 @@ def watch_status(look: Callable[[], list[Snapshot]], *, as_json: bool, named: bo
         while True:
             states = look()
             if live is not None:
-                live.update(_status_view(states, detailed=named), refresh=True)
+                live.update(_status_view(states, console.width, detailed=named), refresh=True)
             else:
                 lines = [json.dumps(status_row(state)) if as_json else _headline(state) for state in states]
                 for line in lines:
@@ -182,12 +192,36 @@ def watch_status(look: Callable[[], list[Snapshot]], *, as_json: bool, named: bo
             time.sleep(WATCH_S)
 
 
-def _status_view(states: Sequence[Snapshot], *, detailed: bool) -> Group:
+def _status_view(states: Sequence[Snapshot], width: int, *, detailed: bool) -> Group:
+    """Studies in a table, or in lines where it does not fit into `width` columns; trials in flight where `detailed`."""
     if not states:
         return Group(Text("no studies yet; `hpo launch STUDY.toml` makes one"))
+    reasons = [Text(f"{state.name}: {state.best.why}") for state in states if state.best and state.best.why]
+    in_flight = states[0].in_flight if detailed else ()
+    if width < TABLE_WIDTH:
+        lines = [line for state in states for line in _study_lines(state)]
+        return Group(*map(Text, lines), *reasons, *(Text(f"  {_in_flight(trial)}") for trial in in_flight))
+    return Group(_study_table(states, detailed=detailed), *reasons, *([_flights(states[0])] if in_flight else []))
+
+
+def _study_lines(state: Snapshot) -> list[str]:
+    left_s = _seconds_left(state)
+    pace = [f"{state.rate_per_hour:.0f} an hour"] if state.rate_per_hour else []
+    pace += [f"{_duration(left_s)} left"] if left_s is not None else []
+    workers = _workers(state.worker_groups, GROUPS_SHOWN).replace("\n", ", ")
+    return [
+        f"{state.name}: {state.status}, {_ended(state)}/{state.budget} trials",
+        f"  {_counts(state)}",
+        f"  best {_best(state)}",
+        f"  workers {workers}" + "".join(f"; {part}" for part in pace),
+    ]
+
+
+def _study_table(states: Sequence[Snapshot], *, detailed: bool) -> Table:
     table = Table("study", "status")
-    for name in ("complete", "pruned", "failed", "running", "budget"):
+    for name in SHOWN_COUNTS:
         table.add_column(name, justify="right")
+    table.add_column("budget", justify="right")
     table.add_column("best")
     table.add_column("workers")
     table.add_column("per hour", justify="right")
@@ -197,15 +231,14 @@ def _status_view(states: Sequence[Snapshot], *, detailed: bool) -> Group:
         table.add_row(
             Text(state.name),
             state.status,
-            *(str(state.counts.get(name, 0)) for name in ("complete", "pruned", "failed", "running")),
+            *(str(state.counts.get(name, 0)) for name in SHOWN_COUNTS),
             str(state.budget),
             "" if state.best is None else _best(state),
             _workers(state.worker_groups, len(state.worker_groups) if detailed else GROUPS_SHOWN),
             "" if state.rate_per_hour is None else f"{state.rate_per_hour:.0f}",
             "" if left_s is None else _duration(left_s),
         )
-    reasons = [Text(f"{state.name}: {state.best.why}") for state in states if state.best and state.best.why]
-    return Group(table, *reasons, *([_flights(states[0])] if detailed and states[0].in_flight else []))
+    return table
 
 
 def _workers(groups: Sequence[WorkerGroup], most: int) -> str:
@@ -246,27 +279,38 @@ def model_row(model: ModelVersion) -> dict[str, Any]:
 
 
 def show_models(found: Sequence[ModelVersion]) -> None:
-    """Promoted versions as a table."""
+    """Promoted versions as a table, or in lines where that does not fit."""
     console = _console()
     if not found:
         console.print("no models yet; a study promotes its best trial when it ends")
         return
+    rows = [_model_cells(model) for model in found]
+    if console.width < TABLE_WIDTH:
+        for name, version, trial, metric, validation, test, interval, created in rows:
+            console.print(f"{name} version {version}: trial {trial}, {created}", highlight=False)
+            tested = f", {test} on test" + (f" ({interval})" if interval else "") if test else ""
+            console.print(f"  {metric} {validation} on validation{tested}", highlight=False)
+        return
     table = Table("model", "version", "trial", "metric", "validation", "test", "95 % interval", "created")
-    for model in found:
-        metric = model.scores["metric"]
-        test = model.scores.get("test") or {}
-        interval = (model.scores.get("intervals") or {}).get(metric)
-        table.add_row(
-            model.name,
-            str(model.version),
-            str(model.trial_number),
-            metric,
-            f"{model.scores['validation'][metric]:.4f}",
-            f"{test[metric]:.4f}" if metric in test else "",
-            f"{interval[0]:.4f} to {interval[1]:.4f}" if interval else "",
-            f"{model.created_at:%Y-%m-%d %H:%M}",
-        )
+    for cells in rows:
+        table.add_row(*map(Text, cells))
     console.print(table)
+
+
+def _model_cells(model: ModelVersion) -> tuple[str, ...]:
+    metric = model.scores["metric"]
+    test = model.scores.get("test") or {}
+    interval = (model.scores.get("intervals") or {}).get(metric)
+    return (
+        model.name,
+        str(model.version),
+        str(model.trial_number),
+        metric,
+        f"{model.scores['validation'][metric]:.4f}",
+        f"{test[metric]:.4f}" if metric in test else "",
+        f"{interval[0]:.4f} to {interval[1]:.4f}" if interval else "",
+        f"{model.created_at:%Y-%m-%d %H:%M}",
+    )
 
 
 def show_summary(summary: dict[str, Any]) -> None:
@@ -274,11 +318,14 @@ def show_summary(summary: dict[str, Any]) -> None:
     console = _console()
     trials, model, best = summary["trials"], summary["model"], summary["best"]
     why = f" ({summary['best_why']})" if summary["best_why"] else ""
-    console.print(
+    _say(
+        console,
         f"{summary['study']}: {trials['complete']} complete, {trials['pruned']} pruned, {trials['failed']} failed "
-        f"in {summary['seconds']:.1f} s, ended by {summary['ended_by']}; best is trial {best['number']}{why}",
-        highlight=False,
-        soft_wrap=True,
+        f"in {summary['seconds']:.1f} s, ended by {summary['ended_by']}; best is trial {best['number']}, "
+        f"{summary['metric']} {best['value']:.4f}{why}",
+    )
+    _say(
+        console, "its configuration: " + ", ".join(f"{name} {_plain(value)}" for name, value in best["params"].items())
     )
     table = Table("metric", "validation", "test")
     for name in METRICS:
@@ -287,7 +334,18 @@ def show_summary(summary: dict[str, Any]) -> None:
         test = (summary["test"] or {}).get(name)
         table.add_row(name, f"{value:.4f}", "" if test is None else f"{test:.4f}")
     console.print(table)
-    console.print(f"model {model['name']} version {model['version']}: {model['path']}", highlight=False, soft_wrap=True)
+    _say(console, f"model {model['name']} version {model['version']}: {model['path']}")
+    name = shlex.quote(model["name"])
+    _say(console, f"next: hpo predict {name} DATA --out FILE.csv; hpo export {name} --out FOLDER; hpo dashboard")
+
+
+def _say(console: Console, line: str) -> None:
+    """One line, whole: it is copied from the terminal."""
+    console.print(line, highlight=False, soft_wrap=True)
+
+
+def _plain(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def show_predictions(predictions: Predictions, rows: int = SHOWN) -> None:
@@ -305,9 +363,49 @@ def show_predictions(predictions: Predictions, rows: int = SHOWN) -> None:
         console.print(f"{rows} of {len(predictions.labels)} rows; --out FILE.csv writes all", highlight=False)
 
 
+def evaluation_row(found: Evaluation) -> dict[str, Any]:
+    """An evaluation, JSON-able, with the ids of the sequences that are wrong."""
+    scores = vars(found.scores)
+    return {
+        **scores,
+        "classes": found.predictions.classes,
+        "wrong": [found.predictions.ids[row] for row in found.wrong],
+    }
+
+
+def show_evaluation(found: Evaluation, rows: int = SHOWN) -> None:
+    """Scores, confusion and the first of the sequences that are wrong, the surest of them first."""
+    console, scores, predictions = _console(), found.scores, found.predictions
+    noun = "sequence" if scores.sequences == 1 else "sequences"
+    _say(console, f"{scores.sequences} {noun}, {len(found.wrong)} of them wrong")
+    table = Table("metric", "value", "95 % interval")
+    for name, value in scores.metrics.items():
+        low, high = scores.intervals.get(name, (None, None))
+        table.add_row(name, f"{value:.4f}", "" if low is None or high is None else f"{low:.4f} to {high:.4f}")
+    console.print(table)
+    if len(predictions.classes) <= MANY:
+        counts = Table("true \\ predicted")
+        for name in predictions.classes:
+            counts.add_column(Text(name))
+        for name, row in zip(predictions.classes, scores.confusion, strict=True):
+            counts.add_row(Text(name), *map(str, row))
+        console.print(counts)
+    if len(found.wrong):
+        wrong = Table("id", "true", "predicted", "p(predicted)", title="wrong, the surest first")
+        for row in found.wrong[:rows]:
+            chance = f"{predictions.probabilities[row].max():.4f}"
+            wrong.add_row(*map(Text, (predictions.ids[row], found.labels[row], predictions.labels[row], chance)))
+        console.print(wrong)
+    if len(found.wrong) > rows:
+        _say(console, f"{rows} of {len(found.wrong)} that are wrong; --out FILE.csv writes all")
+
+
 @contextmanager
-def counting(total: int, what: str) -> Iterator[Callable[[int], None]]:
-    """A bar on the standard error; the block is given a function that takes the number of rows just done."""
+def counting(total: int | None, what: str) -> Iterator[Callable[[int], None]]:
+    """A bar on the standard error; the block is given a function that takes the number of rows just done.
+
+    total: None where it is not known.
+    """
     with Bars(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bars:
         task = bars.add_task(what, total=total)
         yield lambda rows: bars.advance(task, rows)

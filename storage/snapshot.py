@@ -78,13 +78,15 @@ class Snapshot:
     started: int
     seconds_left: float | None  # of its timeout, at least 0; the clock stands while no worker lives
     promoted_version: int | None
-    counts: dict[str, int]  # complete, pruned, failed, running, waiting; copied and foreign trials too
+    # complete, pruned, failed, running, waiting (enqueued, or for another worker to adopt it); copied, foreign ones too
+    counts: dict[str, int]
     best: BestTrial | None  # of those that our workers trained
     in_flight: tuple[InFlight, ...]
     worker_groups: tuple[WorkerGroup, ...]  # by host and device
     rate_per_hour: float | None  # of trials ended under a lease: of the last RECENT, or of all since the first began
     first_started_at: datetime | None
     last_ended_at: datetime | None
+    metric: str | None  # None: of a study that another version made
 
     @property
     def best_value(self) -> float | None:
@@ -105,6 +107,8 @@ def read_snapshot(row: Row) -> Snapshot:
     known, (counts, best, in_flight, groups, *rest) = row[:7], row[7:]
     named = {name: (counts or {}).get(state, 0) for state, name in _STATES.items()}
     trials = tuple(InFlight(*trial) for trial in in_flight or ())
+    orphans = sum(not trial.alive for trial in trials)
+    named |= {"running": named["running"] - orphans, "waiting": named["waiting"] + orphans}
     workers = tuple(WorkerGroup(*group) for group in groups or ())
     fields: Row = (*known, named, _read_best(*best) if best else None, trials, workers, *rest)
     return Snapshot(*fields)

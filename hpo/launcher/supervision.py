@@ -216,6 +216,7 @@ def summary(study: OpenStudy, watched: WatchedStudy, seconds: float, logs: str) 
     best = state.best if state.best is not None and state.best.number == model.trial_number else None
     return {
         "study": study.name,
+        "metric": scores["metric"],
         "ended_by": "budget" if state.started >= state.budget else "timeout" if out_of_time else "exhausted space",
         "trials": {name: state.counts.get(name, 0) for name in ("complete", "pruned", "failed")},
         "best": {

@@ -61,11 +61,13 @@ class Bundle:
         labels = np.array(self.config.classes)[predict_labels(probabilities, self.config.threshold)]
         return Predictions(self.config.classes, probabilities, labels, sequences.ids)
 
-    def read(self, path: str | Path) -> Sequences:
-        """Sequences of a file for `predict`: columns as in training, labels ignored. Raises DataError."""
+    def read(self, path: str | Path, *, labeled: bool = False) -> Sequences:
+        """Sequences of a file for `predict`: columns as in training. Labels are read if `labeled`. Raises DataError."""
         features = None if _unnamed(self.config.features) else self.config.features
         columns: dict[str, Any] = self.config.columns
-        return read(path, labeled=False, features=features, **columns)
+        if not labeled:
+            return read(path, labeled=False, features=features, **columns)
+        return read(path, classes=self.config.classes, features=features, **columns)  # and groups where there are some
 
     def conform(self, data: Any) -> Sequences:
         """`data` with the model's features in the model's order. Raises DataError where they or lengths do not fit."""

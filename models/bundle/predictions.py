@@ -22,16 +22,20 @@ class Predictions:
     labels: NDArray[np.str_]  # (N,) predicted class names
     ids: tuple[str, ...]  # (N,)
 
-    def to_csv(self, path: str | Path) -> None:
+    def to_csv(self, path: str | Path, true: NDArray[np.str_] | None = None) -> None:
         """Write columns id, predicted and probability_<class> of each class; the file appears whole or not at all.
 
-        Raises OSError.
+        true: the true classes, in a column of that name after the id. Raises OSError.
         """
+        known = [] if true is None else [true.tolist()]
         text = io.StringIO(newline="")
         writer = csv.writer(text)
-        writer.writerow(["id", "predicted", *(f"probability_{name}" for name in self.classes)])
+        writer.writerow(
+            ["id", *(["true"] if known else []), "predicted", *(f"probability_{name}" for name in self.classes)]
+        )
         writer.writerows(
-            [self.ids[i], label, *map(str, self.probabilities[i])] for i, label in enumerate(self.labels.tolist())
+            [self.ids[i], *(column[i] for column in known), label, *map(str, self.probabilities[i])]
+            for i, label in enumerate(self.labels.tolist())
         )
         with whole_file(Path(path)) as beside:
             beside.write_bytes(text.getvalue().encode())

@@ -111,7 +111,7 @@ SELECT s.study_id, n.study_name, s.status, s.budget, s.started, CASE WHEN timeou
         AND w.seen_at > hpo.clock() - s.lease_s * interval '1 s' GROUP BY host, device) p),
     least(r.n, %(recent)s) * 3600.0::float8
         / nullif(extract(epoch FROM e.ended - CASE WHEN r.n > %(recent)s THEN r.since ELSE e.started END)::float8, 0),
-    e.started, e.ended
+    e.started, e.ended, s.config #>> '{config,study,metric}'
 FROM hpo.terms s JOIN studies n USING (study_id)
     JOIN study_directions d ON d.study_id = s.study_id AND d.objective = 0
     CROSS JOIN LATERAL (SELECT min(t.datetime_start AT TIME ZONE 'UTC') AS started, max(l.ended_at) AS ended

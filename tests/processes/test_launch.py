@@ -80,6 +80,11 @@ def test_the_main_job_from_study_file_to_predictions(
     assert lines[0] == "id,predicted,probability_fast,probability_slow"
     assert len(lines) == 61
     assert "10 of 60 rows" in cli("predict", "waves", "waves.npz").stdout
+    (tmp_path / "labelled.csv").write_text("id,step,label,x0,x1\na,0,slow,0,0\na,1,slow,1,1\n")
+    judged = cli("evaluate", "waves", "labelled.csv", "--json")
+    assert json.loads(judged.stdout)["sequences"] == 1, judged.stderr
+    assert "1 sequence, " in cli("evaluate", "out", "labelled.csv", "--out", "judged.csv").stdout
+    assert (tmp_path / "judged.csv").read_text().startswith("id,true,predicted,")
     other = next(t.number for t in found if t.state == TrialState.COMPLETE and t.number != best.number)
     assert cli("promote", "waves", "--trial", other).returncode == 0
     assert len(json.loads(cli("models", "--json").stdout)) == 2

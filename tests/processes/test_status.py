@@ -30,9 +30,9 @@ CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 class Terminal:
     """A command of hpo on a terminal of its own, killed at the end of the block if it still runs."""
 
-    def __init__(self, *args: object, cwd: Path, env: dict[str, str]) -> None:
+    def __init__(self, *args: object, cwd: Path, env: dict[str, str], columns: int = 150) -> None:
         self._master, slave = pty.openpty()
-        sized = {**env, "TERM": "xterm", "COLUMNS": "150", "LINES": "50"}
+        sized = {**env, "TERM": "xterm", "COLUMNS": str(columns), "LINES": "50"}
         command = [sys.executable, "-P", "-m", "hpo", *map(str, args)]
         self.process = subprocess.Popen(command, cwd=cwd, env=sized, stdin=slave, stdout=slave, stderr=slave)
         os.close(slave)
@@ -77,7 +77,8 @@ def leases(database_url: str) -> Iterator[Leases]:
 def held(leases: Leases) -> Lease:
     """A study named power: three trials have ended, one is in its third epoch, four workers are alive."""
     study = optuna.create_study(storage=leases.storage, study_name="power", direction="maximize")
-    leases.open_study(study._study_id, Terms(budget=1000, timeout_s=100), {})
+    plan = {"config": {"study": {"metric": "accuracy"}}}
+    leases.open_study(study._study_id, Terms(budget=1000, timeout_s=100), plan)
     for worker, host, device in (("w1", "near", "cpu"), ("w2", "near", "cpu"), ("w3", "far", "cuda:1")):
         leases.register(worker, study._study_id, host, 1, device)
     leases.register("standing", None, "far", 2, "cuda:0")
@@ -96,15 +97,15 @@ def _take(leases: Leases) -> Lease:
 
 def test_the_table_tells_trials_best_workers_by_place_rate_and_time_left(cli: Cli, held: Lease) -> None:
     shown = cli("status").stdout
-    names = ("study", "complete", "pruned", "failed", "running", "best", "workers", "per hour", "left")
+    names = ("study", "complete", "pruned", "failed", "running", "waiting", "best", "workers", "per hour", "left")
     assert all(name in shown for name in names)
     cells = [cell.strip() for line in shown.splitlines() if "power" in line for cell in line.split("│")]
-    assert cells[1:8] == ["power", "open", "2", "1", "0", "1", "1000"]
-    assert cells[8] == "0.7500 (trial 1)"
+    assert cells[1:9] == ["power", "open", "2", "1", "0", "1", "0", "1000"]
+    assert cells[9] == "accuracy 0.7500 (trial 1)"
     for place in ("2 on near cpu", "1 on far cuda:0", "1 on far cuda:1"):
         assert place in shown
-    assert float(cells[10]) > 0
-    assert re.fullmatch(r"[01]:\d\d min", cells[11])  # to the deadline, as that comes first
+    assert float(cells[11]) > 0
+    assert re.fullmatch(r"[01]:\d\d min", cells[12])  # to the deadline, as that comes first
     assert "in flight" not in shown
     detailed = cli("status", "power").stdout
     flight = [cell.strip() for line in detailed.splitlines() if "0.6250" in line for cell in line.split("│")]
@@ -129,12 +130,33 @@ def test_json_tells_the_same(cli: Cli, held: Lease) -> None:
     (row,) = json.loads(cli("status", "--json").stdout)
     assert row["trials"] == {"complete": 2, "pruned": 1, "failed": 0, "running": 1, "waiting": 0}
     assert (row["study"], row["budget"], row["best"]) == ("power", 1000, {"number": 1, "value": 0.75})
+    assert row["metric"] == "accuracy"
     assert row["workers"] == 4
     assert {"host": "near", "device": "cpu", "workers": 2} in row["places"]
     assert row["per_hour"] > 0
     assert 0 < row["seconds_left"] <= 100
     (flight,) = row["in_flight"]
     assert (flight["trial"], flight["epoch"], flight["metric"], flight["host"]) == (3, 3, 0.625, "near")
+
+
+@pytest.mark.parametrize("columns", [40, 80])
+def test_on_a_narrow_terminal_all_of_it_is_there_in_lines(
+    columns: int, environment: dict[str, str], held: Lease, tmp_path: Path
+) -> None:
+    """A day as a new user: at 80 and at 40 columns the table was cut to nothing."""
+    with Terminal("status", "power", cwd=tmp_path, env=environment, columns=columns) as terminal:
+        assert terminal.end() == 0
+    shown = " ".join(CONTROL.sub("", terminal.shown).split())
+    assert shown.startswith("power: open, 3/1000 trials 2 complete, 1 pruned, 0 failed, 1 running best accuracy 0.7500")
+    assert "1 on far cuda:0, 1 on far cuda:1, 2 on near cpu" in shown
+    assert "trial 3: epoch 3, 0.6250 on cpu (w1)" in shown
+    assert all(len(line) <= columns for line in CONTROL.sub("", terminal.shown).splitlines())
+
+
+def test_a_trial_that_waits_for_another_worker_does_not_count_as_running(cli: Cli, held: Lease, leases: Leases) -> None:
+    leases.release(held)
+    (row,) = json.loads(cli("status", "--json").stdout)
+    assert row["trials"] == {"complete": 2, "pruned": 1, "failed": 0, "running": 0, "waiting": 1}
 
 
 def test_many_places_are_counted(cli: Cli, held: Lease, leases: Leases) -> None:
@@ -162,10 +184,10 @@ def test_off_a_terminal_watching_prints_what_changes_until_the_study_is_over(
     command = [sys.executable, "-P", "-m", "hpo", "status", "power", "--watch"]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as watching:
         assert watching.stdout is not None
-        expected = "power: 3/1000 trials; 2 complete, 1 pruned, 0 failed, 1 running; best 0.7500 (trial 1)\n"
+        expected = "power: 3/1000 trials; 2 complete, 1 pruned, 0 failed, 1 running; best accuracy 0.7500 (trial 1)\n"
         assert watching.stdout.readline() == expected
         leases.storage.finish_trial(held.trial_id, TrialState.COMPLETE, [0.875], OURS)
-        expected = "power: 4/1000 trials; 3 complete, 1 pruned, 0 failed, 0 running; best 0.8750 (trial 3)"
+        expected = "power: 4/1000 trials; 3 complete, 1 pruned, 0 failed, 0 running; best accuracy 0.8750 (trial 3)"
         assert watching.stdout.readline() == expected + "\n"
         leases.stop(held.study_id)
         assert watching.stdout.read() == expected + "; stopped\n"
@@ -205,7 +227,7 @@ def test_on_a_terminal_a_launch_shows_a_bar_the_best_and_a_line_for_each_trial(
     assert UP in terminal.shown
     last = CONTROL.sub("", terminal.shown.rsplit(UP, 1)[-1])
     assert re.search(r"waves ━+ 3/3 trials", last)
-    assert re.search(r"best \d\.\d{4} \(trial \d\); 3 complete, 0 pruned, 0 failed, 0 running; .*finished", last)
+    assert re.search(r"best auroc \d\.\d{4} \(trial \d\); 3 complete, 0 pruned, 0 failed, 0 running; .*finished", last)
     assert "model waves version 1: " in last
 
 
@@ -216,7 +238,7 @@ def test_off_a_terminal_a_launch_prints_plain_lines_and_a_quiet_one_none(
     done = cli("launch", file, "--workers", 1)
     lines = done.stderr.splitlines()
     assert re.fullmatch(
-        r"waves: 2/2 trials; 2 complete, 0 pruned, 0 failed, 0 running; best \d\.\d{4} \(trial \d\); finished",
+        r"waves: 2/2 trials; 2 complete, 0 pruned, 0 failed, 0 running; best auroc \d\.\d{4} \(trial \d\); finished",
         lines[-1],
     )
     assert all(line.startswith("waves: ") for line in lines)

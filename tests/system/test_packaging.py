@@ -205,6 +205,11 @@ def test_help_imports_no_heavy_package(command: tuple[str, ...]) -> None:
     assert not imported & HEAVY
 
 
+def test_the_version_is_printed_on_request() -> None:
+    done = subprocess.run([sys.executable, "-P", "-m", "hpo", "--version"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, f"hpo {PYPROJECT['project']['version']}\n")
+
+
 def test_the_installed_version_is_the_one_in_pyproject() -> None:
     assert distribution("hpo").version == PYPROJECT["project"]["version"]
 
