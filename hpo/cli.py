@@ -246,14 +246,15 @@ def dashboard(
 def promote(
     name: StudyName,
     trial: Annotated[int | None, typer.Option(help="Number of a completed trial; the best without it.")] = None,
+    default: Annotated[bool, typer.Option("--default", help="Let the name mean it, better or not.")] = False,
 ) -> None:
-    """Make a trial's model a new version."""
+    """Make a trial's model a new version; the name alone means it if it is better on validation."""
     from hpo.promote.promotion import promote_trial
     from hpo.terminal import show_models
 
     prepare_process()
     with _database() as (storage, _):
-        model = promote_trial(storage, name, trial)
+        model = promote_trial(storage, name, trial, as_default=default)
     show_models([model])
 
 
@@ -294,7 +295,7 @@ def models(as_json: Json = False) -> None:
 def export(
     model: Annotated[str, typer.Argument(help="Name of a promoted model, or a saved model folder.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
-    version: Annotated[int | None, typer.Option(help="Version; the latest without it.")] = None,
+    version: Annotated[int | None, typer.Option(help="Version; the default one without it.")] = None,
     format_: Annotated[Format, typer.Option("--format", help="What to add to the folder.")] = Format.safetensors,
     overwrite: Annotated[bool, typer.Option(help="Replace a saved model in that folder.")] = False,
 ) -> None:

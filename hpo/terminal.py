@@ -270,10 +270,12 @@ def model_row(model: ModelVersion) -> dict[str, Any]:
     return {
         "name": model.name,
         "version": model.version,
+        "default": model.default,
         "trial": model.trial_number,
         "created": model.created_at.isoformat(),
         "validation": model.scores["validation"],
         "test": model.scores.get("test"),
+        "test_looks": model.scores.get("test_looks"),
         "params": model.config["params"],
     }
 
@@ -286,12 +288,13 @@ def show_models(found: Sequence[ModelVersion]) -> None:
         return
     rows = [_model_cells(model) for model in found]
     if console.width < TABLE_WIDTH:
-        for name, version, trial, metric, validation, test, interval, created in rows:
+        for name, version, trial, metric, validation, test, interval, looks, created in rows:
             console.print(f"{name} version {version}: trial {trial}, {created}", highlight=False)
-            tested = f", {test} on test" + (f" ({interval})" if interval else "") if test else ""
+            about = ", ".join(filter(None, (interval, f"look {looks} at that part" if looks else "")))
+            tested = f", {test} on test" + (f" ({about})" if about else "") if test else ""
             console.print(f"  {metric} {validation} on validation{tested}", highlight=False)
         return
-    table = Table("model", "version", "trial", "metric", "validation", "test", "95 % interval", "created")
+    table = Table("model", "version", "trial", "metric", "validation", "test", "95 % interval", "looks", "created")
     for cells in rows:
         table.add_row(*map(Text, cells))
     console.print(table)
@@ -303,12 +306,13 @@ def _model_cells(model: ModelVersion) -> tuple[str, ...]:
     interval = (model.scores.get("intervals") or {}).get(metric)
     return (
         model.name,
-        str(model.version),
+        f"{model.version} (default)" if model.default else str(model.version),
         str(model.trial_number),
         metric,
         f"{model.scores['validation'][metric]:.4f}",
         f"{test[metric]:.4f}" if metric in test else "",
         f"{interval[0]:.4f} to {interval[1]:.4f}" if interval else "",
+        str(model.scores.get("test_looks") or ""),
         f"{model.created_at:%Y-%m-%d %H:%M}",
     )
 
@@ -335,6 +339,15 @@ def show_summary(summary: dict[str, Any]) -> None:
         table.add_row(name, f"{value:.4f}", "" if test is None else f"{test:.4f}")
     console.print(table)
     _say(console, f"model {model['name']} version {model['version']}: {model['path']}")
+    looks = summary["test_looks"] or 0
+    if looks > 1:
+        _say(console, f"the test part was looked at {looks} times: what was chosen by it is no test any more")
+    if model["default"] != model["version"]:
+        _say(console, f"the name still means version {model['default']}, which is no worse on validation;")
+        own = f"--version {model['version']} takes this one"
+        _say(console, f"  {own}, hpo promote NAME --trial {best['number']} --default lets the name mean it")
+    elif model["version"] > 1:
+        _say(console, f"the name means version {model['version']} now, which is better on validation than those before")
     name = shlex.quote(model["name"])
     _say(console, f"next: hpo predict {name} DATA --out FILE.csv; hpo export {name} --out FOLDER; hpo dashboard")
 

@@ -57,6 +57,11 @@ class ModelVersion:
     artifacts: dict[str, str]  # file name -> key in the artifact store
     aliases: tuple[str, ...] = field(default=(), compare=False)  # those that named it when it was read
 
+    @property
+    def default(self) -> bool:
+        """Whether the name alone meant this version when it was read."""
+        return LATEST in self.aliases
+
 
 class Registry:
     """The promoted models of a database; creates the tables where there are none.
@@ -78,9 +83,12 @@ class Registry:
         scores: Mapping[str, Any],
         config: Mapping[str, Any],
         artifacts: Mapping[str, str],
+        latest: bool = True,
     ) -> ModelVersion:
-        """The trial's model as the next version of `name`, which becomes "latest"; one transaction.
+        """The trial's model as the next version of `name`; one transaction.
 
+        latest: whether it becomes "latest", the version that the name alone means; the first one does anyway. Where
+        scores name a test_part, they are stored with test_looks: how many versions were measured on that part.
         Safe with several promoters at once. The same trial with the same artifacts again is the version that
         it was. Raises RegistryError for a name that breaks the rule, or values that JSON does not have (NaN).
         """
@@ -93,6 +101,7 @@ class Registry:
             "scores": _json("scores", scores),
             "config": _json("config", config),
             "artifacts": json.dumps(dict(artifacts)),
+            "latest": latest,
         }
         (row,) = self._connection.execute(_LOCK_MODEL, _ADD_VERSION, _ADDED_VERSION, given=given)
         return _version(row)
@@ -112,6 +121,12 @@ class Registry:
         if alias == LATEST or alias.isdecimal():
             raise RegistryError(f'an alias is neither a number nor "{LATEST}", which promotion sets, got {alias!r}')
         given = {"name": name, "alias": alias, "wanted": _wanted(version)}
+        rows = self._connection.execute(_LOCK_MODEL, _SET_ALIAS, _VERSIONS_OF, given=given)
+        return self._chosen(rows, name, version)
+
+    def make_default(self, name: str, version: int) -> ModelVersion:
+        """Let the name alone mean that version."""
+        given = {"name": name, "alias": LATEST, "wanted": _wanted(version)}
         rows = self._connection.execute(_LOCK_MODEL, _SET_ALIAS, _VERSIONS_OF, given=given)
         return self._chosen(rows, name, version)
 

@@ -211,7 +211,8 @@ def summary(study: OpenStudy, watched: WatchedStudy, seconds: float, logs: str) 
     if state.promoted_version is None:
         timeout_s = row.timeout_s if row is not None and out_of_time else None
         raise LaunchError(no_model(study.name, _failures(study), timeout_s, logs))
-    model = Registry(study.storage.connection).get(study.name, state.promoted_version)
+    registry = Registry(study.storage.connection)
+    model = registry.get(study.name, state.promoted_version)
     scores = model.scores
     best = state.best if state.best is not None and state.best.number == model.trial_number else None
     return {
@@ -225,9 +226,15 @@ def summary(study: OpenStudy, watched: WatchedStudy, seconds: float, logs: str) 
             "params": model.config["params"],
         },
         "best_why": None if best is None else best.why,
-        "model": {"name": model.name, "version": model.version, "path": str(materialise_model(model))},
+        "model": {
+            "name": model.name,
+            "version": model.version,
+            "default": registry.get(study.name).version,
+            "path": str(materialise_model(model)),
+        },
         "validation": scores["validation"],
         "test": scores.get("test"),
+        "test_looks": scores.get("test_looks"),
         "logs": logs,
         "seconds": round(seconds, 2),
     }

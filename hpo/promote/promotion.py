@@ -33,6 +33,7 @@ from hpo.study.config import to_dict
 from hpo.study.lifecycle import OpenStudy, open_study
 from hpo.study.notes import announce_model, attach_artifact
 from hpo.study.plan import Plan
+from hpo.study.ranking import rank
 from hpo.study.record import TrialRecord
 from hpo.trial.build import configurations, rebuild
 from hpo.trial.checkpoints import drop_all_checkpoints
@@ -78,8 +79,11 @@ def promote_when_over(study: OpenStudy, resources: WorkerResources, leases: Leas
     return True
 
 
-def promote_trial(storage: TrialStorage, name: str, number: int | None) -> ModelVersion:
-    """`hpo promote`: the trial of that number, or the best, as a new version."""
+def promote_trial(storage: TrialStorage, name: str, number: int | None, *, as_default: bool = False) -> ModelVersion:
+    """`hpo promote`: the trial of that number, or the best, as a new version.
+
+    as_default: it becomes the version that the name alone means, even if it is not better on validation.
+    """
     study, store = open_study(name, storage), artifact_store()
     complete = study.best_first()
     chosen = complete if number is None else [record for record in complete if record.number == number]
@@ -87,14 +91,17 @@ def promote_trial(storage: TrialStorage, name: str, number: int | None) -> Model
         known = ", ".join(str(record.number) for record in complete) or "none"
         wanted = "a completed trial" if number is None else f"trial {number}, completed"
         raise PromotionError(f"study {name!r} has not {wanted}; completed trials, best first: {known}")
-    return promote(study, store, chosen[0], fetch_sequences(store, study.plan.train))
+    return promote(study, store, chosen[0], fetch_sequences(store, study.plan.train), as_default=as_default)
 
 
-def promote(study: OpenStudy, store: ArtifactStore, record: TrialRecord, sequences: Sequences) -> ModelVersion:
+def promote(
+    study: OpenStudy, store: ArtifactStore, record: TrialRecord, sequences: Sequences, *, as_default: bool = False
+) -> ModelVersion:
     """Make a complete trial's model a version of the registry.
 
-    The members are evaluated on validation, which must give the recorded score, and then, together, once on
-    the test part. Raises PromotionError.
+    It becomes the one that the name alone means if it is better on validation than that one, or `as_default`. The
+    members are evaluated on validation, which must give the recorded score, and then, together, once on the test part.
+    Raises PromotionError.
     """
     device = choose_device()
     try:
@@ -107,7 +114,9 @@ def promote(study: OpenStudy, store: ArtifactStore, record: TrialRecord, sequenc
         folder = scratch / "model"
         save(folder, members, replace(config, validation=validation, test=test), record.curve)
         artifacts = publish(store, folder, model_prefix(_store_key(study), record.number))
-    model = Registry(study.storage.connection).promote(
+    registry = Registry(study.storage.connection)
+    earlier = _default(registry, study.name)
+    model = registry.promote(
         name=study.name,
         study_id=study.study_id,
         study_name=study.name,
@@ -118,13 +127,34 @@ def promote(study: OpenStudy, store: ArtifactStore, record: TrialRecord, sequenc
             "validation": validation.metrics,
             "test": None if test is None else test.metrics,
             "intervals": None if test is None else test.intervals,
+            **({} if test is None else {"test_part": study.plan.test}),
         },
+        latest=as_default or earlier is None or is_better(study, record, earlier),
         config={"params": record.params},
         artifacts=artifacts,
     )
+    if as_default and not model.default:  # it was a version already
+        model = registry.make_default(study.name, model.version)
     _show(study.storage, study.study_id, record, model)
     log.info("study %s: trial %d is version %d", study.name, record.number, model.version)
+    if earlier is not None and model.version != earlier.version:
+        log.info("study %s: the name alone means version %d", study.name, (model if model.default else earlier).version)
     return model
+
+
+def is_better(study: OpenStudy, record: TrialRecord, earlier: ModelVersion) -> bool:
+    """Whether a trial is better on validation than an earlier version, by the rule for trials. One of another study,
+    which may have other data, is not compared, nor is the same trial.
+    """
+    scores, plan = earlier.scores, study.plan
+    if earlier.study_id != study.study_id or earlier.trial_number == record.number:
+        return True
+    old = scores["value"], scores["validation"]["log_loss"]
+    return rank({0: old, 1: (record.value, record.log_loss)}, plan.metric, plan.resolution)[0] == 1
+
+
+def _default(registry: Registry, name: str) -> ModelVersion | None:
+    return next((model for model in registry.models() if model.name == name and model.default), None)
 
 
 def _store_key(study: OpenStudy) -> str:

@@ -10,22 +10,29 @@ FROM hpo.models m
 -- The version of that name that was made of the same trial and the same files.
 name = %(name)s AND study_id = %(study)s AND trial_number = %(trial_number)s AND artifacts = %(artifacts)s
 
+-- fragment: looks
+-- How many versions, this one among them, were measured on the same test part; earlier ones said only of which study.
+(SELECT jsonb_build_object('test_looks', 1 + count(*)) FROM hpo.models m
+    WHERE m.scores ->> 'test_part' = %(scores)s::jsonb ->> 'test_part'
+    OR NOT jsonb_exists(m.scores, 'test_part') AND m.study_id = %(study)s AND m.scores -> 'test' <> 'null'
+    HAVING %(scores)s::jsonb ->> 'test_part' IS NOT NULL)
+
 -- name: lock_model
 -- One writer of a name at a time, until the transaction's end.
 -- types: name text
 SELECT pg_advisory_xact_lock(hashtextextended('hpo.models ' || %(name)s, 0))
 
 -- name: add_version
--- Add the next version of a name and make it the latest, unless the same trial with the same files is a version
--- already.
--- types: name text, study int, study_name text, trial_number int, scores jsonb, config jsonb, artifacts jsonb
+-- Add the next version of a name, unless the same trial with the same files is a version already; as the latest if it
+-- is to be, or the only one. Its scores say how many versions' models have now looked at the test part.
+-- types: name text, study int, study_name text, trial_number int, scores jsonb, config jsonb, artifacts jsonb, latest bool
 WITH added AS (INSERT INTO hpo.models
         (name, version, study_id, study_name, trial_number, scores, config, artifacts)
     SELECT %(name)s, 1 + coalesce((SELECT max(version) FROM hpo.models WHERE name = %(name)s), 0), %(study)s,
-        %(study_name)s, %(trial_number)s, %(scores)s, %(config)s, %(artifacts)s
+        %(study_name)s, %(trial_number)s, %(scores)s::jsonb || coalesce({looks}, '{}'), %(config)s, %(artifacts)s
     WHERE NOT EXISTS (SELECT FROM hpo.models WHERE {same_model}) RETURNING name, version)
 INSERT INTO hpo.aliases (name, alias, version) SELECT name, 'latest', version FROM added
-ON CONFLICT (name, alias) DO UPDATE SET version = excluded.version
+ON CONFLICT (name, alias) DO UPDATE SET version = excluded.version WHERE %(latest)s
 
 -- name: added_version
 -- The newest version that was made of this trial and these files.

@@ -226,3 +226,38 @@ def test_a_folder_in_a_folder_is_not_published(store: ArtifactStore, bundle: Pat
     (bundle / "nested").mkdir()
     with pytest.raises(RegistryError, match="a model folder holds files only"):
         publish(store, bundle, "m")
+
+
+class TestTheDefaultVersion:
+    """A launch with more trials made a second version, and the name silently went from test score 1.00 to 0.84."""
+
+    def test_a_version_that_is_not_to_be_the_latest_leaves_the_name_as_it_is(self, registry: Registry) -> None:
+        assert promote(registry, latest=False).default  # the only one
+        second = promote(registry, trial=9, latest=False)
+        assert not second.default
+        assert registry.get("power").version == 1
+        assert registry.make_default("power", second.version).default
+        assert registry.get("power").version == 2
+
+    def test_looks_at_a_test_part_are_counted_over_all_names(self, registry: Registry) -> None:
+        def scores(part: str | None) -> dict[str, Any]:
+            return {"test": None if part is None else {"auroc": 0.5}} | ({} if part is None else {"test_part": part})
+
+        found = [
+            promote(registry, name, trial=trial, study_id=study, scores=scores(part)).scores.get("test_looks")
+            for name, trial, study, part in (
+                ("one", 1, 1, "data-a"),
+                ("one", 2, 1, "data-a"),
+                ("two", 1, 2, "data-a"),
+                ("two", 2, 2, "data-b"),
+                ("none", 1, 3, None),
+            )
+        ]
+        assert found == [1, 2, 3, 1, None]
+
+    def test_versions_of_earlier_builds_count_by_their_study(self, registry: Registry) -> None:
+        promote(registry, trial=1, scores={"test": {"auroc": 0.5}})
+        promote(registry, trial=2, scores={"test": None})
+        promote(registry, "other", trial=1, study_id=8, scores={"test": {"auroc": 0.5}})
+        new = promote(registry, trial=3, scores={"test": {"auroc": 0.5}, "test_part": "data-a"})
+        assert new.scores["test_looks"] == 2

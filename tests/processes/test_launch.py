@@ -87,7 +87,10 @@ def test_the_main_job_from_study_file_to_predictions(
     assert (tmp_path / "judged.csv").read_text().startswith("id,true,predicted,")
     other = next(t.number for t in found if t.state == TrialState.COMPLETE and t.number != best.number)
     assert cli("promote", "waves", "--trial", other).returncode == 0
-    assert len(json.loads(cli("models", "--json").stdout)) == 2
+    rows = json.loads(cli("models", "--json").stdout)
+    assert [(row["version"], row["default"], row["test_looks"]) for row in rows] == [(1, True, 1), (2, False, 2)]
+    assert cli("promote", "waves", "--trial", other, "--default").returncode == 0
+    assert [row["default"] for row in json.loads(cli("models", "--json").stdout)] == [False, True]
     for number in (0, 5):
         again = cli("reproduce", "waves", "--trial", number)
         assert again.returncode == 0, again.stdout + again.stderr
@@ -109,6 +112,9 @@ def test_a_relaunch_goes_on_to_a_raised_budget(
     assert_exact(trials(), 2)
     more = summary_of(cli("launch", file, "--workers", 2, "--json", "--trials", 5))
     assert_exact(trials(), 5)
+    best_is_new = more["best"]["number"] != first["best"]["number"]
+    assert more["model"]["default"] == more["model"]["version"] == 1 + best_is_new
+    assert more["test_looks"] == 1 + best_is_new
     assert sum(more["trials"].values()) == 5
 
 
