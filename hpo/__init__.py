@@ -5,23 +5,72 @@ summary = hpo.launch("study.toml", workers=4)
 model = hpo.load(summary["model"]["path"])
 predictions = model.predict(hpo.read("new.npz", labeled=False))
 
-The calls of this module are the public ones. Nothing else of the package imports it.
+The calls of this module are the public ones, and so are the exceptions that they raise: all of them are `HpoError`s.
+Nothing else of the package imports it.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hpo.errors import HpoError
 from hpo.launcher.launch import launch
 from hpo.storage.url import normalized
 
 if TYPE_CHECKING:
+    from hpo.launcher.workers import Interrupted, LaunchError
     from hpo.models.bundle.bundle import Bundle
-    from hpo.models.data.sequences import Sequences
+    from hpo.models.bundle.config import BundleError
+    from hpo.models.data.sequences import DataError, Sequences
+    from hpo.models.device import DeviceLost, OutOfMemory
+    from hpo.storage.artifacts import ArtifactError
+    from hpo.storage.errors import PostgresError, SchemaError
+    from hpo.storage.registry import RegistryError
     from hpo.storage.trials import TrialStorage
+    from hpo.study.config import ConfigError
+    from hpo.study.plan import StudyError
 
-__all__ = ["launch", "load", "read", "storage_for"]
+__all__ = [
+    "ArtifactError",
+    "BundleError",
+    "ConfigError",
+    "DataError",
+    "DeviceLost",
+    "HpoError",
+    "Interrupted",
+    "LaunchError",
+    "OutOfMemory",
+    "PostgresError",
+    "RegistryError",
+    "SchemaError",
+    "StudyError",
+    "launch",
+    "load",
+    "read",
+    "storage_for",
+]
+_EXCEPTIONS = {  # found when asked for: what defines them may import torch or Optuna
+    "ArtifactError": "hpo.storage.artifacts",
+    "BundleError": "hpo.models.bundle.config",
+    "ConfigError": "hpo.study.config",
+    "DataError": "hpo.models.data.sequences",
+    "DeviceLost": "hpo.models.device",
+    "Interrupted": "hpo.launcher.workers",
+    "LaunchError": "hpo.launcher.workers",
+    "OutOfMemory": "hpo.models.device",
+    "PostgresError": "hpo.storage.errors",
+    "RegistryError": "hpo.storage.registry",
+    "SchemaError": "hpo.storage.errors",
+    "StudyError": "hpo.study.plan",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXCEPTIONS:
+        raise AttributeError(f"module 'hpo' has no attribute {name!r}")
+    return getattr(import_module(_EXCEPTIONS[name]), name)
 
 
 def read(path: str | Path, **columns: Any) -> Sequences:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shlex
 import sys
 import time
@@ -18,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hpo.models.config import METRICS
+from hpo.storage.masking import mask
 
 if TYPE_CHECKING:
     from hpo.models.bundle.evaluation import Evaluation
@@ -36,22 +38,42 @@ PIPED_WIDTH = 200  # columns of a table where the output is not a terminal
 TABLE_WIDTH = 110  # columns that a table of studies or models needs: narrower terminals get lines
 
 
+class _Lines(logging.Handler):
+    """What is logged, above the live view."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(logging.INFO)
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        sign = "warning: " if record.levelno >= logging.WARNING else ""
+        self._console.print(sign + mask(record.getMessage()), soft_wrap=True)
+
+
 class ProgressDisplay:
-    """Live view of one study: a bar, the best so far, a line per trial in flight; plain lines off a terminal."""
+    """Live view of one study: a bar, the best so far, a line per trial in flight; plain lines off a terminal. What is
+    logged meanwhile is shown, too.
+    """
 
     def __init__(self, *, quiet: bool = False) -> None:
         self._quiet = quiet
         self._console = Console(stderr=True, markup=False, highlight=False)
         self._live: Live | None = None
         self._last = ("", 0.0)
+        self._logger = logging.getLogger("hpo")
+        self._lines = _Lines(self._console)
 
     def __enter__(self) -> ProgressDisplay:
+        if not self._quiet:
+            self._logger.addHandler(self._lines)
+            self._logger.setLevel(logging.INFO)
         if self._console.is_terminal and not self._quiet:
             self._live = Live(console=self._console, refresh_per_second=4, transient=False)
             self._live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._logger.removeHandler(self._lines)
         if self._live is not None:
             self._live.stop()
 

@@ -30,6 +30,7 @@ from hpo.study.notes import METRIC_NAMES, describe_study
 from hpo.study.plan import Plan, StudyError, check_same, make_plan
 from hpo.study.pruning import make_pruner
 from hpo.study.ranking import best_first
+from hpo.study.readout import readout, suspicions
 from hpo.study.record import COPIED_FROM, TrialRecord
 from hpo.study.sampling import ConfigurationSampler, grid
 
@@ -92,6 +93,10 @@ def create_or_open(config: StudyConfig, storage: TrialStorage, store: ArtifactSt
             _publish(store, key, part)  # also where the artifact store was emptied or damaged
         if stored is None:
             _begin(storage, leases, study_id, plan)
+    for line in readout(plan, train, test):
+        log.info("%s: %s", name, line)
+    for line in suspicions(train, test):
+        log.warning("%s: %s", name, line)
     row = leases.reopen(study_id, trials=config.study.trials, timeout_s=config.study.timeout_s)
     if row.budget > config.study.trials:
         text = "study %s: %d trials have begun, more than the %d that are asked for; no more are started"

@@ -1,0 +1,86 @@
+"""What a launch has read, in a line or two, and what about it makes a score too good to be true.
+
+The cheapest guard against swapped axes, an index taken for a feature, a class that is a typing error.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from hpo.models.data.sequences import Sequences
+from hpo.study.config import Folds
+from hpo.study.plan import Plan
+
+MANY = 10  # names listed at most
+
+
+def readout(plan: Plan, train: Sequences, test: Sequences | None) -> list[str]:
+    """Sizes, features, classes with their counts, gaps, groups, parts, the positive class."""
+    lines = [f"training part: {_sizes(train)}"]
+    if test is not None:
+        lines.append(f"test part: {_sizes(test)}")
+    validation = plan.config.data.validation
+    parts = f"{validation.folds} folds" if isinstance(validation, Folds) else f"a share of {validation:g}"
+    about = [f"features {_listed(train.features)}", f"validation on {parts}"]
+    if len(train.classes) == 2:
+        about.append(f"{train.classes[1]!r} is the positive class of f1, auroc and average_precision")
+    return [*lines, "; ".join(about)]
+
+
+def suspicions(train: Sequences, test: Sequences | None) -> list[str]:
+    """Leaks from the label or the training part into what is to be scored, each with what to do."""
+    found = [
+        f"feature {name!r} is one value in each sequence and tells the class of every one: is it the label under "
+        "another name? Leave it out of the file"
+        for feature, name in enumerate(train.features)
+        if _tells_the_label(train, feature)
+    ]
+    if test is None:
+        return found
+    common = len(_contents(test) & _contents(train))
+    if common:
+        found.append(f"{common} of the test part's sequences are in the training part too: its score will be too good")
+    assert test.labels is not None
+    counts = np.bincount(test.labels, minlength=len(test.classes))
+    absent = [name for name, count in zip(test.classes, counts, strict=True) if not count]
+    if absent:
+        found.append(f"the test part has no sequence of {_listed(absent)}: its scores say nothing of that")
+    return found
+
+
+def _sizes(part: Sequences) -> str:
+    shortest, longest = int(part.lengths.min()), int(part.lengths.max())
+    steps = f"{longest}" if shortest == longest else f"{shortest} to {longest}"
+    noun = "feature" if part.n_features == 1 else "features"
+    text = [f"{part.n} sequences of {steps} steps, {part.n_features} {noun}"]
+    if part.labels is not None:
+        counts = np.bincount(part.labels, minlength=len(part.classes)).tolist()
+        names = [f"{name} {count}" for name, count in zip(part.classes, counts, strict=True)]
+        text.append("classes " + ", ".join(names[:MANY]) + (f" and {len(names) - MANY} more" * (len(names) > MANY)))
+    if part.groups is not None:
+        text.append(f"{len(np.unique(part.groups))} groups")
+    text.append(f"{part.filled} missing values filled")
+    return "; ".join(text)
+
+
+def _listed(names: tuple[str, ...] | list[str]) -> str:
+    more = f" and {len(names) - MANY} more" if len(names) > MANY else ""
+    return ", ".join(map(repr, names[:MANY])) + more
+
+
+def _contents(part: Sequences) -> set[bytes]:
+    """The content of each sequence."""
+    return {part.values[i, :length].tobytes() for i, length in enumerate(part.lengths.tolist())}
+
+
+def _tells_the_label(part: Sequences, feature: int) -> bool:
+    """Whether the feature is constant in each sequence, and each of its values stands for one class."""
+    assert part.labels is not None
+    values = part.values[:, :, feature]
+    inside = np.arange(part.steps) < part.lengths[:, None]
+    first = values[:, 0]
+    if (np.where(inside, values, first[:, None]) != first[:, None]).any():
+        return False
+    pairs = {(value, label) for value, label in zip(first.tolist(), part.labels.tolist(), strict=True)}
+    values_seen = {value for value, _ in pairs}
+    return len(pairs) == len(values_seen) == len(set(part.labels.tolist())) > 1
