@@ -13,7 +13,7 @@ from hpo.models.data.canonical import load
 from hpo.models.data.sequences import Sequences
 from hpo.storage.artifacts import ArtifactError, ArtifactStore, DamagedArtifactError, MissingArtifactError
 from hpo.storage.files import locked
-from hpo.storage.home import home
+from hpo.storage.home import own_folder
 from hpo.storage.keys import data_key
 from hpo.temporary import remove_abandoned
 
@@ -38,7 +38,7 @@ def fetch_sequences(store: ArtifactStore, key: str) -> Sequences:
     """A data set by its artifact key, from this machine's cache: fetched once however many processes ask for it at
     once, and compared with the hash in its name on arrival. Raises ArtifactError.
     """
-    path = home() / "cache" / key
+    path = own_folder("cache") / key
     if not _unchanged(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with locked(path.with_name(f"{key}.lock")):

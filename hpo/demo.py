@@ -17,7 +17,7 @@ from hpo.models.bundle.bundle import load as load_bundle
 from hpo.models.bundle.export import export
 from hpo.models.data.readers import read
 from hpo.storage.database import database_url
-from hpo.storage.home import home
+from hpo.storage.home import own_folder
 from hpo.storage.trials import trial_storage
 from hpo.study.config import load
 from hpo.terminal import ProgressDisplay, show_predictions, show_summary
@@ -43,7 +43,7 @@ def run(workers: int | None, trials: int) -> None:
         summary = launch(config, workers=workers, show=progress.update)
     show_summary(summary)
 
-    folder = home() / "exports" / name
+    folder = own_folder("exports") / name
     export(summary["model"]["path"], folder, overwrite=True)
     bundle = load_bundle(folder)
     test = read(Path(str(config.data.test)), labeled=False)

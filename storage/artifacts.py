@@ -21,7 +21,7 @@ from optuna.artifacts.exceptions import ArtifactNotFound
 
 from hpo.errors import StudyFault
 from hpo.storage.files import part_file, remove_old_parts
-from hpo.storage.home import home
+from hpo.storage.home import own_folder
 from hpo.storage.keys import KEY, content_hash
 
 if TYPE_CHECKING:
@@ -284,7 +284,7 @@ def artifact_store(url: str | None = None) -> ArtifactStore:
     """
     url = url or os.environ.get("HPO_ARTIFACTS")
     if not url:
-        return FolderStore(home() / "artifacts")
+        return FolderStore(own_folder("artifacts"))
     try:
         parts = urlsplit(url) if "://" in url else None
     except ValueError as error:  # brackets that are no IPv6 address

@@ -18,6 +18,20 @@ def home() -> Path:
     return made_folder(path).resolve()
 
 
+def own_folder(name: str) -> Path:
+    """A folder of HPO_HOME, created for the user alone if missing, also where HPO_HOME itself is open to others: data,
+    logs and models are nobody else's.
+
+    Raises PostgresError where it cannot be created.
+    """
+    path = home() / name
+    try:
+        path.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise PostgresError(f"cannot create {path}: {error.strerror}; set HPO_HOME to another folder") from None
+    return path
+
+
 def made_folder(path: Path) -> Path:
     """The folder, created if missing: mode 0700, for root 0711, so that PostgreSQL's `nobody` can pass through.
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from hpo.storage.errors import PostgresError
-from hpo.storage.home import home
+from hpo.storage.home import own_folder
 
 SILENT_S = 10.0  # a machine that was restarted was away for longer than this
 
@@ -106,7 +106,7 @@ def ended_by_itself(worker: str, start: int | None) -> bool:
 
 
 def _note(worker: str, start: int | None) -> Path:
-    return home() / "ended" / f"{worker}.{start}"
+    return own_folder("ended") / f"{worker}.{start}"
 
 
 def _machine_id() -> str:

@@ -17,7 +17,7 @@ from hpo.launcher.forkserver import ForkedProcess, ForkServer, forks
 from hpo.launcher.workers import PAUSE_S, RESTARTS, STOP_S, LaunchError, tail
 from hpo.models.machine import ONE_THREAD
 from hpo.storage.errors import PostgresError
-from hpo.storage.home import home
+from hpo.storage.home import own_folder
 from hpo.storage.liveness import worker_name
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class LocalWorkers:
         leases: Leases | None = None,
     ) -> None:
         self.study, self.count, self.slots, self.server, self.leases = study, count, slots, server, leases
-        folder = folder or home() / "logs" / study
+        folder = folder or own_folder("logs") / study
         self.where_logs_are = str(folder)
         logs = [folder / f"worker-{index}.log" for index in range(count)]
         self.processes = [_Process(index, log, self._start(index, log)) for index, log in enumerate(logs)]

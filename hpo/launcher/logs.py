@@ -13,7 +13,7 @@ from hpo.errors import HpoError
 from hpo.launcher.ray_import import ClusterError
 from hpo.launcher.ray_local import runs_here
 from hpo.launcher.workers import tail
-from hpo.storage.home import home
+from hpo.storage.home import own_folder
 from hpo.storage.leases import Leases
 from hpo.storage.masking import mask
 
@@ -53,7 +53,7 @@ def log_folder(name: str, store_key: str) -> Path:
     A study of that name in another database, or one that was deleted, may have been there first: then a folder beside
     it, with the study's key. Raises OSError.
     """
-    folder = home() / "logs" / name
+    folder = own_folder("logs") / name
     folder.mkdir(parents=True, exist_ok=True)
     origin = folder / ORIGIN
     try:
@@ -73,7 +73,7 @@ def read_logs(
     """
     known: dict[tuple[str, str], list[str]] = {}
     study = leases.study(study_id)
-    folder = home() / "logs" / name if study is None else log_folder(name, study.store_key)
+    folder = own_folder("logs") / name if study is None else log_folder(name, study.store_key)
     for path in sorted(folder.glob("*.log")):
         known[socket.gethostname(), str(path)] = []
     for row in leases.workers(study_id):

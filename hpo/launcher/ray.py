@@ -33,7 +33,7 @@ from hpo.launcher.ray_import import ClusterError, import_ray
 from hpo.launcher.ray_local import cluster_of_this_machine
 from hpo.launcher.workers import RESTARTS, STOP_S
 from hpo.storage.artifacts import artifact_store
-from hpo.storage.home import home
+from hpo.storage.home import home, own_folder
 from hpo.storage.url import without_password
 
 log = logging.getLogger("hpo")
@@ -272,7 +272,7 @@ def tails(cluster: Cluster, study: str, lines: int) -> dict[tuple[str, str], str
 
 def _connect(ray: ModuleType, address: str) -> None:
     """Ray puts the working directory before all else in the actors' path, where a user's `models` would hide ours."""
-    folder = home() / "ray"
+    folder = own_folder("ray")
     folder.mkdir(exist_ok=True)
     try:
         with contextlib.chdir(folder):

@@ -21,7 +21,7 @@ from typing import Any
 from hpo.launcher.ray_import import ClusterError, import_ray
 from hpo.launcher.workers import STOP_S, tail
 from hpo.storage.files import is_locked
-from hpo.storage.home import home
+from hpo.storage.home import own_folder
 
 if sys.platform != "win32":
     import fcntl
@@ -37,13 +37,13 @@ LOOPBACK = {
 
 def runs_here(study: str) -> bool:
     """Whether Ray runs on this machine for that study."""
-    return is_locked(home() / "ray" / f"{study}.alive")
+    return is_locked(own_folder("ray") / f"{study}.alive")
 
 
 @contextlib.contextmanager
 def cluster_of_this_machine(study: str) -> Iterator[str]:
     """Address of a cluster of this machine alone, which another launch of the study may have started."""
-    folder = home() / "ray"
+    folder = own_folder("ray")
     folder.mkdir(exist_ok=True)
     supervisor: subprocess.Popen[bytes] | None = None
     with contextlib.ExitStack() as stack:
@@ -76,12 +76,17 @@ def _start_supervisor(study: str) -> subprocess.Popen[bytes]:
     with path.open("ab") as output:
         command = [sys.executable, "-P", "-m", "hpo.launcher.ray_local", study]
         return subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True, cwd=home() / "ray"
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            cwd=own_folder("ray"),
         )
 
 
 def _supervisor_log(study: str) -> Path:
-    return home() / "logs" / study / "ray.log"
+    return own_folder("logs") / study / "ray.log"
 
 
 def _token(folder: Path) -> Path:
@@ -113,7 +118,7 @@ def _environment(added: Mapping[str, str]) -> Iterator[None]:
 
 def supervise(study: str) -> None:
     """The supervisor: start Ray, say where it is, end it when no launcher uses it and no actor is left."""
-    folder = home() / "ray"
+    folder = own_folder("ray")
     with (folder / f"{study}.alive").open("a+") as alive, (folder / f"{study}.users").open("a") as users:
         try:
             fcntl.flock(alive, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -45,10 +46,7 @@ log = logging.getLogger("hpo")
 
 MIMETYPES = {".png": "image/png", ".json": "application/json", ".md": "text/markdown"}
 TOLERANCE = 1e-5  # the least between the recorded score and the same weights' on another machine or version
-RECORDED = (
-    "params", "seed", "parameters", "training_seconds", "device", "worker", "fused_optimizer", "lstm_kernel",
-    "best_origin",
-)  # fmt: skip
+RECORDED = ("params", "seed", "parameters", "training_seconds", "device", "fused_optimizer", "lstm_kernel")
 
 
 class PromotionError(StudyFault):
@@ -279,11 +277,17 @@ def _bundle_config(study: OpenStudy, record: TrialRecord, members: int) -> Bundl
             "trial": record.number,
             "data": plan.train,
             "test_data": plan.test,
-            "config": to_dict(plan.config),
+            "config": _without_paths(to_dict(plan.config)),
             **{name: getattr(record, name) for name in RECORDED},
             **record.provenance,
         },
     )
+
+
+def _without_paths(tables: dict[str, Any]) -> dict[str, Any]:
+    """A study's tables for those to whom a model is given: the names of its files, not where they lie."""
+    data = {key: Path(value).name if key in ("train", "test") else value for key, value in tables["data"].items()}
+    return {**tables, "data": data}
 
 
 def _test_scores(

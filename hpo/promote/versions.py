@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hpo.storage.artifacts import artifact_store
 from hpo.storage.database import database_url
-from hpo.storage.home import home
+from hpo.storage.home import own_folder
 from hpo.storage.keys import content_hash
 from hpo.storage.registry import ModelVersion, Registry, holds, materialise
 
@@ -19,7 +19,7 @@ def materialise_model(model: ModelVersion) -> Path:
     Its name says its content: another database's version of that name and number has a folder of its own. One that an
     earlier version of hpo has fetched stays in use.
     """
-    versions = home() / "models" / model.name
+    versions = own_folder("models") / model.name
     fetched = versions / f"v{model.version}"
     if holds(fetched, model.artifacts):
         return fetched

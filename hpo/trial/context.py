@@ -123,6 +123,8 @@ class TrialContext:
         self._waiting = True
         with self.resources.device_lock.exclusive(self._gives_up_waiting):
             self._waiting = False
+            if self._gives_up_waiting():  # asked for by the one that had it before
+                raise TrainingInterrupted
             yield
 
     def wait_for_others(self, timeout_s: float) -> None:
@@ -272,6 +274,10 @@ class TrialContext:
             provenance=provenance(),
             weights=weights,
         )
+
+    def give_back(self) -> None:
+        """Let another worker go on with it, at once."""
+        self._study.leases.release(self.lease)
 
     def fail(self, reason: str) -> None:
         """End it as failed, with the reason and its log."""

@@ -47,6 +47,7 @@ def run_trial(context: TrialContext) -> TrialState | None:
         return None
     except TrainingInterrupted:
         log.info("%s: given back, to go on from its last checkpoint", context.name)
+        context.give_back()  # a device that is found lost below is no fault of a trial that merely waited for it
         return None
     except (WorkerFault, *NOT_ITS_FAULT):
         raise

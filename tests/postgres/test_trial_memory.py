@@ -22,9 +22,10 @@ from hpo.models.training.member import Member
 from hpo.models.training.training import Epoch, Training
 from hpo.storage.artifacts import artifact_store
 from hpo.storage.errors import LeaseLost, PostgresError
-from hpo.storage.trials import TrialStorage
+from hpo.storage.leases import Leases
+from hpo.storage.trials import TrialStorage, trial_storage
 from hpo.study.config import load
-from hpo.study.lifecycle import OpenStudy, create_or_open
+from hpo.study.lifecycle import OpenStudy, create_or_open, open_study
 from hpo.trial import run as trial_run
 from hpo.trial.context import TrialContext, WorkerResources
 from hpo.trial.device_lock import SharedExclusiveLock
@@ -176,3 +177,38 @@ class TestOtherProcessesThatHoldTheDevicesMemory:
         threading.Timer(0.5, resources.stop_requested.set).start()
         state, trial = run(99, 5 * 2**30)
         assert (state, trial.state) == (None, TrialState.RUNNING)
+
+
+def test_a_trial_that_waits_for_a_device_that_is_lost_meanwhile_loses_nothing(
+    study: OpenStudy, resources: WorkerResources, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen on a busy machine: neighbours of a configuration that kills its device three times failed with it, as each
+    found the device dead when it gave back its memory.
+    """
+    with suppress(DeviceLost), study.leases.take(study.study_id, "tester", CARD):
+        raise DeviceLost("it does not answer")
+
+    def dead(*_: object) -> None:
+        raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+
+    storage = trial_storage(database_url)
+    again = open_study(study.name, storage)
+    sequences = resources.datasets.get(study.plan.train)
+    with monkeypatch.context() as patch:
+        patch.setattr(trial_run, "release_memory", dead)
+        patch.setattr("hpo.models.device.probe", dead)
+        resources.stop_requested.set()  # by the slot that had the device
+        with (
+            suppress(DeviceLost),
+            resources.device_lock.shared(lambda: False),
+            again.leases.take(study.study_id, "second", CARD) as lease,
+        ):
+            assert lease is not None
+            assert lease.lost == 1
+            trial_run.run_trial(TrialContext(again, lease, resources, sequences))
+    storage.close()
+    storage = trial_storage(database_url)
+    with Leases(storage).take(study.study_id, "third", CARD) as lease:
+        assert lease is not None
+        assert (lease.attempt, lease.lost) == (3, 1)
+    storage.close()

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -46,6 +47,11 @@ def test_a_data_file_alone_becomes_a_promoted_model(cli: Cli, data: Path, enviro
     assert summary["best"]["params"]["hidden_size"] == 6
     assert summary["validation"]["auroc"] == summary["best"]["value"]
     folder = Path(summary["model"]["path"])
+    for path in folder.iterdir():  # it is given to others
+        content = path.read_bytes()
+        assert str(data.parent).encode() not in content
+        assert f"{socket.gethostname()}-".encode() not in content
+        assert f"{socket.gethostname()}:".encode() not in content
     names = {"model.safetensors", "config.json", "README.md", "curves.png", "confusion.png"}
     assert names <= {path.name for path in folder.iterdir()}
     assert load(folder).predict(read(data)).classes == ("fast", "slow")

@@ -212,6 +212,7 @@ class TestUsableMemory:
 LIMITED = """
 import resource, sys
 import hpo.worker.worker
+import matplotlib.backends.backend_agg, matplotlib.figure, PIL.Image  # what a promotion draws with
 size = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize")) * 1024
 limit = size + int(sys.argv[2]) * 2**20
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
