@@ -73,14 +73,16 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(_EXCEPTIONS[name]), name)
 
 
-def read(path: str | Path, **columns: Any) -> Sequences:
-    """The sequences of a npz, csv, parquet or .ts file: `hpo.models.data.readers.read`, with its keywords.
+def read(data: Any, **columns: Any) -> Sequences:
+    """The sequences of a npz, csv, parquet or .ts file, a data frame of pandas or polars, a dict of arrays or an array.
+
+    It is `hpo.models.data.readers.read`, with its keywords.
 
     Raises DataError, which names the file, the row and the way out.
     """
     from hpo.models.data.readers import read as read_file
 
-    return read_file(path, **columns)
+    return read_file(data, **columns)
 
 
 def load(folder: str | Path, device: str = "cpu") -> Bundle:

@@ -267,6 +267,7 @@ def _bundle_config(study: OpenStudy, record: TrialRecord, members: int) -> Bundl
         classifier=classifier,
         classes=plan.classes,
         features=plan.features,
+        named=plan.named,
         metric=plan.metric,
         members=members,
         threshold=record.threshold,

@@ -160,10 +160,10 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
     An override's value is TOML, or a bare string where it is not. Paths are relative to the study file. A
     data file (npz, csv, parquet, ts) in place of the study file is a study of its own. Raises ConfigError.
     """
-    from hpo.models.data.readers import READERS  # with it comes numpy, which `hpo --help` does without
+    from hpo.models.data.readers import READERS, suffix_of  # with it comes numpy, which `hpo --help` does without
 
     path = Path(path)
-    if path.suffix.lower() in READERS:
+    if suffix_of(path) in READERS:
         return config_for_data(path, overrides)
     return _load(_read(path), path, overrides)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 from hpo.errors import StudyFault
 from hpo.models.data.canonical import fingerprint
 from hpo.models.data.readers import read
-from hpo.models.data.sequences import DataError, Sequences
+from hpo.models.data.sequences import Sequences
 from hpo.models.data.splits import Split, check_trainable, holdout, split_folds, split_share
 from hpo.models.seeds import derive
 from hpo.storage.keys import data_key
@@ -36,6 +35,7 @@ class Plan:
     features: tuple[str, ...]  # (F,)
     steps: int  # T of the training part
     sequences: int  # N of the training part
+    named: bool | None = None  # the features' names are the training file's own; None: an earlier version's plan
 
     @property
     def metric(self) -> str:
@@ -93,7 +93,6 @@ def make_plan(config: StudyConfig) -> tuple[Plan, Sequences, Sequences | None]:
     Raises DataError for data that cannot be read, trained on or split, and ConfigError where the file contradicts them.
     """
     train, test = _parts(config)
-    _check_names(config.data.train, train)
     completed = complete_from(config, train)
     validation_parts(completed, train)
     plan = Plan(
@@ -105,6 +104,7 @@ def make_plan(config: StudyConfig) -> tuple[Plan, Sequences, Sequences | None]:
         features=train.features,
         steps=train.steps,
         sequences=train.n,
+        named=train.named,
     )
     return plan, train, test
 
@@ -116,20 +116,11 @@ def _parts(config: StudyConfig) -> tuple[Sequences, Sequences | None]:
     train = read(Path(data.train), labeled=True, **names)
     check_trainable(train)
     if data.test is not None:
-        return train, read(Path(data.test), labeled=True, classes=train.classes, features=train.features, **names)
+        known: dict[str, Any] = {"classes": train.classes, "features": train.features, "named": train.named}
+        return train, read(Path(data.test), labeled=True, **known, **names)
     if data.holdout is not None:
         return holdout(train, data.holdout, derive(config.study.seed, "holdout") % 2**32)
     return train, None
-
-
-def _check_names(source: str, train: Sequences) -> None:
-    """Raise DataError for names that the database cannot keep: with a NUL, or with half of a surrogate pair."""
-    for kind, names in (("class", train.classes), ("feature", train.features)):
-        for name in names:
-            if re.search(r"[\0\ud800-\udfff]", name):
-                raise DataError(
-                    f"{source}: the name of a {kind} must hold neither a NUL nor half a character, got {name!r}"
-                )
 
 
 def complete_from(config: StudyConfig, train: Sequences) -> StudyConfig:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from hpo.models.bundle.config import BundleConfig, BundleError, from_json, to_js
 from hpo.models.bundle.predictions import Predictions
 from hpo.models.classifier import Classifier, Weights, to_probabilities
 from hpo.models.data.readers import read
-from hpo.models.data.sequences import DataError, Sequences, from_arrays
+from hpo.models.data.sequences import DataError, Sequences, matched
 from hpo.models.device import device_errors
 from hpo.models.files import whole_folder
 from hpo.models.metrics import predict_labels
@@ -50,8 +50,9 @@ class Bundle:
     def predict(self, data: Any, batch_size: int = 256, progress: Callable[[int], object] | None = None) -> Predictions:
         """Class and probabilities of each sequence; labels are ignored.
 
-        data is a `Sequences` or whatever `from_arrays` takes as X: (N, T, F), (N, T), or a list of (T_i, F) or
-        (T_i,). Features with names are matched by name, in any order and among others. `progress` is called after
+        data is a `Sequences`, a data frame, or whatever `from_arrays` takes as X: (N, T, F), (N, T), or a list of
+        (T_i, F) or (T_i,). Features with names are matched by name, in any order and among others; where the data or
+        the training data have none, by place. `progress` is called after
         each batch with the number of its sequences. Raises DataError where features or lengths do not fit the
         model, ValueError where `batch_size` is below 1, OutOfMemory and DeviceLost.
         """
@@ -61,27 +62,24 @@ class Bundle:
         labels = np.array(self.config.classes)[predict_labels(probabilities, self.config.threshold)]
         return Predictions(self.config.classes, probabilities, labels, sequences.ids)
 
-    def read(self, path: str | Path, *, labeled: bool = False) -> Sequences:
-        """Sequences of a file for `predict`: columns as in training. Labels are read if `labeled`. Raises DataError."""
-        features = None if _unnamed(self.config.features) else self.config.features
-        columns: dict[str, Any] = self.config.columns
+    def read(self, data: Any, *, labeled: bool = False) -> Sequences:
+        """Sequences of a file, data frame or array for `predict`: columns as in training. Labels are read if `labeled`.
+
+        Raises DataError.
+        """
+        wanted: dict[str, Any] = {
+            **self.config.columns,
+            "features": self.config.features,
+            "named": self.config.has_names,
+        }
         if not labeled:
-            return read(path, labeled=False, features=features, **columns)
-        return read(path, classes=self.config.classes, features=features, **columns)  # and groups where there are some
+            return read(data, labeled=False, **wanted)
+        return read(data, classes=self.config.classes, **wanted)  # and groups where there are some
 
     def conform(self, data: Any) -> Sequences:
         """`data` with the model's features in the model's order. Raises DataError where they or lengths do not fit."""
-        sequences = data if isinstance(data, Sequences) else from_arrays(data)
-        names, wanted = sequences.features, self.config.features
-        if _unnamed(names) or _unnamed(wanted):
-            if len(names) != len(wanted):
-                raise DataError(f"the model needs {len(wanted)} features {list(wanted)}, the data has {len(names)}")
-        elif names != wanted:
-            missing = [name for name in wanted if name not in names]
-            if missing:
-                raise DataError(f"the data lacks the features {missing} of the model; it has {list(names)}")
-            at = [names.index(name) for name in wanted]
-            sequences = replace(sequences, values=sequences.values[:, :, at], features=wanted)
+        sequences = data if isinstance(data, Sequences) else self.read(data)
+        sequences = matched(sequences, self.config.features, self.config.has_names)
         self._check_lengths(sequences)
         return sequences
 
@@ -219,11 +217,6 @@ def _check_free(out: Path, overwrite: bool) -> None:
         raise BundleError(f"{out} exists and is no saved model: name a new folder")
     if not overwrite:
         raise BundleError(f"{out} holds a saved model already: name a new folder, or overwrite it")
-
-
-def _unnamed(features: tuple[str, ...]) -> bool:
-    """Whether these are the names that readers give to features without one."""
-    return features == tuple(f"x{i}" for i in range(len(features)))
 
 
 def _models(config: BundleConfig, tensors: dict[str, Tensor], source: str) -> list[Classifier]:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from hpo.errors import StudyFault
 from hpo.models.classifier import EPSILON
 from hpo.models.config import ClassifierConfig
+from hpo.models.data.sequences import default_names
 from hpo.models.metrics import Scores
 
 FORMAT = 1  # version of the folder's format; raised when an older reader would misread it
@@ -35,12 +36,19 @@ class BundleConfig:
     validation: Scores | None = None  # the part that chose hyperparameters, epoch and threshold
     test: Scores | None = None  # never seen by tuning
     provenance: dict[str, Any] = field(default_factory=dict)  # study, trial, seed, data, versions, commit, device, …
+    # the features' names are the training file's own; None: not recorded, so that x0, x1, … only number them
+    named: bool | None = None
 
     def __post_init__(self) -> None:
         for what, names in (("classes", self.classes), ("features", self.features)):
             if len(names) != getattr(self.classifier, what):
                 expected = getattr(self.classifier, what)
                 raise BundleError(f"a classifier of {expected} {what} needs as many names, got {list(names)}")
+
+    @property
+    def has_names(self) -> bool:
+        """Whether data with other names do not fit; else features are matched by place."""
+        return self.features != default_names(len(self.features)) if self.named is None else self.named
 
 
 def preprocessing(config: ClassifierConfig) -> list[str]:
@@ -60,6 +68,8 @@ def preprocessing(config: ClassifierConfig) -> list[str]:
 def to_json(config: BundleConfig) -> str:
     """The content of config.json. Raises ValueError for a number that is not finite, which JSON has none for."""
     content = {"format": FORMAT, **asdict(config), "preprocessing": preprocessing(config.classifier)}
+    if config.named is None:
+        del content["named"]
     return json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
 
@@ -77,6 +87,7 @@ def from_json(text: bytes, source: str) -> BundleConfig:
     for part in ("validation", "test"):
         if content.get(part) is not None:
             content[part] = _scores(content[part], f"{source}, {part}")
+    content.setdefault("named", None)  # earlier versions recorded none
     for names in ("classes", "features"):
         content[names] = tuple(content.get(names, ()))
     return _exactly(BundleConfig, content, source)

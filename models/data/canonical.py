@@ -10,12 +10,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hpo.models.data.sequences import DataError, Sequences
+from hpo.models.data.sequences import DataError, Sequences, default_names
 from hpo.models.files import whole_file
 
 
 def to_bytes(sequences: Sequences) -> bytes:
-    """The canonical form, a safetensors file: equal content gives equal bytes."""
+    """The canonical form, a safetensors file: equal content gives equal bytes.
+
+    Whether the features have names of their own is no part of it, so that npz and csv are alike: `load` takes x0, x1, …
+    for numbers. The study's plan keeps it.
+    """
     from safetensors.numpy import save as serialize
 
     optional = {"labels": sequences.labels, "groups": sequences.groups}
@@ -47,7 +51,8 @@ def load(path: str | Path) -> Sequences:
         meta = json.loads(header.pop("__metadata__")["sequences"])
         named = {name: tuple(meta[name]) for name in ("classes", "ids", "features")}
         mapped = {name: _mapped(path, 8 + size, entry) for name, entry in header.items()}
-        return Sequences(**{"labels": None, "groups": None, **mapped, **named, "filled": meta["filled"]})
+        own = named["features"] != default_names(len(named["features"]))
+        return Sequences(**{"labels": None, "groups": None, **mapped, **named, "filled": meta["filled"], "named": own})
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError) as error:
         raise DataError(f"{path} is not a whole data set file: {type(error).__name__}: {error}") from None
 

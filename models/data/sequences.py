@@ -3,18 +3,22 @@
 Shapes: N sequences, T steps (of the longest), F features. Whatever the source, the same rules hold:
 
 - Steps at the end of a sequence in which every feature is missing are padding (unless `lengths` are given).
-- Missing values before that are filled: linearly between the known steps of that sequence and feature, with
-  the nearest known value at the edges, with 0 where the sequence has none; `Sequences.filled` counts them.
+- Missing values before that are filled: linearly between the known steps of that sequence and feature (by the
+  distance of the steps where the source numbers or dates them), with the nearest known value at the edges, with 0
+  where the sequence has none; `Sequences.filled` counts them. Masked values are missing.
 - Infinite values (also those beyond float32), sequences without a step and unequal numbers of features are
   errors that name the file and the row. A constant feature is kept.
-- Labels are kept by name: 1, 1.0 and "1.0" are "1"; other text is kept, without spaces around it. All labels
-  missing: the data is unlabeled. Some missing: an error.
+- Labels and groups are kept by name: 1, 1.0 and "1.0" are "1"; ids too, but as text they stay as they are written.
+  Other text is kept, without spaces around it and without what cannot be seen: é is one character however it was
+  composed (NFC), and zero-width spaces are left out. nan, NA and the like are missing (`NO_NAME`).
+- All labels missing: the data is unlabeled. Some missing, or one with a NUL: an error that names the row.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+import unicodedata
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
 from typing import Any
@@ -30,6 +34,11 @@ Mask = NDArray[np.bool_]
 
 
 MISSING = dict.fromkeys(("", "?", "NA", "N/A", "null", "NULL", "None"), "nan")  # texts that stand for no number
+# texts that stand for no label, id or group; "None" may be a class
+NO_NAME = {"", "?", "nan", "NaN", "NAN", "NaT", "<NA>", "NA", "N/A", "null", "NULL"}
+_UNSEEN = dict.fromkeys(map(ord, "\u200b\u2060\ufeff"))  # zero-width spaces; joiners within a word have a meaning
+_UNKEPT = re.compile(r"[\0\ud800-\udfff]")  # what the database cannot keep
+_UNKEPT_RULE = "must hold neither a NUL nor half a character"
 
 
 class DataError(StudyFault):
@@ -48,6 +57,7 @@ class Sequences:
     ids: tuple[str, ...]  # (N,) names of the sequences; "0", "1", … where the file has none
     features: tuple[str, ...]  # (F,) names of the features; "x0", "x1", … where the file has none
     filled: int  # missing values filled in the file that these come from
+    named: bool  # the names of the features are the source's own; False: they only number them
 
     @property
     def n(self) -> int:
@@ -74,6 +84,31 @@ class Sequences:
         )
 
 
+def default_names(n_features: int) -> tuple[str, ...]:
+    """The names of features of a source that names none: "x0", "x1", …"""
+    return tuple(f"x{i}" for i in range(n_features))
+
+
+def matched(sequences: Sequences, features: tuple[str, ...], named: bool) -> Sequences:
+    """The sequences with these features (F,) in this order, which are names or (`named` is False) only numbers.
+
+    By name, in any order and among others, where the sequences name them all; by place where one side has no names.
+    Raises DataError where neither fits.
+    """
+    found = sequences.features
+    if found == features:
+        return sequences
+    missing = [name for name in features if name not in found]
+    if sequences.named and not missing:
+        at = [found.index(name) for name in features]
+        return replace(sequences, values=sequences.values[:, :, at], features=features)
+    if sequences.named and named:
+        raise DataError(f"the data lacks the features {missing} of the model; it has {list(found)}")
+    if len(found) != len(features):
+        raise DataError(f"the model needs {len(features)} features {list(features)}, the data has {len(found)}")
+    return replace(sequences, features=features, named=named)
+
+
 def from_arrays(
     X: Any,
     y: Any = None,
@@ -87,9 +122,10 @@ def from_arrays(
 ) -> Sequences:
     """Sequences from arrays.
 
-    X is (N, T, F) or, univariate, (N, T); or a list of N arrays (T_i, F) or (T_i,). y (N,) holds labels of
-    any type, `lengths` (N,) the valid steps, `groups` (N,) what a split must keep together. `classes` and
-    `features` as for `read`; `source` names the data in errors. Raises DataError.
+    X is (N, T, F) or, univariate, (N, T); or a list of N arrays (T_i, F) or (T_i,). Arrays may be numpy's (also
+    masked ones) or torch's, of any type of number and on any device. y (N,) holds labels of any type, `lengths` (N,)
+    the valid steps, `groups` (N,) what a split must keep together. `classes` and `features` as for `read`; `source`
+    names the data in errors. Raises DataError.
     """
     return to_sequences(raw_arrays(source, X, y, lengths, groups, ids), classes, None, features)
 
@@ -107,6 +143,7 @@ class Raw:
     ids: tuple[str, ...] | None = None  # None: not named in the file
     features: tuple[str, ...] | None = None  # None: not named in the file
     lengths: Indices | None = None  # None: up to the last step that has a value
+    times: NDArray[np.float64] | None = None  # (N, T) where the steps are, rising; None: at equal distances
 
     def at(self, i: int) -> str:
         """Where sequence i stands, for error messages."""
@@ -114,26 +151,33 @@ class Raw:
 
 
 def to_sequences(
-    raw: Raw, classes: tuple[str, ...] | None, labeled: bool | None, features: tuple[str, ...] | None
+    raw: Raw,
+    classes: tuple[str, ...] | None,
+    labeled: bool | None,
+    features: tuple[str, ...] | None,
+    named: bool = True,
 ) -> Sequences:
     """Check, fill and encode what a reader gives; the arguments are those of `read`. Raises DataError."""
     if 0 in raw.values.shape:
         raise DataError(f"{raw.source} is empty: it holds no values")
     with np.errstate(over="ignore"):  # becomes inf, which `_check_finite` rejects
         values = np.array(raw.values, dtype=np.float32, order="C")
-    names = features or raw.features or tuple(f"x{i}" for i in range(values.shape[2]))
+    names = features or raw.features or default_names(values.shape[2])
     if len(names) != values.shape[2]:
-        raise DataError(f"{raw.source} has {values.shape[2]} features, expected {len(names)}")
+        raise DataError(f"{raw.source} has {values.shape[2]} features, expected {len(names)}: {', '.join(names[:20])}")
+    for feature in filter(_UNKEPT.search, names):
+        raise DataError(f"{raw.source}: the name of a feature {_UNKEPT_RULE}, got {feature!r}")
     lengths = _valid_steps(values) if raw.lengths is None else raw.lengths
     _check_lengths(raw, lengths, values.shape[1])
     values = np.ascontiguousarray(values[:, : lengths.max()])
     inside = np.arange(values.shape[1]) < lengths[:, None]
     _check_finite(raw, values, inside, names)
-    filled = _fill(values, inside)
+    filled = _fill(values, inside, raw.times)
     values[~inside] = 0
     labels, classes = _encode(raw, classes, labeled)
     ids = raw.ids or tuple(map(str, range(len(values))))
-    return Sequences(values, lengths, labels, classes, _groups(raw), ids, names, filled)
+    named = named if features else raw.features is not None
+    return Sequences(values, lengths, labels, classes, _groups(raw), ids, names, filled, named)
 
 
 def _check_lengths(raw: Raw, lengths: Indices, steps: int) -> None:
@@ -155,11 +199,13 @@ def _valid_steps(values: Values) -> Indices:
     return np.where(known.any(axis=1), last, 0).astype(np.int64)
 
 
-def _fill(values: Values, inside: Mask) -> int:
+def _fill(values: Values, inside: Mask, times: NDArray[np.float64] | None) -> int:
     """Fill the NaN of (N, T, F) values within the lengths, in place; how many they were."""
     missing = np.isnan(values) & inside[:, :, None]
-    steps = np.arange(values.shape[1])
+    steps = np.arange(values.shape[1], dtype=np.float64)
     for i, f in np.argwhere(missing.any(axis=1)).tolist():
+        if times is not None:
+            steps = times[i, : values.shape[1]]
         series, gap = values[i, :, f], missing[i, :, f]
         known = inside[i] & ~gap
         series[gap] = np.interp(steps[gap], steps[known], series[known]) if known.any() else 0
@@ -168,14 +214,16 @@ def _fill(values: Values, inside: Mask) -> int:
 
 def _encode(raw: Raw, classes: tuple[str, ...] | None, labeled: bool | None) -> tuple[Indices | None, tuple[str, ...]]:
     """Labels as indices into the classes, which are the labels' names where none are given."""
-    names = names_of(raw.labels or ())
+    names = names_of(raw.labels or (), raw.at)
     known = {name for name in names if name is not None}
     if labeled is False or not known:
         if labeled:
             raise DataError(f"{raw.source} has no labels")
         return None, classes or ()
     if None in names:
-        raise DataError(f"{raw.at(names.index(None))} has no label: label every sequence or none")
+        raise DataError(f"{_lacks(raw, names, raw.labels, 'label')}: label every sequence or none")
+    for bad in filter(_UNKEPT.search, known):
+        raise DataError(f"{raw.at(names.index(bad))}: the name of a class {_UNKEPT_RULE}, got {bad!r}")
     classes = classes or _sorted_classes(known)
     codes: dict[str | None, int] = {name: i for i, name in enumerate(classes)}
     for i, name in enumerate(names):
@@ -185,6 +233,13 @@ def _encode(raw: Raw, classes: tuple[str, ...] | None, labeled: bool | None) -> 
     return np.array([codes[name] for name in names], dtype=np.int64), classes
 
 
+def _lacks(raw: Raw, names: Sequence[str | None], written: Sequence[object] | None, what: str) -> str:
+    """Which sequence has no label or group, and what stands for it there."""
+    i = names.index(None)
+    found = None if written is None else written[i]
+    return f"{raw.at(i)} has no {what}" + (f" ({found!r} is a missing one)" if found and found == found else "")
+
+
 def _sorted_classes(names: set[str]) -> tuple[str, ...]:
     if all(is_number(name) and isfinite(float(name)) for name in names):
         return tuple(sorted(names, key=lambda name: (float(name), name)))
@@ -192,35 +247,83 @@ def _sorted_classes(names: set[str]) -> tuple[str, ...]:
 
 
 def is_number(text: str) -> bool:
-    """Whether float() takes the text; "nan" and "inf" count."""
+    """Whether the text is a number; "nan" and "inf" count, 1_5 does not, which float() takes for 15."""
     try:
         float(text)
     except ValueError:
         return False
-    return True
+    return "_" not in text
 
 
 def _groups(raw: Raw) -> Indices | None:
     if raw.groups is None:
         return None
-    names = names_of(raw.groups)
+    names = names_of(raw.groups, raw.at)
     if None in names:
-        raise DataError(f"{raw.at(names.index(None))} has no group: give every sequence one or none")
+        raise DataError(f"{_lacks(raw, names, raw.groups, 'group')}: give every sequence one or none")
     return codes_of(names)[0]
 
 
-def names_of(values: Iterable[object]) -> list[str | None]:
-    """Names of labels, ids or groups; None where one is missing."""
+def names_of(
+    values: Iterable[object], at: Callable[[int], str] = str, name: Callable[[object], str | None] | None = None
+) -> list[str | None]:
+    """Names of labels, ids or groups, by `name_of` or `name`; None where one is missing.
+
+    `at` says where the i-th stands. Raises DataError for bytes that are no text in UTF-8, and for lists.
+    """
     values = list(values)
-    names = {value: name_of(value) for value in set(values)}
+    of = name or name_of
+    try:
+        names = {value: of(value) for value in set(values)}
+    except UnicodeDecodeError as error:
+        i = values.index(error.object)
+        way_out = "save labels, ids and groups as text, in numpy as a str array"
+        raise DataError(f"{at(i)}: {error.object!r} is not text in UTF-8; {way_out}") from None
+    except TypeError:
+        i = next(i for i, value in enumerate(values) if not isinstance(value, Hashable))
+        raise DataError(f"{at(i)}: {values[i]!r} is neither text nor a number") from None
     return [names[value] for value in values]
 
 
+def ids_of(values: Iterable[object], at: Callable[[int], str]) -> tuple[str, ...]:
+    """Names of the sequences or, in long form, of those that rows belong to. Raises DataError where one is missing."""
+    names = names_of(values, at, id_of)
+    if None in names:
+        raise DataError(f"{at(names.index(None))} has no id")
+    return tuple(names)  # type: ignore[arg-type]
+
+
 def name_of(value: object) -> str | None:
-    if value is None or value != value:  # NaN
+    """The name of a label or group; whole numbers are named alike however they are written."""
+    text = id_of(value)
+    return text and re.sub(r"^(-?\d+)\.0*$", r"\1", text)
+
+
+def id_of(value: object) -> str | None:
+    """The name of a sequence: text stays as it is written, so that 1.0 and 1.00 are two."""
+    if is_missing(value):
         return None
-    text = value.decode() if isinstance(value, bytes) else str(value)
-    return re.sub(r"^(-?\d+)\.0*$", r"\1", text.strip()) or None
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e16:
+        return f"{value:.0f}"
+    text = visible(value.decode() if isinstance(value, bytes) else str(value))
+    return None if text in NO_NAME else text
+
+
+def visible(text: str) -> str:
+    """The text as it is seen: composed (NFC), without spaces around it and without zero-width spaces."""
+    if not text.isascii():
+        text = unicodedata.normalize("NFC", text).translate(_UNSEEN).strip("\u200c\u200d \t\r\n")
+    return text.strip()
+
+
+def is_missing(value: object) -> bool:
+    """Whether this is None, NaN, NaT or pandas' NA, which answers no comparison."""
+    try:
+        return value is None or bool(value != value)
+    except TypeError:
+        return True
+    except ValueError:  # an array
+        return False
 
 
 def codes_of(names: Iterable[str | None]) -> tuple[Indices, tuple[str, ...]]:
@@ -253,28 +356,49 @@ def raw_arrays(source: str, X: Any, y: Any, lengths: Any, groups: Any, ids: Any 
         if not isinstance(length, int | float) or not abs(length) < 2**53 or not float(length).is_integer():
             raise DataError(f"{source}, sequence {i}: lengths must be whole numbers, got {str(length)[:40]}")
     valid = None if at["lengths"] is None else np.array(at["lengths"], dtype=np.int64)
-    names = None if at["ids"] is None else tuple(map(str, names_of(at["ids"])))
-    return Raw(source, values, at["y"], at["groups"], "sequence", range(n), names, None, valid)
+    raw = Raw(source, values, at["y"], at["groups"], "sequence", range(n), None, None, valid)
+    return raw if at["ids"] is None else replace(raw, ids=ids_of(at["ids"], raw.at))
 
 
 def _column(source: str, name: str, values: Any, n: int) -> list[Any] | None:
-    """N Python values."""
+    """N Python values; None where one is masked."""
     if values is None:
         return None
-    array = np.array(values, dtype=object) if isinstance(values, list | tuple) else np.asarray(values)
+    listed = isinstance(values, list | tuple)
+    array = np.array(values, dtype=object) if listed else _array(f"{source}: {name}", values)
     if array.shape != (n,):
         raise DataError(f"{source}: {name} must be of shape ({n},), one a sequence, got {array.shape}")
-    return [value.item() if isinstance(value, np.generic) else value for value in array.tolist()]
+    return [value.item() if callable(getattr(value, "item", None)) else value for value in array.tolist()]
+
+
+def _array(at: str, values: Any) -> NDArray[Any]:
+    """A numpy array of whatever is like one, a masked one as it is. Raises DataError."""
+    try:
+        if callable(getattr(values, "detach", None)):  # a tensor of torch, which may require a gradient
+            values = values.detach().cpu()
+            if str(values.dtype) == "torch.bfloat16":  # numpy has none
+                values = values.float()
+        return np.asanyarray(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"{at} is not an array of numbers: {error}") from None
+
+
+def _values(at: str, values: Any) -> NDArray[Any]:
+    """An array in which NaN stands for what was masked."""
+    array = _array(at, values)
+    if isinstance(array, np.ma.MaskedArray) and array.dtype.kind in "fiub":
+        return np.asarray(np.ma.filled(np.ma.asarray(array, np.float64), np.nan))
+    return np.asarray(array)
 
 
 def _numeric(source: str, X: Any) -> NDArray[Any]:
     """(N, T, F) of what `from_arrays` takes for X."""
     if not isinstance(X, list | tuple):
-        X = np.asarray(X)
+        X = _values(f"{source}: X", X)
         if X.ndim not in (2, 3) or X.dtype.kind not in "fiub":
             raise DataError(f"{source}: X must be numbers (N, T, F) or (N, T), got {X.dtype} {X.shape}")
         return np.atleast_3d(X)
-    parts = [np.asarray(part) for part in X]
+    parts = [_values(f"{source}, sequence {i}", part) for i, part in enumerate(X)]
     for i, part in enumerate(parts):
         if part.ndim not in (1, 2) or part.dtype.kind not in "fiub":
             rule = "a sequence must be numbers (T, F) or (T,)"

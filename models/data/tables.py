@@ -1,4 +1,13 @@
-"""csv and parquet files: tables of sequences in long form (one row a step) or wide form (one sequence a row).
+"""Tables of sequences in long form (one row a step) or wide form (one sequence of one feature a row).
+
+They are csv and parquet files, or data frames. A table's columns are known by name:
+
+- The columns of label, id, step and group are named by the caller. A table with both an id and a step column is in
+  long form, and every other column is a feature.
+- Without them it is in wide form, and every other column is a step. The steps' names are one prefix and a number, as in
+  t0, t1, or ISO times; the columns are put in their order. Names of two kinds are refused.
+- A column that pandas writes for its index (`Unnamed: 0`, `__index_level_0__`, one without a name) holds the place of
+  a row, which can give the class away: it is left out, and the log says so.
 
 Letters: R rows, N sequences, T steps, F features.
 """
@@ -6,17 +15,39 @@ Letters: R rows, N sequences, T steps, F features.
 from __future__ import annotations
 
 import csv
-import warnings
+import logging
+import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, field
+from itertools import islice, pairwise
+from numbers import Number
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hpo.models.data.sequences import MISSING, DataError, Indices, Raw, codes_of, is_number, names_of, pad
+from hpo.models.data.sequences import (
+    MISSING,
+    DataError,
+    Indices,
+    Raw,
+    codes_of,
+    ids_of,
+    is_missing,
+    is_number,
+    names_of,
+    pad,
+    visible,
+)
+from hpo.models.data.steps import in_order, positions
+from hpo.models.data.text import open_text
+
+log = logging.getLogger("hpo")
+
+_INDEX = re.compile(r"(Unnamed: \d+(_level_\d+)?|__index_level_\d+__)?")  # how pandas names its index, or does not
+_STEP = re.compile(r"(.*?)(\d+(?:\.\d+)?)")  # prefix and number
+_DATE = re.compile(r"\d{4}-\d\d-\d\d.*|\d{4}-\d\d")
 
 
 @dataclass(frozen=True)
@@ -28,42 +59,94 @@ class Columns:
     step: str
     group: str
     features: tuple[str, ...] | None  # the features to read; None: every column without another role
+    named: bool  # False: `features` only numbers them, so that a table without these columns is read by place
     labeled: bool | None  # True: the label column must be there
+
+
+@dataclass(frozen=True)
+class _Layout:
+    long: bool
+    features: tuple[str, ...]  # of the long form; the columns of the steps, in their order, of the wide one
+    roles: dict[str, str]  # the column of each role that there is: "label", "id", "step", "group"
+    times: NDArray[np.float64] | None = None  # (T,) where the steps of the wide form are
 
 
 @dataclass(frozen=True)
 class _Table:
     source: str
     rows: Sequence[int]  # (R,) row numbers as the file counts them
-    features: tuple[str, ...]
+    layout: _Layout
     values: NDArray[np.float64]  # (R, F)
     roles: dict[str, Any]  # (R,) each: those there are of "label", "id", "step", "group"
 
     def at(self, row: int) -> str:
         return f"{self.source}, row {self.rows[row]}"
 
+    def raw(self) -> Raw:
+        return _long(self) if self.layout.long else _wide(self)
+
+
+# ------------------------------------------------------------------ csv
+
 
 def read_csv(path: Path, columns: Columns) -> Raw:
-    """csv with a header: long form (one row a step) or wide form (one univariate sequence a row). Raises DataError."""
+    """csv with a header, in long or wide form. Raises DataError.
+
+    Cells are separated by commas, or by semicolons or tabs where the header is, and then a comma in a number is a
+    decimal one. The log says so.
+    """
     rows: list[int] = []
     values: list[NDArray[np.float64]] = []
     texts: dict[str, list[str]] = {}
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.reader(file, skipinitialspace=True)
-        header = [name.strip() for name in next(reader, [])]
+    with open_text(path) as file:
+        separator = _separator(file)
+        records = _records(str(path), file, separator)
+        header = [visible(name) for name in next(records, (0, []))[1]]
         if not header:
             raise DataError(f"{path} is empty: it holds no values")
-        long, features, roles = _layout(str(path), header, columns)
-        numbered = ((reader.line_num, row) for row in reader if row)
-        for lines, table in _chunks(numbered, str(path), header):
+        layout = _layout(str(path), header, columns)
+        numbers = _Numbers(str(path), comma=separator != ",")
+        for lines, table in _chunks(records, str(path), header):
             rows += lines
-            values.append(_numbers(str(path), lines, {name: table[name] for name in features}))
-            for role, name in roles.items():
+            values.append(numbers.of(lines, {name: table[name] for name in layout.features}))
+            for role, name in layout.roles.items():
                 texts.setdefault(role, []).extend(table[name])
     if not rows:
         raise DataError(f"{path} is empty: it has a header only")
-    whole = _Table(str(path), rows, features, np.concatenate(values), texts)
-    return _long(whole) if long else _wide(whole)
+    numbers.check()
+    if separator != ",":
+        _say_form(str(path), separator, "," in numbers.marks)
+    if numbers.comma and "step" in texts:
+        texts["step"] = [text.replace(",", ".") for text in texts["step"]]
+    return _Table(str(path), rows, layout, np.concatenate(values), texts).raw()
+
+
+def _separator(file: TextIO) -> str:
+    """What separates the cells of the header: of comma, semicolon and tab the one that gives most of them."""
+    first = "\n"
+    while first and not first.strip():
+        first = file.readline()
+    file.seek(0)
+    return max(",;\t", key=lambda separator: len(next(csv.reader([first], delimiter=separator), [])))
+
+
+def _say_form(source: str, separator: str, comma: bool) -> None:
+    found = {";": "semicolons", "\t": "tabs"}[separator]
+    log.warning("%s: read with %s between its cells%s", source, found, ", and decimal commas" if comma else "")
+
+
+def _records(source: str, file: TextIO, separator: str) -> Iterator[tuple[int, list[str]]]:
+    """The rows that are not blank, each with the number of its last line."""
+    reader = csv.reader(file, delimiter=separator, skipinitialspace=True, strict=True)
+    line = 0
+    try:
+        for row in reader:
+            line = reader.line_num
+            if row:
+                yield line, row
+    except csv.Error as error:
+        rule = "a quote that opens a cell must end it; write a quote within a cell twice"
+        raise DataError(f"{source}, row {line + 1}: {rule} ({error})") from None
 
 
 def _chunks(
@@ -78,24 +161,82 @@ def _chunks(
         yield lines, dict(zip(header, zip(*cells, strict=True), strict=True))
 
 
-def _layout(
-    source: str, header: list[str], columns: Columns, only_long: bool = False
-) -> tuple[bool, tuple[str, ...], dict[str, str]]:
-    """Whether this is long form, the feature columns, and the column of each role that there is."""
+@dataclass(frozen=True)
+class _Numbers:
+    """Cells to numbers."""
+
+    source: str
+    comma: bool  # a comma in a number is a decimal one
+    marks: dict[str, str] = field(default_factory=dict)  # where the first comma and the first point of a number stand
+
+    def of(self, lines: Sequence[int], columns: dict[str, tuple[str, ...]]) -> NDArray[np.float64]:
+        """(R, F) numbers of F text columns; NaN where missing."""
+        try:
+            return np.array([self._texts(lines, *column) for column in columns.items()], dtype=np.float64).T
+        except ValueError:
+            cells = ((name, line, cell) for name in columns for line, cell in zip(lines, columns[name], strict=True))
+            name, line, cell = next(c for c in cells if not is_number(self._point(MISSING.get(c[2], c[2]))))
+            way_out = "if these are labels, ids, steps or groups, name that column as such"
+            at = f"{self.source}, row {line}, column {name!r}"
+            raise DataError(f"{at}: {cell!r} is not a number; {way_out}") from None
+
+    def check(self) -> None:
+        """Raise DataError where some numbers have a comma and others a point: one of them may part thousands."""
+        if len(self.marks) == 2:
+            rule = "a comma or a point is the decimal mark, not both"
+            raise DataError(f"{self.source}: {self.marks[',']} and {self.marks['.']}: {rule}")
+
+    def _texts(self, lines: Sequence[int], name: str, column: tuple[str, ...]) -> list[str]:
+        """(R,) texts that float() reads as they are meant."""
+        joined = "".join(column)
+        if "_" in joined:
+            raise ValueError("float() would leave it out")
+        if self.comma:
+            for mark in ",.":
+                if mark in joined and mark not in self.marks:
+                    line, cell = next(found for found in zip(lines, column, strict=True) if mark in found[1])
+                    self.marks[mark] = f"row {line}, column {name!r} holds {cell!r}"
+            if "," in joined:
+                column = tuple(map(self._point, column))
+        return list(map(MISSING.get, column, column))
+
+    def _point(self, cell: str) -> str:
+        """The cell with a decimal point."""
+        return cell.replace(",", ".") if self.comma else cell
+
+
+# ------------------------------------------------------------------ what the columns are
+
+
+def _layout(source: str, header: list[str], columns: Columns, only_long: bool = False) -> _Layout:
+    """What the columns of a table are. Raises DataError."""
     here = f"its columns are {', '.join(header[:20])}"
     roles = _roles(source, header, columns)
     long = "id" in roles and "step" in roles
-    features = tuple(name for name in header if name not in roles.values())
-    if not long and (only_long or "step" in roles or not all(name[-1].isdecimal() for name in features)):
+    wanted = columns.features or ()
+    features = tuple(name for name in header if name not in roles.values() and _kept(source, name, wanted))
+    stepped = "step" not in roles and all(_STEP.fullmatch(name) for name in features)
+    if not long and (only_long or not stepped):
         wide = "" if only_long else "; in wide form the names of the steps end in numbers, as in t0, t1"
         rule = f"long form needs columns {columns.id!r} and {columns.step!r}{wide}"
         raise DataError(f"{source}: {rule}; {here}")
-    if long and columns.features is not None:
-        features = columns.features
-    unknown = [name for name in features if name not in header]
-    if unknown or not features:
+    if not features:
+        raise DataError(f"{source} has no feature column; {here}")
+    if not long:
+        order, times = _wide_steps(source, features)
+        return _Layout(False, order, roles, times)
+    unknown = [name for name in wanted if name not in header]
+    if unknown and columns.named:
         raise DataError(f"{source} has no feature column {', '.join(map(repr, unknown))}; {here}")
-    return long, features, roles
+    return _Layout(True, wanted if wanted and not unknown else features, roles)
+
+
+def _kept(source: str, name: str, wanted: tuple[str, ...]) -> bool:
+    """Whether a column is one of the data, not the index of a data frame."""
+    if name in wanted or not _INDEX.fullmatch(name):
+        return True
+    log.warning("%s: column %r is left out: it is the index of a data frame, or has no name", source, name)
+    return False
 
 
 def _roles(source: str, header: list[str], columns: Columns) -> dict[str, str]:
@@ -103,7 +244,7 @@ def _roles(source: str, header: list[str], columns: Columns) -> dict[str, str]:
     here = f"its columns are {', '.join(header[:20])}"
     wanted = {"label": columns.label, "id": columns.id, "step": columns.step, "group": columns.group}
     roles = {role: name for role, name in wanted.items() if name in header}
-    if "" in header or len(set(header)) < len(header) or (not roles and not _could_be_names(header)):
+    if len(set(header)) < len(header) or (not roles and not _could_be_names(header)):
         raise DataError(f"{source}: the first row must name every column, each differently; {here}")
     for role, name in wanted.items():
         unneeded = role in ("label", "group") and not columns.labeled
@@ -119,17 +260,25 @@ def _could_be_names(header: list[str]) -> bool:
     return numbers == [str(start + i) for i in range(len(numbers))]
 
 
-def _numbers(source: str, lines: Sequence[int], columns: dict[str, tuple[str, ...]]) -> NDArray[np.float64]:
-    """(R, F) numbers of F text columns; NaN where missing."""
-    texts = [list(map(MISSING.get, column, column)) for column in columns.values()]
-    try:
-        return np.array(texts, dtype=np.float64).T
-    except ValueError:
-        cells = ((name, line, cell) for name in columns for line, cell in zip(lines, columns[name], strict=True))
-        name, line, cell = next(c for c in cells if not is_number(MISSING.get(c[2], c[2])))
-        way_out = "if these are labels, ids, steps or groups, name that column as such"
-        at = f"{source}, row {line}, column {name!r}"
-        raise DataError(f"{at}: {cell!r} is not a number; {way_out}") from None
+def _wide_steps(source: str, names: tuple[str, ...]) -> tuple[tuple[str, ...], NDArray[np.float64]]:
+    """The columns of the steps in their order, and (T,) where the steps are."""
+    if all(map(_DATE.fullmatch, names)):
+        steps = in_order(names, lambda i: f"{source}, column {names[i]!r}")
+    else:
+        found = [parts.group(1, 2) for parts in map(_STEP.fullmatch, names) if parts]
+        for name, (prefix, _) in zip(names, found, strict=True):
+            if prefix != found[0][0]:
+                rule = "in wide form the steps of one feature share a prefix; more features need the long form"
+                raise DataError(f"{source}: columns {names[0]!r} and {name!r} are of two kinds: {rule}")
+        steps = in_order([number for _, number in found], lambda i: f"{source}, column {names[i]!r}")
+    order = np.argsort(steps, kind="stable")
+    for i, j in pairwise(order):
+        if steps[i] == steps[j]:
+            raise DataError(f"{source}: columns {names[i]!r} and {names[j]!r} are one step")
+    return tuple(names[i] for i in order), positions(steps[order])
+
+
+# ------------------------------------------------------------------ parquet and data frames
 
 
 def read_parquet(path: Path, columns: Columns) -> Raw:
@@ -144,70 +293,132 @@ def read_parquet(path: Path, columns: Columns) -> Raw:
             table = file.read()
     except pa.ArrowException as error:
         raise DataError(f"{path} is empty or not a parquet file: {error}") from None
-    _, features, roles = _layout(str(path), table.column_names, columns, only_long=True)
-    values = np.empty((table.num_rows, len(features)))
-    for j, name in enumerate(features):
-        try:
-            values[:, j] = table[name].cast(pa.float64()).to_numpy()
-        except pa.ArrowException as error:
-            raise DataError(f"{path}, column {name!r} must hold numbers: {error}") from None
-    texts = {role: table[name].to_pylist() for role, name in roles.items() if role != "step"}
-    step = table[roles["step"]].to_numpy()
-    texts["step"] = step if step.dtype.kind in "iufM" else ["" if s is None else str(s) for s in step]
-    return _long(_Table(str(path), range(table.num_rows), features, values, texts))
+    for name in _pandas_index(table.schema.pandas_metadata or {}, columns):
+        log.warning("%s: column %r is left out: it is the index of a data frame", path, name)
+        table = table.drop_columns([name])
+    return _frame(str(path), table, columns, only_long=True)
+
+
+def _pandas_index(metadata: dict[str, Any], columns: Columns) -> list[str]:
+    """The columns that pandas wrote for its index and that nobody asks for."""
+    wanted = {columns.label, columns.id, columns.step, columns.group, *(columns.features or ())}
+    return [name for name in metadata.get("index_columns", ()) if isinstance(name, str) and name not in wanted]
+
+
+def is_frame(data: object) -> bool:
+    """Whether this is a table of named columns: a data frame of pandas or polars, or a table of Arrow."""
+    return hasattr(data, "columns") and hasattr(data, "__getitem__") and hasattr(data, "shape")
+
+
+def read_frame(data: Any, columns: Columns, source: str = "the data frame") -> Raw:
+    """A data frame in long or wide form; of its index only what is named as id, step, label or group is read.
+
+    Raises DataError.
+    """
+    roles = (columns.label, columns.id, columns.step, columns.group)
+    levels = [name for name in getattr(getattr(data, "index", None), "names", ()) if name in roles]
+    return _frame(source, data.reset_index(level=levels) if levels else data, columns, only_long=False)
+
+
+def _frame(source: str, frame: Any, columns: Columns, only_long: bool) -> Raw:
+    """A data frame of pandas or polars or a table of Arrow, which are alike in `frame[name].to_numpy()`."""
+    keys = list(getattr(frame, "column_names", None) or frame.columns)  # an Arrow table's `columns` are the data
+    header = [visible(str(key)) for key in keys]
+    layout = _layout(source, header, columns, only_long)
+    by_name = dict(zip(header, keys, strict=True))
+    rows = range(len(frame))
+    values = np.empty((len(rows), len(layout.features)))
+    for j, name in enumerate(layout.features):
+        values[:, j] = _column_numbers(f"{source}, column {name!r}", frame[by_name[name]])
+    roles = {role: _column_values(frame[by_name[name]], role) for role, name in layout.roles.items()}
+    return _Table(source, rows, layout, values, roles).raw()
+
+
+def _column_values(column: Any, role: str) -> Any:
+    """(R,) Python values, None where one is missing; steps that are numbers or times as an array."""
+    if hasattr(column, "to_pylist") and (role != "step" or column.null_count):  # of Arrow
+        return column.to_pylist()
+    array = _numpy(column)
+    if array.dtype.kind in "Mm":
+        return array if role == "step" else array.astype(str).tolist()
+    if role == "step" and array.dtype.kind in "iuf":
+        return array
+    return [None if is_missing(value) else value for value in array.tolist()]
+
+
+def _numpy(column: Any) -> NDArray[Any]:
+    """The column as an array; Arrow asks for leave to copy."""
+    array = column.to_numpy(zero_copy_only=False) if hasattr(column, "to_pylist") else column.to_numpy()
+    return np.asarray(array)
+
+
+def _column_numbers(at: str, column: Any) -> NDArray[np.float64]:
+    """(R,) float64; NaN where missing."""
+    array = _numpy(column)
+    if array.dtype.kind in "fiub":
+        return np.asarray(array, dtype=np.float64)
+    if array.dtype.kind in "Mm":
+        raise DataError(f"{at} must hold numbers, got times")
+    values = [np.nan if is_missing(value) else _number(at, row, value) for row, value in enumerate(array.tolist())]
+    return np.array(values, dtype=np.float64)
+
+
+def _number(at: str, row: int, value: Any) -> float:
+    """Of a number, or of a text that is one."""
+    try:
+        if not isinstance(value, Number):
+            value = MISSING.get(value.strip(), value)
+        if not isinstance(value, Number) and not is_number(value):
+            raise ValueError
+        return float(value)
+    except (TypeError, ValueError, AttributeError):
+        raise DataError(f"{at} must hold numbers, row {row} holds {value!r}") from None
+
+
+# ------------------------------------------------------------------ rows to sequences
 
 
 def _long(table: _Table) -> Raw:
     """Rows of steps, in any order, to sequences in the order in which their ids first appear."""
-    ids = names_of(table.roles["id"])
-    if None in ids:
-        raise DataError(f"{table.at(ids.index(None))} has no id")
+    ids = ids_of(table.roles["id"], table.at)
     codes, names = codes_of(ids)
-    steps = _steps(table)
+    steps = in_order(table.roles["step"], table.at)
     order = np.lexsort((steps, codes))
     twice = (np.diff(codes[order]) == 0) & (steps[order][1:] == steps[order][:-1])
     for row in order[1:][twice].tolist():
-        raise DataError(f"{table.at(row)}: sequence {ids[row]!r} has step {steps[row]} a second time")
-    values = pad(table.values[order], np.bincount(codes))
+        step = table.roles["step"][row]
+        raise DataError(f"{table.at(row)}: sequence {ids[row]!r} has step {step} a second time")
+    lengths = np.bincount(codes)
+    values = pad(table.values[order], lengths)
+    times = None
+    if np.isnan(table.values).any():
+        times = pad(positions(steps)[order][:, None], lengths)[:, :, 0]
     labels, groups = (_constant(table, role, ids, codes) for role in ("label", "group"))
-    return Raw(table.source, values, labels, groups, "sequence", names, names, table.features)
+    features = table.layout.features
+    return Raw(table.source, values, labels, groups, "sequence", names, names, features, times=times)
 
 
-def _steps(table: _Table) -> NDArray[Any]:
-    """(R,) steps as whole numbers, numbers or times."""
-    steps = table.roles["step"]
-    for dtype in (np.int64, np.float64, "datetime64[us]"):
-        if isinstance(steps, list):
-            try:
-                with warnings.catch_warnings(action="error"):  # numpy only warns of an offset in a time
-                    steps = np.array([text.removesuffix("Z") for text in steps], dtype=dtype)
-            except (ValueError, OverflowError, UserWarning):
-                continue
-    if isinstance(steps, list):
-        raise DataError(f"{table.source}: steps must be numbers or ISO times without an offset")
-    for row in np.flatnonzero(np.isnat(steps) if steps.dtype.kind == "M" else np.isnan(steps)).tolist():
-        raise DataError(f"{table.at(row)} has no step")
-    return np.asarray(steps)
-
-
-def _constant(table: _Table, role: str, ids: list[str | None], codes: Indices) -> list[str | None] | None:
+def _constant(table: _Table, role: str, ids: Sequence[str], codes: Indices) -> list[object] | None:
     """(N,) the one label or group of each sequence."""
     if role not in table.roles:
         return None
-    names = names_of(table.roles[role])
+    names = names_of(table.roles[role], table.at)
     found = codes_of(names)[0]
     first = np.unique(codes, return_index=True)[1]
     for row in np.flatnonzero(found != found[first][codes]).tolist():
         change = f"{role} of sequence {ids[row]!r} changes to {names[row]!r}"
         raise DataError(f"{table.at(row)}: {change}; a sequence has one {role}")
-    return [names[i] for i in first]
+    return [table.roles[role][i] for i in first]
 
 
 def _wide(table: _Table) -> Raw:
     """Rows (R, T) of univariate sequences."""
     roles = table.roles
-    ids = tuple(map(str, names_of(roles["id"]))) if "id" in roles else None
+    ids = ids_of(roles["id"], table.at) if "id" in roles else None
     if ids and len(set(ids)) < len(ids):
         raise DataError(f"{table.source}: ids repeat as in long form: name its step column too")
     values = table.values[:, :, None]
-    return Raw(table.source, values, roles.get("label"), roles.get("group"), "row", table.rows, ids)
+    times = None
+    if table.layout.times is not None and np.isnan(table.values).any():
+        times = np.broadcast_to(table.layout.times, table.values.shape)
+    return Raw(table.source, values, roles.get("label"), roles.get("group"), "row", table.rows, ids, times=times)

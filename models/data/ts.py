@@ -5,44 +5,91 @@ https://www.aeon-toolkit.org/en/stable/api_reference/data_format.html
 
 from __future__ import annotations
 
+import logging
+import re
+from difflib import get_close_matches
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hpo.models.data.sequences import MISSING, DataError, Raw, concatenated, name_of, names_of
+from hpo.models.data.text import lines_of, open_bytes
+
+log = logging.getLogger("hpo")
+
+Lines = list[tuple[int, str]]  # with their numbers, from 1
+
+ARFF = "is an ARFF file, which is not read: save it as .ts (aeon.datasets.save_to_ts_file) or as wide csv"
+_KEYS = ("@timestamps", "@univariate", "@dimensions", "@dimension", "@classlabel", "@targetlabel")  # those that count
 
 
 def read_ts(path: Path) -> Raw:
     """A file of that format, with equal steps and without timestamps or target values. Raises DataError."""
-    text = path.read_bytes().decode("utf-8-sig", errors="backslashreplace")  # descriptions may be Latin-1
-    numbered = ((i, line.strip()) for i, line in enumerate(text.split("\n"), 1))
+    with open_bytes(path) as file:
+        text = file.read().decode("utf-8-sig", errors="surrogateescape")  # descriptions may be Latin-1
+    numbered = ((i, line.strip()) for i, line in enumerate(lines_of(text), 1))
     lines = [(i, line) for i, line in numbered if line and not line.startswith("#")]
     start = next((k for k, (_, line) in enumerate(lines) if line.lower() == "@data"), None)
+    if any(line.lower().startswith("@attribute") for _, line in lines[:start]):
+        raise DataError(f"{path} {ARFF}")
     if lines and start is None:
         raise DataError(f"{path} is no .ts file: it has no line @data")
-    fields = [line.split() for _, line in lines[:start] if line.startswith("@")]
-    header = {key.lower(): words for key, *words in fields}
+    header = _header(str(path), lines[:start])
     on = {key for key, words in header.items() if words[:1] and words[0].lower() == "true"}
     for key in on & {"@timestamps", "@targetlabel"}:
         raise DataError(f"{path}: {key} true is not supported, only values at regular steps with a class")
+    if lines and not header.keys() & {"@classlabel", "@targetlabel"}:
+        rule = "write '@classLabel true' with the classes, or '@classLabel false' where the lines have no label"
+        raise DataError(f"{path} has no line @classLabel: {rule}")
     classes = set(names_of(header["@classlabel"][1:])) if "@classlabel" in on else None
     n_features = ["1"] if "@univariate" in on else header.get("@dimensions", header.get("@dimension"))
-    return _ts_lines(str(path), lines[(start or 0) + 1 :], classes, n_features)
+    data = lines[(start or 0) + 1 :]
+    if not text.isascii():
+        _check_encoding(str(path), [*(line for line in lines[:start] if line[1].lower().startswith("@class")), *data])
+    raw = _ts_lines(str(path), data, classes, n_features)
+    if "@equallength" in on:
+        _say_unequal(raw)
+    return raw
 
 
-def _ts_lines(
-    source: str, lines: list[tuple[int, str]], classes: set[str | None] | None, n_features: list[str] | None
-) -> Raw:
+def _say_unequal(raw: Raw) -> None:
+    """Warn of a sequence that ends early where the header says that none does: a lost value shifts those behind it."""
+    ends = np.isnan(raw.values[:, -1:]).all(axis=(1, 2))  # padding, or missing throughout
+    for i in np.flatnonzero(ends)[:1].tolist():
+        rule = "ends before others, though @equalLength is true"
+        log.warning("%s %s: it is read as a shorter sequence", raw.at(i), rule)
+
+
+def _header(source: str, lines: Lines) -> dict[str, list[str]]:
+    """The words behind each key, in small letters."""
+    header = {}
+    for i, line in lines:
+        key, *words = line.split() if line.startswith("@") else [""]
+        known = key.lower()
+        for meant in get_close_matches(known, _KEYS, 1, 0.85) if known not in _KEYS else ():
+            raise DataError(f"{source}, line {i}: unknown {key}; is {meant.replace('label', 'Label')} meant?")
+        header[known] = words
+    return header
+
+
+def _check_encoding(source: str, lines: Lines) -> None:
+    """Raise DataError for a line that is not in UTF-8."""
+    for i, line in lines:
+        if bad := re.search(r"[\udc80-\udcff]", line):
+            byte = ord(bad[0]) - 0xDC00
+            raise DataError(f"{source}, line {i} is not text in UTF-8: byte 0x{byte:02x}; save the file in UTF-8")
+
+
+def _ts_lines(source: str, lines: Lines, classes: set[str | None] | None, n_features: list[str] | None) -> Raw:
     parts: list[NDArray[np.float64]] = []
     labels: list[str | None] = []
     for i, line in lines:
         channels = line.split(":")
         if classes is not None:
-            label = channels.pop().strip()
-            labels.append(None if label == "?" else label)
+            labels.append(channels.pop().strip())
             if classes and name_of(labels[-1]) not in {*classes, None}:
-                raise DataError(f"{source}, line {i}: label {label!r} is not one of @classLabel")
+                raise DataError(f"{source}, line {i}: label {labels[-1]!r} is not one of @classLabel")
         parts.append(_ts_values(f"{source}, line {i}", channels))
         n_features = n_features or [str(parts[0].shape[1])]
         if [str(len(channels))] != n_features:
@@ -55,8 +102,10 @@ def _ts_values(at: str, channels: list[str]) -> NDArray[np.float64]:
     """(T, F) of one line's channels."""
     if len({channel.count(",") for channel in channels}) != 1:
         raise DataError(f"{at}: every feature of a sequence needs the same steps; mark missing ones with '?'")
-    cells = ",".join(channels).replace(" ", "").split(",")
+    cells = [cell.strip() for cell in ",".join(channels).split(",")]
     try:
+        if any("_" in channel for channel in channels):
+            raise ValueError(f"could not convert {next(cell for cell in cells if '_' in cell)!r}")
         flat = np.array(list(map(MISSING.get, cells, cells)), dtype=np.float64)
     except ValueError as error:
         raise DataError(f"{at}: values must be numbers separated by commas: {error}") from None

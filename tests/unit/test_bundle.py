@@ -27,7 +27,10 @@ from hpo.models.bundle.checksums import SUMS, write_checksums
 from hpo.models.bundle.config import BundleConfig, BundleError, preprocessing
 from hpo.models.classifier import Classifier
 from hpo.models.config import ClassifierConfig
+from hpo.models.data.readers import read
 from hpo.models.data.sequences import DataError, from_arrays
+from hpo.study.config import load
+from hpo.study.plan import Plan, make_plan
 from tests.unit.test_classifier import NORMALIZATIONS, POOLINGS
 
 LENGTHS = (9, 3, 1, 5, 9, 2, 8)
@@ -343,7 +346,7 @@ class TestPredict:
         named = from_arrays(sequences(3), features=("pulse", "age"))
         with pytest.raises(DataError, match=r"lacks the features \['breath'\] of the model; it has"):
             model.predict(named)
-        with pytest.raises(DataError, match=r"needs 2 features \['pulse', 'breath'\], the data has 3"):
+        with pytest.raises(DataError, match="the data has 3 features, expected 2: pulse, breath"):
             model.predict(sequences(4, features=3))
 
     @pytest.mark.parametrize("keep", [0, 4])
@@ -365,6 +368,84 @@ class TestPredict:
         found = model.predict(model.read(path))
         assert found.ids == ("a", "b")
         np.testing.assert_array_equal(found.probabilities, expected.probabilities)
+
+
+class TestNames:
+    """Features are matched by name where both sides have names. Cases from dmlc/xgboost/issues/8357,
+    lightgbm-org/LightGBM/issues/4102 and scikit-learn/scikit-learn/issues/7242.
+    """
+
+    def ready(self, features: tuple[str, ...], named: bool | None) -> Bundle:
+        states, config = make()
+        return bundle.assemble(replace(config, features=features, named=named), states)
+
+    def files(self, folder: Path, header: str, cells: str, name: str = "new.csv") -> Path:
+        (folder / name).write_text(f"id,step,{header}\na,0,{cells}\n")
+        return folder / name
+
+    @pytest.mark.parametrize("named", [None, True, False])
+    @pytest.mark.parametrize(("header", "cells"), [("x1,x0", "2,1"), ("x1,time,x0", "2,9,1"), ("x0,x1", "1,2")])
+    def test_columns_that_are_called_as_the_models_are_matched_by_name(
+        self, named: bool | None, header: str, cells: str, tmp_path: Path
+    ) -> None:
+        model, path = self.ready(("x0", "x1"), named), self.files(tmp_path, header, cells)
+        expected = model.predict([np.array([[1, 2]])]).probabilities
+        np.testing.assert_array_equal(model.predict(model.read(path)).probabilities, expected)
+        np.testing.assert_array_equal(model.predict(read(path)).probabilities, expected)
+
+    def test_a_model_without_names_takes_a_table_by_place(self, tmp_path: Path) -> None:
+        path, many = self.files(tmp_path, "v,w", "1,2"), self.files(tmp_path, "v,w,time", "1,2,9", "many.csv")
+        for named in (None, False):
+            model = self.ready(("x0", "x1"), named)
+            expected = model.predict([np.array([[1, 2]])]).probabilities
+            np.testing.assert_array_equal(model.predict(model.read(path)).probabilities, expected)
+            np.testing.assert_array_equal(model.predict(read(path)).probabilities, expected)
+            with pytest.raises(DataError, match=r"many\.csv has 3 features, expected 2: x0, x1"):
+                model.read(many)
+            with pytest.raises(DataError, match=r"the model needs 2 features \['x0', 'x1'\], the data has 3"):
+                model.predict(read(many))
+
+    def test_a_model_whose_own_names_are_x0_and_x1_takes_no_others(self, tmp_path: Path) -> None:
+        model, path = self.ready(("x0", "x1"), True), self.files(tmp_path, "v,w", "1,2")
+        with pytest.raises(DataError, match=r"new\.csv has no feature column 'x0', 'x1'"):
+            model.read(path)
+        with pytest.raises(DataError, match=r"lacks the features \['x0', 'x1'\] of the model; it has \['v', 'w'\]"):
+            model.predict(read(path))
+        assert model.predict([np.array([[1, 2]])]).probabilities.shape == (1, 3)
+
+    def test_whether_names_are_the_files_own_is_kept_and_may_be_unknown(self, tmp_path: Path) -> None:
+        for named in (True, False, None):
+            states, config = make()
+            folder = bundle.save(tmp_path / "model", states, replace(config, named=named), CURVE, overwrite=True)
+            assert bundle.load(folder).config.named is named
+            assert ("named" in json.loads((folder / "config.json").read_text())) == (named is not None)
+
+    def test_the_plan_of_a_study_says_whether_its_features_have_names(self, tmp_path: Path) -> None:
+        rows = [f"s{i},0,{i},{-i},{'ab'[i % 2]}" for i in range(40)]
+        X = np.array([[[i, -i]] for i in range(40)], dtype=float)
+        np.savez(tmp_path / "train.npz", X=X, y=np.array(["ab"[i % 2] for i in range(40)]))
+        for header in ("x0,x1", "v,w"):
+            (tmp_path / "train.csv").write_text("\n".join([f"id,step,{header},label", *rows]))
+            (tmp_path / "study.toml").write_text('[data]\ntrain = "train.csv"\n')
+            plan, _, _ = make_plan(load(tmp_path / "study.toml"))
+            assert plan.named is True
+            assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+            # catboost/catboost/issues/1373: trained by place, tested by place
+            (tmp_path / "study.toml").write_text('[data]\ntrain = "train.npz"\ntest = "train.csv"\n')
+            plan, train, test = make_plan(load(tmp_path / "study.toml"))
+            assert plan.named is False
+            assert test is not None
+            assert test.features == train.features == ("x0", "x1")
+            np.testing.assert_array_equal(test.values, train.values)
+
+    def test_a_data_frame_is_predicted_by_its_columns(self) -> None:
+        import pyarrow as pa
+
+        model = self.ready(("pulse", "breath"), True)
+        table = pa.table({"breath": [2.0], "id": ["a"], "age": ["old"], "step": [0], "pulse": [1.0], "y": [None]})
+        found = model.predict(table)
+        assert found.ids == ("a",)
+        np.testing.assert_array_equal(found.probabilities, model.predict([np.array([[1, 2]])]).probabilities)
 
 
 class TestCsv:

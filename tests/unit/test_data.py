@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
 from hpo.models.data.canonical import fingerprint, load, save, to_bytes
 from hpo.models.data.readers import READERS, read
@@ -118,8 +117,10 @@ def series(form: str, *sequences: list[float]) -> list[list[list[float]]]:
 
 
 def differences(a: Sequences, b: Sequences) -> list[str]:
-    """The names of the fields that differ."""
-    pairs = [(field.name, getattr(a, field.name), getattr(b, field.name)) for field in fields(a)]
+    """The names of the fields that differ; whether the features have names depends on the form."""
+    pairs = [
+        (field.name, getattr(a, field.name), getattr(b, field.name)) for field in fields(a) if field.name != "named"
+    ]
     return [name for name, x, y in pairs if (x is None) != (y is None) or not np.array_equal(x, y)]
 
 
@@ -280,8 +281,24 @@ def text(folder: Path, name: str, *lines: str) -> Path:
 
 
 def test_an_unknown_suffix_lists_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"unknown suffix '.xlsx'; known are .npz, .csv, .parquet, .ts"):
-        read(tmp_path / "data.xlsx")
+    with pytest.raises(DataError, match=r"unknown suffix '.dat'; known are .npz, .csv, .tsv, .parquet, .ts, .csv.gz"):
+        read(tmp_path / "data.dat")
+
+
+@pytest.mark.parametrize(
+    ("name", "way_out"),
+    [
+        ("data.xlsx", "is a spreadsheet, which is not read: save the sheet as csv"),
+        ("data.ARFF", r"is an ARFF file, which is not read: save it as \.ts"),
+        ("data.npy", "write it with its labels by numpy.savez"),
+        ("data.pkl", "never loaded: write npz, csv or parquet"),
+        ("data.npz.gz", r"unknown suffix '\.npz\.gz'"),
+    ],
+)
+def test_a_format_that_is_not_read_is_named_with_the_way_out(name: str, way_out: str, tmp_path: Path) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(DataError, match=rf"{name}:? .*{way_out}"):
+        read(tmp_path / name)
 
 
 def test_the_suffix_is_read_in_any_case(tmp_path: Path) -> None:
@@ -292,320 +309,6 @@ def test_a_constant_zero_fills_a_feature_that_a_sequence_lacks() -> None:
     data = from_arrays([[[1.0, NAN], [2.0, NAN]], [[3.0, 4.0], [5.0, 6.0]]])
     assert data.values[0].tolist() == [[1, 0], [2, 0]]
     assert data.filled == 2
-
-
-class TestNpz:
-    def save(self, folder: Path, **arrays: Any) -> Path:
-        np.savez(folder / "data.npz", **arrays)
-        return folder / "data.npz"
-
-    def test_explicit_lengths_make_what_follows_padding(self, tmp_path: Path) -> None:
-        X = np.arange(12, dtype=float).reshape(2, 3, 2)
-        data = read(self.save(tmp_path, X=X, y=[0, 1], lengths=[2, 1]))
-        assert data.values.tolist() == [[[0, 1], [2, 3]], [[6, 7], [0, 0]]]
-
-    def test_missing_values_within_explicit_lengths_are_filled(self, tmp_path: Path) -> None:
-        data = read(self.save(tmp_path, X=[[1.0, NAN, NAN]], lengths=[2]))
-        assert data.lengths.tolist() == [2]
-        assert data.values[0, :, 0].tolist() == [1, 1]
-
-    @pytest.mark.parametrize("length", [0, -1, 4])
-    def test_lengths_must_fit(self, length: int, tmp_path: Path) -> None:
-        with pytest.raises(DataError, match=rf"data.npz, sequence 1 has length {length}: .*1 to 3 steps"):
-            read(self.save(tmp_path, X=np.ones((2, 3)), lengths=[1, length]))
-
-    @pytest.mark.parametrize("length", [1.5, NAN, "2"])
-    def test_lengths_must_be_whole_numbers(self, length: Any, tmp_path: Path) -> None:
-        with pytest.raises(DataError, match="sequence 0: lengths must be whole numbers"):
-            read(self.save(tmp_path, X=np.ones((1, 3)), lengths=[length]))
-
-    def test_two_dimensions_are_univariate(self, tmp_path: Path) -> None:
-        assert read(self.save(tmp_path, X=np.ones((4, 5)))).values.shape == (4, 5, 1)
-
-    @pytest.mark.parametrize("X", [np.ones(3), np.ones((1, 1, 1, 1)), np.array([["a"]]), np.ones((1, 2), complex)])
-    def test_other_shapes_and_types_are_refused(self, X: NDArray[Any], tmp_path: Path) -> None:
-        with pytest.raises(DataError, match=r"X must be numbers \(N, T, F\) or \(N, T\), got"):
-            read(self.save(tmp_path, X=X))
-
-    @pytest.mark.parametrize("shape", [(0, 5, 2), (3, 0, 2), (3, 5, 0)])
-    def test_an_array_without_values_is_refused(self, shape: tuple[int, ...], tmp_path: Path) -> None:
-        with pytest.raises(DataError, match=r"data.npz is empty"):
-            read(self.save(tmp_path, X=np.ones(shape)))
-
-    @pytest.mark.parametrize(("name", "value"), [("y", [1, 2, 3]), ("groups", [[1], [2]]), ("lengths", [1])])
-    def test_columns_must_have_one_value_a_sequence(self, name: str, value: list[Any], tmp_path: Path) -> None:
-        with pytest.raises(DataError, match=rf"{name} must be of shape \(2,\), one a sequence, got"):
-            read(self.save(tmp_path, X=np.ones((2, 3)), **{name: value}))
-
-    def test_objects_are_never_unpickled_and_the_way_out_is_named(self, tmp_path: Path) -> None:
-        labels = np.array(["a", "b"], dtype=object)
-        with pytest.raises(DataError, match="never loaded: save labels as a str array"):
-            read(self.save(tmp_path, X=np.ones((2, 3)), y=labels))
-
-    @pytest.mark.parametrize(
-        ("labels", "classes"),
-        [
-            (np.array([True, False]), ("False", "True")),
-            (np.array([b"x", b"y"]), ("x", "y")),
-            (np.array([0.5, 1.0]), ("0.5", "1")),
-            (np.array([" a", "b "]), ("a", "b")),
-            (np.array(["3", "nan", "10", "2", "0"]), ("0", "10", "2", "3", "nan")),
-        ],
-    )
-    def test_labels_of_any_type_are_named(self, labels: Any, classes: tuple[str, ...], tmp_path: Path) -> None:
-        assert read(self.save(tmp_path, X=np.ones((len(labels), 3)), y=labels)).classes == classes
-
-    def test_a_missing_label_among_others_is_refused_and_all_missing_are_none(self, tmp_path: Path) -> None:
-        with pytest.raises(DataError, match=r"sequence 1 has no label: label every sequence or none"):
-            read(self.save(tmp_path, X=np.ones((2, 3)), y=[1.0, NAN]))
-        assert read(self.save(tmp_path, X=np.ones((2, 3)), y=[NAN, NAN])).labels is None
-
-    def test_a_missing_group_is_refused(self, tmp_path: Path) -> None:
-        with pytest.raises(DataError, match=r"sequence 0 has no group"):
-            read(self.save(tmp_path, X=np.ones((2, 3)), groups=[NAN, 1]))
-
-    @pytest.mark.parametrize(("name", "meant"), [("labels", "y"), ("Y", "y"), ("length", "lengths"), ("x", "X")])
-    def test_a_misnamed_array_is_refused(self, name: str, meant: str, tmp_path: Path) -> None:
-        arrays = {"X": np.ones((2, 3)), name: np.ones(2)} if name != "x" else {"x": np.ones((2, 3))}
-        with pytest.raises(DataError, match=f"unknown array '{name}'; if it is '{meant}', call it so"):
-            read(self.save(tmp_path, **arrays))
-
-    def test_a_file_without_values_says_what_it_has(self, tmp_path: Path) -> None:
-        with pytest.raises(DataError, match="has no array 'X'; it has values"):
-            read(self.save(tmp_path, values=np.ones((2, 3))))
-
-    def test_a_damaged_file_is_refused(self, tmp_path: Path) -> None:
-        path = self.save(tmp_path, X=np.random.default_rng(0).random((50, 50)))
-        content = bytearray(path.read_bytes())
-        content[5000] ^= 255
-        path.write_bytes(content)
-        with pytest.raises(DataError, match="is damaged: Bad CRC"):
-            read(path)
-        np.savez_compressed(path, X=np.arange(5000.0)[:, None])
-        content = bytearray(path.read_bytes())
-        content[100:300] = bytes(200)
-        path.write_bytes(content)
-        with pytest.raises(DataError, match="is damaged: Error -3"):
-            read(path)
-
-
-class TestLongForm:
-    def test_rows_may_stand_in_any_order(self, tmp_path: Path) -> None:
-        path = text(tmp_path, "a.csv", "id,step,x,label", "b,2,5,q", "a,10,2,p", "b,1,4,q", "a,9,1,p")
-        data = read(path)
-        assert data.ids == ("b", "a")
-        assert data.values[:, :, 0].tolist() == [[4, 5], [1, 2]]
-
-    @pytest.mark.parametrize(
-        ("early", "late"),
-        [
-            ("1700000000000000001", "1700000000000000002"),  # nanoseconds: beyond a float's whole numbers
-            ("0.5", "10"),
-            ("2024-01-09", "2024-01-10"),
-            ("2024-01-01T09:00:00Z", "2024-01-01T10:00:00Z"),
-            ("2024-01-01 09:00:00.5", "2024-01-01 10:00"),
-        ],
-    )
-    def test_steps_are_numbers_or_times(self, early: str, late: str, tmp_path: Path) -> None:
-        data = read(text(tmp_path, "a.csv", "id,step,x", f"a,{late},2", f"a,{early},1"))
-        assert data.values[0, :, 0].tolist() == [1, 2]
-
-    def test_parquet_steps_may_be_timestamps_and_text_columns_categories(self, tmp_path: Path) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        steps = np.array(["2024-01-02", "2024-01-01"], dtype="datetime64[ns]")
-        table = pa.table(
-            {
-                "id": pa.array(["a", "a"]).dictionary_encode(),
-                "step": steps,
-                "x": pa.array([True, False]),
-                "label": pa.array([1.0, 1.0]),
-            }
-        )
-        pq.write_table(table, tmp_path / "a.parquet")
-        data = read(tmp_path / "a.parquet")
-        assert data.values[0, :, 0].tolist() == [0, 1]
-        assert data.classes == ("1",)
-
-    @pytest.mark.parametrize(
-        ("rows", "message"),
-        [
-            (["a,0,1,p", "a,0,2,p"], "row 3: sequence 'a' has step 0 a second time"),
-            (["a,0,1,p", "a,,2,p"], "row 3 has no step"),
-            (["a,0,1,p", "a,soon,2,p"], "steps must be numbers or ISO times"),
-            (["a,2024-01-01T00:00+01:00,1,p"], "ISO times without an offset"),
-            (["a,0,1,p", ",1,2,p"], "row 3 has no id"),
-            (["a,0,1,p", "a,1,2,q"], "row 3: label of sequence 'a' changes to 'q'; a sequence has one label"),
-            (["a,0,1,p", "a,1,2,"], "row 3: label of sequence 'a' changes to None"),
-            (["a,0,1,p", "b,0,2,"], "sequence b has no label"),
-            (["a,0,1,p", "a,1,many,p"], "row 3, column 'x': 'many' is not a number"),
-            (["a,0,1,p", "a,1,2"], "row 3 has 3 cells, the header 4"),
-            (["a,0,1,p", "", "a,1,2,p,9"], "row 4 has 5 cells, the header 4"),
-        ],
-    )
-    def test_faults_name_the_row(self, rows: list[str], message: str, tmp_path: Path) -> None:
-        path = text(tmp_path, "a.csv", "id,step,x,label", *rows)
-        with pytest.raises(DataError) as caught:
-            read(path)
-        assert message in str(caught.value)
-        assert str(path) in str(caught.value)
-
-    def test_columns_may_have_other_names(self, tmp_path: Path) -> None:
-        path = text(tmp_path, "a.csv", "subject,t,x,class,site", "s1,0,1,p,A", "s2,0,2,q,A")
-        data = read(path, id="subject", step="t", label="class", group="site")
-        assert data.classes == ("p", "q")
-        assert data.groups is not None
-        assert data.groups.tolist() == [0, 0]
-        assert data.features == ("x",)
-
-    @pytest.mark.parametrize("role", ["id", "step", "group", "label"])
-    def test_an_unknown_column_lists_the_known_ones(self, role: str, tmp_path: Path) -> None:
-        path = text(tmp_path, "a.csv", "id,step,x,label,group", "a,0,1,p,g")
-        named: Any = {role: "subject"}
-        with pytest.raises(DataError, match=f"has no {role} column 'subject'; its columns are id, step, x, label"):
-            read(path, labeled=True, **named)
-
-    def test_prediction_data_needs_neither_label_nor_group_column(self, tmp_path: Path) -> None:
-        path = text(tmp_path, "a.csv", "id,step,x", "a,0,1")
-        assert read(path, label="class", group="site", labeled=False).n == 1
-
-    def test_features_are_found_by_name_whatever_their_order(self, tmp_path: Path) -> None:
-        path = text(tmp_path, "a.csv", "note,y,x,id,step", "hello,2,1,a,0")
-        data = read(path, features=("x", "y"))
-        assert data.features == ("x", "y")
-        assert data.values[0, 0].tolist() == [1, 2]
-
-    def test_parquet_without_id_or_step_is_refused(self, tmp_path: Path) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        pq.write_table(pa.table({"t0": [1.0], "label": ["a"]}), tmp_path / "a.parquet")
-        with pytest.raises(DataError, match="long form needs columns 'id' and 'step'; its columns are t0, label"):
-            read(tmp_path / "a.parquet")
-
-    def test_parquet_columns_of_text_are_refused_by_name(self, tmp_path: Path) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        pq.write_table(pa.table({"id": ["a"], "step": [0], "x": ["many"]}), tmp_path / "a.parquet")
-        with pytest.raises(DataError, match="column 'x' must hold numbers"):
-            read(tmp_path / "a.parquet")
-
-    def test_without_pyarrow_the_extra_is_named(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        (tmp_path / "a.parquet").touch()
-        monkeypatch.setitem(sys.modules, "pyarrow", None)
-        with pytest.raises(DataError, match=r"pip install 'hpo\[parquet\]'"):
-            read(tmp_path / "a.parquet")
-
-
-class TestCsv:
-    def test_ids_and_groups_of_the_wide_form_are_read(self, tmp_path: Path) -> None:
-        data = read(text(tmp_path, "a.csv", "id,0,1,label,group", "p,1,2,a,g", "q,3,,b,g"))
-        assert data.ids == ("p", "q")
-        assert data.lengths.tolist() == [2, 1]
-        assert data.groups is not None
-        assert data.groups.tolist() == [0, 0]
-
-    @pytest.mark.parametrize("missing", ["", " ", "NaN", "nan", "NA", "?", "null"])
-    def test_missing_values_are_written_in_many_ways(self, missing: str, tmp_path: Path) -> None:
-        data = read(text(tmp_path, "a.csv", "t0,t1,t2,label", f"1,{missing},3,a"))
-        assert data.values[0, :, 0].tolist() == [1, 2, 3]
-        assert data.filled == 1
-
-    def test_quotes_spaces_blank_lines_and_a_byte_order_mark_are_understood(self, tmp_path: Path) -> None:
-        path = text(tmp_path, "a.csv", '\ufeffid, t0, t1, "label"', 'p, 1, 2, "a, b"', "", "q, 3, 4, c")
-        data = read(path)
-        assert data.ids == ("p", "q")
-        assert data.classes == ("a, b", "c")
-        assert data.values[:, :, 0].tolist() == [[1, 2], [3, 4]]
-
-    @pytest.mark.parametrize(
-        ("header", "message"),
-        [
-            ("0.5,1.5,2.5", "the first row must name every column"),
-            ("7,3,5", "the first row must name every column"),
-            ("t0,t0,label", "the first row must name every column, each differently; its columns are t0, t0, label"),
-            (",0,label", "the first row must name every column"),
-            ("step,x,label", "long form needs columns 'id' and 'step'"),
-            ("subject,time,label", "in wide form the names of the steps end in numbers"),
-            ("id,step,label", "has no feature column"),
-        ],
-    )
-    def test_a_header_that_fits_no_form_is_refused(self, header: str, message: str, tmp_path: Path) -> None:
-        with pytest.raises(DataError, match=message):
-            read(text(tmp_path, "a.csv", header, "1,2,3"))
-
-    def test_repeated_ids_in_wide_form_point_to_the_long_form(self, tmp_path: Path) -> None:
-        with pytest.raises(DataError, match="ids repeat as in long form: name its step column too"):
-            read(text(tmp_path, "a.csv", "id,t1,x1,label", "a,0,5,p", "a,1,6,p"))
-
-    def test_a_header_alone_is_refused(self, tmp_path: Path) -> None:
-        with pytest.raises(DataError, match="is empty: it has a header only"):
-            read(text(tmp_path, "a.csv", "id,step,x"))
-
-    def test_text_that_is_not_utf8_is_refused(self, tmp_path: Path) -> None:
-        (tmp_path / "a.csv").write_bytes("t0,label\n1,größer\n".encode("latin-1"))
-        with pytest.raises(DataError, match="is not a text file in UTF-8"):
-            read(tmp_path / "a.csv")
-
-    def test_files_longer_than_a_chunk_are_read_whole(self, tmp_path: Path) -> None:
-        rows = [f"{i // 3},{i % 3},{i},{i // 3 % 2}" for i in range(3300)]
-        data = read(text(tmp_path, "a.csv", "id,step,x,label", *rows))
-        np.testing.assert_array_equal(data.values.ravel(), np.arange(3300))
-        with pytest.raises(DataError, match="row 2502, column 'x': 'no' is not a number"):
-            read(text(tmp_path, "b.csv", "id,step,x,label", *rows[:2500], "x,1,no,1"))
-
-
-class TestTs:
-    def write(self, folder: Path, *rows: str, header: str = "@classLabel true a b") -> Path:
-        return text(folder, "a.ts", "@problemName any", *header.split("\n"), "@data", *rows)
-
-    @pytest.mark.parametrize(
-        ("rows", "message"),
-        [
-            (["1,2:3,4:a", "1,2:b"], "line 5 has 1 features, expected 2"),
-            (["1,2:3:a"], "line 4: every feature of a sequence needs the same steps"),
-            (["a"], "line 4: every feature of a sequence needs"),
-            (["1,x:a"], "line 4: values must be numbers separated by commas: .*'x'"),
-            (["1,2:c"], "line 4: label 'c' is not one of @classLabel"),
-            (["1:a", "2:?"], "line 5 has no label"),
-        ],
-    )
-    def test_faults_name_the_line(self, rows: list[str], message: str, tmp_path: Path) -> None:
-        with pytest.raises(DataError, match=message):
-            read(self.write(tmp_path, *rows))
-
-    @pytest.mark.parametrize("field", ["timestamps", "targetlabel"])
-    def test_what_is_not_supported_is_said(self, field: str, tmp_path: Path) -> None:
-        header = f"@{'timeStamps' if field == 'timestamps' else field} True"
-        with pytest.raises(DataError, match=f"@{field} true is not supported"):
-            read(self.write(tmp_path, "(0,1),(1,2):1.5", header=header))
-
-    def test_the_header_and_the_data_must_have_the_same_features(self, tmp_path: Path) -> None:
-        with pytest.raises(DataError, match="line 6 has 2 features, expected 3"):
-            read(self.write(tmp_path, "1:2:a", header="@univariate false\n@dimensions 3\n@classLabel true a"))
-        with pytest.raises(DataError, match="line 5 has 2 features, expected 1"):
-            read(self.write(tmp_path, "1:2:a", header="@univariate true\n@classLabel true a"))
-
-    def test_unknown_labels_make_it_unlabeled(self, tmp_path: Path) -> None:
-        assert read(self.write(tmp_path, "1:?", "2:?")).labels is None
-
-    def test_labels_are_compared_as_numbers_with_those_of_the_header(self, tmp_path: Path) -> None:
-        assert read(self.write(tmp_path, "1:1", "2:2.0", header="@classLabel true 1.0 2.0")).classes == ("1", "2")
-
-    def test_words_before_the_data_and_between_are_passed_over(self, tmp_path: Path) -> None:
-        path = text(tmp_path, "a.ts", "% any: words", "@classlabel true a", "@DATA", "# more", "", "1,2:a")
-        assert read(path).values[0, :, 0].tolist() == [1, 2]
-
-    def test_a_description_in_another_encoding_is_passed_over(self, tmp_path: Path) -> None:
-        content = "# größer\r\n@classLabel true a\r\n@data\r\n1,2:a\r\n"
-        (tmp_path / "a.ts").write_bytes(content.encode("latin-1"))
-        assert read(tmp_path / "a.ts").classes == ("a",)
-
-    def test_other_text_is_refused(self, tmp_path: Path) -> None:
-        with pytest.raises(DataError, match=r"is no \.ts file: it has no line @data"):
-            read(text(tmp_path, "a.ts", "const a = 1;"))
 
 
 # ------------------------------------------------------------------ arrays
@@ -763,7 +466,7 @@ def test_the_example_data_is_complete(
 
 
 def test_the_readers_are_those_of_the_known_suffixes() -> None:
-    assert list(READERS) == [".npz", ".csv", ".parquet", ".ts"]
+    assert list(READERS) == [".npz", ".csv", ".tsv", ".parquet", ".ts", ".csv.gz", ".tsv.gz", ".ts.gz"]
 
 
 def test_the_module_is_light() -> None:

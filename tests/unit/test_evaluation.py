@@ -39,7 +39,7 @@ def test_its_scores_are_those_of_its_predictions_by_the_names_of_the_classes(mod
 
 
 def test_the_wrong_ones_are_those_of_another_class_the_surest_first(model: Bundle) -> None:
-    found = evaluate(model, sequences(["class 0"] * 6 + ["class 1"] * 6))
+    found = evaluate(model, sequences(["class 0"] * 6 + ["class 2"] * 6))
     wrong = found.wrong
     assert 0 < len(wrong) < 12
     assert sorted(wrong) == list(np.flatnonzero(found.predictions.labels != found.labels))
