@@ -358,7 +358,8 @@ def show_summary(summary: dict[str, Any]) -> None:
         if (value := summary["validation"].get(name)) is None:
             continue
         test = (summary["test"] or {}).get(name)
-        table.add_row(name, f"{value:.4f}", "" if test is None else f"{test:.4f}")
+        nothing = "undefined" if name in (summary["undefined"] or {}) else ""
+        table.add_row(name, f"{value:.4f}", nothing if test is None else f"{test:.4f}")
     console.print(table)
     _say(console, f"model {model['name']} version {model['version']}: {model['path']}")
     looks = summary["test_looks"] or 0
@@ -418,6 +419,8 @@ def show_evaluation(found: Evaluation, rows: int = SHOWN) -> None:
         low, high = scores.intervals.get(name, (None, None))
         table.add_row(name, f"{value:.4f}", "" if low is None or high is None else f"{low:.4f} to {high:.4f}")
     console.print(table)
+    for name, reason in scores.undefined.items():
+        _say(console, f"{name} is undefined: {reason}")
     if len(predictions.classes) <= MANY:
         counts = Table("true \\ predicted")
         for name in predictions.classes:

@@ -16,7 +16,9 @@ from hpo.models.device import is_gpu
 from hpo.models.kernel.native import Kernel
 
 Weights = dict[str, Tensor]  # a classifier's state by parameter name
-EPSILON = 1e-5  # added to a standard deviation, so that a constant channel becomes 0 and not NaN
+ROUNDING = 2.0**-23
+"""Of float32, relative to a value. A feature whose deviation is no larger than this part of its mean does not vary:
+what it seems to is rounding. Compared with its mean, not with a number, so that its unit does not matter."""
 
 
 def valid(lengths: Tensor, steps: int) -> Tensor:
@@ -89,9 +91,13 @@ class Classifier(nn.Module):
         return self
 
     def fit_normalization(self, values: Tensor, lengths: Tensor) -> None:
-        """Take the channel statistics of the training part: values (N, T, F), lengths (N,)."""
+        """Take the channel statistics of the training part: values (N, T, F), lengths (N,). The deviation of a feature
+        that does not vary becomes 0, and so does whatever it is later.
+        """
         if self.config.normalization == "channel":
             mean, deviation = channel_statistics(values, lengths)
+            if not self.config.epsilon:
+                deviation[deviation <= ROUNDING * mean.abs()] = 0
             self.mean.copy_(mean)
             self.deviation.copy_(deviation)
 
@@ -114,6 +120,13 @@ class Classifier(nn.Module):
         values = torch.where(inside, self._normalize(values, inside, lengths), 0.0)
         patches, lengths = fold_patches(values, lengths, self.config.patch_length)
         return patches.transpose(0, 1), lengths
+
+    def unknown(self, values: Tensor, lengths: Tensor) -> Tensor:
+        """(B,) bool: sequences with a value within their kept steps that is no finite number."""
+        if self.config.sequence_length:
+            values, lengths = crop_last(values, lengths, self.config.sequence_length)
+        inside = valid(lengths, values.shape[1]).T[:, :, None]
+        return (torch.where(inside, values - values, 0.0) != 0).flatten(1).any(1)
 
     def logits(self, patches: Tensor, lengths: Tensor | None, generator: torch.Generator | None = None) -> Tensor:
         """Time-major patches (S, B, P*F) to logits; `lengths` None says that every sequence fills all S.
@@ -164,13 +177,18 @@ class Classifier(nn.Module):
         return result.squeeze(-1) if self.config.classes == 2 else result
 
     def _normalize(self, values: Tensor, inside: Tensor, lengths: Tensor) -> Tensor:
+        epsilon = self.config.epsilon
         if self.config.normalization == "channel":
-            return (values - self.mean) / (self.deviation + EPSILON)
+            if epsilon:
+                return (values - self.mean) / (self.deviation + epsilon)
+            return torch.where(self.deviation == 0, 0.0, (values - self.mean) / self.deviation)
         if self.config.normalization == "sequence":
             count = lengths[:, None, None].to(values.dtype)
             mean = torch.where(inside, values, 0.0).sum(1, keepdim=True) / count
             centred = torch.where(inside, values - mean, 0.0)
-            return centred / ((centred.square().sum(1, keepdim=True) / count).sqrt() + EPSILON)
+            if epsilon:
+                return centred / ((centred.square().sum(1, keepdim=True) / count).sqrt() + epsilon)
+            return _by_deviation(centred, mean, inside, count)
         return values
 
     def _layer(
@@ -266,6 +284,17 @@ def _flips(patches: Tensor, lengths: Tensor | None) -> Tensor:
     if lengths is None:
         return (steps - 1 - index).expand(steps, batch)[:, :, None]
     return torch.where(index < lengths, lengths - 1 - index, index)[:, :, None]
+
+
+def _by_deviation(centred: Tensor, mean: Tensor, inside: Tensor, count: Tensor) -> Tensor:
+    """Centred values (B, T, F) divided by their deviation in each sequence; 0 where it is only rounding."""
+    # A sum of large values is rounded: what is left of the mean is subtracted once more.
+    centred = torch.where(inside, centred - centred.sum(1, keepdim=True) / count, 0.0)
+    # The square of 1e-30 or 1e30 is no float32: the largest value becomes 1 first.
+    largest = centred.abs().amax(1, keepdim=True)
+    scaled = centred / torch.where(largest > 0, largest, 1.0)
+    deviation = (scaled.square().sum(1, keepdim=True) / count).sqrt()
+    return torch.where(deviation * largest <= ROUNDING * mean.abs(), 0.0, scaled / deviation)
 
 
 @torch.no_grad()

@@ -37,6 +37,8 @@ class ClassifierConfig:
     sequence_length: int = field(default=0, metadata=allowed(int, low=0))  # keep only the last so many steps; 0: all
     # by nothing, the training part's statistics of each channel, or each sequence's own
     normalization: str = field(default="none", metadata=allowed(str, names=("none", "channel", "sequence")))
+    # added to a deviation before it divides. 0: nothing is, and a feature that does not vary becomes 0
+    epsilon: float = field(default=0.0, metadata=allowed(float, low=0))
 
     def __post_init__(self) -> None:
         check(self, ClassifierError)
@@ -95,5 +97,6 @@ class TrainingConfig:
         check(self, TrainingError)
 
 
+EARLIER_EPSILON = 1e-5  # of what earlier versions trained; signals of 1e-6 (tesla, strain) disappear in it
 METRICS = rules(TrainingConfig)["metric"].names
 PRECISIONS = rules(TrainingConfig)["precision"].names

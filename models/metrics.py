@@ -1,4 +1,4 @@
-"""What a set of predictions is worth: seven metrics, the decision threshold, bootstrap intervals.
+"""What a set of predictions is worth: seven metrics, the decision threshold, 95 % intervals.
 
 Everywhere: probabilities (N, K) float, rows sum to 1; labels (N,) int, an index into the K classes. With two
 classes class 1 (the last class name) is the positive one and `threshold` decides between the two; with more
@@ -11,7 +11,8 @@ weighting a call: 5 to 10 times longer for the score of an epoch, 20 to 50 times
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -25,6 +26,16 @@ Labels = NDArray[np.int64]
 
 BY_THRESHOLD = ("accuracy", "balanced_accuracy", "f1", "macro_f1")  # those that depend on the predicted class alone
 BY_RANK = ("auroc", "average_precision")
+Z, TAIL = 1.959963984540054, 0.025  # of 95 % intervals
+METHODS = {  # of each metric's interval
+    "accuracy": "Clopper-Pearson",
+    "balanced_accuracy": "Clopper-Pearson of each recall, squares added",
+    "f1": "posterior of the confusion counts",
+    "macro_f1": "posterior of the confusion counts",
+    "auroc": "Newcombe",
+    "average_precision": "Clopper-Pearson over the positives",
+    "log_loss": "bootstrap",
+}
 CLIP = float(np.finfo(np.float32).eps)  # of log_loss: networks give float32, whatever type carries it here
 
 
@@ -40,6 +51,8 @@ class Scores:
     metrics: dict[str, float]  # see `evaluate`
     intervals: dict[str, tuple[float, float]]  # 95 %, see `intervals`
     confusion: tuple[tuple[int, ...], ...]  # (K, K), row = true class
+    undefined: dict[str, str] = field(default_factory=dict)  # metric -> why it has no value here
+    methods: dict[str, str] = field(default_factory=dict)  # of the intervals; earlier versions: all by bootstrap
 
 
 def direction(name: str) -> Literal["maximize", "minimize"]:
@@ -69,33 +82,66 @@ def evaluate(probabilities: NDArray[Any], labels: Labels, threshold: float = 0.5
     return {name: value.item() for name, value in values.items()}
 
 
+def undefined(labels: Labels, classes: Sequence[str]) -> dict[str, str]:
+    """The metrics that have no value on rows with these labels, each with the reason.
+
+    classes: the names of all K. Every metric but accuracy and log-loss says something of each class (f1 of two classes:
+    of class 1), and nothing where one has no row.
+    """
+    absent = [name for c, name in enumerate(classes) if not (labels == c).any()]
+    if not absent:
+        return {}
+    reason = f"no sequence of class {', '.join(absent[:5])}" + (f" and {len(absent) - 5} more" if absent[5:] else "")
+    needed = {name for name in METRICS if name not in ("accuracy", "log_loss")}
+    if len(classes) == 2 and classes[1] not in absent:
+        needed -= {"f1"}
+    return {name: reason for name in METRICS if name in needed}
+
+
 def intervals(
     probabilities: NDArray[Any], labels: Labels, threshold: float = 0.5, seed: int = 0, samples: int = 1000
 ) -> dict[str, tuple[float, float]]:
-    """95 % percentile bootstrap interval of each metric in `evaluate`.
+    """95 % interval of each metric in `evaluate`, by its method in METHODS; none is without width.
 
-    Rows are drawn with replacement within each class (stratified), so no resample loses a class.
+    A bootstrap of the metrics themselves says [1, 1] of a dozen right answers. benchmarks/intervals.py compares.
     """
     _check(probabilities, labels)
-    rng = np.random.default_rng(seed)
-    chunk = max(1, 4_000_000 // len(labels))  # resamples at once: 32 MB of weights
-    parts = [
-        _metrics(_defined(labels), probabilities, labels, threshold, _resample(labels, size, rng))
-        for size in np.diff([*range(0, samples, chunk), samples])
-    ]
-    drawn = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    bounds = {name: np.quantile(values, (0.025, 0.975)) for name, values in drawn.items()}
-    return {name: (low.item(), high.item()) for name, (low, high) in bounds.items()}
+    values, rng = evaluate(probabilities, labels, threshold), np.random.default_rng(seed)
+    counts = confusion(probabilities, labels, threshold)
+    found = {
+        "accuracy": proportion_interval(counts.trace(), counts.sum()),
+        "balanced_accuracy": _recall_interval(counts),
+        **_posterior_intervals(counts, rng, samples),
+        "log_loss": _loss_interval(probabilities, labels, rng, samples),
+    }
+    if "auroc" in values:
+        found |= _rank_intervals(probabilities, labels)
+    return {name: (min(found[name][0], value), max(found[name][1], value)) for name, value in values.items()}
 
 
-def measure(probabilities: NDArray[Any], labels: Labels, threshold: float = 0.5, seed: int = 0) -> Scores:
-    """Every metric with its interval, and the confusion counts."""
+def measure(
+    probabilities: NDArray[Any],
+    labels: Labels,
+    threshold: float = 0.5,
+    seed: int = 0,
+    classes: Sequence[str] | None = None,
+) -> Scores:
+    """Every metric with its interval, and the confusion counts.
+
+    classes: their names; metrics that say something of a class without a row are then left out, with the reason. None,
+    for the part that tuning goes by: they leave that class out, as `score` does, so that there is a value to tune.
+    """
     counts = confusion(probabilities, labels, threshold).tolist()
+    without = {} if classes is None else undefined(labels, classes)
+    values = evaluate(probabilities, labels, threshold)
+    found = intervals(probabilities, labels, threshold, seed)
     return Scores(
         sequences=len(labels),
-        metrics=evaluate(probabilities, labels, threshold),
-        intervals=intervals(probabilities, labels, threshold, seed),
+        metrics={name: value for name, value in values.items() if name not in without},
+        intervals={name: interval for name, interval in found.items() if name not in without},
         confusion=tuple(tuple(row) for row in counts),
+        undefined=without,
+        methods={name: METHODS[name] for name in found if name not in without},
     )
 
 
@@ -173,6 +219,111 @@ def _metrics(
     if "log_loss" in names:
         found["log_loss"] = weights @ _losses(probabilities, labels) / weights.sum(axis=1)
     return {name: found[name] for name in names}
+
+
+# ------------------------------------------------------------------------------------------------ intervals
+
+
+def proportion_interval(hits: float, n: float) -> tuple[float, float]:
+    """Clopper and Pearson's interval of a share hits / n (Biometrika 26, 1934): it covers at least 95 % of the time.
+
+    Wilson's is narrower and, for shares near 1, covers less often (benchmarks/intervals.py). hits need not be whole.
+    """
+    from scipy.special import betaincinv  # half a second that a training does not need
+
+    low = float(betaincinv(hits, n - hits + 1, TAIL)) if hits > 0 else 0.0
+    high = float(betaincinv(hits + 1, n - hits, 1 - TAIL)) if hits < n else 1.0
+    return low, high
+
+
+def auroc_interval(auroc: float, positives: int, negatives: int) -> tuple[float, float]:
+    """Newcombe's interval of an AUROC, his method 5 (Statistics in Medicine 25, 2006, 559-573).
+
+    The values that the estimate is 1.96 standard errors away from, by Hanley and McNeil's variance at the value itself,
+    with the mean group size in place of each: so it has a width at 1.0, too.
+    """
+    more = (positives + negatives) / 2 - 1
+
+    def excess(value: float) -> float:
+        variance = value * (1 - value) * (1 + more * ((1 - value) / (2 - value) + value / (1 + value)))
+        return (auroc - value) ** 2 - Z**2 * variance / (positives * negatives)
+
+    def edge(outside: float) -> float:
+        inside = auroc
+        for _ in range(60):
+            middle = (inside + outside) / 2
+            inside, outside = (inside, middle) if excess(middle) > 0 else (middle, outside)
+        return inside
+
+    return edge(0.0), edge(1.0)
+
+
+def _recall_interval(counts: NDArray[np.int64]) -> tuple[float, float]:
+    """Of the mean of the classes' recalls: the limits of each, their distances from it squared and added (Zou and
+    Donner, Statistics in Medicine 27, 2008; Newcombe's hybrid score method of a difference is the same)."""
+    rows = [(int(row[c]), int(row.sum())) for c, row in enumerate(counts) if row.any()]
+    limits = np.array([proportion_interval(hits, n) for hits, n in rows])
+    recalls = np.array([hits / n for hits, n in rows])
+    below, above = np.sqrt(((limits - recalls[:, None]) ** 2).sum(axis=0)) / len(rows)
+    return max(0.0, float(recalls.mean() - below)), min(1.0, float(recalls.mean() + above))
+
+
+def _posterior_intervals(
+    counts: NDArray[np.int64], rng: np.random.Generator, samples: int
+) -> dict[str, tuple[float, float]]:
+    """Of f1 and macro_f1: drawn shares of each class that are predicted as which, given these counts (K, K) (Goutte and
+    Gaussier, ECIR 2005). As in Clopper and Pearson's interval one row of each class is added, a wrong one for the lower
+    limit and a right one for the upper."""
+    K = len(counts)
+    right = np.eye(K)
+    drawn = [
+        rng.standard_gamma(np.broadcast_to(counts + added, (samples, K, K)))
+        for added in ((1 - right) / max(K - 1, 1), right)
+    ]
+    sizes = counts.sum(axis=1)[:, None]
+    low, high = (sizes * shares / shares.sum(axis=2, keepdims=True) for shares in drawn)
+    return {
+        name: (_middle(_by_confusion(name, low))[0], _middle(_by_confusion(name, high))[1])
+        for name in ("f1", "macro_f1")
+    }
+
+
+def _rank_intervals(probabilities: NDArray[Any], labels: Labels) -> dict[str, tuple[float, float]]:
+    """Of auroc and average_precision: of class 1 of two, else the mean of the classes' limits, as if they erred
+    together. An average precision is taken for a share of the positives (Boyd, Eng and Page, ECML 2013)."""
+    K, limits = probabilities.shape[1], []
+    sizes = np.bincount(labels, minlength=K)
+    for c in [1] if K == 2 else np.flatnonzero((sizes > 0) & (sizes < len(labels))):
+        auroc, precision = _rank(probabilities[:, c], labels == c, np.ones((1, len(labels))))[:, 0].tolist()
+        n = int(sizes[c])
+        limits.append([auroc_interval(auroc, n, len(labels) - n), proportion_interval(precision * n, n)])
+    means = np.mean(limits, axis=0)
+    return {name: (low, high) for name, (low, high) in zip(BY_RANK, means.tolist(), strict=True)}
+
+
+def _loss_interval(
+    probabilities: NDArray[Any], labels: Labels, rng: np.random.Generator, samples: int
+) -> tuple[float, float]:
+    """Of the log-loss: a bootstrap within each class. Where all resamples are alike (one row, or equal losses) as far
+    to both sides as the rows that so few may have missed would move it, each with the loss of a guess, log K."""
+    losses, N = _losses(probabilities, labels), len(labels)
+    chunk = max(1, 4_000_000 // N)  # resamples at once: 32 MB of weights
+    sizes = np.diff([*range(0, samples, chunk), samples])
+    drawn = np.concatenate([_resample(labels, size, rng) @ losses / N for size in sizes])
+    low, high = _middle(drawn)
+    if high - low > 1e-9:
+        return low, high
+    far = (1 - TAIL ** (1 / N)) * float(np.log(probabilities.shape[1]))
+    return max(0.0, low - far), high + far
+
+
+def _middle(values: Floats) -> tuple[float, float]:
+    """What lies between the outer 2.5 % of values (S,)."""
+    low, high = np.quantile(values, (TAIL, 1 - TAIL))
+    return low.item(), high.item()
+
+
+# ------------------------------------------------------------------------------------------------ arithmetic
 
 
 def _resample(labels: Labels, samples: int, rng: np.random.Generator) -> Floats:

@@ -235,6 +235,7 @@ def summary(study: OpenStudy, watched: WatchedStudy, seconds: float, logs: str) 
         "validation": scores["validation"],
         "test": scores.get("test"),
         "test_looks": scores.get("test_looks"),
+        "undefined": scores.get("undefined"),
         "logs": logs,
         "seconds": round(seconds, 2),
     }

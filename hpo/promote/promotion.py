@@ -126,6 +126,8 @@ def promote(
             "test": None if test is None else test.metrics,
             "intervals": None if test is None else test.intervals,
             **({} if test is None else {"test_part": study.plan.test}),
+            "methods": None if test is None else test.methods,
+            "undefined": None if test is None else test.undefined,
         },
         latest=as_default or earlier is None or is_better(study, record, earlier),
         config={"params": record.params},
@@ -300,7 +302,11 @@ def _test_scores(
     test = fetch_sequences(store, plan.test)
     assert test.labels is not None
     probabilities = assemble(config, members, device).predict(test).probabilities
-    return measure(probabilities, test.labels, config.threshold, plan.config.study.seed)
+    scores = measure(probabilities, test.labels, config.threshold, plan.config.study.seed, plan.classes)
+    if scores.undefined:
+        reason = next(iter(scores.undefined.values()))
+        log.warning("the test part holds %s: %s have no value on it", reason, ", ".join(scores.undefined))
+    return scores
 
 
 def _show(storage: TrialStorage, study_id: int, record: TrialRecord, model: ModelVersion) -> None:

@@ -338,14 +338,19 @@ def default_name(train: str) -> str:
 # --- what follows from the data ---
 
 
-def complete(config: StudyConfig, *, n: int, steps: int, features: int, classes: int, variable: bool) -> StudyConfig:
+def complete(
+    config: StudyConfig, *, n: int, steps: int, features: int, classes: int, variable: bool, units: int | None = None
+) -> StudyConfig:
     """The configuration with metric, validation and every entry of the space filled in from the data.
 
-    `n` training sequences (without the test part) of at most `steps` and `features`. Raises ConfigError where
+    `n` training sequences (without the test part) of at most `steps` and `features`, in so many `units` that a split
+    leaves whole (None: each sequence by itself); fewer than five units are as many folds. Raises ConfigError where
     the space, or a configuration to try first, contradicts the data or the completed space.
     """
     few = n * VALIDATION_SHARE < VALIDATION_LEAST
-    validation = config.data.validation or (Folds(FOLDS) if few else VALIDATION_SHARE)
+    validation = config.data.validation or (
+        Folds(max(2, min(FOLDS, n if units is None else units))) if few else VALIDATION_SHARE
+    )
     metric = config.study.metric or ("auroc" if classes <= 2 else "macro_f1")
     facts: dict[str, Any] = {"n": n, "steps": steps, "features": features, "classes": classes}
     try:

@@ -88,7 +88,10 @@ def create_or_open(config: StudyConfig, storage: TrialStorage, store: ArtifactSt
             study_id = _find_or_create(storage, plan)
         else:
             study_id = stored.study_id
-            check_same(_plan_of(stored, storage), plan)
+            begun = _plan_of(stored, storage)
+            if begun.rules != plan.rules:
+                plan, train, test = make_plan(config, begun.rules)
+            check_same(begun, plan)
         for key, part in ((plan.train, train), (plan.test, test)):
             _publish(store, key, part)  # also where the artifact store was emptied or damaged
         if stored is None:

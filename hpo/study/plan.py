@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from hpo.errors import StudyFault
+from hpo.models.config import EARLIER_EPSILON
 from hpo.models.data.canonical import fingerprint
 from hpo.models.data.readers import read
-from hpo.models.data.sequences import Sequences
-from hpo.models.data.splits import Split, check_trainable, holdout, split_folds, split_share
+from hpo.models.data.sequences import DataError, Sequences
+from hpo.models.data.splits import Split, check_trainable, holdout, lacking, split_folds, split_share, units
 from hpo.models.seeds import derive
 from hpo.storage.keys import data_key
 from hpo.study.config import Folds, StudyConfig, complete, differences, from_dict, to_dict
+
+log = logging.getLogger("hpo")
+
+RULES = 2
+"""Of what follows from data and configuration. A study goes on by those that it began with; 1: 1e-5 is added to every
+deviation, splits may leave a class out of a part that could hold it."""
 
 
 class StudyError(StudyFault):
@@ -36,6 +46,12 @@ class Plan:
     steps: int  # T of the training part
     sequences: int  # N of the training part
     named: bool | None = None  # the features' names are the training file's own; None: an earlier version's plan
+    rules: int = 1  # see RULES; plans of earlier versions do not say
+
+    @property
+    def epsilon(self) -> float:
+        """What is added to a deviation before it divides."""
+        return EARLIER_EPSILON if self.rules < 2 else 0.0
 
     @property
     def metric(self) -> str:
@@ -87,14 +103,16 @@ class Plan:
         return cls(**{**content, **lists, **configs})
 
 
-def make_plan(config: StudyConfig) -> tuple[Plan, Sequences, Sequences | None]:
-    """The plan of a study file, with the training part and the test part of its data.
+def make_plan(config: StudyConfig, rules: int = RULES) -> tuple[Plan, Sequences, Sequences | None]:
+    """The plan of a study file, with the training part and the test part of its data; by the `rules` that a study began
+    with (see RULES).
 
     Raises DataError for data that cannot be read, trained on or split, and ConfigError where the file contradicts them.
     """
-    train, test = _parts(config)
+    train, test = _parts(config, rules)
     completed = complete_from(config, train)
-    validation_parts(completed, train)
+    splits = _checked_splits(config, completed, train, rules)
+    _say_what_is_lacking(train, splits, test)
     plan = Plan(
         config=completed,
         written=config,
@@ -105,11 +123,12 @@ def make_plan(config: StudyConfig) -> tuple[Plan, Sequences, Sequences | None]:
         steps=train.steps,
         sequences=train.n,
         named=train.named,
+        rules=rules,
     )
     return plan, train, test
 
 
-def _parts(config: StudyConfig) -> tuple[Sequences, Sequences | None]:
+def _parts(config: StudyConfig, rules: int) -> tuple[Sequences, Sequences | None]:
     """The training part and the test part of the data that the file names."""
     data = config.data
     names: dict[str, Any] = {"label": data.label, "id": data.id, "step": data.step, "group": data.group}
@@ -119,8 +138,53 @@ def _parts(config: StudyConfig) -> tuple[Sequences, Sequences | None]:
         known: dict[str, Any] = {"classes": train.classes, "features": train.features, "named": train.named}
         return train, read(Path(data.test), labeled=True, **known, **names)
     if data.holdout is not None:
-        return holdout(train, data.holdout, derive(config.study.seed, "holdout") % 2**32)
+        try:
+            return holdout(train, data.holdout, derive(config.study.seed, "holdout") % 2**32, rules)
+        except DataError as error:
+            why = _few(train, error)
+            raise DataError(
+                f"{data.train}: no test part can be set aside (data.holdout = {data.holdout}): {why}, or name "
+                "a test file in data.test"
+            ) from None
     return train, None
+
+
+def _few(train: Sequences, error: DataError) -> str:
+    """Why data cannot be split, with a part of the way out."""
+    if units(train) > 1:
+        return f"{error}; choose another"
+    if train.groups is None:
+        return f"{train.n} sequence is left to train on and to validate on; set less aside or add some"
+    return f"all {train.n} sequences are of one group, which is never cut; leave its column out"
+
+
+def _checked_splits(written: StudyConfig, completed: StudyConfig, train: Sequences, rules: int) -> list[Split]:
+    """The splits for validation. Raises DataError, which names file and key, where they cannot be had."""
+    try:
+        return validation_parts(completed, train, rules)
+    except DataError as error:
+        value = completed.data.validation
+        shown = f"{{ folds = {value.folds} }}" if isinstance(value, Folds) else f"{value}"
+        by = "" if written.data.validation is not None else ", the default,"
+        rest = "" if written.data.holdout is None else f" beside a test part of data.holdout = {written.data.holdout}"
+        out = "" if written.data.holdout is None else "; or name a test file in data.test, so that none is set aside"
+        raise DataError(
+            f"{written.data.train}: data.validation = {shown}{by} cannot be had{rest}: {_few(train, error)}{out}"
+        ) from None
+
+
+def _say_what_is_lacking(train: Sequences, splits: list[Split], test: Sequences | None) -> None:
+    """Warn of classes that one of the parts has no sequence of."""
+    rows = {
+        "training": (train, np.arange(train.n), "no model can learn it"),
+        "validation": (train, np.concatenate([each for _, each in splits]), "it has no say in what is chosen"),
+    }
+    if test is not None and test.labels is not None:
+        rows["test"] = test, np.arange(test.n), "metrics that need one have no value there"
+    for what, (sequences, part, rest) in rows.items():
+        if names := lacking(sequences, part):
+            shown = ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if names[5:] else "")
+            log.warning("no sequence of class %s is among the %d of the %s part: %s", shown, len(part), what, rest)
 
 
 def complete_from(config: StudyConfig, train: Sequences) -> StudyConfig:
@@ -132,10 +196,11 @@ def complete_from(config: StudyConfig, train: Sequences) -> StudyConfig:
         features=train.n_features,
         classes=len(train.classes),
         variable=bool(train.lengths.min() < train.lengths.max()),
+        units=units(train),
     )
 
 
-def validation_parts(config: StudyConfig, sequences: Sequences) -> list[Split]:
+def validation_parts(config: StudyConfig, sequences: Sequences, rules: int) -> list[Split]:
     """The study's (training rows, validation rows): a function of its seed, the same for every trial.
 
     Raises DataError where the data cannot be split so.
@@ -143,9 +208,9 @@ def validation_parts(config: StudyConfig, sequences: Sequences) -> list[Split]:
     seed = derive(config.study.seed, "validation") % 2**32
     validation = config.data.validation
     if isinstance(validation, Folds):
-        return split_folds(sequences, validation.folds, seed)
+        return split_folds(sequences, validation.folds, seed, rules)
     assert validation is not None
-    return split_share(sequences, validation, seed)
+    return split_share(sequences, validation, seed, rules)
 
 
 def check_same(stored: Plan, plan: Plan) -> None:

@@ -28,7 +28,8 @@ def build(
     """
     classifier, config = configurations(plan, params, seed)
     kernel = lstm_kernel() if native and device == "cpu" else None
-    return Training(sequences, validation_parts(plan.config, sequences), classifier, config, device, kernel=kernel)
+    parts = validation_parts(plan.config, sequences, plan.rules)
+    return Training(sequences, parts, classifier, config, device, kernel=kernel)
 
 
 def rebuild(plan: Plan, record: TrialRecord, sequences: Sequences, device: str) -> Training:
@@ -62,6 +63,7 @@ def configurations(plan: Plan, params: Mapping[str, Any], seed: int) -> tuple[Cl
         features=len(plan.features),
         classes=len(plan.classes),
         steps=plan.steps,
+        epsilon=plan.epsilon,
         **_fields_of(ClassifierConfig, params),
     )
     train = plan.config.train

@@ -222,6 +222,11 @@ def _check_free(out: Path, overwrite: bool) -> None:
 def _models(config: BundleConfig, tensors: dict[str, Tensor], source: str) -> list[Classifier]:
     """The members in evaluation mode, once every tensor is there in its shape and no other."""
     models = []
+    if config.members * config.classifier.layers > len(tensors):  # before as many are made
+        raise BundleError(
+            f"{source} does not fit the configuration: {len(tensors)} tensors are too few for {config.members} members "
+            f"of {config.classifier.layers} layers"
+        )
     for _ in range(config.members):
         with torch.device("meta"):  # no memory, and no random initial weights drawn from the caller's state
             models.append(Classifier(config.classifier).eval().requires_grad_(False))
@@ -235,6 +240,8 @@ def _models(config: BundleConfig, tensors: dict[str, Tensor], source: str) -> li
     ]
     if faults:
         raise BundleError(f"{source} does not fit the configuration: {'; '.join(faults)}")
+    if broken := [name for name in wanted if not tensors[name].isfinite().all()]:
+        raise BundleError(f"{source} must hold finite numbers; these hold others: {', '.join(broken)}")
     for i, model in enumerate(models):
         state = {name: tensors[f"member.{i}.{name}"].float() for name in model.state_dict()}
         model.load_state_dict(state, assign=True)

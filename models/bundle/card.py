@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hpo.models.bundle.config import BundleConfig, preprocessing
-from hpo.models.classifier import EPSILON
+from hpo.models.classifier import ROUNDING
 from hpo.models.config import ClassifierConfig
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from hpo.models.metrics import Scores
 
 COUNTS_SHOWN = 30  # classes up to which the confusion matrix shows its numbers and every name
 
@@ -21,12 +24,14 @@ COUNTS_SHOWN = 30  # classes up to which the confusion matrix shows its numbers 
 def readme(config: BundleConfig, exported: str = "safetensors") -> str:
     """The model card, Markdown; `exported` adds how to run that format."""
     classifier = config.classifier
-    names = ", ".join(f"`{name}`" for name in config.classes)
+    names = ", ".join(map(_name, config.classes))
     members = f"{config.members} networks, probabilities averaged" if config.members > 1 else "one network"
     title = config.provenance.get("study", "LSTM classifier")
-    decision = f"`{config.classes[1]}` from probability {config.threshold:.6g} up" if len(config.classes) == 2 else ""
+    decision = (
+        f"{_name(config.classes[1])} from probability {config.threshold:.6g} up" if len(config.classes) == 2 else ""
+    )
     parts = [
-        f"# {title}",
+        f"# {_escaped(str(title))}",
         f"Tells {len(config.classes)} classes of sequences apart: {names}.",
         f"An LSTM classifier of {members}, tuned for {config.metric}; these are the weights of epoch "
         f"{config.best_epoch}.",
@@ -41,7 +46,7 @@ def readme(config: BundleConfig, exported: str = "safetensors") -> str:
         _code("python", _torch_example(config)),
         *_exported(config, exported),
         "## What it is",
-        _list([f"input: (T, {classifier.features}) float32: {', '.join(f'`{name}`' for name in config.features)}"]),
+        _list([f"input: (T, {classifier.features}) float32: {', '.join(map(_name, config.features))}"]),
         _list(preprocessing(classifier)),
         _list([_architecture(classifier), *([decision] if decision else [])]),
         "## Where it comes from",
@@ -50,8 +55,21 @@ def readme(config: BundleConfig, exported: str = "safetensors") -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _name(name: str) -> str:
+    """A name of the data as code: nothing in it is Markdown or HTML, whatever it holds."""
+    ticks = "`" * (1 + max(map(len, re.findall("`+", name)), default=0))
+    text = " ".join(name.split())
+    return f"{ticks}{text}{ticks}" if len(ticks) == 1 else f"{ticks} {text} {ticks}"
+
+
 def _plain(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return _escaped(text)
+
+
+def _escaped(text: str) -> str:
+    """In one line, and neither HTML nor the end of a table's cell."""
+    return " ".join(text.split()).replace("<", "&lt;").replace("|", "\\|")
 
 
 def _list(items: Sequence[str]) -> str:
@@ -80,18 +98,29 @@ def _scores(config: BundleConfig) -> str:
         return "Its scores were not recorded."
     rows = ["| | " + " | ".join(f"{name} ({scores.sequences:,})" for name, scores in known.items()) + " |"]
     rows.append("|---|" + "---|" * len(known))
-    for metric in dict.fromkeys(metric for scores in known.values() for metric in scores.metrics):
-        cells = [_cell(scores.metrics.get(metric), scores.intervals.get(metric)) for scores in known.values()]
-        rows.append(f"| {metric} | {' | '.join(cells)} |")
-    text = "In brackets: 95 % bootstrap intervals over the sequences of the part. The validation part chose the"
-    text += " hyperparameters, so its scores flatter the model; the test part was not seen before this model was final."
+    for metric in dict.fromkeys(metric for scores in known.values() for metric in (*scores.metrics, *scores.undefined)):
+        rows.append(f"| {metric} | {' | '.join(_cell(scores, metric) for scores in known.values())} |")
+    text = (
+        f"In brackets: 95 % intervals over the sequences of the part ({_methods(list(known.values()))}). The "
+        "validation part chose the hyperparameters, so its scores flatter the model; the test part was not seen "
+        "before this model was final."
+    )
     return "## Scores\n\n" + "\n".join(rows) + f"\n\n{text}\n\n![confusion](confusion.png)"
 
 
-def _cell(value: float | None, interval: tuple[float, float] | None) -> str:
+def _cell(scores: Scores, metric: str) -> str:
+    value, interval = scores.metrics.get(metric), scores.intervals.get(metric)
     if value is None:
-        return "undefined"
+        return f"undefined: {_escaped(scores.undefined[metric])}" if metric in scores.undefined else "undefined"
     return f"{value:.4f}" + (f" [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else "")
+
+
+def _methods(parts: Sequence[Scores]) -> str:
+    """How the intervals were found: each method with its metrics."""
+    by: dict[str, list[str]] = {}
+    for metric, method in {name: method for scores in parts for name, method in scores.methods.items()}.items():
+        by.setdefault(method, []).append(metric)
+    return "; ".join(f"{', '.join(metrics)}: {method}" for method, metrics in by.items()) or "bootstrap"
 
 
 def _torch_example(config: BundleConfig) -> str:
@@ -120,8 +149,7 @@ def _member_code(c: ClassifierConfig) -> list[str]:
     width, inputs = c.hidden_size, c.features * c.patch_length
     prepare = {
         f"x = x[-{c.sequence_length}:]": c.sequence_length,
-        f'x = (x - w["mean"]) / (w["deviation"] + {EPSILON})': c.normalization == "channel",
-        f"x = (x - x.mean(0)) / (x.std(0, correction=0) + {EPSILON})": c.normalization == "sequence",
+        **_normalization_code(c),
         f"x = torch.nn.functional.pad(x, (0, 0, 0, -len(x) % {c.patch_length})).reshape(-1, {inputs})": (
             c.patch_length > 1
         ),
@@ -149,9 +177,30 @@ def _member_code(c: ClassifierConfig) -> list[str]:
     ]
 
 
+def _normalization_code(c: ClassifierConfig) -> dict[str, bool]:
+    """The lines that normalise x, and whether they are used."""
+    channel, sequence = c.normalization == "channel", c.normalization == "sequence"
+    if c.epsilon:
+        return {
+            f'x = (x - w["mean"]) / (w["deviation"] + {c.epsilon})': channel,
+            f"x = (x - x.mean(0)) / (x.std(0, correction=0) + {c.epsilon})": sequence,
+        }
+    return {
+        'x = torch.where(w["deviation"] == 0, 0.0, (x - w["mean"]) / w["deviation"])': channel,
+        "x, mean = x.double(), x.double().mean(0)": sequence,
+        "deviation = x.std(0, correction=0)": sequence,
+        f"varies = deviation > {ROUNDING!r} * mean.abs()": sequence,
+        "x = torch.where(varies, (x - mean) / deviation, 0.0).float()": sequence,
+    }
+
+
 def _exported(config: BundleConfig, exported: str) -> list[str]:
     """How to run the exported graph: heading and code."""
     steps = config.classifier.steps if config.classifier.fixed_length else "T"
+    gaps = (
+        "It fills no missing values: a NaN or an infinity within a sequence's length gives NaN for that sequence. What "
+        "lies beyond the length never counts. Fill gaps as below."
+    )
     inputs = f"values (N, {steps}, {config.classifier.features}) float32, zeros after each end; lengths (N,) int64"
     if exported == "onnx":
         lines = ["import numpy as np", "import onnxruntime", ""]
@@ -160,11 +209,12 @@ def _exported(config: BundleConfig, exported: str) -> list[str]:
         lines += ["    probabilities = session.run(None, inputs)[0]  # (N, K)"]
         lines += [f"    names = np.array({json.dumps(config.classes, ensure_ascii=False)})"]
         lines += [f"    return names[{_decision(config)}], probabilities"]
-        return ["The same with numpy and onnxruntime alone, many sequences at once:", _code("python", "\n".join(lines))]
+        what = "The same with numpy and onnxruntime alone, many sequences at once:"
+        return [what, _code("python", "\n".join(lines)), gaps]
     if exported == "pt2":
         lines = ["import torch", "", 'model = torch.export.load("model.pt2").module()']
         lines += [f"# {inputs}", "# probabilities = model(values, lengths)  # (N, K)"]
-        return ["The same with torch alone, many sequences at once:", _code("python", "\n".join(lines))]
+        return ["The same with torch alone, many sequences at once:", _code("python", "\n".join(lines)), gaps]
     return []
 
 

@@ -7,12 +7,17 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 from hpo.errors import StudyFault
-from hpo.models.classifier import EPSILON
-from hpo.models.config import ClassifierConfig
+from hpo.models.config import EARLIER_EPSILON, ClassifierConfig
 from hpo.models.data.sequences import default_names
+from hpo.models.fields import rules
 from hpo.models.metrics import Scores
 
-FORMAT = 1  # version of the folder's format; raised when an older reader would misread it
+FORMAT = 2  # version of the folder's format; raised when an older reader would misread it
+EARLIER = {1: {"epsilon": EARLIER_EPSILON}}  # formats that are read too, with what their classifiers do not say
+TYPES: dict[str, type] = {
+    "classes": list, "features": list, "metric": str, "members": int, "threshold": float, "best_epoch": int,
+    "columns": dict, "provenance": dict,
+}  # fmt: skip
 T = TypeVar("T")
 
 
@@ -56,10 +61,13 @@ def preprocessing(config: ClassifierConfig) -> list[str]:
     steps = ["missing values are filled: linearly between known steps, the nearest one at the ends, 0 where none is"]
     if config.sequence_length:
         steps.append(f"only its last {config.sequence_length} steps are kept")
+    more = f" + {config.epsilon}" if config.epsilon else ""
     if config.normalization == "channel":
-        steps.append(f"each feature: minus `mean`, divided by `deviation` + {EPSILON} (both with the weights)")
+        constant = "" if more else "; 0 where that is 0, as the feature did not vary in training"
+        steps.append(f"each feature: minus `mean`, divided by `deviation`{more} (both with the weights){constant}")
     if config.normalization == "sequence":
-        steps.append(f"each feature: minus its mean in the sequence, divided by its deviation there + {EPSILON}")
+        constant = "" if more else "; 0 where it does not vary"
+        steps.append(f"each feature: minus its mean in the sequence, divided by its deviation there{more}{constant}")
     if config.patch_length > 1:
         steps.append(f"{config.patch_length} consecutive steps become one; the last, partial one is filled with zeros")
     return steps
@@ -81,8 +89,14 @@ def from_json(text: bytes, source: str) -> BundleConfig:
         content.pop("preprocessing", None)  # for readers; the classifier's configuration decides
     except (ValueError, KeyError, TypeError, AttributeError):
         raise BundleError(f"{source} is not the configuration of a saved model") from None
-    if version != FORMAT:
-        raise BundleError(f"{source} has format {version}, this version of hpo reads {FORMAT}: install a newer hpo")
+    if version not in (FORMAT, *EARLIER):
+        raise BundleError(
+            f"{source} has format {version}, this version of hpo reads up to {FORMAT}: install a newer hpo"
+        )
+    if isinstance(content.get("classifier"), dict):
+        content["classifier"] |= EARLIER.get(version, {})
+        _check_types(content["classifier"], {name: rule.kind for name, rule in rules(ClassifierConfig).items()}, source)
+    _check_types(content, TYPES, source)
     content["classifier"] = _exactly(ClassifierConfig, content.get("classifier"), f"{source}, classifier")
     for part in ("validation", "test"):
         if content.get(part) is not None:
@@ -93,7 +107,21 @@ def from_json(text: bytes, source: str) -> BundleConfig:
     return _exactly(BundleConfig, content, source)
 
 
+def _check_types(content: dict[str, Any], types: dict[str, type], source: str) -> None:
+    """Raise BundleError for a value of another type; a whole number is a float, too."""
+    for name, kind in types.items():
+        value = content.get(name, kind())
+        wrong = isinstance(value, bool) != (kind is bool) or not isinstance(
+            value, (int, float) if kind is float else kind
+        )
+        if wrong or (kind is list and not all(isinstance(item, str) for item in value)):
+            rule = "a list of texts" if kind is list else f"of type {kind.__name__}"
+            raise BundleError(f"{source}: {name} must be {rule}, got {str(value)[:40]!r}")
+
+
 def _scores(content: Any, source: str) -> Scores:
+    if isinstance(content, dict):
+        content = {"undefined": {}, "methods": {}} | content  # earlier versions did not say
     scores = _exactly(Scores, content, source)
     intervals = {name: (low, high) for name, (low, high) in scores.intervals.items()}
     return replace(scores, intervals=intervals, confusion=tuple(map(tuple, scores.confusion)))

@@ -53,5 +53,6 @@ def evaluate(
     if unknown:
         raise DataError(f"the model knows the classes {list(known)}, the data has others: {unknown}")
     labels = np.array([known[name] for name in names.tolist()])
-    scores = measure(predictions.probabilities, labels, bundle.config.threshold)
+    classes = bundle.config.classes
+    scores = measure(predictions.probabilities, labels, bundle.config.threshold, classes=classes)
     return Evaluation(scores, predictions, names)

@@ -1,7 +1,8 @@
 """Export of a saved model: the folder alone, or with one graph of all members, checked against torch.
 
 The graph takes `values` (N, T, F) float32 and `lengths` (N,) int64, both of any N and T (pooling `flatten`
-without a crop: of the training length), and gives `probabilities` (N, K), averaged over the k members.
+without a crop: of the training length), and gives `probabilities` (N, K), averaged over the k members; NaN for a
+sequence that holds a NaN or an infinity, as a graph fills no gaps. What lies behind a sequence's end never counts.
 
 Exporters that follow the program, `torch.export` and with it the newer ONNX one, fix T of `nn.LSTM` to that of the
 sample. ONNX therefore comes from the tracing exporter, and pt2 (for the CPU) runs the recurrence as a `scan` over the
@@ -83,7 +84,9 @@ def _write_checked(bundle: Bundle, path: Path, sequences: Sequences | None) -> N
     try:
         with _quiet():
             write(bundle, path)
-            difference = _difference(bundle, run(path), parts)
+            graph = run(path)
+            difference = _difference(bundle, graph, parts)
+            silent = _silent_gaps(bundle, graph, parts)
     except Exception as error:  # whatever an exporter raises
         raise ExportError(f"torch {torch.__version__} cannot export this model as {path.name}: {error}") from error
     if not difference <= TOLERANCE:
@@ -91,12 +94,32 @@ def _write_checked(bundle: Bundle, path: Path, sequences: Sequences | None) -> N
             f"{path.name} must give torch's probabilities within {TOLERANCE}, its largest difference is "
             f"{difference:.2g}; nothing was kept, the safetensors export holds the same model"
         )
+    if silent:
+        raise ExportError(
+            f"{path.name} must give NaN for a sequence with {silent}, and torch's probabilities for the others; "
+            "nothing was kept, the safetensors export holds the same model"
+        )
 
 
 def _difference(bundle: Bundle, run: Run, parts: list[Sequences]) -> float:
     """The largest difference between the graph's and torch's probabilities, NaN if one is not a number."""
     differences = [np.abs(run(part.values, part.lengths) - bundle.predict(part).probabilities) for part in parts]
     return float(np.concatenate([difference.ravel() for difference in differences]).max())
+
+
+def _silent_gaps(bundle: Bundle, run: Run, parts: list[Sequences]) -> str:
+    """The value that the graph takes for a number, or that changes an answer from behind a sequence's end; or ""."""
+    for gap in (np.nan, np.inf):
+        for part in parts:
+            values = part.values.copy()
+            values[np.arange(part.steps) >= part.lengths[:, None]] = gap
+            gapped = np.arange(part.n) % 2 == 0
+            values[gapped, part.lengths[gapped] - 1, -1] = gap
+            expected = bundle.predict(part).probabilities
+            expected[gapped] = np.nan
+            if not np.allclose(run(values, part.lengths), expected, rtol=0, atol=TOLERANCE, equal_nan=True):
+                return str(gap)
+    return ""
 
 
 def _drawn(bundle: Bundle) -> list[Sequences]:
@@ -143,7 +166,12 @@ class _Average(nn.Module):
 
     def forward(self, values: Tensor, lengths: Tensor) -> Tensor:
         found = [cast(Classifier, member).probabilities(values, lengths) for member in self.members]
-        return torch.stack(found).mean(0)
+        return _known(self.members[0], values, lengths, torch.stack(found).mean(0))
+
+
+def _known(member: nn.Module, values: Tensor, lengths: Tensor, probabilities: Tensor) -> Tensor:
+    """The probabilities, NaN for sequences with a gap. ONNX runtimes' LSTMs give numbers for it, and wrong ones."""
+    return probabilities.masked_fill(cast(Classifier, member).unknown(values, lengths)[:, None], torch.nan)
 
 
 def _require_onnx() -> None:
@@ -209,7 +237,8 @@ class _Scan(nn.Module):
         for layer in range(self.config.layers):
             outputs = self._layer(outputs, counts, layer)
         logits = [member.classify(outputs[:, i], counts) for i, member in enumerate(members)]
-        return torch.stack([to_probabilities(one) for one in logits]).mean(0)
+        probabilities = torch.stack([to_probabilities(one) for one in logits]).mean(0)
+        return _known(self.members[0], values, lengths, probabilities)
 
     def _layer(self, inputs: Tensor, counts: Tensor, layer: int) -> Tensor:
         """(S, k, B, inputs) to (S, k, B, D*H)."""

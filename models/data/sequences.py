@@ -8,6 +8,8 @@ Shapes: N sequences, T steps (of the longest), F features. Whatever the source, 
   where the sequence has none; `Sequences.filled` counts them. Masked values are missing.
 - Infinite values (also those beyond float32), sequences without a step and unequal numbers of features are
   errors that name the file and the row. A constant feature is kept.
+- Values are kept in float32. A feature that loses by it, as its values lie close together and far from 0, is named in a
+  warning; training data in which every feature that varies is lost are an error.
 - Labels and groups are kept by name: 1, 1.0 and "1.0" are "1"; ids too, but as text they stay as they are written.
   Other text is kept, without spaces around it and without what cannot be seen: é is one character however it was
   composed (NFC), and zero-width spaces are left out. nan, NA and the like are missing (`NO_NAME`).
@@ -16,6 +18,7 @@ Shapes: N sequences, T steps (of the longest), F features. Whatever the source, 
 
 from __future__ import annotations
 
+import logging
 import re
 import unicodedata
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -28,6 +31,8 @@ from numpy.typing import NDArray
 
 from hpo.errors import StudyFault
 
+log = logging.getLogger("hpo")
+
 Values = NDArray[np.float32]
 Indices = NDArray[np.int64]
 Mask = NDArray[np.bool_]
@@ -39,6 +44,9 @@ NO_NAME = {"", "?", "nan", "NaN", "NAN", "NaT", "<NA>", "NA", "N/A", "null", "NU
 _UNSEEN = dict.fromkeys(map(ord, "\u200b\u2060\ufeff"))  # zero-width spaces; joiners within a word have a meaning
 _UNKEPT = re.compile(r"[\0\ud800-\udfff]")  # what the database cannot keep
 _UNKEPT_RULE = "must hold neither a NUL nor half a character"
+
+
+WORN, LOST = 0.02, 0.3  # rounding relative to the deviation: worth a warning; nothing is left
 
 
 class DataError(StudyFault):
@@ -172,6 +180,7 @@ def to_sequences(
     values = np.ascontiguousarray(values[:, : lengths.max()])
     inside = np.arange(values.shape[1]) < lengths[:, None]
     _check_finite(raw, values, inside, names)
+    _check_precision(raw, values, inside, names, training=bool(labeled) and classes is None)
     filled = _fill(values, inside, raw.times)
     values[~inside] = 0
     labels, classes = _encode(raw, classes, labeled)
@@ -190,6 +199,40 @@ def _check_finite(raw: Raw, values: Values, inside: Mask, names: tuple[str, ...]
     for i, t, f in np.argwhere(np.isinf(values) & inside[:, :, None]).tolist():
         rule = "values must be finite in float32; correct it, or leave it empty to have it filled"
         raise DataError(f"{raw.at(i)}, step {t}, feature {names[f]!r} is infinite: {rule}")
+
+
+def _check_precision(raw: Raw, values: Values, inside: Mask, names: tuple[str, ...], *, training: bool) -> None:
+    """Warn of each feature whose float32 values (N, T, F) say less than the raw ones.
+
+    Raises DataError for training data of which nothing else is left.
+    """
+    found = [_precision(raw.values[:, : values.shape[1], f], values[:, :, f], inside) for f in range(len(names))]
+    kept = [rounding <= WORN * deviation for deviation, rounding, _, _ in found if deviation > 0]
+    lost = [rounding > LOST * deviation for deviation, rounding, _, _ in found if deviation > 0]
+    texts = [
+        f"feature {name!r} runs from {low:.13g} to {high:.13g}, where float32 tells steps of "
+        f"{np.spacing(np.float32(max(abs(low), abs(high)))):.2g} apart, and its deviation is {deviation:.2g}"
+        for name, (deviation, rounding, low, high) in zip(names, found, strict=True)
+        if rounding > WORN * deviation
+    ]
+    way_out = "subtract an offset from it, or change its unit, in training data and in those to predict alike"
+    if training and lost and all(lost):
+        raise DataError(f"{raw.source}: {'; '.join(texts)}: nothing of it is left to learn; {way_out}")
+    if not all(kept):
+        log.warning("%s: %s; %s", raw.source, "; ".join(texts), way_out)
+
+
+def _precision(raw: NDArray[Any], values: Values, inside: Mask) -> tuple[float, float, float, float]:
+    """Of one feature, raw (N, T): deviation, what rounding adds to it, smallest and largest value."""
+    known = inside & ~np.isnan(values)
+    exact = np.asarray(raw[known], dtype=np.float64)
+    if not len(exact):
+        return 0.0, 0.0, 0.0, 0.0
+    low, high = float(exact.min()), float(exact.max())
+    unit = high - low or 1.0  # so that no square is too large or too small
+    deviation = float(((exact - low) / unit).std()) * unit
+    rounding = float(np.sqrt(np.mean(((exact - values[known]) / unit) ** 2))) * unit
+    return deviation, rounding if low < high else 0.0, low, high
 
 
 def _valid_steps(values: Values) -> Indices:

@@ -9,6 +9,7 @@ import numpy as np
 from hpo.models.data.sequences import DataError, Indices, Mask, Sequences
 
 Split = tuple[Indices, Indices]  # training and validation indices, ascending
+RULES = 2  # by 1, those of studies that earlier versions began, a part may lack a class that it could hold
 
 
 def check_trainable(sequences: Sequences, source: str = "the training data") -> None:
@@ -24,31 +25,39 @@ def check_trainable(sequences: Sequences, source: str = "the training data") -> 
         raise DataError(f"{source} has another label for each of its {sequences.n} sequences: {rule}")
 
 
-def split_folds(sequences: Sequences, folds: int, seed: int) -> list[Split]:
+def lacking(sequences: Sequences, part: Indices) -> list[str]:
+    """The classes of which none of the sequences at `part` is."""
+    assert sequences.labels is not None
+    return [name for c, name in enumerate(sequences.classes) if not (sequences.labels[part] == c).any()]
+
+
+def split_folds(sequences: Sequences, folds: int, seed: int, rules: int = RULES) -> list[Split]:
     """k (training, validation) pairs; the validation parts are disjoint and together all N.
 
     Stratified: without groups, folds differ by at most one sequence, in all and of each class. A class with
     fewer members than folds works: some folds validate without it. Every training part holds every class of
-    two sequences or more (with groups: where one of ten draws allows it).
-    Raises DataError where there are fewer sequences or groups than folds.
+    two sequences or more (with groups: where one of ten draws allows it, and best one in which every fold holds every
+    class, too). Raises DataError where there are fewer sequences or groups than folds.
     """
     units, what = _units(sequences)
     if not 2 <= folds <= units:
         raise DataError(f"folds must be 2 to {units}, the number of {what}, got {folds}")
     labels, rng = _strata(sequences), np.random.default_rng(seed)
     if sequences.groups is not None:
-        fold = _grouped_folds(labels, sequences.groups, folds, rng)
+        fold = _grouped_folds(labels, sequences.groups, folds, rng, rules)
     else:
         fold = np.empty(sequences.n, dtype=np.int64)
         fold[_by_class(labels, rng)] = np.arange(sequences.n) % folds
     return [_split(fold == k) for k in range(folds)]
 
 
-def split_share(sequences: Sequences, share: float, seed: int) -> list[Split]:
+def split_share(sequences: Sequences, share: float, seed: int, rules: int = RULES) -> list[Split]:
     """One (training, validation) pair with about `share` of the N in validation, never none, never all.
 
-    Stratified; one member of every class stays in training where the share leaves room for them. Groups stay
-    whole: of 1 / share grouped folds the one nearest to the share is taken, so large groups can miss it.
+    Stratified; one member of every class stays in training where the share leaves room for them, and one of every class
+    of two or more goes into validation where the share has room. Groups stay whole: of 1 / share grouped folds one with
+    every class in both parts is taken where one of ten draws has it, the nearest to the share, which large groups can
+    miss.
     Raises DataError where there are fewer than two sequences or groups.
     """
     units, what = _units(sequences)
@@ -57,17 +66,29 @@ def split_share(sequences: Sequences, share: float, seed: int) -> list[Split]:
     labels, rng = _strata(sequences), np.random.default_rng(seed)
     wanted = min(max(round(share * sequences.n), 1), sequences.n - 1)
     if sequences.groups is None:
-        return [_split(_share(labels, wanted, rng))]
+        part = _share(labels, wanted, rng)
+        return [_split(part if rules < 2 else _with_every_class(part, labels, rng))]
     folds = min(max(round(1 / min(share, 1 - share)), 2), units)
-    fold = _grouped_folds(labels, sequences.groups, folds, rng)
-    parts = [(fold == k) if share <= 0.5 else (fold != k) for k in range(folds)]
-    return [_split(min(parts, key=lambda part: (_lost_classes(labels, part), abs(part.sum() - wanted))))]
+    chosen: list[Mask] = []
+    for _ in range(10 if rules > 1 else 1):
+        fold = _grouped_folds(labels, sequences.groups, folds, rng, rules=1)
+        parts = [(fold == k) if share <= 0.5 else (fold != k) for k in range(folds)]
+        chosen.append(min(parts, key=lambda part: _faults(labels, part, wanted, rules)))
+        lost, _, lacks, _ = _faults(labels, chosen[-1], wanted, rules)
+        if not lost + lacks:
+            break
+    return [_split(min(chosen, key=lambda part: _faults(labels, part, wanted, rules)))]
 
 
-def holdout(sequences: Sequences, share: float, seed: int) -> tuple[Sequences, Sequences]:
+def holdout(sequences: Sequences, share: float, seed: int, rules: int = RULES) -> tuple[Sequences, Sequences]:
     """(training, test) sequences, split as by `split_share`."""
-    ((train, test),) = split_share(sequences, share, seed)
+    ((train, test),) = split_share(sequences, share, seed, rules)
     return sequences.take(train), sequences.take(test)
+
+
+def units(sequences: Sequences) -> int:
+    """What a split never cuts: how many groups there are, or sequences where there are none."""
+    return _units(sequences)[0]
 
 
 def _units(sequences: Sequences) -> tuple[int, str]:
@@ -101,15 +122,38 @@ def _share(labels: Indices, wanted: int, rng: np.random.Generator) -> Mask:
     return part
 
 
-def _grouped_folds(labels: Indices, groups: Indices, folds: int, rng: np.random.Generator) -> Indices:
-    """(N,) fold of each sequence: of ten draws the first whose training parts hold every class, or the first.
+def _with_every_class(part: Mask, labels: Indices, rng: np.random.Generator) -> Mask:
+    """The part (N,) with a member of each class of two or more that it lacks, in place of one of its largest class."""
+    for c in np.unique(labels):
+        outside, held = np.flatnonzero((labels == c) & ~part), np.bincount(labels[part])
+        if len(outside) == (labels == c).sum() > 1 and held.max() > 1:
+            leaves = rng.choice(np.flatnonzero(part & (labels == held.argmax())))
+            part[leaves], part[rng.choice(outside)] = False, True
+    return part
+
+
+def _faults(labels: Indices, part: Mask, wanted: int, rules: int) -> tuple[int, bool, int, int]:
+    """Of a validation part, worst first: classes that training loses, whether its size is far off, classes that it
+    lacks, how far off its size is."""
+    lost, off = _lost_classes(labels, part), abs(int(part.sum()) - wanted)
+    return (lost, off > wanted, _lost_classes(labels, ~part), off) if rules > 1 else (lost, False, 0, off)
+
+
+def _grouped_folds(labels: Indices, groups: Indices, folds: int, rng: np.random.Generator, rules: int) -> Indices:
+    """(N,) fold of each sequence: of ten draws the first whose training parts hold every class, or the first; sooner
+    one whose validation parts do, too.
 
     scikit-learn's StratifiedGroupKFold rejects data in which all classes have fewer members than folds, and
     more often leaves a training part without a class.
     """
     draw = _deal_groups(labels, groups, folds, rng)
     draws = chain([draw], (_deal_groups(labels, groups, folds, rng) for _ in range(9)))
-    return next((d for d in draws if not any(_lost_classes(labels, d == k) for k in range(folds))), draw)
+    fitting = (d for d in draws if not any(_lost_classes(labels, d == k) for k in range(folds)))
+    if rules < 2:
+        return next(fitting, draw)
+    found = list(fitting)
+    whole = (d for d in found if not any(_lost_classes(labels, d != k) for k in range(folds)))
+    return next(whole, found[0] if found else draw)
 
 
 def _deal_groups(labels: Indices, groups: Indices, folds: int, rng: np.random.Generator) -> Indices:

@@ -27,7 +27,7 @@ from hpo.storage.leases import Lease
 from hpo.storage.trials import TrialStorage, trial_storage
 from hpo.study.config import KEYS, SAMPLERS, StudyConfig, load
 from hpo.study.lifecycle import BEGUN, OpenStudy, create_or_open, open_study
-from hpo.study.plan import Plan, StudyError
+from hpo.study.plan import Plan, StudyError, make_plan
 from hpo.study.pruning import make_pruner
 from hpo.terminal import show_predictions
 from hpo.trial.checkpoints import drop_spent_checkpoints
@@ -386,7 +386,7 @@ def test_a_study_half_made_by_a_launch_that_died_is_completed(
 def test_data_that_cannot_be_split_leave_no_study_behind(
     opened: Callable[..., OpenStudy], storage: TrialStorage, data: str
 ) -> None:
-    with pytest.raises(DataError, match="folds must be 2 to"):
+    with pytest.raises(DataError, match=r"waves\.npz: data\.validation = .* cannot be had beside a test part"):
         opened(data=data)
     assert storage.get_all_studies() == []
 
@@ -440,3 +440,19 @@ def test_a_class_of_one_is_refused(opened: Callable[..., OpenStudy], tmp_path: P
     np.savez(tmp_path / "waves.npz", X=np.ones((20, 8, 2)), y=np.zeros(20))
     with pytest.raises(DataError, match="one class"):
         opened(study="seed = 1")
+
+
+def test_a_study_of_earlier_rules_goes_on_with_its_own_parts(
+    storage: TrialStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its test part lacks the rare class, which a new study's holds: the same file must still be the same study."""
+    store = artifact_store(str(tmp_path / "artifacts"))
+    y = np.where(np.isin(np.arange(300), (3, 130, 250)), "yes", "no")
+    np.savez(tmp_path / "rare.npz", X=np.random.default_rng(0).normal(size=(300, 6, 1)), y=y)
+    config = load(tmp_path / "rare.npz", ["study.seed=1"])
+    with monkeypatch.context() as patch:
+        patch.setattr("hpo.study.lifecycle.make_plan", lambda config, rules=1: make_plan(config, rules))
+        begun = create_or_open(config, storage, store).plan
+    assert begun.rules == 1
+    assert create_or_open(config, storage, store).plan == begun
+    assert make_plan(config)[0].train != begun.train

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from hpo.models.bundle import bundle, export
+from hpo.models.bundle import bundle, card, export
 from hpo.models.bundle.config import BundleError, to_json
 from hpo.models.bundle.export import ExportError
+from hpo.models.config import EARLIER_EPSILON
 from hpo.models.data.sequences import Sequences, from_arrays
 from tests.unit.test_bundle import CURVE, make, run_example, sequences
 
@@ -96,6 +97,48 @@ class TestGraph:
             export.export(light(tmp_path / "model"), tmp_path / "out", format)
         assert not (tmp_path / "out").exists()
 
+    @pytest.mark.parametrize("gap", [np.nan, np.inf])
+    @pytest.mark.parametrize(
+        "given", [{"pooling": "max"}, {"normalization": "sequence", "sequence_length": 4}], ids=str
+    )
+    def test_a_gap_gives_nan_for_its_sequence_alone_and_none_behind_an_end(
+        self, tmp_path: Path, format: str, given: dict[str, Any], gap: float
+    ) -> None:
+        """onnxruntime's LSTM gives finite, wrong probabilities."""
+        out = export.export(light(tmp_path / "model", members=1, **given), tmp_path / "out", format)
+        graph, data = getattr(export, f"_run_{format}")(out / f"model.{format}"), padded(9, 3, 5, 7)
+        values = data.values.copy()
+        values[np.arange(9) >= data.lengths[:, None]] = gap
+        values[1, 1, 0] = gap
+        values[3, 0, 1] = gap
+        expected = bundle.load(out).predict(data).probabilities
+        expected[1] = np.nan
+        if "sequence_length" not in given:  # else the gap is cropped away
+            expected[3] = np.nan
+        np.testing.assert_allclose(graph(values, data.lengths), expected, atol=2e-6)
+
+    def test_a_graph_that_takes_a_gap_for_a_number_is_not_kept(
+        self, tmp_path: Path, format: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(export, "_known", lambda member, values, lengths, probabilities: probabilities.nan_to_num())
+        expected = rf"model.{format} must give NaN for a sequence with nan, and torch's probabilities for the others"
+        with pytest.raises(ExportError, match=expected):
+            export.export(light(tmp_path / "model", members=1), tmp_path / "out", format)
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize("normalization", ["channel", "sequence"])
+    def test_a_feature_that_does_not_vary_and_what_earlier_versions_trained(
+        self, tmp_path: Path, format: str, normalization: str
+    ) -> None:
+        for epsilon in (0.0, EARLIER_EPSILON):
+            states, config = make(members=1, normalization=normalization, epsilon=epsilon)
+            states[0]["deviation"][1] = 0
+            (tmp_path / "model").mkdir(exist_ok=True)
+            (tmp_path / "model" / "model.safetensors").write_bytes(bundle.pack(states))
+            (tmp_path / "model" / "config.json").write_text(to_json(config))
+            constant = [one * [1, 0] + [0, 5.0 if epsilon else 1.7e9] for one in sequences(9, 3, 5)]
+            export.export(tmp_path / "model", tmp_path / "out", format, sequences=from_arrays(constant), overwrite=True)
+
     def test_an_exporter_that_fails_says_why(
         self, tmp_path: Path, format: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -124,6 +167,11 @@ class TestReadme:
         data = padded(9, 3, 1, 5)
         found = model(torch.from_numpy(data.values), torch.from_numpy(data.lengths)).numpy()
         np.testing.assert_allclose(found, bundle.load(out).predict(data).probabilities, atol=2e-6)
+
+    @pytest.mark.parametrize("format", ["onnx", "pt2"])
+    def test_says_what_becomes_of_a_gap(self, format: str) -> None:
+        text = card.readme(make()[1], format)
+        assert "a NaN or an infinity within a sequence's length gives NaN for that sequence" in text
 
     def test_says_that_flatten_needs_the_training_length(self, tmp_path: Path) -> None:
         out = export.export(light(tmp_path / "model", pooling="flatten"), tmp_path / "out", "onnx")

@@ -26,7 +26,7 @@ from hpo.models.bundle.bundle import Bundle
 from hpo.models.bundle.checksums import SUMS, write_checksums
 from hpo.models.bundle.config import BundleConfig, BundleError, preprocessing
 from hpo.models.classifier import Classifier
-from hpo.models.config import ClassifierConfig
+from hpo.models.config import EARLIER_EPSILON, ClassifierConfig
 from hpo.models.data.readers import read
 from hpo.models.data.sequences import DataError, from_arrays
 from hpo.study.config import load
@@ -212,6 +212,27 @@ class TestChecksums:
         assert bundle.load(folder).config.members == 2
 
 
+@pytest.mark.parametrize("normalization", ["channel", "sequence"])
+def test_a_model_of_an_earlier_format_predicts_as_it_did(tmp_path: Path, normalization: str) -> None:
+    """Format 1 added 1e-5 to every deviation and did not say so in its configuration."""
+    small = [one * 1e-5 for one in sequences(*LENGTHS)]
+    states, config = make(normalization=normalization, epsilon=EARLIER_EPSILON)
+    for state in states:
+        state["mean"] *= 1e-5
+        state["deviation"] *= 1e-5
+    expected = bundle.assemble(config, states).predict(small).probabilities
+    folder = bundle.save(tmp_path / "model", states, config, CURVE)
+    (folder / SUMS).unlink()
+    content = json.loads((folder / "config.json").read_text())
+    del content["classifier"]["epsilon"]
+    (folder / "config.json").write_text(json.dumps(content | {"format": 1}))
+    loaded = bundle.load(folder)
+    assert loaded.config == config
+    np.testing.assert_array_equal(loaded.predict(small).probabilities, expected)
+    otherwise = replace(config, classifier=replace(config.classifier, epsilon=0.0))
+    assert not np.allclose(bundle.assemble(otherwise, states).predict(small).probabilities, expected, atol=1e-3)
+
+
 class TestBrokenFolder:
     @pytest.fixture
     def folder(self, whole: Path, tmp_path: Path) -> Path:
@@ -232,8 +253,8 @@ class TestBrokenFolder:
             bundle.load(folder / "nowhere")
 
     def test_a_newer_format_names_the_way_out(self, folder: Path) -> None:
-        self.change(folder, format=2)
-        with pytest.raises(BundleError, match="has format 2, this version of hpo reads 1: install a newer hpo"):
+        self.change(folder, format=3)
+        with pytest.raises(BundleError, match="has format 3, this version of hpo reads up to 2: install a newer hpo"):
             bundle.load(folder)
 
     def test_missing_and_unexpected_keys_are_named(self, folder: Path) -> None:
@@ -259,6 +280,38 @@ class TestBrokenFolder:
         path = folder / "model.safetensors"
         path.write_bytes(path.read_bytes()[:-5])
         with pytest.raises(BundleError, match="is not a whole safetensors file"):
+            bundle.load(folder)
+
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            ({"members": 10**12}, "too few for 1000000000000 members"),
+            ({"members": "2"}, "members must be of type int, got '2'"),
+            ({"members": True}, "members must be of type int, got 'True'"),
+            ({"threshold": None}, "threshold must be of type float, got 'None'"),
+            ({"classes": [1, 2, 3]}, "classes must be a list of texts"),
+            ({"classes": "abc"}, "classes must be a list of texts"),
+            ({"provenance": []}, "provenance must be of type dict"),
+        ],
+    )
+    def test_a_configuration_of_other_types_or_sizes(self, folder: Path, given: dict[str, Any], message: str) -> None:
+        self.change(folder, **given)
+        with pytest.raises(BundleError, match=message):
+            bundle.load(folder)
+
+    @pytest.mark.parametrize(("name", "value"), [("layers", 10**12), ("hidden_size", 2.5), ("dropout", "0")])
+    def test_a_classifier_of_other_types_or_sizes(self, folder: Path, name: str, value: Any) -> None:
+        content = json.loads((folder / "config.json").read_text())
+        self.change(folder, classifier=content["classifier"] | {name: value})
+        with pytest.raises(BundleError, match=f"{name} must be of type|too few for 2 members of {value} layers"):
+            bundle.load(folder)
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_weights_that_are_no_numbers(self, folder: Path, value: float) -> None:
+        states, _ = make()
+        states[1]["head.bias"][0] = value
+        (folder / "model.safetensors").write_bytes(bundle.pack(states))
+        with pytest.raises(BundleError, match=r"must hold finite numbers; these hold others: member\.1\.head\.bias"):
             bundle.load(folder)
 
     def test_too_few_class_names(self, folder: Path) -> None:
@@ -493,8 +546,10 @@ class TestCard:
             {"classes": 2, "normalization": "channel", "head_size": 4},
             {"classes": 3, "normalization": "sequence", "patch_length": 4},
             {"classes": 2, "sequence_length": 5, "patch_length": 2},
+            {"classes": 2, "normalization": "channel", "epsilon": EARLIER_EPSILON},
+            {"classes": 2, "normalization": "sequence", "epsilon": EARLIER_EPSILON},
         ],
-        ids=["channel", "sequence", "crop"],
+        ids=["channel", "sequence", "crop", "earlier channel", "earlier sequence"],
     )
     def test_its_plain_torch_example_gives_what_predict_gives(
         self, tmp_path: Path, pooling: str, bidirectional: bool, layers: int, rest: dict[str, Any]
@@ -517,6 +572,15 @@ class TestCard:
         assert "validation (60) | test (61)" in text
         assert f"| {test.metrics['auroc']:.4f} [{low:.4f}, {high:.4f}] |" in text
         assert "- trial: 3" in text
+
+    def test_names_of_the_data_are_neither_markdown_nor_html(self) -> None:
+        _, config = make()
+        names = ("a`b", "<script>\n# c", "d | e")
+        undefined = metrics.measure(np.eye(3)[[0, 0]], np.array([0, 0]), classes=names)
+        text = card.readme(replace(config, classes=names, test=undefined))
+        assert "apart: `` a`b ``, `<script> # c`, `d | e`." in text
+        assert "undefined: no sequence of class &lt;script> # c, d \\| e |" in text
+        assert "\n# c" not in text
 
     def test_lists_what_happens_before_the_lstm(self) -> None:
         _, config = make(normalization="channel", patch_length=4, sequence_length=5)

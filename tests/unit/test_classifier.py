@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hpo.models.classifier import Classifier, channel_statistics, crop_last, fold_patches
-from hpo.models.config import ClassifierConfig, ClassifierError
+from hpo.models.config import EARLIER_EPSILON, ClassifierConfig, ClassifierError
 from hpo.models.fields import rules
 
 POOLINGS = rules(ClassifierConfig)["pooling"].names
@@ -111,6 +111,61 @@ def test_a_constant_channel_normalizes_to_zero() -> None:
         net.fit_normalization(values, torch.tensor([4, 2, 1]))
         patches, _ = net.prepare(values, torch.tensor([4, 2, 1]))
         assert patches.abs().max() == 0
+
+
+class TestScaleDoesNotDecide:
+    """Signals of 1e-12 (tesla, ampere) and of 1e30 are learnt as any other. 1e-5 added to a deviation hid small ones.
+
+    scikit-learn#19726 (M/EEG), pytorch#53465 (float32's range).
+    """
+
+    @staticmethod
+    def prepared(normalization: str, values: torch.Tensor, **given: float) -> torch.Tensor:
+        config = ClassifierConfig(features=2, classes=2, steps=9, normalization=normalization, **given)  # type: ignore[arg-type]
+        net = Classifier(config)
+        net.fit_normalization(values, LENGTHS)
+        return net.prepare(values, LENGTHS)[0]
+
+    @pytest.mark.parametrize("normalization", ["channel", "sequence"])
+    @pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e-9, 1e-6, 1e6, 1e30])
+    def test_any_unit_gives_the_same_inputs(self, normalization: str, scale: float) -> None:
+        _, values = network()
+        expected = self.prepared(normalization, values)
+        assert 0.5 < expected.std() < 1.5
+        torch.testing.assert_close(self.prepared(normalization, values * scale), expected, atol=1e-5, rtol=1e-5)
+
+    @pytest.mark.parametrize("normalization", ["channel", "sequence"])
+    def test_an_offset_gives_the_same_inputs_up_to_what_float32_keeps(self, normalization: str) -> None:
+        _, values = network()
+        expected = self.prepared(normalization, values)
+        torch.testing.assert_close(self.prepared(normalization, values + 1e4), expected, atol=5e-3, rtol=0)
+
+    @pytest.mark.parametrize("normalization", ["channel", "sequence"])
+    @pytest.mark.parametrize("value", [1e-12, 0.1, 1.7e9])
+    def test_a_feature_that_varies_by_rounding_alone_becomes_zero(self, normalization: str, value: float) -> None:
+        _, values = network()
+        values[:, :, 1] = value
+        values[0, 0, 1] = torch.nextafter(values[0, 0, 1], torch.tensor(torch.inf))
+        prepared = self.prepared(normalization, values)
+        assert (prepared[:, :, 1] == 0).all()
+        assert prepared[:, :, 0].abs().max() > 0.5
+
+    def test_a_feature_that_was_constant_in_training_says_nothing_later(self) -> None:
+        net = Classifier(ClassifierConfig(features=1, classes=2, steps=4, normalization="channel"))
+        net.fit_normalization(torch.full((3, 4, 1), 5.0), torch.tensor([4, 2, 1]))
+        assert (net.prepare(torch.full((3, 4, 1), 7.0), torch.tensor([4, 2, 1]))[0] == 0).all()
+
+    @pytest.mark.parametrize("normalization", ["channel", "sequence"])
+    def test_what_earlier_versions_trained_keeps_its_bits(self, normalization: str) -> None:
+        _, values = network()
+        values = values[:, :1] * 1e-4  # one step to each, so that no other order of a sum is possible
+        ones = torch.ones(4, dtype=torch.int64)
+        config = ClassifierConfig(features=2, classes=2, steps=1, normalization=normalization, epsilon=EARLIER_EPSILON)
+        net = Classifier(config)
+        net.fit_normalization(values, ones)
+        mean, deviation = channel_statistics(values, ones)
+        expected = (values - mean) / (deviation + 1e-5) if normalization == "channel" else torch.zeros(4, 1, 2)
+        assert torch.equal(net.prepare(values, ones)[0], expected.transpose(0, 1))
 
 
 def test_weights_load_into_a_plain_lstm() -> None:

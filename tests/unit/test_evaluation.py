@@ -31,8 +31,11 @@ def test_its_scores_are_those_of_its_predictions_by_the_names_of_the_classes(mod
     names = ["class 2", "class 0"] * 6
     found = evaluate(model, sequences(names))
     labels = np.array([int(name[-1]) for name in names])
-    expected = measure(model.predict(sequences(None)).probabilities, labels, model.config.threshold)
+    config = model.config
+    probabilities = model.predict(sequences(None)).probabilities
+    expected = measure(probabilities, labels, config.threshold, classes=config.classes)
     assert found.scores == expected
+    assert "no sequence of class class 1" in expected.undefined["balanced_accuracy"]
     assert found.scores.sequences == 12
     assert sum(map(sum, found.scores.confusion)) == 12
     assert len(found.scores.confusion) == 3

@@ -10,8 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from scipy.stats import binomtest
 from sklearn import metrics as sk
 
+from benchmarks import intervals as benchmark
 from hpo.models import metrics
 from hpo.models.config import METRICS
 from hpo.models.metrics import MetricError
@@ -186,6 +188,77 @@ def test_intervals_are_as_wide_as_the_binomial_says() -> None:
     low, high = metrics.intervals(np.stack([1 - p1, p1], axis=1), y, samples=2000)["accuracy"]
     half = 1.96 * np.sqrt(0.9 * 0.1 / 1000)
     np.testing.assert_allclose((low, high), (0.9 - half, 0.9 + half), atol=0.004)
+
+
+class TestIntervals:
+    """40 of 40 right says at least 91 %, not 100 % (NVIDIA/garak#2076, EleutherAI/lm-evaluation-harness#4070)."""
+
+    @pytest.mark.parametrize("K", [2, 3])
+    @pytest.mark.parametrize("n", [6, 12, 40])
+    @pytest.mark.parametrize("certain", [True, False])
+    def test_all_right_is_not_certain(self, K: int, n: int, certain: bool) -> None:
+        y = np.arange(n) % K
+        p = np.eye(K)[y] if certain else np.where(np.eye(K)[y] == 1, 0.6, 0.4 / (K - 1))
+        found = metrics.intervals(p, y)
+        assert found.keys() == set(METRICS) == metrics.METHODS.keys()
+        for name, (low, high) in found.items():
+            assert high - low > 0.3 / n, name
+            assert high == 1 or name == "log_loss"
+
+    def test_one_row_says_hardly_anything(self) -> None:
+        found = metrics.intervals(np.array([[0.1, 0.9]]), np.array([1]))
+        assert found["accuracy"] == pytest.approx((0.025, 1))
+        assert found["log_loss"][1] > 0.7
+
+    @pytest.mark.parametrize(("hits", "n"), [(0, 12), (7, 12), (12, 12), (199, 200)])
+    def test_of_a_share_are_those_of_clopper_and_pearson(self, hits: int, n: int) -> None:
+        expected = binomtest(hits, n).proportion_ci(method="exact")
+        assert metrics.proportion_interval(hits, n) == pytest.approx((expected.low, expected.high))
+
+    def test_of_auroc_are_those_of_newcombe(self) -> None:
+        """Each limit is 1.96 standard errors, taken at the limit, from the estimate."""
+        for auroc, m, n in ((0.5, 10, 10), (0.9, 20, 5), (1.0, 6, 6)):
+            low, high = metrics.auroc_interval(auroc, m, n)
+            more = (m + n) / 2 - 1
+            for limit in {low, high} - {1.0}:
+                shape = 1 + more * ((1 - limit) / (2 - limit) + limit / (1 + limit))
+                error = np.sqrt(limit * (1 - limit) * shape / (m * n))
+                assert abs(auroc - limit) == pytest.approx(1.959964 * error, rel=1e-4)
+
+    @pytest.mark.parametrize("n", [20, 40, 200])
+    @pytest.mark.parametrize("accuracy", [0.6, 0.9, 0.99])
+    def test_cover_the_truth_nearly_as_often_as_they_say(self, n: int, accuracy: float) -> None:
+        """300 simulated parts: a coverage of 95 % shows at least 91.5 % in all but one of a hundred."""
+        found = benchmark.coverage(n, accuracy, parts=300, samples=200)
+        for name in ("accuracy", "balanced_accuracy", "macro_f1", "auroc"):
+            assert found[name] >= 0.915, name
+
+
+class TestUndefined:
+    """A model that always says "no" is no perfect one where no "yes" is there (torchmetrics#300, evalml#970)."""
+
+    def test_metrics_that_need_an_absent_class_say_so(self) -> None:
+        p = np.array([[0.9, 0.1]] * 5)
+        scores = metrics.measure(p, np.zeros(5, np.int64), classes=("no", "yes"))
+        assert scores.metrics.keys() == scores.intervals.keys() == scores.methods.keys() == {"accuracy", "log_loss"}
+        assert scores.undefined == {name: "no sequence of class yes" for name in METRICS if name not in scores.metrics}
+
+    def test_f1_of_two_classes_needs_the_second_one_alone(self) -> None:
+        p = np.array([[0.1, 0.9]] * 5)
+        scores = metrics.measure(p, np.ones(5, np.int64), classes=("no", "yes"))
+        assert scores.metrics.keys() == {"accuracy", "f1", "log_loss"}
+
+    def test_many_absent_classes_are_counted(self) -> None:
+        p, y = np.full((4, 9), 1 / 9), np.zeros(4, np.int64)
+        reason = metrics.measure(p, y, classes=tuple("abcdefghi")).undefined["macro_f1"]
+        assert reason == "no sequence of class b, c, d, e, f and 3 more"
+
+    def test_what_tuning_goes_by_leaves_the_class_out(self) -> None:
+        p, y = drawn(50, 5, seed=0)
+        p, y = p[y != 3], y[y != 3]
+        scores = metrics.measure(p, y)
+        assert not scores.undefined
+        assert scores.metrics == {name: metrics.score(name, p, y) for name in METRICS}
 
 
 def test_measure_holds_what_evaluate_intervals_and_confusion_give() -> None:

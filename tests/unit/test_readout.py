@@ -62,10 +62,3 @@ def test_sequences_in_both_parts_are_counted() -> None:
     train = part()
     (said,) = suspicions(train, train.take(range(10)))
     assert said.startswith("10 of the test part's sequences are in the training part too")
-
-
-def test_a_class_that_the_test_part_lacks_is_named() -> None:
-    train = part()
-    lacking = from_arrays(random.normal(0, 1, (5, 8, 2)), np.array(["no"] * 5), classes=("no", "yes"))
-    (said,) = suspicions(train, lacking)
-    assert said == "the test part has no sequence of 'yes': its scores say nothing of that"

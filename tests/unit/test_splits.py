@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from hpo.models.data.sequences import DataError, Sequences, from_arrays
-from hpo.models.data.splits import Split, holdout, split_folds, split_share
+from hpo.models.data.splits import Split, holdout, lacking, split_folds, split_share
 
 
 def labeled(labels: Sequence[int] | None, groups: Sequence[int] | None = None, n: int = 0) -> Sequences:
@@ -111,6 +111,46 @@ def test_a_share_is_stratified(counts: list[int], share: float, seed: int) -> No
     assert (abs(held - share * np.array(counts)) <= 2).all()
 
 
+@settings(max_examples=100, deadline=None)
+@given(data(grouped=False), shares, seeds)
+def test_a_share_holds_every_class_of_two_where_it_has_room(sequences: Sequences, share: float, seed: int) -> None:
+    """torchmetrics#300, evalml#970: a test part without the rare class makes a perfect score of always saying no."""
+    ((train, validation),) = split_share(sequences, share, seed)
+    assert sequences.labels is not None
+    counts = np.bincount(sequences.labels)
+    if len(sequences.classes) <= len(validation) <= sequences.n - len(sequences.classes):
+        assert set(np.flatnonzero(counts > 1)) <= set(sequences.labels[validation])
+        assert set(sequences.labels) == set(sequences.labels[train])
+
+
+def test_a_grouped_share_holds_every_class_that_two_groups_have() -> None:
+    sequences = labeled([0] * 36 + [1, 0, 0, 1], np.repeat(range(10), 4).tolist())
+    spread = labeled(([0] * 8 + [1]) * 10, np.repeat(range(30), 3).tolist())
+    for seed in range(20):
+        ((train, validation),) = split_share(spread, 0.2, seed)
+        assert spread.labels is not None
+        assert sequences.labels is not None
+        assert 1 in spread.labels[train]
+        assert 1 in spread.labels[validation]
+        ((train, _),) = split_share(sequences, 0.2, seed)  # class 1 in one group alone
+        assert 1 in sequences.labels[train]
+
+
+def test_grouped_folds_hold_every_class_where_a_draw_allows_it() -> None:
+    sequences = labeled([0, 0, 1, 0, 0, 0] * 10, np.repeat(range(20), 3).tolist())
+    assert sequences.labels is not None
+    for seed in range(20):
+        assert all(1 in sequences.labels[validation] for _, validation in split_folds(sequences, 5, seed))
+
+
+@settings(max_examples=100, deadline=None)
+@given(data(), shares, seeds)
+def test_a_part_that_lacks_no_class_is_that_of_earlier_versions(sequences: Sequences, share: float, seed: int) -> None:
+    old, new = split_share(sequences, share, seed, rules=1), split_share(sequences, share, seed)
+    if not lacking(sequences, old[0][0]) and not lacking(sequences, old[0][1]):
+        np.testing.assert_equal(new, old)
+
+
 def test_grouped_folds_are_stratified() -> None:
     rng = np.random.default_rng(0)
     groups = np.repeat(np.arange(100), 5)
@@ -165,19 +205,20 @@ def test_another_seed_gives_another_split() -> None:
         assert min(len(folds), len(shares)) >= 9
 
 
-def test_a_seed_gives_the_split_that_it_always_gave() -> None:
+@pytest.mark.parametrize(("rules", "share"), [(1, [2, 3, 5]), (2, [2, 5, 7])])
+def test_a_seed_gives_the_split_that_it_always_gave(rules: int, share: list[int]) -> None:
     """A study that goes on after an update must validate on the same sequences."""
     plain, grouped = labeled([0, 0, 0, 1, 1, 1, 2, 2]), labeled([0, 1] * 5, [0, 0, 1, 1, 2, 2, 3, 3, 4, 4])
     found = [
         [validation.tolist() for _, validation in splits]
         for splits in (
-            split_folds(plain, 3, 7),
-            split_share(plain, 0.4, 7),
-            split_folds(grouped, 3, 7),
-            split_share(grouped, 0.4, 7),
+            split_folds(plain, 3, 7, rules),
+            split_share(plain, 0.4, 7, rules),
+            split_folds(grouped, 3, 7, rules),
+            split_share(grouped, 0.4, 7, rules),
         )
     ]
-    assert found == [[[0, 4, 6], [2, 5, 7], [1, 3]], [[2, 3, 5]], [[2, 3, 4, 5], [0, 1, 6, 7], [8, 9]], [[0, 1, 2, 3]]]
+    assert found == [[[0, 4, 6], [2, 5, 7], [1, 3]], [share], [[2, 3, 4, 5], [0, 1, 6, 7], [8, 9]], [[0, 1, 2, 3]]]
 
 
 def test_data_without_labels_can_be_split() -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from hpo.models.bundle import bundle
-from hpo.models.config import ClassifierConfig, TrainingConfig
+from hpo.models.config import EARLIER_EPSILON, ClassifierConfig, TrainingConfig
 from hpo.models.data import canonical
 from hpo.models.data.splits import split_folds
 from hpo.models.training.training import Training
@@ -35,6 +35,7 @@ def test_a_checkpoint_is_continued() -> None:
         dropout=0.2,
         normalization="channel",
         head_size=2,
+        epsilon=EARLIER_EPSILON,
     )
     config = TrainingConfig(
         metric="auroc", epochs=4, batch_size=6, learning_rate=0.02, weight_decay=1e-3, schedule="cosine", seed=1

@@ -1,0 +1,95 @@
+"""What a plan says of itself, without a database."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hpo.models.config import EARLIER_EPSILON
+from hpo.models.data.sequences import DataError
+from hpo.study.config import Folds, load
+from hpo.study.plan import RULES, Plan, make_plan
+from hpo.trial.build import configurations
+
+
+def write(path: Path, n: int = 40, **more: object) -> Path:
+    X = np.random.default_rng(0).normal(size=(n, 6, 1))
+    np.savez(path, X=X, **({"y": np.arange(n) % 2} | more))  # type: ignore[arg-type]
+    return path
+
+
+def test_a_study_of_an_earlier_version_goes_on_by_the_rules_it_began_with(tmp_path: Path) -> None:
+    plan, _, _ = make_plan(load(write(tmp_path / "waves.npz")))
+    content = plan.to_json()
+    assert content["rules"] == RULES
+    assert configurations(plan, {}, 0)[0].epsilon == 0
+    del content["rules"]
+    assert configurations(Plan.from_json(content), {}, 0)[0].epsilon == EARLIER_EPSILON
+
+
+class TestDefaultsFollowFromTheData:
+    """A data file alone is a study (SparseSC#48, evalml#1783, scikit-learn#34828)."""
+
+    @pytest.mark.parametrize(("patients", "folds"), [(3, 2), (5, 4), (6, 5), (30, 5)])
+    def test_as_many_folds_as_groups_are_left_and_five_at_most(self, tmp_path: Path, patients: int, folds: int) -> None:
+        plan, _, _ = make_plan(load(write(tmp_path / "waves.npz", 60, groups=np.arange(60) // 2 % patients)))
+        assert plan.config.data.validation == Folds(folds)
+        assert plan.written.data.validation is None
+
+    def test_four_sequences(self, tmp_path: Path) -> None:
+        plan, train, test = make_plan(load(write(tmp_path / "waves.npz", 4)))
+        assert (plan.config.data.validation, train.n, test and test.n) == (Folds(3), 3, 1)
+
+    def test_folds_that_were_asked_for_are_refused_with_key_and_file(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "waves.npz", groups=np.arange(40) // 2 % 5)
+        expected = (
+            r"waves\.npz: data\.validation = \{ folds = 5 \} cannot be had beside a test part of data\.holdout = 0\.2"
+        )
+        with pytest.raises(DataError, match=expected + ": folds must be 2 to 4, the number of groups, got 5; choose"):
+            make_plan(load(path, ["data.validation={ folds = 5 }"]))
+
+    def test_two_groups_are_too_few_for_a_test_part_and_folds(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "waves.npz", groups=np.arange(40) // 2 % 2)
+        expected = r"waves\.npz: data\.validation = \{ folds = 2 \}, the default, cannot be had .* of one group"
+        with pytest.raises(DataError, match=expected + ".* name a test file in data.test"):
+            make_plan(load(path))
+
+    def test_one_group_is_said(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "waves.npz", groups=np.zeros(40, int))
+        expected = (
+            r"waves\.npz: no test part can be set aside \(data\.holdout = 0\.2\): all 40 sequences are of one group"
+        )
+        with pytest.raises(DataError, match=expected):
+            make_plan(load(path))
+
+
+class TestRareClasses:
+    """torchmetrics#300, evalml#970, pytorch-time-series-classification#6."""
+
+    RARE = np.where(np.isin(np.arange(300), (3, 130, 250)), "yes", "no")
+
+    def test_a_test_part_holds_one_where_there_are_two(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        for seed in range(10):
+            _, train, test = make_plan(load(write(tmp_path / "rare.npz", 300, y=self.RARE), [f"study.seed={seed}"]))
+            assert test is not None
+            assert test.labels is not None
+            assert train.labels is not None
+            assert test.n == 60
+            assert 1 in test.labels
+            assert 1 in train.labels
+        assert not caplog.records
+
+    def test_a_test_part_that_lacks_a_class_is_said(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        write(tmp_path / "one.npz", 8, y=np.array(["no"] * 8))
+        make_plan(load(write(tmp_path / "rare.npz", 300, y=self.RARE), [f"data.test={tmp_path / 'one.npz'}"]))
+        assert "no sequence of class 'yes' is among the 8 of the test part: metrics that need one" in caplog.text
+
+    def test_a_study_of_an_earlier_version_keeps_its_parts(self, tmp_path: Path) -> None:
+        config = load(write(tmp_path / "rare.npz", 300, y=self.RARE), ["study.seed=1"])
+        plan, _, test = make_plan(config, rules=1)
+        assert test is not None
+        assert test.labels is not None
+        assert (plan.rules, 1 in test.labels) == (1, False)
+        assert make_plan(config)[0].train != plan.train
