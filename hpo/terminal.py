@@ -361,6 +361,8 @@ def show_summary(summary: dict[str, Any]) -> None:
         nothing = "undefined" if name in (summary["undefined"] or {}) else ""
         table.add_row(name, f"{value:.4f}", nothing if test is None else f"{test:.4f}")
     console.print(table)
+    if summary["positive"] is not None:
+        _say(console, f"f1 and average_precision are of class {summary['positive']!r} ([data] positive chooses)")
     _say(console, f"model {model['name']} version {model['version']}: {model['path']}")
     looks = summary["test_looks"] or 0
     if looks > 1:

@@ -91,6 +91,8 @@ class DataSection:
     id: str = field(default="id", metadata=checked(text))  # column that tells sequences apart
     step: str = field(default="step", metadata=checked(text))  # column that orders a sequence's rows
     group: str = field(default="group", metadata=checked(text))  # column of what a split must not separate
+    # of two classes the one that f1, average_precision and the threshold are of; None: the last by name
+    positive: str | None = field(default=None, metadata=checked(text))
 
     def __post_init__(self) -> None:
         if self.test is None and self.holdout is None:

@@ -134,6 +134,11 @@ def _parts(config: StudyConfig, rules: int) -> tuple[Sequences, Sequences | None
     names: dict[str, Any] = {"label": data.label, "id": data.id, "step": data.step, "group": data.group}
     train = read(Path(data.train), labeled=True, **names)
     check_trainable(train)
+    if data.positive is not None:
+        try:
+            train = train.with_positive(data.positive)
+        except DataError as error:
+            raise DataError(f"data.positive does not fit {data.train}: {error}") from None
     if data.test is not None:
         known: dict[str, Any] = {"classes": train.classes, "features": train.features, "named": train.named}
         return train, read(Path(data.test), labeled=True, **known, **names)

@@ -105,6 +105,8 @@ def _scores(config: BundleConfig) -> str:
         "validation part chose the hyperparameters, so its scores flatter the model; the test part was not seen "
         "before this model was final."
     )
+    if len(config.classes) == 2:
+        text += f" F1 and average precision are those of class {_escaped(config.classes[1])}."
     return "## Scores\n\n" + "\n".join(rows) + f"\n\n{text}\n\n![confusion](confusion.png)"
 
 

@@ -79,6 +79,16 @@ class Sequences:
     def n_features(self) -> int:
         return int(self.values.shape[2])
 
+    def with_positive(self, name: str) -> Sequences:
+        """The same with `name` as the second of two classes, which metrics of one class are of. Raises DataError."""
+        if self.labels is None or len(self.classes) != 2:
+            raise DataError(f"a positive class is one of two, there are {len(self.classes)}: {list(self.classes)}")
+        if name not in self.classes:
+            raise DataError(f"the positive class must be one of {list(self.classes)}, got {name!r}")
+        if name == self.classes[1]:
+            return self
+        return replace(self, classes=self.classes[::-1], labels=1 - self.labels)
+
     def take(self, indices: Iterable[int] | NDArray[Any]) -> Sequences:
         """The sequences at `indices`, in that order (or of a mask (N,)); T, classes and features stay."""
         at = np.arange(self.n)[indices if isinstance(indices, np.ndarray) else list(indices)]

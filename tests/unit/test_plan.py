@@ -9,6 +9,7 @@ import pytest
 
 from hpo.models.config import EARLIER_EPSILON
 from hpo.models.data.sequences import DataError
+from hpo.models.metrics import score
 from hpo.study.config import Folds, load
 from hpo.study.plan import RULES, Plan, make_plan
 from hpo.trial.build import configurations
@@ -93,3 +94,47 @@ class TestRareClasses:
         assert test.labels is not None
         assert (plan.rules, 1 in test.labels) == (1, False)
         assert make_plan(config)[0].train != plan.train
+
+
+class TestThePositiveClass:
+    """F1 of the wrong class, as an anomaly's name comes before "normal" (evalml#2926)."""
+
+    def data(self, folder: Path) -> Path:
+        labels = np.array(["anomaly", "normal"])[(np.arange(60) % 10 > 0).astype(int)]
+        return write(folder / "waves.npz", 60, y=labels)
+
+    def test_by_default_it_is_the_last_by_name(self, tmp_path: Path) -> None:
+        plan, train, _ = make_plan(load(self.data(tmp_path)))
+        assert plan.classes == ("anomaly", "normal")
+        assert train.labels is not None
+        assert train.labels.mean() > 0.5
+
+    def test_the_chosen_one_is_the_second_in_every_part(self, tmp_path: Path) -> None:
+        plan, train, test = make_plan(load(self.data(tmp_path), ["data.positive=anomaly"]))
+        assert plan.classes == ("normal", "anomaly")
+        assert test is not None
+        for part in (train, test):
+            assert part.labels is not None
+            assert part.classes == ("normal", "anomaly")
+            assert 0 < part.labels.mean() < 0.5
+        labels, scores = train.labels, np.zeros((train.n, 2))
+        assert labels is not None
+        scores[:, 0] = 1  # a model that never finds one
+        assert score("f1", scores, labels) == 0.0
+
+    def test_a_test_file_follows(self, tmp_path: Path) -> None:
+        train = self.data(tmp_path)
+        write(tmp_path / "test.npz", 4, y=np.array(["anomaly", "normal"] * 2))
+        _, _, test = make_plan(load(train, ["data.positive=anomaly", "data.test=test.npz"]))
+        assert test is not None
+        assert test.labels is not None
+        assert list(test.labels) == [1, 0, 1, 0]
+
+    def test_a_name_that_is_no_class_and_more_than_two_classes_are_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(
+            DataError, match=r"data\.positive does not fit .*waves\.npz: .*one of .*got 'sick'"
+        ):
+            make_plan(load(self.data(tmp_path), ["data.positive=sick"]))
+        three = write(tmp_path / "three.npz", 60, y=np.arange(60) % 3)
+        with pytest.raises(DataError, match=r"a positive class is one of two, there are 3"):
+            make_plan(load(three, ['data.positive="1"']))
