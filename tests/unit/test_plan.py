@@ -131,9 +131,7 @@ class TestThePositiveClass:
         assert list(test.labels) == [1, 0, 1, 0]
 
     def test_a_name_that_is_no_class_and_more_than_two_classes_are_refused(self, tmp_path: Path) -> None:
-        with pytest.raises(
-            DataError, match=r"data\.positive does not fit .*waves\.npz: .*one of .*got 'sick'"
-        ):
+        with pytest.raises(DataError, match=r"data\.positive does not fit .*waves\.npz: .*one of .*got 'sick'"):
             make_plan(load(self.data(tmp_path), ["data.positive=sick"]))
         three = write(tmp_path / "three.npz", 60, y=np.arange(60) % 3)
         with pytest.raises(DataError, match=r"a positive class is one of two, there are 3"):
