@@ -332,7 +332,8 @@ def _enqueue(tables: Any, space: Mapping[str, Entry], source: _Source) -> tuple[
 
 def default_name(train: str) -> str:
     """A study's name from its training file: "ItalyPowerDemand_TRAIN.ts" -> "italy-power-demand"."""
-    stem = unicodedata.normalize("NFKD", Path(train).stem).encode("ascii", "ignore").decode()
+    file = Path(train.removesuffix(".gz")).stem
+    stem = unicodedata.normalize("NFKD", file).encode("ascii", "ignore").decode()
     words = re.findall(r"[a-z0-9]+", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", stem).lower())
     return "-".join(words[:-1] if len(words) > 1 and words[-1] == "train" else words)[:100] or "study"
 

@@ -112,6 +112,7 @@ def test_the_training_file_alone_is_a_study(folder: Path) -> None:
         ("ItalyPowerDemand_TRAIN.ts", "italy-power-demand"),
         ("some/where/ecg-train.csv", "ecg"),
         ("ECG5000.npz", "ecg5000"),
+        ("waves.csv.gz", "waves"),
         ("Émile's data (2).csv", "emile-s-data-2"),
         ("train.npz", "train"),
         ("データ.npz", "study"),
