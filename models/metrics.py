@@ -229,7 +229,7 @@ def proportion_interval(hits: float, n: float) -> tuple[float, float]:
 
     Wilson's is narrower and, for shares near 1, covers less often (benchmarks/intervals.py). hits need not be whole.
     """
-    from scipy.special import betaincinv  # half a second that a training does not need
+    from scipy.special import betaincinv  # a sixth of a second that a training does not need
 
     low = float(betaincinv(hits, n - hits + 1, TAIL)) if hits > 0 else 0.0
     high = float(betaincinv(hits + 1, n - hits, 1 - TAIL)) if hits < n else 1.0

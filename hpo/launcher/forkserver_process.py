@@ -23,7 +23,8 @@ from hpo.errors import HpoError
 from hpo.models.machine import tune_allocator
 from hpo.storage.masking import mask_errors
 
-PRELOADED = ("torch", "hpo.worker.worker")  # with it comes all that a trial and a promotion import
+# All that a trial and a promotion import; scipy.special is for the intervals of a promotion.
+PRELOADED = ("torch", "hpo.worker.worker", "scipy.special")
 WORKER = "hpo.worker.worker"
 PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15  # of prctl(2)
 

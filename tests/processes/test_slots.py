@@ -196,7 +196,7 @@ class TestUsableMemory:
         plan = SimpleNamespace(
             config=SimpleNamespace(space=space, train=TrainSection(epochs=4)),
             **{"features": ("a", "b", "c"), "classes": ("x", "y"), "steps": 500, "metric": "auroc"},
-            **{"sequences": 1000, "members": 5, "validated": 200},
+            **{"sequences": 1000, "members": 5, "validated": 200, "epsilon": 0.0},
         )
         found = []
         for gib in (0, 8, 2**20):
