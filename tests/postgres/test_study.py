@@ -192,6 +192,7 @@ OTHER = {  # another value for each key of a study file
     "data.id": '"name"',
     "data.step": '"time"',
     "data.group": '"patient"',
+    "data.positive": '"0"',
     "train.epochs": "7",
     "train.patience": "7",
     "train.precision": '"bfloat16"',
