@@ -40,7 +40,6 @@ def run_trial(context: TrialContext) -> TrialState | None:
     lease was lost): another worker goes on with it. Raises DeviceLost, once the worker's slots are asked to stop.
     """
     trial_log.begin()
-    release = context.resources.device != "cpu"  # one stream's memory is of no use to another
     try:
         return _train_with_memory(context)
     except LeaseLost as lost:
@@ -53,15 +52,18 @@ def run_trial(context: TrialContext) -> TrialState | None:
     except (WorkerFault, *NOT_ITS_FAULT):
         raise
     except Exception as error:
-        release = release or isinstance(error, OutOfMemory)
         log.exception("%s failed", context.name)
+        if isinstance(error, OutOfMemory):  # what records it needs some memory, which the traceback holds on to
+            error.__traceback__ = error.__context__ = None
+            context.forget_training()
+            _release_memory(context)
         context.fail(f"{type(error).__name__}: {error}")
         context.drop_spent_checkpoints()
         return TrialState.FAIL
     finally:
         context.forget_training()
-        if release:
-            _release_memory(context)
+        if context.resources.device != "cpu":
+            _release_memory(context)  # one stream's memory is of no use to another
 
 
 @contextmanager
