@@ -51,7 +51,6 @@ OK, NO, UNNEEDED = "ok", "NO", "--"
 GIB = 2**30
 LEAST_BYTES = 2**30  # of free disk and of free memory
 DRIVER_S = 20.0  # for nvidia-smi
-GRAPHS_FROM = (2, 13)  # torch that takes a failed capture back
 
 
 @dataclass(frozen=True)
@@ -165,23 +164,15 @@ def card_findings(seen: Survey, cards: Mapping[int, Card], wanted: str) -> list[
         found.append(Finding(f"card {number}", OK if works else NO, detail))
     working = [number for number, card in cards.items() if card.trouble is None]
     if working:
-        found.append(graphs_finding(seen, cards[working[0]]))
+        found.append(graphs_finding(cards[working[0]]))
     return [*found, _device(wanted, f"{len(working)} of {len(cards)} cards" if working else None)]
 
 
-def graphs_finding(seen: Survey, card: Card) -> Finding:
+def graphs_finding(card: Card) -> Finding:
     if card.graph_trouble is not None:
         slower = "training steps run one operation at a time, slower"
         return Finding("CUDA graphs", NO, f"{with_way_out(card.graph_trouble)}; {slower}")
-    found = "one was captured and replayed"
-    if release(seen.torch) < GRAPHS_FROM:
-        found += f"; torch before {'.'.join(map(str, GRAPHS_FROM))} uses no more of them after a capture that failed"
-    return Finding("CUDA graphs", OK, found)
-
-
-def release(torch: str | None) -> tuple[int, ...]:
-    """Major and minor of a version."""
-    return tuple(int(part) for part in re.findall(r"\d+", torch or "")[:2])
+    return Finding("CUDA graphs", OK, "one was captured and replayed")
 
 
 def _device(wanted: str, works: str | None) -> Finding:

@@ -364,16 +364,15 @@ def show_summary(summary: dict[str, Any]) -> None:
     if summary["positive"] is not None:
         _say(console, f"f1 and average_precision are of class {summary['positive']!r} ([data] positive chooses)")
     _say(console, f"model {model['name']} version {model['version']}: {model['path']}")
-    looks = summary["test_looks"] or 0
+    name, looks = shlex.quote(model["name"]), summary["test_looks"] or 0
     if looks > 1:
         _say(console, f"the test part was looked at {looks} times: what was chosen by it is no test any more")
     if model["default"] != model["version"]:
         _say(console, f"the name still means version {model['default']}, which is no worse on validation;")
         own = f"--version {model['version']} takes this one"
-        _say(console, f"  {own}, hpo promote NAME --trial {best['number']} --default lets the name mean it")
+        _say(console, f"  {own}, hpo promote {name} --trial {best['number']} --default lets the name mean it")
     elif model["version"] > 1:
-        _say(console, f"the name means version {model['version']} now, which is better on validation than those before")
-    name = shlex.quote(model["name"])
+        _say(console, f"the name means version {model['version']} now")
     _say(console, f"next: hpo predict {name} DATA --out FILE.csv; hpo export {name} --out FOLDER; hpo dashboard")
 
 

@@ -17,16 +17,12 @@ from hpo.models.config import EARLIER_EPSILON
 from hpo.models.data.canonical import fingerprint
 from hpo.models.data.readers import read
 from hpo.models.data.sequences import DataError, Sequences
-from hpo.models.data.splits import Split, check_trainable, holdout, lacking, split_folds, split_share, units
+from hpo.models.data.splits import RULES, Split, check_trainable, holdout, lacking, split_folds, split_share, units
 from hpo.models.seeds import derive
 from hpo.storage.keys import data_key
 from hpo.study.config import Folds, StudyConfig, complete, differences, from_dict, to_dict
 
 log = logging.getLogger("hpo")
-
-RULES = 2
-"""Of what follows from data and configuration. A study goes on by those that it began with; 1: 1e-5 is added to every
-deviation, splits may leave a class out of a part that could hold it."""
 
 
 class StudyError(StudyFault):

@@ -9,7 +9,9 @@ import numpy as np
 from hpo.models.data.sequences import DataError, Indices, Mask, Sequences
 
 Split = tuple[Indices, Indices]  # training and validation indices, ascending
-RULES = 2  # by 1, those of studies that earlier versions began, a part may lack a class that it could hold
+RULES = 2
+"""Of what follows from data and configuration. A study goes on by those that it began with; 1: a part may lack a class
+that it could hold, and 1e-5 is added to every deviation (`Plan.epsilon`)."""
 
 
 def check_trainable(sequences: Sequences, source: str = "the training data") -> None:

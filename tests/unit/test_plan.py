@@ -9,9 +9,10 @@ import pytest
 
 from hpo.models.config import EARLIER_EPSILON
 from hpo.models.data.sequences import DataError
+from hpo.models.data.splits import RULES
 from hpo.models.metrics import score
 from hpo.study.config import Folds, load
-from hpo.study.plan import RULES, Plan, make_plan
+from hpo.study.plan import Plan, make_plan
 from hpo.trial.build import configurations
 
 
