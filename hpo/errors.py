@@ -21,7 +21,7 @@ class StudyFault(HpoError):
 
 
 class WorkerFault(HpoError):
-    """This process can do no more work, as its device does not answer it any more. Another process can.
+    """This process can do no more work, as its device does not answer it any more, or no thread. Another process can.
 
     What it holds is free for others at once, and counts as lost: whatever brought the device down may do so again.
     """

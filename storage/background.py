@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from types import TracebackType
 
+from hpo.errors import WorkerFault
+
 log = logging.getLogger(__name__)
 
 
@@ -34,8 +36,14 @@ class BackgroundLoop:
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
-        """Begin; once only."""
-        self._thread.start()
+        """Begin; once only. Raises WorkerFault where the process can have no thread more."""
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            raise WorkerFault(
+                f"the thread {self._thread.name} could not be started ({error}): this process has used up the memory "
+                f"or the number of processes that it may have (ulimit -v, ulimit -u); fewer slots or workers need less"
+            ) from error
 
     def stop(self) -> None:
         """End the loop, and wait for the round that it is in."""

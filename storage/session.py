@@ -17,6 +17,7 @@ import time
 import uuid
 import weakref
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import psycopg2
@@ -148,6 +149,8 @@ class Session:
             self.check(trial_id)
             if trial_id in self._own:
                 self._hold_back(trial_id).update(writes)
+                if self._waiting is None:
+                    self.write_late()
                 return
             written, given = bind({trial_id: writes}, {})
             try:
@@ -156,13 +159,19 @@ class Session:
                 self.explain_rejection(trial_id)
 
     def _hold_back(self, trial_id: int) -> Writes:
-        """The writes of a trial that wait for the next statement, HELD_BACK_S at the longest."""
+        """The writes of a trial that wait for the next statement, HELD_BACK_S at the longest.
+
+        Where no thread can be started that sees to it, `_waiting` stays None.
+        """
         if self._waiting is None:
-            self._waiting = threading.Event()
-            weakref.finalize(self, self._waiting.set)  # the thread ends with the session
-            given = (weakref.ref(self), self._waiting)
-            threading.Thread(target=_write_late, args=given, name="hpo-storage", daemon=True).start()
-        self._waiting.set()
+            waiting = threading.Event()
+            given = (weakref.ref(self), waiting)
+            with suppress(RuntimeError):
+                threading.Thread(target=_write_late, args=given, name="hpo-storage", daemon=True).start()
+                weakref.finalize(self, waiting.set)  # the thread ends with the session
+                self._waiting = waiting
+        if self._waiting is not None:
+            self._waiting.set()
         return self._pending.setdefault(trial_id, Writes())
 
     def write_late(self) -> None:

@@ -298,8 +298,16 @@ class TrialContext:
 
     def _store(self, files: Mapping[str, bytes], keys: Mapping[str, str]) -> None:
         """All at once, as each waits for the disk; what can be looked at appears on the trial's page."""
-        with ThreadPoolExecutor(len(files)) as pool:
-            list(pool.map(lambda name: self.resources.store.put(keys[name], files[name]), files))
+
+        def put(name: str) -> None:
+            self.resources.store.put(keys[name], files[name])
+
+        try:
+            with ThreadPoolExecutor(len(files)) as pool:
+                list(pool.map(put, files))
+        except RuntimeError:  # no thread could be started, for the want of memory or of processes
+            for name in files:
+                put(name)
         for name, mimetype in SHOWN.items():
             if name in files:
                 attach_artifact(

@@ -240,7 +240,8 @@ class TestMemoryThatRunsOut:
     ) -> None:
         space = SPACE.replace("{ low = 4, high = 12 }", "[8, 4096]")
         assert cli("launch", random_study(6, space, epochs=2), *DETACHED).returncode == 0
-        done = run_limited(environment, "waves", 1600, 2)
+        # less than one matrix takes, so that nothing is left in pieces, of which no thread can be made
+        done = run_limited(environment | {"MALLOC_ARENA_MAX": "1"}, "waves", 250, 2)
         assert done.returncode == 0, done.stderr
         found = trials()
         states = {trial.number: trial.state for trial in found}
@@ -275,6 +276,57 @@ class TestMemoryThatRunsOut:
         assert [trial.user_attrs.get("failure") for trial in found] == [None] * 4
         assert [trial.state for trial in found] == [TrialState.COMPLETE] * 4
         assert [trial.user_attrs["attempt"] for trial in found] == [1] * 4
+
+
+# The worker's own entry, in a process that can have no more threads of the kinds named.
+NO_THREADS = """
+import sys, threading
+from hpo.worker import worker
+start = threading.Thread.start
+def refuse(thread):
+    if thread.name.startswith(tuple(sys.argv[2:])):
+        raise RuntimeError("can't start new thread")
+    start(thread)
+threading.Thread.start = refuse
+worker.work(sys.argv[1])
+"""
+
+
+class TestThreadsThatCannotBeStarted:
+    """As in a process whose memory or number of processes is limited (ulimit -v, ulimit -u)."""
+
+    def run(self, environment: dict[str, str], *names: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-P", "-c", NO_THREADS, "waves", *names]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+    def test_what_they_would_do_beside_the_training_is_done_in_its_own(
+        self,
+        cli: Cli,
+        environment: dict[str, str],
+        random_study: Callable[..., Path],
+        trials: Callable[..., list[FrozenTrial]],
+    ) -> None:
+        assert cli("launch", random_study(2, epochs=3), *DETACHED).returncode == 0
+        done = self.run(environment, "hpo-storage", "ThreadPoolExecutor")
+        assert done.returncode == 0, done.stderr
+        found = trials()
+        assert [trial.state for trial in found] == [TrialState.COMPLETE] * 2
+        assert [len(trial.intermediate_values) for trial in found] == [3] * 2
+        assert [model["name"] for model in json.loads(cli("models", "--json").stdout)] == ["waves"]
+
+    def test_a_worker_without_a_heartbeat_ends_and_its_trial_goes_on_in_another(
+        self,
+        cli: Cli,
+        environment: dict[str, str],
+        random_study: Callable[..., Path],
+        trials: Callable[..., list[FrozenTrial]],
+    ) -> None:
+        assert cli("launch", random_study(2, epochs=2), *DETACHED).returncode == 0
+        done = self.run(environment, "hpo-heartbeat")
+        assert done.returncode == 1
+        assert "the thread hpo-heartbeat could not be started" in done.stderr
+        assert cli("worker", "--study", "waves").returncode == 0
+        assert [trial.state for trial in trials()] == [TrialState.COMPLETE] * 2
 
 
 class TestSharedExclusiveLock:
