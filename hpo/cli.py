@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from enum import StrEnum
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -24,7 +24,6 @@ import typer
 from hpo.doctor import NO, diagnose
 from hpo.errors import HpoError
 from hpo.launcher.launch import launch as launch_study
-from hpo.launcher.local import start_forkserver
 from hpo.launcher.ray_import import ClusterError
 from hpo.models.machine import prepare_process
 from hpo.storage.interrupts import calls_end_with_a_signal
@@ -116,24 +115,21 @@ def launch(
         raise typer.BadParameter("--address, --cpus and --gpus go with --on ray")
     if detach and (cluster or (workers, slots) != ("auto", "auto")):
         raise typer.BadParameter("--detach starts no workers: --workers, --slots and --on ray go without it")
-    with nullcontext() if detach or cluster else start_forkserver() as server:  # it imports torch meanwhile
-        from hpo.terminal import ProgressDisplay, show_summary
-
-        with ProgressDisplay(quiet=quiet) as progress:
-            summary = launch_study(
-                study,
-                workers=count,
-                slots=at_once,
-                cluster=cluster,
-                overrides=set_ or (),
-                trials=trials,
-                detach=detach,
-                show=progress.update,
-                server=server,
-            )
+    summary = launch_study(
+        study,
+        workers=count,
+        slots=at_once,
+        cluster=cluster,
+        overrides=set_ or (),
+        trials=trials,
+        detach=detach,
+        quiet=quiet,
+    )
     if detach:
         typer.echo(f"study {summary['study']} is open for {summary['trials']} trials; `hpo worker` serves it")
     elif not quiet and not as_json:
+        from hpo.terminal import show_summary
+
         show_summary(summary)
     if as_json:
         typer.echo(json.dumps(summary))

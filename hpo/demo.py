@@ -20,7 +20,7 @@ from hpo.storage.database import database_url
 from hpo.storage.home import own_folder
 from hpo.storage.trials import trial_storage
 from hpo.study.config import load
-from hpo.terminal import ProgressDisplay, show_predictions, show_summary
+from hpo.terminal import show_predictions, show_summary
 
 EXAMPLES = (Path(__file__).parent / "examples").resolve()  # in a checkout, a link to the folder at its root
 
@@ -32,8 +32,7 @@ def run(workers: int | None, trials: int) -> None:
     config = load(EXAMPLES / "italy.toml")
     name = _new_name(config.study.name)
     config = replace(config, study=replace(config.study, name=name, trials=trials))
-    with ProgressDisplay() as progress:
-        summary = launch(config, workers=workers, show=progress.update)
+    summary = launch(config, workers=workers)
     show_summary(summary)
 
     folder = own_folder("exports") / name
