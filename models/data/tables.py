@@ -5,7 +5,7 @@ They are csv and parquet files, or data frames. A table's columns are known by n
 - The columns of label, id, step and group are named by the caller. A table with both an id and a step column is in
   long form, and every other column is a feature.
 - Without them it is in wide form, and every other column is a step. The steps' names are one prefix and a number, as in
-  t0, t1, or ISO times; the columns are put in their order. Names of two kinds are refused.
+  t0, t1, or times (`steps.py`); the columns are put in their order. Names of two kinds are refused.
 - A column that pandas writes for its index (`Unnamed: 0`, `__index_level_0__`, one without a name) holds the place of
   a row, which can give the class away: it is left out, and the log says so.
 
@@ -40,14 +40,15 @@ from hpo.models.data.sequences import (
     pad,
     visible,
 )
-from hpo.models.data.steps import in_order, positions
+from hpo.models.data.steps import in_order, is_time, positions
 from hpo.models.data.text import open_text
 
 log = logging.getLogger("hpo")
 
 _INDEX = re.compile(r"(Unnamed: \d+(_level_\d+)?|__index_level_\d+__)?")  # how pandas names its index, or does not
 _STEP = re.compile(r"(.*?)(\d+(?:\.\d+)?)")  # prefix and number
-_DATE = re.compile(r"\d{4}-\d\d-\d\d.*|\d{4}-\d\d")
+_DATE = re.compile(r"\d{4}-\d\d-\d\d.*|\d{4}-\d\d")  # also one that there is not, or with more behind it
+_COMMA = re.compile(r"(?<=\d),(?=\d)")  # a decimal one: not that of Wed, 31 Jan
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def read_csv(path: Path, columns: Columns) -> Raw:
     if separator != ",":
         _say_form(str(path), separator, "," in numbers.marks)
     if numbers.comma and "step" in texts:
-        texts["step"] = [text.replace(",", ".") for text in texts["step"]]
+        texts["step"] = [_COMMA.sub(".", text) for text in texts["step"]]
     return _Table(str(path), rows, layout, np.concatenate(values), texts).raw()
 
 
@@ -215,7 +216,7 @@ def _layout(source: str, header: list[str], columns: Columns, only_long: bool = 
     long = "id" in roles and "step" in roles
     wanted = columns.features or ()
     features = tuple(name for name in header if name not in roles.values() and _kept(source, name, wanted))
-    stepped = "step" not in roles and all(_STEP.fullmatch(name) for name in features)
+    stepped = "step" not in roles and (all(map(_STEP.fullmatch, features)) or all(map(_is_date, features)))
     if not long and (only_long or not stepped):
         wide = "" if only_long else "; in wide form the names of the steps end in numbers, as in t0, t1"
         rule = f"long form needs columns {columns.id!r} and {columns.step!r}{wide}"
@@ -229,6 +230,10 @@ def _layout(source: str, header: list[str], columns: Columns, only_long: bool = 
     if unknown and columns.named:
         raise DataError(f"{source} has no feature column {', '.join(map(repr, unknown))}; {here}")
     return _Layout(True, wanted if wanted and not unknown else features, roles)
+
+
+def _is_date(name: str) -> bool:
+    return bool(_DATE.fullmatch(name)) or is_time(name)
 
 
 def _kept(source: str, name: str, wanted: tuple[str, ...]) -> bool:
@@ -262,7 +267,7 @@ def _could_be_names(header: list[str]) -> bool:
 
 def _wide_steps(source: str, names: tuple[str, ...]) -> tuple[tuple[str, ...], NDArray[np.float64]]:
     """The columns of the steps in their order, and (T,) where the steps are."""
-    if all(map(_DATE.fullmatch, names)):
+    if all(map(_is_date, names)):
         steps = in_order(names, lambda i: f"{source}, column {names[i]!r}")
     else:
         found = [parts.group(1, 2) for parts in map(_STEP.fullmatch, names) if parts]
