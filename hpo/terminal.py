@@ -442,11 +442,8 @@ def show_evaluation(found: Evaluation, rows: int = SHOWN) -> None:
 
 
 @contextmanager
-def counting(total: int | None, what: str) -> Iterator[Callable[[int], None]]:
-    """A bar on the standard error; the block is given a function that takes the number of rows just done.
-
-    total: None where it is not known.
-    """
+def counting(total: int, what: str) -> Iterator[Callable[[int], None]]:
+    """A bar on the standard error; the block is given a function that takes the number of rows just done."""
     with Bars(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bars:
         task = bars.add_task(what, total=total)
         yield lambda rows: bars.advance(task, rows)

@@ -2,8 +2,8 @@
 
 They are csv and parquet files, or data frames. A table's columns are known by name:
 
-- The columns of label, id, step and group are named by the caller. A table with both an id and a step column is in
-  long form, and every other column is a feature.
+- The columns of label, id, step and group are named by the caller; group may be id. A table with both an id and a step
+  column is in long form, and every other column is a feature.
 - Without them it is in wide form, and every other column is a step. The steps' names are one prefix and a number, as in
   t0, t1, or times (`steps.py`); the columns are put in their order. Names of two kinds are refused.
 - A column that pandas writes for its index (`Unnamed: 0`, `__index_level_0__`, one without a name) holds the place of
@@ -17,7 +17,7 @@ from __future__ import annotations
 import csv
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, pairwise
 from numbers import Number
@@ -62,6 +62,18 @@ class Columns:
     features: tuple[str, ...] | None  # the features to read; None: every column without another role
     named: bool  # False: `features` only numbers them, so that a table without these columns is read by place
     labeled: bool | None  # True: the label column must be there
+    needed: Collection[str] = ()  # of "label", "id", "step", "group" those that must be there, whatever `labeled`
+
+    @property
+    def roles(self) -> dict[str, str]:
+        """The column of each role. Raises DataError where two are one."""
+        found = {"label": self.label, "id": self.id, "step": self.step, "group": self.group}
+        if len({self.label, self.id, self.step}) < 3 or self.group in (self.label, self.step):
+            named = ", ".join(f"{role} = {name!r}" for role, name in found.items())
+            raise DataError(
+                f"label, id, step and group must be different columns, but that group may be id, got {named}"
+            )
+        return found
 
 
 @dataclass(frozen=True)
@@ -211,7 +223,7 @@ class _Numbers:
 
 def _layout(source: str, header: list[str], columns: Columns, only_long: bool = False) -> _Layout:
     """What the columns of a table are. Raises DataError."""
-    here = f"its columns are {', '.join(header[:20])}"
+    here = _columns(header)
     roles = _roles(source, header, columns)
     long = "id" in roles and "step" in roles
     wanted = columns.features or ()
@@ -246,16 +258,21 @@ def _kept(source: str, name: str, wanted: tuple[str, ...]) -> bool:
 
 def _roles(source: str, header: list[str], columns: Columns) -> dict[str, str]:
     """The column of each role that there is, once those that must be there are."""
-    here = f"its columns are {', '.join(header[:20])}"
-    wanted = {"label": columns.label, "id": columns.id, "step": columns.step, "group": columns.group}
+    here = _columns(header)
+    wanted = columns.roles
     roles = {role: name for role, name in wanted.items() if name in header}
     if len(set(header)) < len(header) or (not roles and not _could_be_names(header)):
         raise DataError(f"{source}: the first row must name every column, each differently; {here}")
     for role, name in wanted.items():
-        unneeded = role in ("label", "group") and not columns.labeled
+        unneeded = role in ("label", "group") and not columns.labeled and role not in columns.needed
         if role not in roles and not unneeded and (name != role or role == "label"):
             raise DataError(f"{source} has no {role} column {name!r}; {here}")
     return roles
+
+
+def _columns(header: list[str]) -> str:
+    more = f" and {len(header) - 20} more" if header[20:] else ""
+    return f"its columns are {', '.join(header[:20])}{more}"
 
 
 def _could_be_names(header: list[str]) -> bool:

@@ -444,6 +444,32 @@ def test_the_library_needs_no_main_guard(
     assert done.stdout.split() == ["60"]
 
 
+def test_columns_have_any_names_in_the_study_and_in_new_data(cli: Cli, tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).normal(size=(30, 4))
+    rows = [f"p{i},{t},{noise[i, t] + i % 2:.3f},{'ab'[i % 2]}" for i in range(30) for t in range(4)]
+    (tmp_path / "train.csv").write_text("\n".join(["patient,hour,value,state", *rows]))
+    (tmp_path / "new.csv").write_text("\n".join(["person,when,value,outcome", *rows]))
+    columns = 'label = "state"\nid = "patient"\nstep = "hour"\ngroup = "patient"'
+    (tmp_path / "study.toml").write_text(
+        f'[study]\nname = "columns"\ntrials = 1\n[data]\ntrain = "train.csv"\n{columns}\n'
+        f"[train]\nepochs = 1\n[space]\n{SMALL}"
+    )
+    summary_of(cli("launch", "study.toml", "--workers", 1, "--json"))
+    assert cli("predict", "columns", "train.csv", "--out", "found.csv").returncode == 0
+    assert "\np0," in (tmp_path / "found.csv").read_text()
+    refused = cli("predict", "columns", "new.csv")
+    assert refused.returncode == 1
+    assert "new.csv has no id column 'patient'; its columns are person, when, value, outcome" in refused.stderr
+    named = ("--id", "person", "--step", "when")
+    predicted = cli("predict", "columns", "new.csv", *named, "--out", "new-found.csv")
+    assert predicted.returncode == 0, predicted.stderr
+    assert (tmp_path / "new-found.csv").read_text() == (tmp_path / "found.csv").read_text()
+    judged = cli("evaluate", "columns", "new.csv", *named, "--label", "outcome", "--group", "person", "--json")
+    assert json.loads(judged.stdout)["sequences"] == 30
+    refused = cli("evaluate", "columns", "new.csv", *named, "--label", "state")
+    assert "has no label column 'state'; its columns are person, when, value, outcome" in refused.stderr
+
+
 SHOWN = ("waves: training part: 48 sequences of ", "waves: 0/2 trials", "waves: 2/2 trials; 2 complete", "finished")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import hpo
 from hpo.models.data.canonical import fingerprint
 from hpo.models.data.readers import read
 from hpo.models.data.sequences import DataError
@@ -97,6 +98,39 @@ class TestLongForm:
         assert data.groups is not None
         assert data.groups.tolist() == [0, 0]
         assert data.features == ("x",)
+
+    def test_the_group_may_be_the_id(self, tmp_path: Path) -> None:
+        path = text(tmp_path, "a.csv", "patient,step,x,label", "s1,0,1,p", "s1,1,2,p", "s2,0,2,q")
+        data = read(path, id="patient", group="patient", labeled=True)
+        assert data.ids == ("s1", "s2")
+        assert data.groups is not None
+        assert data.groups.tolist() == [0, 1]
+        wide = read(text(tmp_path, "b.csv", "patient,t0,t1,label", "s1,0,1,p"), id="patient", group="patient")
+        assert (wide.ids, wide.features) == (("s1",), ("x0",))
+
+    @pytest.mark.parametrize(
+        "roles", [{"label": "id"}, {"step": "x", "id": "x"}, {"group": "label"}, {"group": "step"}]
+    )
+    def test_one_column_is_not_two_things_else(self, roles: dict[str, str], tmp_path: Path) -> None:
+        path = text(tmp_path, "a.csv", "id,step,x,label", "s1,0,1,p")
+        with pytest.raises(DataError, match="must be different columns, but that group may be id, got label = "):
+            read(path, **roles)  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize("role", ["id", "step", "group", "label"])
+    def test_a_column_that_is_asked_for_must_be_there_with_labels_or_without(self, role: str, tmp_path: Path) -> None:
+        path = text(tmp_path, "a.csv", "id,step,x,label,group", "a,0,1,p,g")
+        expected = rf"a\.csv has no {role} column 'nothing'; its columns are id, step, x, label, group"
+        with pytest.raises(DataError, match=expected):
+            hpo.read(path, **{role: "nothing"})
+        with pytest.raises(DataError, match=expected):
+            read(path, labeled=False, needed=[role], **{role: "nothing"})  # type: ignore[arg-type]
+
+    def test_what_has_no_columns_has_none_to_name(self, tmp_path: Path) -> None:
+        np.savez(tmp_path / "a.npz", X=np.zeros((2, 3)), y=[0, 1])
+        with pytest.raises(DataError, match=r"a\.npz has no columns to name, only tables have; leave out label, id"):
+            hpo.read(tmp_path / "a.npz", label="class", id="patient")
+        with pytest.raises(DataError, match="the data has no columns to name"):
+            hpo.read(np.zeros((2, 3)), id="patient")
 
     @pytest.mark.parametrize("role", ["id", "step", "group", "label"])
     def test_an_unknown_column_lists_the_known_ones(self, role: str, tmp_path: Path) -> None:
