@@ -43,6 +43,8 @@ class Plan:
     sequences: int  # N of the training part
     named: bool | None = None  # the features' names are the training file's own; None: an earlier version's plan
     rules: int = 1  # see RULES; plans of earlier versions do not say
+    fill: tuple[float, ...] | None = None  # (F,) what a sequence is given that lacks the feature; None: 0
+    gaps: tuple[float, ...] | None = None  # (F,) share of missing values in the training file; None: not recorded
 
     @property
     def epsilon(self) -> float:
@@ -94,7 +96,8 @@ class Plan:
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Plan:
         """Raises ConfigError, TypeError and KeyError for what another version wrote."""
-        lists = {name: tuple(content[name]) for name in ("classes", "features")}
+        lists: dict[str, Any] = {name: tuple(content[name]) for name in ("classes", "features")}
+        lists |= {name: tuple(content[name]) for name in ("fill", "gaps") if content.get(name) is not None}
         configs = {name: from_dict(content[name]) for name in ("config", "written")}
         return cls(**{**content, **lists, **configs})
 
@@ -106,6 +109,9 @@ def make_plan(config: StudyConfig, rules: int = RULES) -> tuple[Plan, Sequences,
     Raises DataError for data that cannot be read, trained on or split, and ConfigError where the file contradicts them.
     """
     train, test = _parts(config, rules)
+    fill = train.means().tolist() if rules > 2 else None
+    if fill is not None:
+        train, test = train.filled_with(fill), test and test.filled_with(fill)
     completed = complete_from(config, train)
     splits = _checked_splits(config, completed, train, rules)
     _say_what_is_lacking(train, splits, test)
@@ -120,6 +126,8 @@ def make_plan(config: StudyConfig, rules: int = RULES) -> tuple[Plan, Sequences,
         sequences=train.n,
         named=train.named,
         rules=rules,
+        fill=None if fill is None else tuple(fill),
+        gaps=train.gaps,
     )
     return plan, train, test
 
