@@ -15,6 +15,7 @@ import numpy as np
 from hpo.errors import StudyFault
 from hpo.models.config import EARLIER_EPSILON
 from hpo.models.data.canonical import fingerprint
+from hpo.models.data.order import in_order
 from hpo.models.data.readers import read
 from hpo.models.data.sequences import DataError, Sequences
 from hpo.models.data.splits import RULES, Split, check_trainable, holdout, lacking, split_folds, split_share, units
@@ -143,9 +144,12 @@ def _parts(config: StudyConfig, rules: int) -> tuple[Sequences, Sequences | None
             train = train.with_positive(data.positive)
         except DataError as error:
             raise DataError(f"data.positive does not fit {data.train}: {error}") from None
+    if rules > 2:
+        train = in_order(train)
     if data.test is not None:
         known: dict[str, Any] = {"classes": train.classes, "features": train.features, "named": train.named}
-        return train, read(Path(data.test), labeled=True, **known, **names)
+        test = read(Path(data.test), labeled=True, **known, **names)
+        return train, in_order(test) if rules > 2 else test
     if data.holdout is not None:
         try:
             return holdout(train, data.holdout, derive(config.study.seed, "holdout") % 2**32, rules)
