@@ -336,7 +336,8 @@ def predict(
         show_predictions(predictions)
     else:
         predictions.to_csv(out)
-        typer.echo(f"{sequences.n} predictions in {out}")
+        filled = f"; {sequences.filled} missing values filled" if sequences.filled else ""
+        typer.echo(f"{sequences.n} predictions in {out}{filled}")
 
 
 @app.command()

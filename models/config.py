@@ -7,10 +7,7 @@ from dataclasses import dataclass, field
 from hpo.errors import StudyFault
 from hpo.models.fields import allowed, check, rules
 
-FLOAT32_LEAST, FLOAT32_MOST = (
-    2.0**-126,
-    2.0**128 - 2.0**104,
-)  # what a step computes with: less is 0 there, more infinite
+FLOAT32_LEAST, FLOAT32_MOST = 2.0**-126, 2.0**128 - 2.0**104  # what a step computes with: less is 0, more infinite
 
 
 class ClassifierError(StudyFault):

@@ -271,6 +271,8 @@ def _bundle_config(study: OpenStudy, record: TrialRecord, members: int) -> Bundl
         classes=plan.classes,
         features=plan.features,
         named=plan.named,
+        fill=plan.fill,
+        gaps=plan.gaps,
         metric=plan.metric,
         members=members,
         threshold=record.threshold,

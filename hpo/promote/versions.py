@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import threading
+from contextlib import suppress
 from pathlib import Path
 
 from hpo.storage.artifacts import artifact_store
@@ -16,16 +19,26 @@ from hpo.storage.registry import ModelVersion, Registry, holds, materialise
 def materialise_model(model: ModelVersion) -> Path:
     """The folder of a promoted version, fetched if need be, and again where it is damaged.
 
-    Its name says its content: another database's version of that name and number has a folder of its own. One that an
-    earlier version of hpo has fetched stays in use.
+    Its name says its content: another database's version of that name and number has a folder of its own. `v1` beside
+    it, for people, leads to the one that was fetched last. One that an earlier version of hpo has fetched stays in use.
     """
     versions = own_folder("models") / model.name
-    fetched = versions / f"v{model.version}"
-    if holds(fetched, model.artifacts):
-        return fetched
+    short = versions / f"v{model.version}"
+    if not short.is_symlink() and holds(short, model.artifacts):
+        return short
     folder = versions / f"v{model.version}-{_content(model)}"
     materialise(artifact_store(), model.artifacts, folder, repair=True)
+    if short.is_symlink() or not short.exists():
+        with suppress(OSError):  # where there are no links there is still the folder
+            _lead(short, folder)
     return folder
+
+
+def _lead(link: Path, folder: Path) -> None:
+    """Let the link lead to the folder beside it, whatever it led to."""
+    new = link.with_name(f".{link.name}-{os.getpid()}-{threading.get_ident()}")
+    new.symlink_to(folder.name, target_is_directory=True)
+    new.replace(link)
 
 
 def _content(model: ModelVersion) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 from hpo.errors import StudyFault
 from hpo.models.config import EARLIER_EPSILON
 from hpo.models.data.canonical import fingerprint
+from hpo.models.data.order import in_order
 from hpo.models.data.readers import read
 from hpo.models.data.sequences import DataError, Sequences
 from hpo.models.data.splits import RULES, Split, check_trainable, holdout, lacking, split_folds, split_share, units
@@ -45,6 +46,8 @@ class Plan:
     sequences: int  # N of the training part
     named: bool | None = None  # the features' names are the training file's own; None: an earlier version's plan
     rules: int = 1  # see RULES; plans of earlier versions do not say
+    fill: tuple[float, ...] | None = None  # (F,) what a sequence is given that lacks the feature; None: 0
+    gaps: tuple[float, ...] | None = None  # (F,) share of missing values in the training file; None: not recorded
 
     @property
     def epsilon(self) -> float:
@@ -96,7 +99,8 @@ class Plan:
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Plan:
         """Raises ConfigError, TypeError and KeyError for what another version wrote."""
-        lists = {name: tuple(content[name]) for name in ("classes", "features")}
+        lists: dict[str, Any] = {name: tuple(content[name]) for name in ("classes", "features")}
+        lists |= {name: tuple(content[name]) for name in ("fill", "gaps") if content.get(name) is not None}
         configs = {name: from_dict(content[name]) for name in ("config", "written")}
         return cls(**{**content, **lists, **configs})
 
@@ -108,6 +112,9 @@ def make_plan(config: StudyConfig, rules: int = RULES) -> tuple[Plan, Sequences,
     Raises DataError for data that cannot be read, trained on or split, and ConfigError where the file contradicts them.
     """
     train, test = _parts(config, rules)
+    fill = train.means().tolist() if rules > 2 else None
+    if fill is not None:
+        train, test = train.filled_with(fill), test and test.filled_with(fill)
     completed = complete_from(config, train)
     splits = _checked_splits(config, completed, train, rules)
     _check_scorable(config, completed, train, splits)
@@ -124,6 +131,8 @@ def make_plan(config: StudyConfig, rules: int = RULES) -> tuple[Plan, Sequences,
         sequences=train.n,
         named=train.named,
         rules=rules,
+        fill=None if fill is None else tuple(fill),
+        gaps=train.gaps,
     )
     return plan, train, test
 
@@ -139,9 +148,12 @@ def _parts(config: StudyConfig, rules: int) -> tuple[Sequences, Sequences | None
             train = train.with_positive(data.positive)
         except DataError as error:
             raise DataError(f"data.positive does not fit {data.train}: {error}") from None
+    if rules > 2:
+        train = in_order(train)
     if data.test is not None:
         known: dict[str, Any] = {"classes": train.classes, "features": train.features, "named": train.named}
-        return train, read(Path(data.test), labeled=True, **known, **names)
+        test = read(Path(data.test), labeled=True, **known, **names)
+        return train, in_order(test) if rules > 2 else test
     if data.holdout is not None:
         try:
             rest, test = holdout(train, data.holdout, derive(config.study.seed, "holdout") % 2**32, rules)

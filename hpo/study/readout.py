@@ -16,9 +16,9 @@ MANY = 10  # names listed at most
 
 def readout(plan: Plan, train: Sequences, test: Sequences | None) -> list[str]:
     """Sizes, features, classes with their counts, gaps, groups, parts, the positive class."""
-    lines = [f"training part: {_sizes(train)}"]
+    lines = [f"training part: {'; '.join([_sizes(train), *_absent(plan, train)])}"]
     if test is not None:
-        lines.append(f"test part: {_sizes(test)}")
+        lines.append(f"test part: {'; '.join([_sizes(test), *_absent(plan, test)])}")
     validation = plan.config.data.validation
     parts = f"{validation.folds} folds" if isinstance(validation, Folds) else f"a share of {validation:g}"
     about = [f"features {_listed(train.features)}", f"validation on {parts}"]
@@ -40,6 +40,12 @@ def suspicions(train: Sequences, test: Sequences | None) -> list[str]:
     common = len(_contents(test) & _contents(train))
     if common:
         found.append(f"{common} of the test part's sequences are in the training part too: its score will be too good")
+    both = _groups(test) & _groups(train)
+    if both:
+        found.append(
+            f"{len(both)} of the test part's {len(_groups(test))} groups are in the training part too "
+            f"({_listed(tuple(sorted(both)))}): its score says nothing of groups that the model has not seen"
+        )
     return found
 
 
@@ -54,13 +60,30 @@ def _sizes(part: Sequences) -> str:
         text.append("classes " + ", ".join(names[:MANY]) + (f" and {len(names) - MANY} more" * (len(names) > MANY)))
     if part.groups is not None:
         text.append(f"{len(np.unique(part.groups))} groups")
-    text.append(f"{part.filled} missing values filled")
+    text.append(f"{part.filled if part.missing is None else part.missing.sum()} missing values filled")
     return "; ".join(text)
+
+
+def _absent(plan: Plan, part: Sequences) -> list[str]:
+    """Features that some of the sequences lack throughout, and what stands there."""
+    if not part.absent.any():
+        return []
+    fill, counts = plan.fill or (0.0,) * len(plan.features), part.absent.sum(axis=0).tolist()
+    rows = zip(plan.features, counts, fill, strict=True)
+    texts = [f"{name!r} in {count} ({value:.6g})" for name, count, value in rows if count]
+    rest = f" and {len(texts) - MANY} more" * (len(texts) > MANY)
+    mean = "0" if plan.fill is None else "its mean over the training part"
+    return [f"a feature that a sequence lacks throughout is {mean}: {', '.join(texts[:MANY])}{rest}"]
 
 
 def _listed(names: tuple[str, ...]) -> str:
     more = f" and {len(names) - MANY} more" if len(names) > MANY else ""
     return ", ".join(map(repr, names[:MANY])) + more
+
+
+def _groups(part: Sequences) -> set[str]:
+    """The names of its groups."""
+    return set() if part.groups is None else {part.group_names[code] for code in np.unique(part.groups)}
 
 
 def _contents(part: Sequences) -> set[bytes]:

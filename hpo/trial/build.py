@@ -10,6 +10,7 @@ from typing import Any
 
 from hpo.errors import HpoError
 from hpo.models.config import ClassifierConfig, TrainingConfig
+from hpo.models.data.order import ranks
 from hpo.models.data.sequences import Sequences
 from hpo.models.kernel.native import Kernel
 from hpo.models.kernel.native import load as load_kernel
@@ -29,7 +30,8 @@ def build(
     classifier, config = configurations(plan, params, seed)
     kernel = lstm_kernel() if native and device == "cpu" else None
     parts = validation_parts(plan.config, sequences, plan.rules)
-    return Training(sequences, parts, classifier, config, device, kernel=kernel)
+    columns = ranks(plan.features) if plan.rules > 2 else None
+    return Training(sequences, parts, classifier, config, device, kernel=kernel, columns=columns)
 
 
 def rebuild(plan: Plan, record: TrialRecord, sequences: Sequences, device: str) -> Training:

@@ -11,6 +11,7 @@ Shapes: N sequences, T steps, F features, K classes, k members whose probabiliti
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,6 +37,9 @@ from hpo.models.device import device_errors
 from hpo.models.files import whole_folder
 from hpo.models.metrics import predict_labels
 
+log = logging.getLogger("hpo")
+
+SOME = 0.01  # share of missing values that is worth no word
 FILES = ("model.safetensors", "config.json", "README.md", "curves.png", "confusion.png")
 
 
@@ -80,11 +84,28 @@ class Bundle:
         return read(data, classes=self.config.classes, **wanted)  # and groups where there are some
 
     def conform(self, data: Any) -> Sequences:
-        """`data` with the model's features in the model's order. Raises DataError where they or lengths do not fit."""
+        """`data` with the model's features in the model's order, and its means where a sequence lacks one throughout.
+
+        Warns of features that are missing more often than in training. Raises DataError where features or lengths do
+        not fit.
+        """
         sequences = data if isinstance(data, Sequences) else self.read(data)
         sequences = matched(sequences, self.config.features, self.config.has_names)
         self._check_lengths(sequences)
-        return sequences
+        self._compare_gaps(sequences)
+        return sequences if self.config.fill is None else sequences.filled_with(self.config.fill)
+
+    def _compare_gaps(self, sequences: Sequences) -> None:
+        """Warn of features with many more missing values than the training file had."""
+        if sequences.gaps is None or self.config.gaps is None:
+            return
+        rows = zip(self.config.features, sequences.gaps, self.config.gaps, strict=True)
+        more = [
+            f"{name!r} {found:.1%} (in training {known:.1%})" for name, found, known in rows if found > 2 * known + SOME
+        ]
+        if more:
+            shown = ", ".join(more[:10]) + (f" and {len(more) - 10} more" if more[10:] else "")
+            log.warning("more values are missing than the model met in training, and are filled: %s", shown)
 
     def _check_lengths(self, sequences: Sequences) -> None:
         """Pooling `flatten` has weights for each step, so that every sequence must have as many."""

@@ -47,7 +47,7 @@ def readme(config: BundleConfig, exported: str = "safetensors") -> str:
         *_exported(config, exported),
         "## What it is",
         _list([f"input: (T, {classifier.features}) float32: {', '.join(map(_name, config.features))}"]),
-        _list(preprocessing(classifier)),
+        _list(preprocessing(config)),
         _list([_architecture(classifier), *([decision] if decision else [])]),
         "## Where it comes from",
         _list([f"{name}: {_plain(value)}" for name, value in config.provenance.items()] or ["not recorded"]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field, fields, replace
+from math import isfinite
 from typing import Any, TypeVar
 
 from hpo.errors import StudyFault
@@ -12,8 +13,9 @@ from hpo.models.data.sequences import default_names
 from hpo.models.fields import rules
 from hpo.models.metrics import Scores
 
-FORMAT = 2  # version of the folder's format; raised when an older reader would misread it
-EARLIER = {1: {"epsilon": EARLIER_EPSILON}}  # formats that are read too, with what their classifiers do not say
+FORMAT = 3  # version of the folder's format; raised when an older reader would misread it
+# formats that are read too, with what their classifiers do not say
+EARLIER: dict[int, dict[str, float]] = {1: {"epsilon": EARLIER_EPSILON}, 2: {}}
 TYPES: dict[str, type] = {
     "classes": list, "features": list, "metric": str, "members": int, "threshold": float, "best_epoch": int,
     "columns": dict, "provenance": dict,
@@ -43,12 +45,17 @@ class BundleConfig:
     provenance: dict[str, Any] = field(default_factory=dict)  # study, trial, seed, data, versions, commit, device, …
     # the features' names are the training file's own; None: not recorded, so that x0, x1, … only number them
     named: bool | None = None
+    fill: tuple[float, ...] | None = None  # (F,) what a sequence is given that lacks the feature throughout; None: 0
+    gaps: tuple[float, ...] | None = None  # (F,) share of missing values in the training file; None: not recorded
 
     def __post_init__(self) -> None:
         for what, names in (("classes", self.classes), ("features", self.features)):
             if len(names) != getattr(self.classifier, what):
                 expected = getattr(self.classifier, what)
                 raise BundleError(f"a classifier of {expected} {what} needs as many names, got {list(names)}")
+        for what, numbers in (("fill", self.fill), ("gaps", self.gaps)):
+            if numbers is not None and len(numbers) != self.classifier.features:
+                raise BundleError(f"a classifier of {self.classifier.features} features needs as many {what}")
 
     @property
     def has_names(self) -> bool:
@@ -56,9 +63,10 @@ class BundleConfig:
         return self.features != default_names(len(self.features)) if self.named is None else self.named
 
 
-def preprocessing(config: ClassifierConfig) -> list[str]:
+def preprocessing(model: BundleConfig) -> list[str]:
     """What happens to a sequence (T, F) before the LSTM, step by step."""
-    steps = ["missing values are filled: linearly between known steps, the nearest one at the ends, 0 where none is"]
+    config, none = model.classifier, "0" if model.fill is None else "`fill`, the training part's means"
+    steps = [f"missing values are filled: linearly between known steps, with the nearest at the ends, or with {none}"]
     if config.sequence_length:
         steps.append(f"only its last {config.sequence_length} steps are kept")
     more = f" + {config.epsilon}" if config.epsilon else ""
@@ -75,9 +83,10 @@ def preprocessing(config: ClassifierConfig) -> list[str]:
 
 def to_json(config: BundleConfig) -> str:
     """The content of config.json. Raises ValueError for a number that is not finite, which JSON has none for."""
-    content = {"format": FORMAT, **asdict(config), "preprocessing": preprocessing(config.classifier)}
-    if config.named is None:
-        del content["named"]
+    content = {"format": FORMAT, **asdict(config), "preprocessing": preprocessing(config)}
+    for name in ("named", "fill", "gaps"):  # of an earlier version's model
+        if content[name] is None:
+            del content[name]
     return json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
 
@@ -101,7 +110,9 @@ def from_json(text: bytes, source: str) -> BundleConfig:
     for part in ("validation", "test"):
         if content.get(part) is not None:
             content[part] = _scores(content[part], f"{source}, {part}")
-    content.setdefault("named", None)  # earlier versions recorded none
+    content = {"named": None, "fill": None, "gaps": None} | content  # earlier versions recorded none
+    for name in ("fill", "gaps"):
+        content[name] = _numbers(content[name], f"{source}: {name}")
     for names in ("classes", "features"):
         content[names] = tuple(content.get(names, ()))
     return _exactly(BundleConfig, content, source)
@@ -117,6 +128,15 @@ def _check_types(content: dict[str, Any], types: dict[str, type], source: str) -
         if wrong or (kind is list and not all(isinstance(item, str) for item in value)):
             rule = "a list of texts" if kind is list else f"of type {kind.__name__}"
             raise BundleError(f"{source}: {name} must be {rule}, got {str(value)[:40]!r}")
+
+
+def _numbers(content: Any, source: str) -> tuple[float, ...] | None:
+    """Finite numbers of a list, or None. Raises BundleError."""
+    if content is None:
+        return None
+    if not isinstance(content, list) or not all(type(item) in (int, float) and isfinite(item) for item in content):
+        raise BundleError(f"{source} must be a list of finite numbers, got {str(content)[:40]!r}")
+    return tuple(map(float, content))
 
 
 def _scores(content: Any, source: str) -> Scores:

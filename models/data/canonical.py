@@ -18,7 +18,7 @@ def to_bytes(sequences: Sequences) -> bytes:
     """The canonical form, a safetensors file: equal content gives equal bytes.
 
     Whether the features have names of their own is no part of it, so that npz and csv are alike: `load` takes x0, x1, …
-    for numbers. The study's plan keeps it.
+    for numbers. The study's plan keeps it, and what follows from the values that were missing.
     """
     from safetensors.numpy import save as serialize
 

@@ -116,6 +116,9 @@ def read(
     checked). `named` False: these are no names, and a file without such columns is read by place. `labeled`: True
     demands labels, and the group column if it is named; False ignores labels; None takes both where they are.
 
+    A feature that a sequence lacks throughout has values of 0 here, until a study or a model fills it with the mean of
+    the training part.
+
     Raises DataError.
     """
     columns = Columns(label, id, step, group, features, named, labeled, needed)

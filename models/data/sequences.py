@@ -4,8 +4,10 @@ Shapes: N sequences, T steps (of the longest), F features. Whatever the source, 
 
 - Steps at the end of a sequence in which every feature is missing are padding (unless `lengths` are given).
 - Missing values before that are filled: linearly between the known steps of that sequence and feature (by the
-  distance of the steps where the source numbers or dates them), with the nearest known value at the edges, with 0
-  where the sequence has none; `Sequences.filled` counts them. Masked values are missing.
+  distance of the steps where the source numbers or dates them), with the nearest known value at the edges;
+  `Sequences.filled` counts them. Masked values are missing.
+- What a sequence lacks throughout (`Sequences.absent`) is 0 here. A study puts the training part's mean of the feature
+  there, and so does a model whatever it predicts (`filled_with`).
 - Infinite values (also those beyond float32), sequences without a step and unequal numbers of features are
   errors that name the file and the row. A constant feature is kept.
 - Values are kept in float32. A feature that loses by it, as its values lie close together and far from 0, is named in a
@@ -66,6 +68,8 @@ class Sequences:
     features: tuple[str, ...]  # (F,) names of the features; "x0", "x1", … where the file has none
     filled: int  # missing values filled in the file that these come from
     named: bool  # the names of the features are the source's own; False: they only number them
+    group_names: tuple[str, ...] = ()  # what the groups' codes stand for
+    missing: NDArray[np.int32] | None = None  # (N, F) values that were missing in the source; None: not known
 
     @property
     def n(self) -> int:
@@ -99,7 +103,37 @@ class Sequences:
             labels=None if self.labels is None else self.labels[at],
             groups=None if self.groups is None else self.groups[at],
             ids=tuple(self.ids[i] for i in at),
+            missing=None if self.missing is None else self.missing[at],
         )
+
+    @property
+    def absent(self) -> Mask:
+        """(N, F) features without any value in the sequence, as far as that is known."""
+        if self.missing is None:
+            return np.zeros((self.n, self.n_features), dtype=np.bool_)
+        return np.asarray(self.missing == self.lengths[:, None])
+
+    @property
+    def gaps(self) -> tuple[float, ...] | None:
+        """(F,) shares of values that were missing in the source; None: not known."""
+        return None if self.missing is None else tuple((self.missing.sum(axis=0) / self.lengths.sum()).tolist())
+
+    def means(self) -> NDArray[np.float32]:
+        """(F,) means over all steps of the sequences that have the feature; 0 where none has."""
+        present = ~self.absent
+        steps = (self.lengths[:, None] * present).sum(axis=0)
+        sums = (self.values.sum(axis=1, dtype=np.float64) * present).sum(axis=0)
+        return np.asarray(sums / np.maximum(steps, 1), dtype=np.float32)
+
+    def filled_with(self, means: Iterable[float]) -> Sequences:
+        """The same with these (F,) where a sequence lacks the feature throughout."""
+        absent = self.absent
+        if not absent.any():
+            return self
+        values = self.values.copy()
+        inside = np.arange(self.steps) < self.lengths[:, None]
+        np.copyto(values, np.array(list(means), dtype=np.float32), where=absent[:, None, :] & inside[:, :, None])
+        return replace(self, values=values)
 
 
 def default_names(n_features: int) -> tuple[str, ...]:
@@ -119,7 +153,8 @@ def matched(sequences: Sequences, features: tuple[str, ...], named: bool) -> Seq
     missing = [name for name in features if name not in found]
     if sequences.named and not missing:
         at = [found.index(name) for name in features]
-        return replace(sequences, values=sequences.values[:, :, at], features=features)
+        gaps = None if sequences.missing is None else sequences.missing[:, at]
+        return replace(sequences, values=sequences.values[:, :, at], features=features, missing=gaps)
     if sequences.named and named:
         raise DataError(f"the data lacks the features {missing} of the model; it has {list(found)}")
     if len(found) != len(features):
@@ -191,12 +226,24 @@ def to_sequences(
     inside = np.arange(values.shape[1]) < lengths[:, None]
     _check_finite(raw, values, inside, names)
     _check_precision(raw, values, inside, names, training=bool(labeled) and classes is None)
-    filled = _fill(values, inside, raw.times)
+    missing = np.isnan(values) & inside[:, :, None]
+    _fill(values, inside, missing, raw.times)
     values[~inside] = 0
     labels, classes = _encode(raw, classes, labeled)
-    ids = raw.ids or tuple(map(str, range(len(values))))
-    named = named if features else raw.features is not None
-    return Sequences(values, lengths, labels, classes, _groups(raw), ids, names, filled, named)
+    groups, group_names = _groups(raw)
+    return Sequences(
+        values=values,
+        lengths=lengths,
+        labels=labels,
+        classes=classes,
+        groups=groups,
+        ids=raw.ids or tuple(map(str, range(len(values)))),
+        features=names,
+        filled=int(missing.sum()),
+        named=named if features else raw.features is not None,
+        group_names=group_names,
+        missing=missing.sum(axis=1, dtype=np.int32),
+    )
 
 
 def _check_lengths(raw: Raw, lengths: Indices, steps: int) -> None:
@@ -252,9 +299,8 @@ def _valid_steps(values: Values) -> Indices:
     return np.where(known.any(axis=1), last, 0).astype(np.int64)
 
 
-def _fill(values: Values, inside: Mask, times: NDArray[np.float64] | None) -> int:
-    """Fill the NaN of (N, T, F) values within the lengths, in place; how many they were."""
-    missing = np.isnan(values) & inside[:, :, None]
+def _fill(values: Values, inside: Mask, missing: Mask, times: NDArray[np.float64] | None) -> None:
+    """Fill the missing ones of (N, T, F) values, in place; with 0 where the sequence has none."""
     steps = np.arange(values.shape[1], dtype=np.float64)
     for i, f in np.argwhere(missing.any(axis=1)).tolist():
         if times is not None:
@@ -262,7 +308,6 @@ def _fill(values: Values, inside: Mask, times: NDArray[np.float64] | None) -> in
         series, gap = values[i, :, f], missing[i, :, f]
         known = inside[i] & ~gap
         series[gap] = np.interp(steps[gap], steps[known], series[known]) if known.any() else 0
-    return int(missing.sum())
 
 
 def _encode(raw: Raw, classes: tuple[str, ...] | None, labeled: bool | None) -> tuple[Indices | None, tuple[str, ...]]:
@@ -308,13 +353,14 @@ def is_number(text: str) -> bool:
     return "_" not in text
 
 
-def _groups(raw: Raw) -> Indices | None:
+def _groups(raw: Raw) -> tuple[Indices | None, tuple[str, ...]]:
+    """Codes and their names."""
     if raw.groups is None:
-        return None
+        return None, ()
     names = names_of(raw.groups, raw.at)
     if None in names:
         raise DataError(f"{_lacks(raw, names, raw.groups, 'group')}: give every sequence one or none")
-    return codes_of(names)[0]
+    return codes_of(names)
 
 
 def names_of(

@@ -90,12 +90,14 @@ class Training:
         kernel: Kernel | None = None,
         graphs: bool = True,
         fixed_shapes: bool | None = None,
+        columns: Sequence[int] | None = None,
     ) -> None:
         """sequences: the whole training file; folds: one (training rows, validation rows) pair a member.
 
         kernel: the native one, for float32 on a CPU and sizes where it is the faster one; None: torch's own LSTM.
         graphs: on a GPU, replay captured steps; else, or where capture fails, run them one operation at a time: the
-        bits are the same. fixed_shapes: steps of a few fixed shapes (see `FixedSteps`); None: on a GPU.
+        bits are the same. fixed_shapes: steps of a few fixed shapes (see `FixedSteps`); None: on a GPU. columns: (F,)
+        the place of each feature in an order that is not the file's, by which it gets its first weights.
         Raises OutOfMemory and DeviceLost, as do all calls that use the device.
         """
         assert sequences.labels is not None
@@ -115,7 +117,7 @@ class Training:
         self._stream = _own_stream(self.device) if gpu else None
         with self._on_device():
             fixed = gpu if fixed_shapes is None else fixed_shapes
-            self.members = self._members(sequences, folds, fixed, graphs)
+            self.members = self._members(sequences, folds, fixed, graphs, columns)
         learners = [member.learner for member in self.members]
         self.parameters = sum(weight.numel() for learner in learners for weight in learner.model.parameters())
         self.fused = learners[0].optimizer.fused
@@ -259,7 +261,12 @@ class Training:
         )
 
     def _members(
-        self, sequences: Sequences, folds: Sequence[tuple[Rows, Rows]], fixed_shapes: bool, graphs: bool
+        self,
+        sequences: Sequences,
+        folds: Sequence[tuple[Rows, Rows]],
+        fixed_shapes: bool,
+        graphs: bool,
+        columns: Sequence[int] | None,
     ) -> list[Member]:
         values, lengths = torch.from_numpy(sequences.values), torch.from_numpy(sequences.lengths)
         labels = torch.from_numpy(sequences.labels).to(self.device)
@@ -267,7 +274,7 @@ class Training:
         found: list[Member] = []
         whole: tuple[torch.Tensor, torch.Tensor] | None = None  # what members share that prepare their data alike
         for index, (train, validation) in enumerate(folds):
-            model = _model(self.classifier, derive("weights", self.config.seed, index))
+            model = _model(self.classifier, derive("weights", self.config.seed, index), columns)
             model.fit_normalization(values[train], lengths[train])
             model.place(self.device, variable=variable)
             model.kernel = self.kernel
@@ -338,8 +345,18 @@ def _own_stream(device: torch.device) -> torch.cuda.Stream:
     return streams[device]
 
 
-def _model(config: ClassifierConfig, seed: int) -> Classifier:
-    """A network whose first weights are a function of the seed; torch's own random state is left alone."""
+def _model(config: ClassifierConfig, seed: int, columns: Sequence[int] | None) -> Classifier:
+    """A network whose first weights are a function of the seed; torch's own random state is left alone.
+
+    columns: see `Training`.
+    """
     with torch.random.fork_rng(devices=[]), _initialising:
         torch.manual_seed(seed)
-        return Classifier(config)
+        model = Classifier(config)
+    if columns is not None:
+        with torch.no_grad():
+            for name, weight in model.lstm.named_parameters():  # (4 H, P*F), a patch step by step
+                if name.startswith("weight_ih_l0"):
+                    by_feature = weight.view(len(weight), config.patch_length, config.features)
+                    weight.copy_(by_feature[:, :, list(columns)].reshape_as(weight))
+    return model

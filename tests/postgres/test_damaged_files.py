@@ -206,6 +206,9 @@ def test_versions_of_one_name_in_two_databases_have_folders_of_their_own(
     """A version's number is given by each database anew, so that it names no content."""
     mine = run(config, database_url)[0]
     first = model_folder("waves", None)
+    short = first.with_name("v1")
+    assert short.readlink() == Path(first.name)
+    short.unlink()
     old = first.rename(first.with_name("v1"))  # as an earlier version named it
     assert model_folder("waves", None) == old
     other_config = load(study_file(trials=1, epochs=2, space=SPACE, study='sampler = "random"'))
@@ -215,8 +218,12 @@ def test_versions_of_one_name_in_two_databases_have_folders_of_their_own(
         assert theirs.weights != mine.weights
         assert model_folder("waves", None) != old
         assert (model_folder("waves", None) / "model.safetensors").read_bytes() == theirs.weights
+        assert not short.is_symlink()  # what an earlier version has fetched stays in use
     monkeypatch.setenv("HPO_DATABASE_URL", database_url)
     assert (model_folder("waves", None) / "model.safetensors").read_bytes() == mine.weights
+    old.rename(first)
+    assert model_folder("waves", None) == first
+    assert short.resolve() == first.resolve()  # the one that was asked for last
 
 
 def names(store: ArtifactStore) -> set[str]:

@@ -48,11 +48,14 @@ def test_a_data_file_alone_becomes_a_promoted_model(cli: Cli, data: Path, enviro
     assert summary["best"]["params"]["hidden_size"] == 6
     assert summary["validation"]["auroc"] == summary["best"]["value"]
     folder = Path(summary["model"]["path"])
+    assert (folder.parent / "v1").resolve() == folder.resolve()
+    content = json.loads((folder / "config.json").read_text())
+    assert (len(content["fill"]), content["gaps"]) == (len(content["features"]), [0.0] * len(content["features"]))
     for path in folder.iterdir():  # it is given to others
-        content = path.read_bytes()
-        assert str(data.parent).encode() not in content
-        assert f"{socket.gethostname()}-".encode() not in content
-        assert f"{socket.gethostname()}:".encode() not in content
+        written = path.read_bytes()
+        assert str(data.parent).encode() not in written
+        assert f"{socket.gethostname()}-".encode() not in written
+        assert f"{socket.gethostname()}:".encode() not in written
     names = {"model.safetensors", "config.json", "README.md", "curves.png", "confusion.png"}
     assert names <= {path.name for path in folder.iterdir()}
     assert load(folder).predict(read(data)).classes == ("fast", "slow")

@@ -253,8 +253,8 @@ class TestBrokenFolder:
             bundle.load(folder / "nowhere")
 
     def test_a_newer_format_names_the_way_out(self, folder: Path) -> None:
-        self.change(folder, format=3)
-        with pytest.raises(BundleError, match="has format 3, this version of hpo reads up to 2: install a newer hpo"):
+        self.change(folder, format=4)
+        with pytest.raises(BundleError, match="has format 4, this version of hpo reads up to 3: install a newer hpo"):
             bundle.load(folder)
 
     def test_missing_and_unexpected_keys_are_named(self, folder: Path) -> None:
@@ -390,7 +390,7 @@ class TestPredict:
     def test_named_features_are_taken_by_name(self) -> None:
         model, data = self.ready(), from_arrays(sequences(*LENGTHS), features=("pulse", "breath"))
         mixed = np.stack([data.values[:, :, 1], data.values[:, :, 0] * 0, data.values[:, :, 0]], axis=2)
-        shuffled = replace(data, values=mixed, features=("breath", "age", "pulse"))
+        shuffled = replace(data, values=mixed, features=("breath", "age", "pulse"), missing=None)
         expected = model.predict(data).probabilities
         np.testing.assert_array_equal(model.predict(shuffled).probabilities, expected)
 
@@ -584,7 +584,7 @@ class TestCard:
 
     def test_lists_what_happens_before_the_lstm(self) -> None:
         _, config = make(normalization="channel", patch_length=4, sequence_length=5)
-        steps = preprocessing(config.classifier)
+        steps = preprocessing(config)
         assert [word for word in ("last 5 steps", "`mean`", "4 consecutive") if any(word in s for s in steps)] == [
             "last 5 steps",
             "`mean`",

@@ -62,3 +62,12 @@ def test_sequences_in_both_parts_are_counted() -> None:
     train = part()
     (said,) = suspicions(train, train.take(range(10)))
     assert said.startswith("10 of the test part's sequences are in the training part too")
+
+
+def test_groups_in_both_parts_are_named() -> None:
+    """A split never separates a group; two files may (the case `groups-in-training-and-test-file`)."""
+    train, test = part(groups=[f"p{i % 6}" for i in range(60)]), part(24, groups=[f"p{4 + i % 4}" for i in range(24)])
+    (found,) = suspicions(train, test)
+    assert found.startswith("2 of the test part's 4 groups are in the training part too ('p4', 'p5'): its score")
+    assert suspicions(train, part(24, groups=[f"q{i % 4}" for i in range(24)])) == []
+    assert suspicions(train, part(24)) == []

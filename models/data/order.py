@@ -1,0 +1,69 @@
+"""The order of sequences and features that a training goes by, whatever order a file has them in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import chain
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hpo.models.data.sequences import Indices, Sequences, codes_of
+
+
+def in_order(sequences: Sequences) -> Sequences:
+    """The same sequences, ordered by what they hold: the shorter first, then by values, step by step, and by labels.
+
+    Values are compared feature by feature in the order of `ranks`. The order is the same in another unit, and with an
+    offset. Groups are numbered in this order.
+    """
+    order = _by_content(sequences)
+    if (np.diff(order) > 0).all():
+        return sequences
+    found = sequences.take(order)
+    if found.groups is None:
+        return found
+    codes, names = codes_of(found.group_names[code] for code in found.groups.tolist())
+    return replace(found, groups=codes, group_names=names)
+
+
+def ranks(features: Sequence[str]) -> tuple[int, ...]:
+    """(F,) the place of each feature in the order of names, short ones first: x2 comes before x10."""
+    ordered = sorted(range(len(features)), key=lambda f: (len(features[f]), features[f]))
+    return tuple(np.argsort(ordered).tolist())
+
+
+def _by_content(sequences: Sequences) -> Indices:
+    """(N,) rows in that order; those that are alike in all of it stay as they are.
+
+    Column after column is looked at, until no two rows are alike: of most data a few columns.
+    """
+    place, alike = np.zeros(sequences.n, dtype=np.int64), np.arange(sequences.n)
+    features = np.argsort(ranks(sequences.features)).tolist()
+    columns = (sequences.values[:, step, feature] for step in range(sequences.steps) for feature in features)
+    labels: list[Indices] = [] if sequences.labels is None else [sequences.labels]
+    keys: Iterator[NDArray[Any]] = chain([sequences.lengths], columns, labels)
+    for column in keys:
+        place[alike] = _refined(place[alike], column[alike])
+        _, which, counts = np.unique(place[alike], return_inverse=True, return_counts=True)
+        alike = alike[counts[which] > 1]
+        if not len(alike):
+            break
+    return np.argsort(place, kind="stable")
+
+
+def _refined(place: Indices, keys: NDArray[Any]) -> Indices:
+    """Places of rows in an order, equal for those that are alike, once these are told apart by the keys, too.
+
+    A place is the number of rows before, so that those of a part of the rows are right among all.
+    """
+    order = np.lexsort((keys, place))
+    old, key, at = place[order], keys[order], np.arange(len(order))
+    first_of_old = np.maximum.accumulate(np.where(np.diff(old, prepend=-1) != 0, at, 0))
+    changes = (np.diff(old, prepend=-1) != 0) | (key != np.roll(key, 1))
+    first_alike = np.maximum.accumulate(np.where(changes, at, 0))
+    refined = np.empty_like(place)
+    refined[order] = old + first_alike - first_of_old
+    return refined
