@@ -7,7 +7,7 @@ import logging
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +35,7 @@ MANY = 8  # classes: of more, only the predicted one's probability is printed
 SHOWN_COUNTS = ("complete", "pruned", "failed", "running", "waiting")  # trials by state, in a table
 GROUPS_SHOWN = 3  # hosts and devices named in a row of a table
 PIPED_WIDTH = 200  # columns of a table where the output is not a terminal
-TABLE_WIDTH = 110  # columns that a table of studies or models needs: narrower terminals get lines
+TABLE_WIDTH, MODELS_WIDTH = 110, 140  # columns that a table of studies or of models needs: narrower terminals get lines
 
 
 class _Lines(logging.Handler):
@@ -299,6 +299,7 @@ def model_row(model: ModelVersion) -> dict[str, Any]:
         "created": model.created_at.isoformat(),
         "validation": model.scores["validation"],
         "test": model.scores.get("test"),
+        "sequences": model.scores.get("sequences"),
         "test_looks": model.scores.get("test_looks"),
         "params": model.config["params"],
     }
@@ -311,17 +312,19 @@ def show_models(found: Sequence[ModelVersion]) -> None:
         console.print("no models yet; a study promotes its best trial when it ends")
         return
     rows = [_model_cells(model) for model in found]
-    if console.width < TABLE_WIDTH:
+    if console.width < MODELS_WIDTH:
         for name, version, trial, metric, validation, test, interval, looks, created in rows:
             console.print(f"{name} version {version}: trial {trial}, {created}", highlight=False)
             about = ", ".join(filter(None, (interval, f"look {looks} at that part" if looks else "")))
-            tested = f", {test} on test" + (f" ({about})" if about else "") if test else ""
-            console.print(f"  {metric} {validation} on validation{tested}", highlight=False)
-        return
-    table = Table("model", "version", "trial", "metric", "validation", "test", "95 % interval", "looks", "created")
-    for cells in rows:
-        table.add_row(*map(Text, cells))
-    console.print(table)
+            tested = f"; test {test}" + (f", {about}" if about else "") if test else ""
+            console.print(f"  {metric}: validation {validation}{tested}", highlight=False)
+    else:
+        table = Table("model", "version", "trial", "metric", "validation", "test", "95 % interval", "looks", "created")
+        for cells in rows:
+            table.add_row(*map(Text, cells))
+        console.print(table)
+    if any(model.scores.get("sequences") for model in found):
+        _say(console, "in brackets: the number of sequences that a score is of")
 
 
 def _model_cells(model: ModelVersion) -> tuple[str, ...]:
@@ -333,12 +336,18 @@ def _model_cells(model: ModelVersion) -> tuple[str, ...]:
         f"{model.version} (default)" if model.default else str(model.version),
         str(model.trial_number),
         metric,
-        f"{model.scores['validation'][metric]:.4f}",
-        f"{test[metric]:.4f}" if metric in test else "",
+        f"{model.scores['validation'][metric]:.4f}{_counted(model.scores, 'validation')}",
+        f"{test[metric]:.4f}{_counted(model.scores, 'test')}" if metric in test else "",
         f"{interval[0]:.4f} to {interval[1]:.4f}" if interval else "",
         str(model.scores.get("test_looks") or ""),
         f"{model.created_at:%Y-%m-%d %H:%M}",
     )
+
+
+def _counted(scores: Mapping[str, Any], part: str, noun: str = "") -> str:
+    """The number of the part's sequences in brackets; versions that were promoted earlier do not say."""
+    sequences = (scores.get("sequences") or {}).get(part)
+    return "" if sequences is None else f" ({sequences:,}{noun})"
 
 
 def show_summary(summary: dict[str, Any]) -> None:
@@ -355,7 +364,7 @@ def show_summary(summary: dict[str, Any]) -> None:
     _say(
         console, "its configuration: " + ", ".join(f"{name} {_plain(value)}" for name, value in best["params"].items())
     )
-    table = Table("metric", "validation", "test")
+    table = Table("metric", *(part + _counted(summary, part, " sequences") for part in ("validation", "test")))
     for name in METRICS:
         if (value := summary["validation"].get(name)) is None:
             continue

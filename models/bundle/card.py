@@ -96,7 +96,7 @@ def _scores(config: BundleConfig) -> str:
     known = {name: scores for name, scores in parts.items() if scores is not None}
     if not known:
         return "Its scores were not recorded."
-    rows = ["| | " + " | ".join(f"{name} ({scores.sequences:,})" for name, scores in known.items()) + " |"]
+    rows = ["| | " + " | ".join(f"{name} ({scores.sequences:,} sequences)" for name, scores in known.items()) + " |"]
     rows.append("|---|" + "---|" * len(known))
     for metric in dict.fromkeys(metric for scores in known.values() for metric in (*scores.metrics, *scores.undefined)):
         rows.append(f"| {metric} | {' | '.join(_cell(scores, metric) for scores in known.values())} |")

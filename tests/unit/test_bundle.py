@@ -569,7 +569,7 @@ class TestCard:
         test = bundle.load(folder).config.test
         assert test is not None
         low, high = test.intervals["auroc"]
-        assert "validation (60) | test (61)" in text
+        assert "validation (60 sequences) | test (61 sequences)" in text
         assert f"| {test.metrics['auroc']:.4f} [{low:.4f}, {high:.4f}] |" in text
         assert "- trial: 3" in text
 
