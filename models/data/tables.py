@@ -270,7 +270,8 @@ def _roles(source: str, header: list[str], columns: Columns) -> dict[str, str]:
     for role, name in wanted.items():
         unneeded = role in ("label", "group") and not columns.labeled and role not in columns.needed
         if role not in roles and not unneeded and (name != role or role == "label"):
-            raise DataError(f"{source} has no {role} column {name!r}; {here}")
+            way_out = f"say which is the {role} column (data.{role} of a study, {role}= in Python)"
+            raise DataError(f"{source} has no {role} column {name!r}; {here}; {way_out}")
     return roles
 
 
