@@ -18,6 +18,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from hpo.errors import legible
 from hpo.models.config import METRICS
 from hpo.storage.masking import mask
 
@@ -396,15 +397,22 @@ def _plain(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
 
 
+def _name(name: str) -> Text:
+    """A name of the data, of which a terminal takes no letter for a command."""
+    return Text(legible(name))
+
+
 def show_predictions(predictions: Predictions, rows: int = SHOWN) -> None:
     """The first rows as a table."""
     few = len(predictions.classes) <= MANY
     chances = [f"p({name})" for name in predictions.classes] if few else ["p(class)"]
-    table = Table("id", "class", *chances)
+    table = Table("id", "class")
+    for chance in chances:
+        table.add_column(_name(chance))
     for index in range(min(rows, len(predictions.labels))):
         row = predictions.probabilities[index]
         values = (f"{value:.4f}" for value in (row if few else [row.max()]))
-        table.add_row(predictions.ids[index], predictions.labels[index], *values)
+        table.add_row(_name(predictions.ids[index]), _name(predictions.labels[index]), *values)
     console = _console()
     console.print(table)
     if len(predictions.labels) > rows:
@@ -432,19 +440,19 @@ def show_evaluation(found: Evaluation, rows: int = SHOWN) -> None:
         table.add_row(name, f"{value:.4f}", "" if low is None or high is None else f"{low:.4f} to {high:.4f}")
     console.print(table)
     for name, reason in scores.undefined.items():
-        _say(console, f"{name} is undefined: {reason}")
+        _say(console, legible(f"{name} is undefined: {reason}"))
     if len(predictions.classes) <= MANY:
         counts = Table("true \\ predicted")
         for name in predictions.classes:
-            counts.add_column(Text(name))
+            counts.add_column(_name(name))
         for name, row in zip(predictions.classes, scores.confusion, strict=True):
-            counts.add_row(Text(name), *map(str, row))
+            counts.add_row(_name(name), *map(str, row))
         console.print(counts)
     if len(found.wrong):
         wrong = Table("id", "true", "predicted", "p(predicted)", title="wrong, the surest first")
         for row in found.wrong[:rows]:
             chance = f"{predictions.probabilities[row].max():.4f}"
-            wrong.add_row(*map(Text, (predictions.ids[row], found.labels[row], predictions.labels[row], chance)))
+            wrong.add_row(*map(_name, (predictions.ids[row], found.labels[row], predictions.labels[row], chance)))
         console.print(wrong)
     if len(found.wrong) > rows:
         _say(console, f"{rows} of {len(found.wrong)} that are wrong; --out FILE.csv writes all")
