@@ -72,7 +72,7 @@ def export(
         _check_steps(bundle)
     with model_folder(Path(out), overwrite) as beside:
         for name in FILES:
-            if (folder / name).is_file():
+            if name != "README.md" and (folder / name).is_file():
                 _copy(folder / name, beside / name)
         (beside / "README.md").write_text(card.readme(bundle.config, format), encoding="utf-8")
         if format != "safetensors":

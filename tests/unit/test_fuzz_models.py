@@ -239,9 +239,13 @@ def test_an_export_gives_nothing_away_that_a_link_leads_to(folder: Path) -> None
         export(folder, folder.parent / "out")
     (folder / "curves.png").unlink()
     (folder / "curves.png").symlink_to("/proc/self/mem")  # seed 2000320
+    (folder / "README.md").unlink()
+    (folder / "README.md").symlink_to("/proc/self/mem")  # seed 3002682: it is written anew
     with pytest.raises(BundleError, match=r"curves\.png cannot be read"):
         export(folder, folder.parent / "out")
     assert not (folder.parent / "out").exists()
+    (folder / "curves.png").unlink()
+    assert (export(folder, folder.parent / "out") / "README.md").read_text().startswith("# hearts")
 
 
 def test_names_in_the_checksums_that_are_none_and_folders_that_are_none(folder: Path) -> None:
