@@ -242,6 +242,15 @@ def test_what_pandas_wrote_may_be_damaged(said: str, message: str, tmp_path: Pat
         assert read(tmp_path / "x.parquet").n == 1
 
 
+def test_two_columns_of_one_name_are_refused_also_where_pandas_calls_them_its_index(tmp_path: Path) -> None:
+    """Seed 1037820."""
+    pyarrow = pytest.importorskip("pyarrow")
+    table = pyarrow.table([[1], [0], [0.5], [0.5]], names=["id", "step", "v", "v"])
+    table = table.replace_schema_metadata({"pandas": '{"index_columns": ["v"]}'})
+    pytest.importorskip("pyarrow.parquet").write_table(table, tmp_path / "x.parquet")
+    refused(tmp_path / "x.parquet", "the first row must name every column, each differently")
+
+
 def test_a_damaged_parquet_file_is_refused_in_one_line(tmp_path: Path) -> None:
     """Seeds 25 and 36: Arrow's messages have two."""
     path = parquet(tmp_path / "x.parquet")
