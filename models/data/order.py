@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 from hpo.models.data.sequences import Indices, Sequences, codes_of
 
+FEW = 8  # columns
+
 
 def in_order(sequences: Sequences) -> Sequences:
     """The same sequences, ordered by what they hold: the shorter first, then by values, step by step, and by labels.
@@ -38,20 +40,30 @@ def ranks(features: Sequence[str]) -> tuple[int, ...]:
 def _by_content(sequences: Sequences) -> Indices:
     """(N,) rows in that order; those that are alike in all of it stay as they are.
 
-    Column after column is looked at, until no two rows are alike: of most data a few columns.
+    A few columns, which tell the rows of most data apart, are looked at one by one; what is alike in them, as a whole.
     """
     place, alike = np.zeros(sequences.n, dtype=np.int64), np.arange(sequences.n)
     features = np.argsort(ranks(sequences.features)).tolist()
-    columns = (sequences.values[:, step, feature] for step in range(sequences.steps) for feature in features)
+    first = [(step, feature) for step in range(sequences.steps) for feature in features][:FEW]
+    columns = (sequences.values[:, step, feature] for step, feature in first)
     labels: list[Indices] = [] if sequences.labels is None else [sequences.labels]
-    keys: Iterator[NDArray[Any]] = chain([sequences.lengths], columns, labels)
-    for column in keys:
-        place[alike] = _refined(place[alike], column[alike])
+    keys: Iterator[NDArray[Any] | None] = chain([sequences.lengths], columns, [None], labels)
+    for key in keys:
+        told = _whole(sequences.values[alike][:, :, features]) if key is None else key[alike]
+        place[alike] = _refined(place[alike], told)
         _, which, counts = np.unique(place[alike], return_inverse=True, return_counts=True)
         alike = alike[counts[which] > 1]
         if not len(alike):
             break
     return np.argsort(place, kind="stable")
+
+
+def _whole(values: NDArray[np.float32]) -> Indices:
+    """(R,) the places of rows (R, T, F) in the order of their values, equal for those that are alike."""
+    bits = (np.ascontiguousarray(values) + 0.0).view(np.uint32).reshape(len(values), -1)  # of -0.0 those of 0.0
+    bits ^= np.where(bits >> 31 == 1, np.uint32(0xFFFFFFFF), np.uint32(0x80000000))  # as whole numbers in that order
+    rows = bits.astype(">u4").view(f"V{4 * bits.shape[1]}").ravel()  # byte by byte
+    return np.unique(rows, return_inverse=True)[1]
 
 
 def _refined(place: Indices, keys: NDArray[Any]) -> Indices:

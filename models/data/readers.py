@@ -24,6 +24,7 @@ from hpo.models.data.sizes import check_content
 from hpo.models.data.tables import Columns, is_frame, read_csv, read_frame, read_parquet
 from hpo.models.data.ts import ARFF, read_ts
 
+BLOCK = 2**18  # bytes read at once
 ARRAYS = ("X", "y", "lengths", "groups")  # of an npz file
 # their names, and others by which they often go
 _OFTEN = {"x": "X", "y": "y", "label": "y", "target": "y", "lengths": "lengths", "groups": "groups"}
@@ -80,9 +81,14 @@ def _array(path: Path, file: zipfile.ZipFile, member: zipfile.ZipInfo) -> NDArra
         if min(shape, default=0) < 0 or not dtype.itemsize or size != member.file_size - content.tell():
             raise DataError(f"{path} is damaged: array {member.filename!r} says to be {dtype} {shape}, and is not")
         check_content(path, size, shape[0] if shape else 0)
-        data = content.read(size)
-        if len(data) != size or content.read(1):  # at the end the checksum is compared
-            raise EOFError(f"array {member.filename!r} ends early")
+        data = np.empty(size, np.uint8)
+        for start in range(0, size, BLOCK):
+            block = content.read(min(BLOCK, size - start))  # at once it would be copied again and again
+            if len(block) != min(BLOCK, size - start):
+                raise EOFError(f"array {member.filename!r} ends early")
+            data[start : start + len(block)] = np.frombuffer(block, np.uint8)
+        if content.read(1):  # at the end the checksum is compared
+            raise EOFError(f"array {member.filename!r} goes on after its end")
     letters = np.frombuffer(data, np.dtype("u4").newbyteorder(dtype.byteorder)) if dtype.kind == "U" else np.empty(0)
     if letters.max(initial=0) > sys.maxunicode:
         raise DataError(f"{path} is damaged: array {member.filename!r} holds text that is none")

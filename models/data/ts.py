@@ -113,7 +113,10 @@ def _ts_values(at: str, channels: list[str]) -> NDArray[np.float64]:
     """(T, F) of one line's channels."""
     if len({channel.count(",") for channel in channels}) != 1:
         raise DataError(f"{at}: every feature of a sequence needs the same steps; mark missing ones with '?'")
-    cells = [cell.strip() for cell in ",".join(channels).split(",")]
+    text = ",".join(channels)
+    cells = text.split(",")
+    if not text.isprintable() or " " in text:
+        cells = [cell.strip() for cell in cells]
     try:
         if any("_" in channel for channel in channels):
             raise ValueError(f"could not convert {next(cell for cell in cells if '_' in cell)!r}")
