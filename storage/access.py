@@ -29,7 +29,7 @@ _NOTE, _ACTIONS = statement("note_action"), statement("actions")
 _CLAIM, _SUBMISSION, _FORGET = (
     statement(name) for name in ("claim_submission", "submission", "forget_old_submissions")
 )
-_STUDY_OWNER, _OWN_STUDY = statement("study_owner"), statement("own_study")
+_STUDY_OWNER = statement("study_owner")
 
 
 class AccessError(HpoError):
@@ -152,10 +152,6 @@ class Access:
         """Who submitted the study; None where nobody did through the service, and for one that there is not."""
         rows = self._connection.execute(_STUDY_OWNER, given={"study": study_id})
         return rows[0][0] if rows else None
-
-    def own(self, study_id: int, owner: str) -> None:
-        """Say who submitted a study; the first one stays."""
-        self._connection.execute(_OWN_STUDY, given={"study": study_id, "owner": owner})
 
 
 def _digest(secret: str) -> bytes:

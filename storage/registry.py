@@ -42,6 +42,10 @@ class RegistryError(StudyFault):
     """There is no such model, version or alias; or what was to be registered breaks a rule."""
 
 
+class MissingModel(RegistryError):
+    """There is no such model, version or alias."""
+
+
 @dataclass(frozen=True)
 class ModelVersion:
     """One promoted model."""
@@ -151,13 +155,13 @@ class Registry:
         """Of a name's versions the one of that number or alias, the latest without either."""
         if not rows:
             names = [known for (known,) in self._connection.execute(_MODEL_NAMES)]
-            raise RegistryError(f"no model is named {name!r}; there are: {', '.join(names) or 'none yet'}")
+            raise MissingModel(f"no model is named {name!r}; there are: {', '.join(names) or 'none yet'}")
         wanted, models = _wanted(version), [_version(row) for row in rows]
         for model in models:
             if wanted in (str(model.version), *model.aliases):
                 return model
         known = ", ".join(" = ".join((str(model.version), *model.aliases)) for model in models)
-        raise RegistryError(f"model {name!r} has no version or alias {wanted!r}; there are: {known}")
+        raise MissingModel(f"model {name!r} has no version or alias {wanted!r}; there are: {known}")
 
 
 def publish(store: ArtifactStore, folder: Path, prefix: str) -> dict[str, str]:

@@ -176,6 +176,11 @@ def config_for_data(path: str | Path, overrides: Sequence[str] = ()) -> StudyCon
     return _load({"data": {"train": path.name}}, path, overrides)
 
 
+def config_of(tables: dict[str, Any], path: Path) -> StudyConfig:
+    """The study of a study file's tables, as if they stood in the file at `path`. Raises ConfigError."""
+    return _load(tables, path, ())
+
+
 def _load(tables: dict[str, Any], path: Path, overrides: Sequence[str]) -> StudyConfig:
     keys = frozenset(_override(tables, override) for override in overrides)
     source = _Source(path.name, keys)

@@ -58,8 +58,3 @@ DELETE FROM hpo.submissions WHERE submitted_at < hpo.clock() - interval '30 days
 -- Who submitted a study; NULL: nobody through the service.
 -- types: study int
 SELECT owner FROM hpo.terms WHERE study_id = %(study)s
-
--- name: own_study
--- Say who submitted a study, once.
--- types: study int, owner text
-UPDATE hpo.terms SET owner = %(owner)s WHERE study_id = %(study)s AND owner IS NULL

@@ -124,8 +124,6 @@ class TestSubmissions:
     ) -> None:
         study_id = storage.create_new_study([StudyDirection.MAXIMIZE], "waves")
         assert access.owner_of(study_id) is None
-        leases.open_study(study_id, Terms(3), {})
-        assert access.owner_of(study_id) is None
-        access.own(study_id, "ada")
-        access.own(study_id, "bob")
-        assert access.owner_of(study_id) == "ada"
+        for owner in ("ada", "bob"):
+            assert leases.open_study(study_id, Terms(3), {}, owner).owner == "ada"
+        assert access.owner_of(study_id) == leases.snapshot(study_id).owner == "ada"

@@ -1,0 +1,119 @@
+"""Data files: checked when they arrive, stored by their content."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http import HTTPStatus
+from typing import Annotated
+
+import numpy as np
+from anyio.to_thread import run_sync
+from fastapi import APIRouter, Query, Request
+from pydantic import BaseModel
+
+from hpo.models.data.readers import read
+from hpo.models.data.sequences import DataError, Sequences
+from hpo.service.access import Reader, Submitter, Uses
+from hpo.service.body import FILE_BODY, Received, received_file
+from hpo.service.problems import Problem
+from hpo.storage.keys import UPLOAD, upload_key
+
+log = logging.getLogger("hpo")
+router = APIRouter(prefix="/v1/data", tags=["data"])
+Column = Annotated[str, Query(max_length=200)]
+
+
+class DataFile(BaseModel):
+    """A stored data file, and what was read from it."""
+
+    key: str  # what a study file names as [data] train or test
+    sequences: int
+    steps: int
+    features: list[str]
+    classes: dict[str, int]  # sequences of each
+    groups: int | None
+    filled: int  # missing values
+    warnings: list[str]
+
+
+class StoredData(BaseModel):
+    """A data file that the store has."""
+
+    key: str
+
+
+@router.post("", status_code=HTTPStatus.CREATED, openapi_extra=FILE_BODY)
+async def upload(
+    request: Request,
+    token: Submitter,
+    backend: Uses,
+    label: Column = "label",
+    id: Column = "id",
+    step: Column = "step",
+    group: Column = "group",
+) -> DataFile:
+    """Store a data file of any format that is read: npz, csv, tsv, parquet, ts; label, id, step and group name columns.
+
+    The same content has the same key, however often it is sent.
+    """
+    async with received_file(request) as file:
+        columns = {"label": label, "id": id, "step": step, "group": group}
+        found, warnings = await run_sync(_checked, file, columns)
+        key = upload_key(file.sha256, file.name)
+        if not await run_sync(backend.store.exists, key):
+            await run_sync(backend.store.put, key, file.path)
+    counts = [] if found.labels is None else np.bincount(found.labels, minlength=len(found.classes)).tolist()
+    return DataFile(
+        key=key,
+        sequences=found.n,
+        steps=found.steps,
+        features=list(found.features),
+        classes=dict(zip(found.classes, counts, strict=bool(counts))),
+        groups=None if found.groups is None else len(found.group_names),
+        filled=found.filled,
+        warnings=warnings,
+    )
+
+
+@router.get("/{key}")
+def stored(key: str, token: Reader, backend: Uses) -> StoredData:
+    """Whether the store has a data file: nothing has to be sent twice."""
+    if not UPLOAD.fullmatch(key) or not backend.store.exists(key):
+        raise Problem(HTTPStatus.NOT_FOUND, f"there is no data file {key!r}: POST /v1/data stores one")
+    return StoredData(key=key)
+
+
+def _checked(file: Received, columns: dict[str, str]) -> tuple[Sequences, list[str]]:
+    """What a file holds, and what its reader warns of. Raises DataError, which names the file as its sender does."""
+    with _warnings() as warnings:
+        try:
+            found = read(file.path, **columns)
+        except DataError as error:
+            raise DataError(_as_sent(str(error), file)) from None
+    return found, [_as_sent(text, file) for text in warnings]
+
+
+def _as_sent(text: str, file: Received) -> str:
+    return text.replace(str(file.path), file.name)
+
+
+@contextmanager
+def _warnings() -> Iterator[list[str]]:
+    """What this thread logs as warnings while the block runs."""
+    found: list[str] = []
+    thread = threading.get_ident()
+
+    class Kept(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.thread == thread and record.levelno >= logging.WARNING:
+                found.append(record.getMessage())
+
+    handler = Kept()
+    log.addHandler(handler)
+    try:
+        yield found
+    finally:
+        log.removeHandler(handler)
