@@ -32,6 +32,7 @@ from hpo.storage.masking import mask, mask_errors
 
 if TYPE_CHECKING:
     from hpo.launcher.ray import Cluster
+    from hpo.storage.access import Access
     from hpo.storage.leases import Leases
     from hpo.storage.trials import TrialStorage
 
@@ -43,6 +44,8 @@ app = typer.Typer(
 )
 db = typer.Typer(no_args_is_help=True, help="The database: the embedded server, or that of HPO_DATABASE_URL.")
 app.add_typer(db, name="db")
+token = typer.Typer(no_args_is_help=True, help="Who may use the service of `hpo serve`.")
+app.add_typer(token, name="token")
 
 StudyName = Annotated[str, typer.Argument(help="Name of a study.")]
 Slots = Annotated[str, typer.Option(help="Trials at once in one worker: a number, or auto (by the GPU's memory).")]
@@ -61,6 +64,12 @@ class Format(StrEnum):
 class Backend(StrEnum):
     local = "local"
     ray = "ray"
+
+
+class Role(StrEnum):
+    read = "read"
+    submit = "submit"
+    admin = "admin"
 
 
 def main() -> None:
@@ -390,6 +399,79 @@ def doctor(as_json: Json = False) -> None:
         raise typer.Exit(1)
 
 
+@app.command()
+def serve(
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)] = 8000,
+    max_body: Annotated[int, typer.Option(help="MiB that a data file may have.", min=1)] = 1024,
+    max_rows: Annotated[int, typer.Option(help="Sequences of one prediction.", min=1)] = 10_000,
+) -> None:
+    """The service: data, studies, models and predictions over HTTP, for holders of a token."""
+    from hpo.service.backend import MIB, Limits
+    from hpo.service.server import serve as listen
+
+    limits = Limits(body=max_body * MIB, rows=max_rows)
+    listen(host, port, limits, lambda url: typer.echo(f"service at {url}, its routes at {url}docs (Ctrl-C ends it)"))
+
+
+@token.command("create")
+def token_create(
+    role: Annotated[Role, typer.Option(help="What it allows: each role includes those before it.")],
+    owner: Annotated[str, typer.Option(help="Whose it is; studies belong to their submitter.")],
+    expires: Annotated[str | None, typer.Option(help="After which time, as in 90d; never without it.")] = None,
+) -> None:
+    """Make a token and print it; it cannot be shown again."""
+    from hpo.study.checks import CheckError, duration
+
+    try:
+        lifetime_s = None if expires is None else duration(expires)
+    except CheckError as error:
+        raise typer.BadParameter(f"--expires {error}, got {expires!r}") from None
+    with _access() as access:
+        made, text = access.create(role.value, owner, lifetime_s)
+    until = "" if made.expires_at is None else f" until {made.expires_at:%Y-%m-%d %H:%M} UTC"
+    typer.echo(f"token {made.token_id}: {made.owner} may {made.role}{until}; keep it, it is not shown again:", err=True)
+    typer.echo(text)
+
+
+@token.command("list")
+def token_list(as_json: Json = False) -> None:
+    """Every token, without its secret."""
+    from hpo.terminal import show_tokens, token_row
+
+    with _access() as access:
+        found = access.tokens()
+    if as_json:
+        typer.echo(json.dumps([token_row(each) for each in found]))
+    else:
+        show_tokens(found)
+
+
+@token.command("revoke")
+def token_revoke(token_id: Annotated[str, typer.Argument(help="As `hpo token list` shows it.")]) -> None:
+    """Let a token open nothing from now on."""
+    with _access() as access:
+        found = access.revoke(token_id)
+    typer.echo(f"token {found.token_id} of {found.owner} opens nothing any more")
+
+
+@app.command()
+def audit(
+    subject: Annotated[str | None, typer.Argument(help="Name of a study or model; all without it.")] = None,
+    lines: Annotated[int, typer.Option("--lines", "-n", help="The last so many.", min=1)] = 50,
+    as_json: Json = False,
+) -> None:
+    """Who wrote what through the service, and when; the newest first."""
+    from hpo.terminal import action_row, show_actions
+
+    with _access() as access:
+        found = access.actions(subject, lines)
+    if as_json:
+        typer.echo(json.dumps([action_row(each) for each in found]))
+    else:
+        show_actions(found)
+
+
 @db.command("url")
 def db_url(show_password: Annotated[bool, typer.Option(help="Print the password too.")] = False) -> None:
     """The database's address; starts the embedded server if that is the one in use."""
@@ -458,6 +540,20 @@ def _number(option: str, text: str) -> int | None:
     if not text.isdecimal() or int(text) < 1:
         raise typer.BadParameter(f"--{option} must be auto or a number of at least 1, got {text!r}")
     return int(text)
+
+
+@contextmanager
+def _access() -> Iterator[Access]:
+    """The tokens of the configured database."""
+    from hpo.storage.access import Access
+    from hpo.storage.connection import Connection
+    from hpo.storage.database import database_url
+
+    connection = Connection(database_url())
+    try:
+        yield Access(connection)
+    finally:
+        connection.close()
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from anyio.to_thread import run_sync
@@ -86,7 +86,7 @@ def stored(key: str, token: Reader, backend: Uses) -> StoredData:
     return StoredData(key=key)
 
 
-def _checked(file: Received, columns: dict[str, str]) -> tuple[Sequences, list[str]]:
+def _checked(file: Received, columns: dict[str, Any]) -> tuple[Sequences, list[str]]:
     """What a file holds, and what its reader warns of. Raises DataError, which names the file as its sender does."""
     with _warnings() as warnings:
         try:

@@ -240,11 +240,12 @@ def _predicted(backend: Backend, model: Bundle, given: list[Any] | Sequences) ->
 def _array(row: int, sequence: Any) -> np.ndarray[Any, Any]:
     """Numbers, and null where a value is missing. Raises DataError."""
     try:
-        found = np.array(sequence, dtype=object)
-        return np.where(np.equal(found, None), np.nan, found).astype(np.float64)
-    except (TypeError, ValueError):
-        rule = "a list of steps, each a list of a number (or null) for each feature"
-        raise DataError(f"sequence {row} must be {rule}") from None
+        if np.array(sequence).dtype.kind in "fiuO":
+            return np.array(sequence, dtype=np.float64)  # null is NaN
+    except (TypeError, ValueError, OverflowError):
+        pass
+    rule = "a list of steps, each a list of a number (or null) for each feature"
+    raise DataError(f"sequence {row} must be {rule}")
 
 
 def _zipped(backend: Backend, found: ModelVersion) -> IO[bytes]:

@@ -78,9 +78,8 @@ def answers_with_problems(app: FastAPI) -> None:
             return answer(status, str(error))
         log.warning("%s %s: %s", request.method, request.url.path, " ".join(str(error).split()))
         headers = {"Retry-After": str(RETRY_S)} if status is HTTPStatus.SERVICE_UNAVAILABLE else None
-        return answer(
-            status, "the service's log says why" if isinstance(error, DatabaseRefusal) else str(error), headers
-        )
+        detail = "the service's log says why" if isinstance(error, DatabaseRefusal) else str(error)
+        return answer(status, detail, headers)
 
     @app.exception_handler(HTTPException)
     def http(_: Request, error: HTTPException) -> JSONResponse:

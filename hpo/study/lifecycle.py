@@ -75,8 +75,8 @@ def create_or_open(
 ) -> OpenStudy:
     """The study of this file: a new one, or the one of that name if nothing contradicts it.
 
-    An existing study goes on under the file's trials and timeout; a new one belongs to `owner`. Raises StudyError with the differences, before
-    anything is changed, and DataError for data that cannot be trained on.
+    An existing study goes on under the file's trials and timeout; a new one belongs to `owner`. Raises StudyError with
+    the differences, before anything is changed, and DataError for data that cannot be trained on.
     """
     plan, train, test = make_plan(config)
     if plan.config.study.sampler == "grid":
