@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from enum import StrEnum
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -24,7 +24,6 @@ import typer
 from hpo.doctor import NO, diagnose
 from hpo.errors import HpoError
 from hpo.launcher.launch import launch as launch_study
-from hpo.launcher.local import start_forkserver
 from hpo.launcher.ray_import import ClusterError
 from hpo.models.machine import prepare_process
 from hpo.storage.interrupts import calls_end_with_a_signal
@@ -52,6 +51,10 @@ Slots = Annotated[str, typer.Option(help="Trials at once in one worker: a number
 Address = Annotated[
     str | None, typer.Option(help="Ray's address, or auto; without it RAY_ADDRESS, else Ray is started here.")
 ]
+Id = Annotated[str | None, typer.Option("--id", help="Column that tells sequences apart; as in training without it.")]
+Step = Annotated[str | None, typer.Option(help="Column that orders a sequence's rows; as in training without it.")]
+Label = Annotated[str | None, typer.Option(help="Column of the class; as in training without it.")]
+Group = Annotated[str | None, typer.Option(help="Column of what belongs together; as in training without it.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON as the last line.")]
 
 
@@ -125,24 +128,21 @@ def launch(
         raise typer.BadParameter("--address, --cpus and --gpus go with --on ray")
     if detach and (cluster or (workers, slots) != ("auto", "auto")):
         raise typer.BadParameter("--detach starts no workers: --workers, --slots and --on ray go without it")
-    with nullcontext() if detach or cluster else start_forkserver() as server:  # it imports torch meanwhile
-        from hpo.terminal import ProgressDisplay, show_summary
-
-        with ProgressDisplay(quiet=quiet) as progress:
-            summary = launch_study(
-                study,
-                workers=count,
-                slots=at_once,
-                cluster=cluster,
-                overrides=set_ or (),
-                trials=trials,
-                detach=detach,
-                show=progress.update,
-                server=server,
-            )
+    summary = launch_study(
+        study,
+        workers=count,
+        slots=at_once,
+        cluster=cluster,
+        overrides=set_ or (),
+        trials=trials,
+        detach=detach,
+        quiet=quiet,
+    )
     if detach:
         typer.echo(f"study {summary['study']} is open for {summary['trials']} trials; `hpo worker` serves it")
     elif not quiet and not as_json:
+        from hpo.terminal import show_summary
+
         show_summary(summary)
     if as_json:
         typer.echo(json.dumps(summary))
@@ -326,6 +326,10 @@ def predict(
     out: Annotated[Path | None, typer.Option(help="CSV file to write; printed without it.")] = None,
     version: Annotated[int | None, typer.Option(help="Version of a promoted model.")] = None,
     batch_size: Annotated[int, typer.Option(help="Sequences in a batch.", min=1)] = 256,
+    id_: Id = None,
+    step: Step = None,
+    label: Label = None,
+    group: Group = None,
 ) -> None:
     """Class and probabilities of each sequence."""
     from hpo.models.bundle.bundle import load
@@ -334,7 +338,7 @@ def predict(
 
     _check_out(out)
     bundle = load(model_folder(model, version))
-    sequences = bundle.read(data)
+    sequences = bundle.read(data, labeled=False, **_named(id=id_, step=step, label=label, group=group))
     with counting(sequences.n, "predicting") as advance:
         predictions = bundle.predict(sequences, batch_size=batch_size, progress=advance)
     if out is None:
@@ -352,6 +356,10 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="CSV file to write, with true and predicted class.")] = None,
     version: Annotated[int | None, typer.Option(help="Version of a promoted model.")] = None,
     batch_size: Annotated[int, typer.Option(help="Sequences in a batch.", min=1)] = 256,
+    id_: Id = None,
+    step: Step = None,
+    label: Label = None,
+    group: Group = None,
     as_json: Json = False,
 ) -> None:
     """Scores with intervals on labelled data, the confusion matrix, and the sequences that are wrong."""
@@ -362,8 +370,9 @@ def evaluate(
 
     _check_out(out)
     bundle = load(model_folder(model, version))
-    with counting(None, "predicting") as advance:
-        found = measure(bundle, data, batch_size, advance)
+    sequences = bundle.read(data, labeled=True, **_named(id=id_, step=step, label=label, group=group))
+    with counting(sequences.n, "predicting") as advance:
+        found = measure(bundle, sequences, batch_size, advance)
     if out is not None:
         found.to_csv(out)
     if as_json:
@@ -518,6 +527,11 @@ def db_stop() -> None:
     from hpo.storage.server.server import stop as stop_server
 
     typer.echo("stopped" if stop_server() else "it was not running")
+
+
+def _named(**columns: str | None) -> dict[str, str]:
+    """The columns that an option names."""
+    return {role: name for role, name in columns.items() if name is not None}
 
 
 def _check_out(out: Path | None) -> None:

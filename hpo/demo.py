@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,6 @@ from typing import Any
 
 from rich.console import Console
 
-from hpo.errors import HpoError
 from hpo.launcher.launch import launch
 from hpo.models.bundle.bundle import load as load_bundle
 from hpo.models.bundle.export import export
@@ -20,27 +20,19 @@ from hpo.storage.database import database_url
 from hpo.storage.home import own_folder
 from hpo.storage.trials import trial_storage
 from hpo.study.config import load
-from hpo.terminal import ProgressDisplay, show_predictions, show_summary
+from hpo.terminal import show_predictions, show_summary
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-
-
-class DemoError(HpoError):
-    """The demo's data did not come with this installation."""
+EXAMPLES = (Path(__file__).parent / "examples").resolve()  # in a checkout, a link to the folder at its root
 
 
 def run(workers: int | None, trials: int) -> None:
     """Tune ItalyPowerDemand in a new study, then export its best model and predict with the exported folder."""
-    study_file = EXAMPLES / "italy.toml"
-    if not study_file.exists():
-        raise DemoError(f"the demo needs {study_file}, which an installation from a source checkout has")
     console = Console(highlight=False, soft_wrap=True)
     console.print("ItalyPowerDemand: is a day's power demand, hour by hour, one of summer or of winter?")
-    config = load(study_file)
+    config = load(EXAMPLES / "italy.toml")
     name = _new_name(config.study.name)
     config = replace(config, study=replace(config.study, name=name, trials=trials))
-    with ProgressDisplay() as progress:
-        summary = launch(config, workers=workers, show=progress.update)
+    summary = launch(config, workers=workers)
     show_summary(summary)
 
     folder = own_folder("exports") / name
@@ -64,7 +56,8 @@ def _new_name(name: str) -> str:
 
 
 def _next_steps(name: str, folder: Path, data: str, summary: Mapping[str, Any]) -> str:
-    hpo = os.path.relpath(Path(shutil.which("hpo") or ".venv/bin/hpo"))
+    hpo = _command()
+    vowels = _shown(EXAMPLES / "vowels.toml")
     return f"""
 test AUROC {summary["test"]["auroc"]:.4f} (1,029 days that tuning never saw)
 exported model   {folder}
@@ -73,8 +66,21 @@ logs             {summary["logs"]}
 Try next:
   {hpo} dashboard                         # every trial, on http://127.0.0.1:8080
   {hpo} models
-  {hpo} predict {folder} {data}
+  {hpo} predict {folder} {_shown(Path(data))}
   {hpo} export {name} --out italy-onnx --format onnx   # needs the extra: pip install 'hpo[onnx]'
-  {hpo} launch examples/vowels.toml       # nine speakers, sequences of 7 to 29 steps
+  {hpo} launch {vowels}       # nine speakers, sequences of 7 to 29 steps
   {hpo} launch your-data.npz              # your own file
 """
+
+
+def _command() -> str:
+    """What runs this hpo from here: the console script beside its Python, or its Python."""
+    script = Path(sys.executable).with_name("hpo")
+    if shutil.which("hpo") == str(script):
+        return "hpo"
+    return _shown(script) if script.exists() else f"{_shown(Path(sys.executable))} -m hpo"
+
+
+def _shown(path: Path) -> str:
+    """From the current folder where that is shorter."""
+    return min(os.path.relpath(path), str(path), key=len)

@@ -52,8 +52,8 @@ class _Lines(logging.Handler):
 
 
 class ProgressDisplay:
-    """Live view of one study: a bar, the best so far, a line per trial in flight; plain lines off a terminal. What is
-    logged meanwhile is shown, too.
+    """Live view of one study: a bar, the best so far, a line per trial in flight; plain lines off a terminal, and in a
+    notebook, where rich's live views need ipywidgets. What is logged meanwhile is shown, too.
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
@@ -63,6 +63,7 @@ class ProgressDisplay:
         self._last = ("", 0.0)
         self._logger = logging.getLogger("hpo")
         self._lines = _Lines(self._console)
+        self._level = self._logger.level  # before and after: it is the caller's
 
     def __enter__(self) -> ProgressDisplay:
         if not self._quiet:
@@ -75,6 +76,7 @@ class ProgressDisplay:
 
     def __exit__(self, *_: object) -> None:
         self._logger.removeHandler(self._lines)
+        self._logger.setLevel(self._level)
         if self._live is not None:
             self._live.stop()
 
@@ -476,11 +478,8 @@ def show_evaluation(found: Evaluation, rows: int = SHOWN) -> None:
 
 
 @contextmanager
-def counting(total: int | None, what: str) -> Iterator[Callable[[int], None]]:
-    """A bar on the standard error; the block is given a function that takes the number of rows just done.
-
-    total: None where it is not known.
-    """
+def counting(total: int, what: str) -> Iterator[Callable[[int], None]]:
+    """A bar on the standard error; the block is given a function that takes the number of rows just done."""
     with Bars(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bars:
         task = bars.add_task(what, total=total)
         yield lambda rows: bars.advance(task, rows)

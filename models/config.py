@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from hpo.errors import StudyFault
 from hpo.models.fields import allowed, check, rules
 
+FLOAT32_LEAST, FLOAT32_MOST = 2.0**-126, 2.0**128 - 2.0**104  # what a step computes with: less is 0, more infinite
+
 
 class ClassifierError(StudyFault):
     """The classifier's configuration does not fit itself or the data."""
@@ -79,10 +81,10 @@ class TrainingConfig:
     patience: int | None = 10  # epochs without a better metric before the end; None: never end early
     batch_size: int = field(default=32, metadata=allowed(int, low=1))  # sequences
     optimizer: str = field(default="adamw", metadata=allowed(str, names=("adamw", "adam", "rmsprop", "sgd")))
-    learning_rate: float = field(default=1e-3, metadata=allowed(float, low=0, above=True))
-    weight_decay: float = field(default=0.0, metadata=allowed(float, low=0))
+    learning_rate: float = field(default=1e-3, metadata=allowed(float, low=FLOAT32_LEAST, high=FLOAT32_MOST))
+    weight_decay: float = field(default=0.0, metadata=allowed(float, low=0, high=FLOAT32_MOST))
     # largest norm of a step's gradients; 0: no limit
-    gradient_clip: float = field(default=1.0, metadata=allowed(float, low=0))
+    gradient_clip: float = field(default=1.0, metadata=allowed(float, low=0, high=FLOAT32_MOST))
     # of the learning rate
     schedule: str = field(default="constant", metadata=allowed(str, names=("constant", "cosine", "plateau")))
     # balanced: weigh each class by the inverse of its share

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-from hpo.launcher.forkserver import ForkServer
 from hpo.launcher.local import start_forkserver
 from hpo.launcher.workers import LaunchError
 
@@ -26,27 +25,31 @@ def launch(
     overrides: Sequence[str] = (),
     trials: int | None = None,
     detach: bool = False,
-    show: Callable[[Snapshot], None] = lambda _: None,
-    server: ForkServer | None = None,
+    quiet: bool = False,
+    show: Callable[[Snapshot], None] | None = None,
 ) -> dict[str, Any]:
     """Create or go on with the study of a file (TOML, or bare data), run it to its end, and sum it up.
 
     workers: processes on this machine; None: one a CPU core, or one a GPU, but no more than trials. slots: trials at
     once in each; None: as many as fit the GPU. cluster: Ray's, to place the workers on instead, without `workers` as
     many as fit, and no more than trials either. overrides: as in `study.trials=10`. trials: a new budget for a study
-    that exists. detach: create the study and return without starting anything. show: called with the state of the
-    study a few times a second. server: a fork server that the caller has started already, to be ended here.
+    that exists. detach: create the study and return without starting anything.
+    While it runs, what was read of the data and how far the study is go to the standard error: on a terminal in place,
+    else, as in a log or below a notebook's cell, in a line where something has changed. quiet: nothing is shown. show:
+    called instead, with the state of the study a few times a second.
     Raises ConfigError, DataError, StudyError, LaunchError, and Interrupted after a Ctrl-C or SIGTERM.
     """
     if detach and (workers is not None or cluster is not None):
         raise LaunchError("a detached launch starts no workers: leave out --workers and --on ray, or --detach")
-    needs_none = server is not None or detach or cluster is not None
-    with nullcontext(server) if needs_none else start_forkserver() as forkserver:
+    with nullcontext() if detach or cluster is not None else start_forkserver() as forkserver:
         from hpo.launcher import supervision  # while the fork server imports what workers need
+        from hpo.terminal import ProgressDisplay
 
-        config = supervision.read_config(study, overrides, trials)
-        if detach:
-            return supervision.create(config)
-        if cluster is not None:
-            return supervision.run_on_ray(config, cluster, workers, slots, show)
-        return supervision.run_here(config, forkserver, workers, slots, show)
+        with ProgressDisplay(quiet=quiet or show is not None) as display:
+            config = supervision.read_config(study, overrides, trials)
+            show = display.update if show is None else show
+            if detach:
+                return supervision.create(config)
+            if cluster is not None:
+                return supervision.run_on_ray(config, cluster, workers, slots, show)
+            return supervision.run_here(config, forkserver, workers, slots, show)

@@ -305,11 +305,9 @@ def _data(table: Mapping[str, Any], source: _Source) -> DataSection:
     if data.test is not None and data.holdout is not None:
         raise source.error("data.holdout", "data.holdout must be left out where data.test names a file")
     columns = [data.label, data.id, data.step, data.group]
-    if len(set(columns)) < len(columns):
-        raise source.error(
-            "data.label",
-            f"data.label, id, step and group must be four different columns, got {show(columns)}",
-        )
+    if len(set(columns[:3])) < 3 or data.group in (data.label, data.step):
+        rule = "data.label, id, step and group must be different columns, but that group may be id"
+        raise source.error("data.label", f"{rule}, got {show(columns)}")
     return data
 
 

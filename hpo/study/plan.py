@@ -19,9 +19,11 @@ from hpo.models.data.order import in_order
 from hpo.models.data.readers import read
 from hpo.models.data.sequences import DataError, Sequences
 from hpo.models.data.splits import RULES, Split, check_trainable, holdout, lacking, split_folds, split_share, units
+from hpo.models.metrics import BY_RANK
 from hpo.models.seeds import derive
 from hpo.storage.keys import data_key
-from hpo.study.config import Folds, StudyConfig, complete, differences, from_dict, to_dict
+from hpo.study.config import FOLDS, Folds, StudyConfig, complete, differences, from_dict, to_dict
+from hpo.study.entries import contains, largest, show
 
 log = logging.getLogger("hpo")
 
@@ -123,6 +125,8 @@ def make_plan(config: StudyConfig, rules: int = RULES) -> tuple[Plan, Sequences,
         train, test = train.filled_with(fill), test and test.filled_with(fill)
     completed = complete_from(config, train)
     splits = _checked_splits(config, completed, train, rules)
+    _check_scorable(config, completed, train, splits)
+    _check_flatten(completed, train, test)
     _say_what_is_lacking(train, splits, test)
     plan = Plan(
         config=completed,
@@ -160,7 +164,9 @@ def _parts(config: StudyConfig, rules: int) -> tuple[Sequences, Sequences | None
         return train, in_order(test) if rules > 2 else test
     if data.holdout is not None:
         try:
-            return holdout(train, data.holdout, derive(config.study.seed, "holdout") % 2**32, rules)
+            rest, test = holdout(train, data.holdout, derive(config.study.seed, "holdout") % 2**32, rules)
+            check_trainable(rest, "what is left to train on")
+            return rest, test
         except DataError as error:
             why = _few(train, error)
             raise DataError(
@@ -184,14 +190,52 @@ def _checked_splits(written: StudyConfig, completed: StudyConfig, train: Sequenc
     try:
         return validation_parts(completed, train, rules)
     except DataError as error:
-        value = completed.data.validation
-        shown = f"{{ folds = {value.folds} }}" if isinstance(value, Folds) else f"{value}"
-        by = "" if written.data.validation is not None else ", the default,"
         rest = "" if written.data.holdout is None else f" beside a test part of data.holdout = {written.data.holdout}"
         out = "" if written.data.holdout is None else "; or name a test file in data.test, so that none is set aside"
         raise DataError(
-            f"{written.data.train}: data.validation = {shown}{by} cannot be had{rest}: {_few(train, error)}{out}"
+            f"{_named_validation(written, completed)} cannot be had{rest}: {_few(train, error)}{out}"
         ) from None
+
+
+def _named_validation(written: StudyConfig, completed: StudyConfig) -> str:
+    """The file, and what validates in it."""
+    value = completed.data.validation
+    shown = f"{{ folds = {value.folds} }}" if isinstance(value, Folds) else f"{value}"
+    by = "" if written.data.validation is not None else ", the default,"
+    return f"{written.data.train}: data.validation = {shown}{by}"
+
+
+def _check_scorable(written: StudyConfig, completed: StudyConfig, train: Sequences, splits: list[Split]) -> None:
+    """Raise DataError where the validation part, of all folds, has one class and what is chosen by it needs two."""
+    assert train.labels is not None
+    validated = train.labels[np.concatenate([rows for _, rows in splits])]
+    if (validated != validated[0]).any():
+        return
+    metric = completed.study.metric
+    needing = [f"study.metric = {show(metric)}"] * (metric in BY_RANK or (metric == "f1" and not validated[0]))
+    needing += ['space.threshold = "chosen"'] * contains(completed.space["threshold"], "chosen")
+    if needing:
+        count = f"{len(validated)} sequences, all" if len(validated) > 1 else "1 sequence,"
+        raise DataError(
+            f"{_named_validation(written, completed)} validates on {count} of class "
+            f"{train.classes[validated[0]]!r}, but {needing[0]} needs others too: set more aside, as in "
+            f"data.validation = {{ folds = {min(FOLDS, units(train))} }}"
+        )
+
+
+def _check_flatten(completed: StudyConfig, train: Sequences, test: Sequences | None) -> None:
+    """Raise DataError where pooling may be `flatten` and a test sequence has not as many steps as it has weights."""
+    pooling, crop = completed.space["pooling"], completed.space["sequence_length"]
+    if test is None or not contains(pooling, "flatten"):
+        return
+    whole = contains(crop, 0)
+    needed = train.steps if whole else largest(crop)
+    for row in np.flatnonzero(test.lengths != needed if whole else test.lengths < needed)[:1].tolist():
+        raise DataError(
+            f"{completed.data.test or completed.data.train}: sequence {test.ids[row]!r} of the test part has "
+            f"{test.lengths[row]} steps, but space.pooling = {show(pooling)} needs {needed}"
+            + (', as in training: leave "flatten" out' if whole else ' or more: leave "flatten" out')
+        )
 
 
 def _say_what_is_lacking(train: Sequences, splits: list[Split], test: Sequences | None) -> None:

@@ -66,13 +66,16 @@ class Bundle:
         labels = np.array(self.config.classes)[predict_labels(probabilities, self.config.threshold)]
         return Predictions(self.config.classes, probabilities, labels, sequences.ids)
 
-    def read(self, data: Any, *, labeled: bool = False) -> Sequences:
-        """Sequences of a file, data frame or array for `predict`: columns as in training. Labels are read if `labeled`.
+    def read(self, data: Any, *, labeled: bool = False, **columns: str) -> Sequences:
+        """Sequences of a file, data frame or array for `predict`. Labels are read if `labeled`.
 
+        columns: of a table those of `label`, `id`, `step` and `group` that are called otherwise than in training.
         Raises DataError.
         """
         wanted: dict[str, Any] = {
             **self.config.columns,
+            **columns,
+            "needed": tuple(columns),
             "features": self.config.features,
             "named": self.config.has_names,
         }

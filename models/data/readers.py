@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,8 @@ READERS: dict[str, Callable[[Path, Columns], Raw]] = {  # by suffix; the formats
     ".ts.gz": lambda path, _: read_ts(path),
 }
 
+TABLES = tuple(suffix for suffix in READERS if suffix.startswith((".csv", ".tsv", ".parquet")))  # have columns
+
 _SHEET = "is a spreadsheet, which is not read: save the sheet as csv"
 _OTHERS = {  # what people have, by suffix
     ".xlsx": _SHEET,
@@ -96,13 +98,15 @@ def read(
     labeled: bool | None = None,
     features: tuple[str, ...] | None = None,
     named: bool = True,
+    needed: Collection[str] = (),
 ) -> Sequences:
     """Read one file, whose suffix says how (`READERS`), or what is in memory.
 
     In memory: a data frame of pandas or polars or a table of Arrow, read like csv; a dict of the arrays of an npz file;
     or an array, or a list of arrays, which is X of `from_arrays`.
 
-    `label`, `id`, `step` and `group` name columns of csv and parquet files and of data frames. A table with both an id
+    `label`, `id`, `step` and `group` name columns of csv and parquet files and of data frames; group may be id. Those
+    in `needed` must be there. A table with both an id
     and a step column is in long form (one row a step), else in wide form (one univariate sequence a row; the names of
     the step columns are one prefix and a number, as in t0, t1). Rows of the long form, and columns of the wide form,
     may stand in any order.
@@ -117,7 +121,9 @@ def read(
 
     Raises DataError.
     """
-    columns = Columns(label, id, step, group, features, named, labeled)
+    columns = Columns(label, id, step, group, features, named, labeled, needed)
+    if needed and not is_frame(source) and not (isinstance(source, str | Path) and suffix_of(Path(source)) in TABLES):
+        raise DataError(f"{_named(source)} has no columns to name, only tables have; leave out {', '.join(needed)}")
     if isinstance(source, str | Path):
         raw = _read_file(Path(source), columns)
     elif is_frame(source):
@@ -127,6 +133,10 @@ def read(
     else:
         raw = raw_arrays("the data", source, None, None, None)
     return to_sequences(raw, classes, labeled, features, named)
+
+
+def _named(source: Any) -> str:
+    return str(source) if isinstance(source, str | Path) else "the data"
 
 
 def _read_file(path: Path, columns: Columns) -> Raw:

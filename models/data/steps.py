@@ -1,13 +1,15 @@
-"""The order of steps, and the distances between them: whole numbers of any size, numbers, or ISO times.
+"""The order of steps, and the distances between them: whole numbers of any size, numbers, or times.
 
-A column of steps has one form. Numbers and times are not mixed, nor times with and without an offset from UTC: what
-does not look like the first one is an error that names both.
+A column of steps has one form. Numbers and times are not mixed, nor two ways to write a time, nor times with and
+without an offset from UTC: what does not look like the first one is an error that names both. A time is read only where
+it can mean one thing: a day that may be a month is an error, too.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from datetime import date
 from typing import Any
 
 import numpy as np
@@ -15,11 +17,32 @@ from numpy.typing import NDArray
 
 from hpo.models.data.sequences import MISSING, DataError, is_number
 
-_TIME = re.compile(
-    r"(?P<date>\d{4}-\d\d(?:-\d\d)?)(?:[T ](?P<clock>\d\d(?::?\d\d(?::?\d\d(?:[.,]\d{1,9})?)?)?)"
-    r"(?: ?(?P<offset>Z|[+-]\d\d(?::?\d\d)?))?)?"
+_CLOCK = (
+    r"(?P<clock>\d\d?:\d\d(?::\d\d(?:[.,]\d{1,9})?)?|\d\d(?:\d\d(?:\d\d(?:[.,]\d{1,9})?)?)?)"
+    r"(?P<half> ?[AaPp][Mm])?"
 )
-_TAKEN = "steps are numbers or ISO times, as in 2024-01-31 or 2024-01-31T09:00:00.5+01:00"
+_OFFSET = r" ?(?P<offset>Z|UTC|GMT|[+-]\d\d(?::?\d\d)?)"
+_WEEKDAY = r"(?:(?P<weekday>[A-Za-z]{3,9}),? )?"
+_MONTH = r"(?P<month>[A-Za-z]{3,9})"
+_DATES = (  # each a form of its own
+    r"(?P<year>\d{4})-(?P<month>\d\d)(?:-(?P<day>\d\d))?",  # ISO 8601
+    r"(?P<year>\d{4})(?P<month>\d\d)(?P<day>\d\d)(?=[T ])",  # its basic form; without a clock it is a number
+    r"(?P<year>\d{4})(?P<mark>[/.])(?P<month>\d\d?)(?P=mark)(?P<day>\d\d?)",
+    r"(?P<day>\d\d?)\.(?P<month>\d\d?)\.(?P<year>\d{4})",
+    rf"{_WEEKDAY}(?P<day>\d\d?)[ -]{_MONTH}\.?,?[ -](?P<year>\d{{4}})",  # with weekday and offset as in RFC 2822
+    rf"{_WEEKDAY}{_MONTH}\.? (?P<day>\d\d?),? (?P<year>\d{{4}})",
+)
+_TIMES = tuple(re.compile(rf"{day}(?:(?:T|,? ){_CLOCK}(?:{_OFFSET})?)?") for day in _DATES)
+_MONTHS = (
+    "january", "february", "march", "april", "may", "june", "july", "august", "september", "october", "november",
+    "december",
+)  # fmt: skip
+_WEEKDAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
+_AMBIGUOUS = re.compile(r"\d\d?([/.-])\d\d?\1\d\d(\d\d)?(\D.*)?")
+_TAKEN = (
+    "steps are numbers or times, as in 2024-01-31, 2024-01-31T09:00:00.5+01:00, 2024/01/31 09:00, 31.01.2024 09:00 "
+    "or 31 Jan 2024 09:00 UTC"
+)
 
 
 def in_order(steps: Sequence[object] | NDArray[Any], at: Callable[[int], str]) -> NDArray[Any]:
@@ -59,21 +82,40 @@ def _parsed(texts: list[str], at: Callable[[int], str]) -> NDArray[Any]:
     texts = [text.strip() for text in texts]
     for row in (row for row, text in enumerate(texts) if text in MISSING or text.lower() in ("nan", "nat")):
         raise DataError(f"{at(row)} has no step")
-    forms = list(map(_form, texts))
-    for row, form in enumerate(forms):
-        if form is None:
-            raise DataError(f"{at(row)}: {texts[row]!r} is no step: {_TAKEN}")
-        if form != forms[0]:
-            rule = f"is not of the form of the first step, {texts[0]!r}: one form a column"
-            raise DataError(f"{at(row)}: step {texts[row]!r} {rule}")
-    return _numbers(texts) if forms[0] == "number" else _times(texts, at)
+    if is_number(texts[0]):
+        for row in (row for row, text in enumerate(texts) if not is_number(text)):
+            raise _another(texts, row, at)
+        return _numbers(texts)
+    pattern = next((pattern for pattern in _TIMES if pattern.fullmatch(texts[0])), None)
+    parts = [None if pattern is None else pattern.fullmatch(text) for text in texts]
+    for row, part in enumerate(parts):
+        if part is None or _form(part) != _form(parts[0]):
+            raise _another(texts, row, at)
+    return _times(texts, [part for part in parts if part], at)
 
 
-def _form(text: str) -> str | None:
-    if is_number(text):
-        return "number"
-    found = _TIME.fullmatch(text)
-    return found and ("time with an offset" if found["offset"] else "time")
+def is_time(text: str) -> bool:
+    """Whether it is written like a time, of whatever form."""
+    return any(pattern.fullmatch(text) for pattern in _TIMES)
+
+
+def _form(found: re.Match[str] | None) -> tuple[bool, bool, str | None] | None:
+    """What times of one pattern must have in common: an offset, half days, the mark between year and month."""
+    if found is None:
+        return None
+    return found["offset"] is not None, found["half"] is not None, found.groupdict().get("mark")
+
+
+def _another(texts: list[str], row: int, at: Callable[[int], str]) -> DataError:
+    """The error for a step that is none, or of another form than the first."""
+    text = texts[row]
+    if is_number(text) or is_time(text):
+        rule = f"is not of the form of the first step, {texts[0]!r}: one form a column"
+        return DataError(f"{at(row)}: step {text!r} {rule}")
+    if _AMBIGUOUS.fullmatch(text):
+        rule = "its day or its month may come first; write the year first, as in 2024-01-31"
+        return DataError(f"{at(row)}: {text!r} is no step: {rule}")
+    return DataError(f"{at(row)}: {text!r} is no step: {_TAKEN}")
 
 
 def _numbers(texts: list[str]) -> NDArray[Any]:
@@ -89,16 +131,15 @@ def _numbers(texts: list[str]) -> NDArray[Any]:
     return np.array([ranks[number] for number in whole], dtype=np.int64)
 
 
-def _times(texts: list[str], at: Callable[[int], str]) -> NDArray[Any]:
-    """(R,) of ISO times, in UTC where they have an offset; to the nanosecond where one is written so finely."""
-    parts = [found for found in map(_TIME.fullmatch, texts) if found]
+def _times(texts: list[str], parts: list[re.Match[str]], at: Callable[[int], str]) -> NDArray[Any]:
+    """(R,) of times, in UTC where they have an offset; to the nanosecond where one is written so finely."""
     fine = any(len(re.split("[.,]", f"{part['clock']}.")[1]) > 6 for part in parts)
     kind = f"datetime64[{'ns' if fine else 'us'}]"
     times = list(map(_iso, parts))
     try:
         found = np.array(times, dtype=kind)
     except ValueError:
-        row = next(row for row, time in enumerate(times) if not _is_time(time))
+        row = next(row for row, time in enumerate(times) if not _exists(time))
         raise DataError(f"{at(row)}: {texts[row]!r} is no step: no such time; {_TAKEN}") from None
     for row in (row for row, time in enumerate(times) if fine and not "1678" <= time[:4] <= "2261"):
         raise DataError(f"{at(row)}: steps to the nanosecond must lie between 1678 and 2261, got {texts[row]!r}")
@@ -106,7 +147,7 @@ def _times(texts: list[str], at: Callable[[int], str]) -> NDArray[Any]:
     return np.asarray(found - seconds)
 
 
-def _is_time(text: str) -> bool:
+def _exists(text: str) -> bool:
     try:
         np.datetime64(text)
     except ValueError:
@@ -115,17 +156,38 @@ def _is_time(text: str) -> bool:
 
 
 def _iso(part: re.Match[str]) -> str:
-    """The time without its offset, as numpy reads it."""
+    """The time without its offset, as numpy reads it; "?" for one that there is not."""
+    month = part["month"] if part["month"].isdecimal() else _place(part["month"], _MONTHS)
+    day = f"{part['year']}-{month:0>2}" + (f"-{part['day']:0>2}" if part["day"] else "")
+    weekday = part.groupdict().get("weekday")
+    if weekday is not None and not _falls_on(day, weekday):
+        return "?"
     if part["clock"] is None:
-        return part["date"]
-    digits, _, fraction = part["clock"].replace(":", "").replace(",", ".").partition(".")
-    clock = ":".join(digits[i : i + 2] for i in range(0, len(digits), 2))
-    return f"{part['date']}T{clock}" + (f".{fraction}" if fraction else "")
+        return day
+    clock, _, fraction = part["clock"].replace(",", ".").partition(".")
+    hour, *rest = clock.split(":") if ":" in clock else [clock[i : i + 2] for i in range(0, len(clock), 2)]
+    if part["half"]:
+        if not 1 <= int(hour) <= 12:
+            return "?"
+        hour = str(int(hour) % 12 + 12 * (part["half"].strip().lower() == "pm"))
+    return f"{day}T{':'.join([hour.zfill(2), *rest])}" + (f".{fraction}" if fraction else "")
+
+
+def _place(name: str, names: tuple[str, ...]) -> int:
+    """From 1: which of the names this is the beginning of; 0: none."""
+    return next((i for i, each in enumerate(names, 1) if each.startswith(name.lower())), 0)
+
+
+def _falls_on(day: str, weekday: str) -> bool:
+    try:
+        return date.fromisoformat(day).isoweekday() == _place(weekday, _WEEKDAYS)
+    except ValueError:
+        return False
 
 
 def _offset_s(text: str | None) -> int:
     """Seconds that a clock with this offset is ahead of UTC."""
-    if text in (None, "Z"):
+    if text in (None, "Z", "UTC", "GMT"):
         return 0
     assert text is not None
     size = 3600 * int(text[1:3]) + 60 * int(text[3:].lstrip(":") or 0)

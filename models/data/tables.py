@@ -2,10 +2,10 @@
 
 They are csv and parquet files, or data frames. A table's columns are known by name:
 
-- The columns of label, id, step and group are named by the caller. A table with both an id and a step column is in
-  long form, and every other column is a feature.
+- The columns of label, id, step and group are named by the caller; group may be id. A table with both an id and a step
+  column is in long form, and every other column is a feature.
 - Without them it is in wide form, and every other column is a step. The steps' names are one prefix and a number, as in
-  t0, t1, or ISO times; the columns are put in their order. Names of two kinds are refused.
+  t0, t1, or times (`steps.py`); the columns are put in their order. Names of two kinds are refused.
 - A column that pandas writes for its index (`Unnamed: 0`, `__index_level_0__`, one without a name) holds the place of
   a row, which can give the class away: it is left out, and the log says so.
 
@@ -17,7 +17,7 @@ from __future__ import annotations
 import csv
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, pairwise
 from numbers import Number
@@ -40,14 +40,15 @@ from hpo.models.data.sequences import (
     pad,
     visible,
 )
-from hpo.models.data.steps import in_order, positions
+from hpo.models.data.steps import in_order, is_time, positions
 from hpo.models.data.text import open_text
 
 log = logging.getLogger("hpo")
 
 _INDEX = re.compile(r"(Unnamed: \d+(_level_\d+)?|__index_level_\d+__)?")  # how pandas names its index, or does not
 _STEP = re.compile(r"(.*?)(\d+(?:\.\d+)?)")  # prefix and number
-_DATE = re.compile(r"\d{4}-\d\d-\d\d.*|\d{4}-\d\d")
+_DATE = re.compile(r"\d{4}-\d\d-\d\d.*|\d{4}-\d\d")  # also one that there is not, or with more behind it
+_COMMA = re.compile(r"(?<=\d),(?=\d)")  # a decimal one: not that of Wed, 31 Jan
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,18 @@ class Columns:
     features: tuple[str, ...] | None  # the features to read; None: every column without another role
     named: bool  # False: `features` only numbers them, so that a table without these columns is read by place
     labeled: bool | None  # True: the label column must be there
+    needed: Collection[str] = ()  # of "label", "id", "step", "group" those that must be there, whatever `labeled`
+
+    @property
+    def roles(self) -> dict[str, str]:
+        """The column of each role. Raises DataError where two are one."""
+        found = {"label": self.label, "id": self.id, "step": self.step, "group": self.group}
+        if len({self.label, self.id, self.step}) < 3 or self.group in (self.label, self.step):
+            named = ", ".join(f"{role} = {name!r}" for role, name in found.items())
+            raise DataError(
+                f"label, id, step and group must be different columns, but that group may be id, got {named}"
+            )
+        return found
 
 
 @dataclass(frozen=True)
@@ -117,7 +130,7 @@ def read_csv(path: Path, columns: Columns) -> Raw:
     if separator != ",":
         _say_form(str(path), separator, "," in numbers.marks)
     if numbers.comma and "step" in texts:
-        texts["step"] = [text.replace(",", ".") for text in texts["step"]]
+        texts["step"] = [_COMMA.sub(".", text) for text in texts["step"]]
     return _Table(str(path), rows, layout, np.concatenate(values), texts).raw()
 
 
@@ -210,12 +223,12 @@ class _Numbers:
 
 def _layout(source: str, header: list[str], columns: Columns, only_long: bool = False) -> _Layout:
     """What the columns of a table are. Raises DataError."""
-    here = f"its columns are {', '.join(header[:20])}"
+    here = _columns(header)
     roles = _roles(source, header, columns)
     long = "id" in roles and "step" in roles
     wanted = columns.features or ()
     features = tuple(name for name in header if name not in roles.values() and _kept(source, name, wanted))
-    stepped = "step" not in roles and all(_STEP.fullmatch(name) for name in features)
+    stepped = "step" not in roles and (all(map(_STEP.fullmatch, features)) or all(map(_is_date, features)))
     if not long and (only_long or not stepped):
         wide = "" if only_long else "; in wide form the names of the steps end in numbers, as in t0, t1"
         rule = f"long form needs columns {columns.id!r} and {columns.step!r}{wide}"
@@ -231,6 +244,10 @@ def _layout(source: str, header: list[str], columns: Columns, only_long: bool = 
     return _Layout(True, wanted if wanted and not unknown else features, roles)
 
 
+def _is_date(name: str) -> bool:
+    return bool(_DATE.fullmatch(name)) or is_time(name)
+
+
 def _kept(source: str, name: str, wanted: tuple[str, ...]) -> bool:
     """Whether a column is one of the data, not the index of a data frame."""
     if name in wanted or not _INDEX.fullmatch(name):
@@ -241,16 +258,21 @@ def _kept(source: str, name: str, wanted: tuple[str, ...]) -> bool:
 
 def _roles(source: str, header: list[str], columns: Columns) -> dict[str, str]:
     """The column of each role that there is, once those that must be there are."""
-    here = f"its columns are {', '.join(header[:20])}"
-    wanted = {"label": columns.label, "id": columns.id, "step": columns.step, "group": columns.group}
+    here = _columns(header)
+    wanted = columns.roles
     roles = {role: name for role, name in wanted.items() if name in header}
     if len(set(header)) < len(header) or (not roles and not _could_be_names(header)):
         raise DataError(f"{source}: the first row must name every column, each differently; {here}")
     for role, name in wanted.items():
-        unneeded = role in ("label", "group") and not columns.labeled
+        unneeded = role in ("label", "group") and not columns.labeled and role not in columns.needed
         if role not in roles and not unneeded and (name != role or role == "label"):
             raise DataError(f"{source} has no {role} column {name!r}; {here}")
     return roles
+
+
+def _columns(header: list[str]) -> str:
+    more = f" and {len(header) - 20} more" if header[20:] else ""
+    return f"its columns are {', '.join(header[:20])}{more}"
 
 
 def _could_be_names(header: list[str]) -> bool:
@@ -262,7 +284,7 @@ def _could_be_names(header: list[str]) -> bool:
 
 def _wide_steps(source: str, names: tuple[str, ...]) -> tuple[tuple[str, ...], NDArray[np.float64]]:
     """The columns of the steps in their order, and (T,) where the steps are."""
-    if all(map(_DATE.fullmatch, names)):
+    if all(map(_is_date, names)):
         steps = in_order(names, lambda i: f"{source}, column {names[i]!r}")
     else:
         found = [parts.group(1, 2) for parts in map(_STEP.fullmatch, names) if parts]

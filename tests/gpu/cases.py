@@ -6,7 +6,6 @@ being named here.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -32,7 +31,7 @@ def values(rule: Rule) -> tuple[Value, ...]:
         return rule.names
     if rule.kind is int:
         return tuple(int(rule.low) + more for more in (0, 1, 3))
-    step = 0.3 * (rule.high - rule.low) if math.isfinite(rule.high) else 0.01
+    step = 0.3 * (rule.high - rule.low) if rule.high <= 1 else 0.01
     return tuple(rule.low + part * step for part in (0, 1, 2) if rule.admits(rule.low + part * step))
 
 

@@ -447,6 +447,92 @@ def test_the_library_needs_no_main_guard(
     assert done.stdout.split() == ["60"]
 
 
+def test_columns_have_any_names_in_the_study_and_in_new_data(cli: Cli, tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).normal(size=(30, 4))
+    rows = [f"p{i},{t},{noise[i, t] + i % 2:.3f},{'ab'[i % 2]}" for i in range(30) for t in range(4)]
+    (tmp_path / "train.csv").write_text("\n".join(["patient,hour,value,state", *rows]))
+    (tmp_path / "new.csv").write_text("\n".join(["person,when,value,outcome", *rows]))
+    columns = 'label = "state"\nid = "patient"\nstep = "hour"\ngroup = "patient"'
+    (tmp_path / "study.toml").write_text(
+        f'[study]\nname = "columns"\ntrials = 1\n[data]\ntrain = "train.csv"\n{columns}\n'
+        f"[train]\nepochs = 1\n[space]\n{SMALL}"
+    )
+    summary_of(cli("launch", "study.toml", "--workers", 1, "--json"))
+    assert cli("predict", "columns", "train.csv", "--out", "found.csv").returncode == 0
+    assert "\np0," in (tmp_path / "found.csv").read_text()
+    refused = cli("predict", "columns", "new.csv")
+    assert refused.returncode == 1
+    assert "new.csv has no id column 'patient'; its columns are person, when, value, outcome" in refused.stderr
+    named = ("--id", "person", "--step", "when")
+    predicted = cli("predict", "columns", "new.csv", *named, "--out", "new-found.csv")
+    assert predicted.returncode == 0, predicted.stderr
+    assert (tmp_path / "new-found.csv").read_text() == (tmp_path / "found.csv").read_text()
+    judged = cli("evaluate", "columns", "new.csv", *named, "--label", "outcome", "--group", "person", "--json")
+    assert json.loads(judged.stdout)["sequences"] == 30
+    refused = cli("evaluate", "columns", "new.csv", *named, "--label", "state")
+    assert "has no label column 'state'; its columns are person, when, value, outcome" in refused.stderr
+
+
+SHOWN = ("waves: training part: 48 sequences of ", "waves: 0/2 trials", "waves: 2/2 trials; 2 complete", "finished")
+
+
+def test_the_library_shows_progress_unless_it_is_told_not_to(
+    environment: dict[str, str], tmp_path: Path, study_file: Callable[..., Path]
+) -> None:
+    """It seemed to hang: a script showed nothing until its end."""
+    study_file(trials=2, epochs=1, study='pruner = "none"')
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import hpo, logging, sys\n"
+        "level = logging.getLogger('hpo').level\n"
+        "hpo.launch('waves.toml', workers=1)\n"
+        "assert logging.getLogger('hpo').level == level\n"
+        "print('---', file=sys.stderr)\n"
+        "hpo.launch('waves.toml', workers=1, quiet=True)\n"
+        "hpo.launch('waves.toml', workers=1, show=lambda state: print(state.name, state.status))\n"
+        "sys.stderr = None\n"  # as under pythonw
+        "hpo.launch('waves.toml', workers=1)\n"
+    )
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    shown, _, rest = done.stderr.partition("---\n")
+    assert all(text in shown for text in SHOWN), shown
+    assert "\x1b" not in shown
+    assert len(shown.splitlines()) < 12
+    assert rest == ""
+    assert done.stdout == "waves finished\n"
+
+
+# What rich asks a kernel of Jupyter for, and how it shows something there.
+NOTEBOOK = """
+import builtins, sys, types
+
+class ZMQInteractiveShell:
+    pass
+
+IPython, display = types.ModuleType("IPython"), types.ModuleType("IPython.display")
+display.display = lambda shown: print("<pre" in shown.html, shown.text, end="")
+sys.modules |= {"IPython": IPython, "IPython.display": display}
+builtins.get_ipython = ZMQInteractiveShell
+
+import hpo
+hpo.launch("waves.toml", workers=1)
+"""
+
+
+def test_in_a_notebook_it_shows_plain_lines_below_the_cell(
+    environment: dict[str, str], tmp_path: Path, study_file: Callable[..., Path]
+) -> None:
+    """Without ipywidgets, which rich's live views ask for there with a warning."""
+    study_file(trials=2, epochs=1, study='pruner = "none"')
+    command = [sys.executable, "-W", "error", "-c", NOTEBOOK]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert all(line.startswith("True waves: ") for line in lines)
+    assert all(text in done.stdout for text in SHOWN), done.stdout
+
+
 def test_neither_help_nor_a_launcher_imports_torch() -> None:
     """The launcher's own imports would compete with the fork server's."""
     code = "import sys, hpo.cli, hpo.launcher.supervision, hpo.terminal; print('torch' in sys.modules)"

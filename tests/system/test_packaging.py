@@ -72,14 +72,22 @@ def _sources(root: Path) -> list[Path]:
     return [path.relative_to(root) for path in found if "__pycache__" not in path.parts]
 
 
+def _examples(root: Path) -> list[Path]:
+    """What `hpo demo` needs, relative to the root: study files, data, their licence and where they come from."""
+    found = [*(root / "examples").glob("*.toml"), *(root / "examples/data").iterdir()]
+    return [path.relative_to(root) for path in found]
+
+
 def test_the_list_of_packages_is_that_of_the_folders() -> None:
     folders = {_installed_name(path.parent) for path in _sources(ROOT) if path.name == "__init__.py"}
+    folders |= {_installed_name(path.parent) for path in _examples(ROOT)}
     assert set(PYPROJECT["tool"]["setuptools"]["packages"]) == {folder.replace("/", ".") for folder in folders}
 
 
 def _copy_sources(folder: Path) -> None:
     for name in FOLDERS:
         shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "examples", folder / "examples")
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +109,9 @@ def test_a_wheel_holds_every_source_file_the_type_mark_and_the_licence_in_one_pa
         inside = {name for name in archive.namelist() if ".dist-info/" not in name}
         licences = [name for name in archive.namelist() if name.endswith("/LICENSE")]
     assert licences
-    assert inside == {_installed_name(path) for path in _sources(ROOT)}
+    examples = {_installed_name(path) for path in _examples(ROOT)}
+    assert {f"hpo/examples/data/{name}" for name in ("LICENSE-aeon.txt", "ATTRIBUTION.md")} < examples
+    assert inside == {_installed_name(path) for path in _sources(ROOT)} | examples
 
 
 # A user's script in a folder of its own; it needs no `__main__` guard.
@@ -137,6 +147,25 @@ def test_from_a_wheel_launch_load_and_predict_work_beside_a_users_own_models_and
     done = run(python, "script.py", cwd=folder, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "2 fast slow"
+
+
+@the_wheel
+def test_from_a_wheel_the_demo_runs_in_an_empty_folder_with_an_empty_home(
+    wheel: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    """The embedded server is left out: the database is the test's own."""
+    target, folder, home = tmp_path / "target", tmp_path / "empty", tmp_path / "home"
+    folder.mkdir()
+    home.mkdir()
+    pip = (sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", target, wheel)
+    installed = run(*pip)
+    assert installed.returncode == 0, installed.stderr
+    given = environment | {"PYTHONPATH": str(target), "HOME": str(home), "HPO_HOME": str(home / "hpo")}
+    done = run(sys.executable, "-P", "-m", "hpo", "demo", "--trials", "2", "--workers", "1", cwd=folder, env=given)
+    assert done.returncode == 0, done.stderr
+    assert "test AUROC" in done.stdout
+    assert "target/hpo/examples/vowels.toml" in done.stdout
+    assert list(folder.iterdir()) == []
 
 
 def test_every_imported_package_is_a_declared_dependency() -> None:

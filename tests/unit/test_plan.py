@@ -11,7 +11,7 @@ from hpo.models.config import EARLIER_EPSILON
 from hpo.models.data.sequences import DataError
 from hpo.models.data.splits import RULES
 from hpo.models.metrics import score
-from hpo.study.config import Folds, load
+from hpo.study.config import ConfigError, Folds, load
 from hpo.study.plan import Plan, make_plan
 from hpo.trial.build import configurations
 
@@ -137,3 +137,73 @@ class TestThePositiveClass:
         three = write(tmp_path / "three.npz", 60, y=np.arange(60) % 3)
         with pytest.raises(DataError, match=r"a positive class is one of two, there are 3"):
             make_plan(load(three, ['data.positive="1"']))
+
+
+class TestWhatWouldFailLaterIsRefusedAtOnce:
+    """Studies that were accepted and whose trials or promotion then failed (benchmarks/fuzz_trials.py)."""
+
+    RARE = np.where(np.arange(60) == 7, "yes", "no")
+
+    @pytest.mark.parametrize(
+        ("override", "expected"),
+        [
+            ("study.metric=auroc", 'study.metric = "auroc"'),
+            ("study.metric=average_precision", 'study.metric = "average_precision"'),
+            ("study.metric=f1", 'study.metric = "f1"'),
+            ("space.threshold=chosen", 'study.metric = "auroc"'),
+            ("space.threshold=['half', 'chosen'];study.metric=accuracy", 'space.threshold = "chosen"'),
+        ],
+    )
+    @pytest.mark.parametrize("share", ["0.2", "1e-9"])
+    def test_a_metric_that_its_validation_part_cannot_have(
+        self, tmp_path: Path, override: str, expected: str, share: str
+    ) -> None:
+        path = write(tmp_path / "rare.npz", 60, y=self.RARE)
+        write(tmp_path / "test.npz", 8, y=np.array(["no", "yes"] * 4))
+        overrides = [f"data.validation={share}", "data.test=test.npz", *override.split(";")]
+        count = "12 sequences, all" if share == "0.2" else "1 sequence,"
+        with pytest.raises(DataError) as error:
+            make_plan(load(path, overrides))
+        assert str(error.value) == (
+            f"{path}: data.validation = {float(share)} validates on {count} of class 'no', but {expected} needs others "
+            "too: set more aside, as in data.validation = { folds = 5 }"
+        )
+        make_plan(load(path, [*overrides, "data.validation={ folds = 5 }"]))
+
+    def test_what_has_a_value_on_one_class_is_taken(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "rare.npz", 60, y=self.RARE)
+        write(tmp_path / "test.npz", 8, y=np.array(["no", "yes"] * 4))
+        for metric in ("accuracy", "balanced_accuracy", "log_loss"):
+            make_plan(load(path, ["data.validation=0.2", "data.test=test.npz", f"study.metric={metric}"]))
+
+    def test_a_test_part_that_takes_a_class_whole(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "grouped.npz", 12, y=np.arange(12) // 6, groups=np.arange(12) // 6)
+        expected = r"grouped\.npz: no test part can be set aside .* what is left to train on has one class only, '[01]'"
+        with pytest.raises(DataError, match=expected):
+            make_plan(load(path))
+
+    def test_flatten_where_a_test_sequence_has_other_steps(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "waves.npz")
+        np.savez(tmp_path / "test.npz", X=np.zeros((4, 6, 1)), y=np.arange(4) % 2, lengths=[6, 6, 5, 6])
+        flatten = ["data.test=test.npz", "space.pooling=['last', 'flatten']"]
+        expected = (
+            r"test\.npz: sequence '2' of the test part has 5 steps, but space\.pooling = .* needs 6, as in training"
+        )
+        with pytest.raises(DataError, match=expected):
+            make_plan(load(path, flatten))
+        with pytest.raises(DataError, match="needs 6 or more"):
+            make_plan(load(path, [*flatten, "space.sequence_length=6"]))
+        make_plan(load(path, [*flatten, "space.sequence_length=5"]))
+
+    @pytest.mark.parametrize(
+        ("entry", "expected"),
+        [
+            ("learning_rate=1e-320", r"learning_rate must be .* of at least 1.17549e-38 and at most 3.40282e\+38, got"),
+            ("learning_rate=[0.1, 3.5e38]", r"learning_rate must be .* at most 3.40282e\+38, got 3.5e\+38"),
+            ("weight_decay={ low = 0.1, high = 1e300 }", r"weight_decay.high must be .* at most 3.40282e\+38, got"),
+            ("gradient_clip=1e39", r"gradient_clip must be .* at most 3.40282e\+38, got 1e\+39"),
+        ],
+    )
+    def test_numbers_that_float32_cannot_hold(self, tmp_path: Path, entry: str, expected: str) -> None:
+        with pytest.raises(ConfigError, match=rf"space\.{expected}"):
+            make_plan(load(write(tmp_path / "waves.npz"), [f"space.{entry}"]))

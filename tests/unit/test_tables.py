@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import hpo
 from hpo.models.data.canonical import fingerprint
 from hpo.models.data.readers import read
 from hpo.models.data.sequences import DataError
@@ -35,10 +36,19 @@ class TestLongForm:
             ("2024-01-09", "2024-01-10"),
             ("2024-01-01T09:00:00Z", "2024-01-01T10:00:00Z"),
             ("2024-01-01 09:00:00.5", "2024-01-01 10:00"),
+            ("2024-01-31 09:00:00 UTC", "2024-01-31 10:30:00 +0100"),
+            ("2024/02/01 9:00", "2024/12/01 08:00"),
+            ("2024.2.1", "2024.12.01"),
+            ("20240131T090000", "20240131T0901"),
+            ("31.01.2024 09:00", "1.2.2024 08:00"),
+            ("Wed, 31 Jan 2024 09:00:00 +0100", "31 Jan 2024 09:00:00 GMT"),  # RFC 2822
+            ("31-Dec-2023", "2-Jan-2024"),
+            ("December 31, 2023 12:30 PM", "Jan 1, 2024 12:05 am"),
+            ("Sept 30 2024 11:00 am", "Sep. 30 2024 12:00 pm"),
         ],
     )
     def test_steps_are_numbers_or_times(self, early: str, late: str, tmp_path: Path) -> None:
-        data = read(text(tmp_path, "a.csv", "id,step,x", f"a,{late},2", f"a,{early},1"))
+        data = read(text(tmp_path, "a.csv", "id,step,x", f'a,"{late}",2', f'a,"{early}",1'))
         assert data.values[0, :, 0].tolist() == [1, 2]
 
     def test_parquet_steps_may_be_timestamps_and_text_columns_categories(self, tmp_path: Path) -> None:
@@ -64,7 +74,7 @@ class TestLongForm:
         [
             (["a,0,1,p", "a,0,2,p"], "row 3: sequence 'a' has step 0 a second time"),
             (["a,0,1,p", "a,,2,p"], "row 3 has no step"),
-            (["a,0,1,p", "a,soon,2,p"], "row 3: 'soon' is no step: steps are numbers or ISO times, as in 2024-01-31"),
+            (["a,0,1,p", "a,soon,2,p"], "row 3: 'soon' is no step: steps are numbers or times, as in 2024-01-31"),
             (["a,0,1,p", ",1,2,p"], "row 3 has no id"),
             (["a,0,1,p", "a,1,2,q"], "row 3: label of sequence 'a' changes to 'q'; a sequence has one label"),
             (["a,0,1,p", "a,1,2,"], "row 3: label of sequence 'a' changes to None"),
@@ -88,6 +98,39 @@ class TestLongForm:
         assert data.groups is not None
         assert data.groups.tolist() == [0, 0]
         assert data.features == ("x",)
+
+    def test_the_group_may_be_the_id(self, tmp_path: Path) -> None:
+        path = text(tmp_path, "a.csv", "patient,step,x,label", "s1,0,1,p", "s1,1,2,p", "s2,0,2,q")
+        data = read(path, id="patient", group="patient", labeled=True)
+        assert data.ids == ("s1", "s2")
+        assert data.groups is not None
+        assert data.groups.tolist() == [0, 1]
+        wide = read(text(tmp_path, "b.csv", "patient,t0,t1,label", "s1,0,1,p"), id="patient", group="patient")
+        assert (wide.ids, wide.features) == (("s1",), ("x0",))
+
+    @pytest.mark.parametrize(
+        "roles", [{"label": "id"}, {"step": "x", "id": "x"}, {"group": "label"}, {"group": "step"}]
+    )
+    def test_one_column_is_not_two_things_else(self, roles: dict[str, str], tmp_path: Path) -> None:
+        path = text(tmp_path, "a.csv", "id,step,x,label", "s1,0,1,p")
+        with pytest.raises(DataError, match="must be different columns, but that group may be id, got label = "):
+            read(path, **roles)  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize("role", ["id", "step", "group", "label"])
+    def test_a_column_that_is_asked_for_must_be_there_with_labels_or_without(self, role: str, tmp_path: Path) -> None:
+        path = text(tmp_path, "a.csv", "id,step,x,label,group", "a,0,1,p,g")
+        expected = rf"a\.csv has no {role} column 'nothing'; its columns are id, step, x, label, group"
+        with pytest.raises(DataError, match=expected):
+            hpo.read(path, **{role: "nothing"})
+        with pytest.raises(DataError, match=expected):
+            read(path, labeled=False, needed=[role], **{role: "nothing"})  # type: ignore[arg-type]
+
+    def test_what_has_no_columns_has_none_to_name(self, tmp_path: Path) -> None:
+        np.savez(tmp_path / "a.npz", X=np.zeros((2, 3)), y=[0, 1])
+        with pytest.raises(DataError, match=r"a\.npz has no columns to name, only tables have; leave out label, id"):
+            hpo.read(tmp_path / "a.npz", label="class", id="patient")
+        with pytest.raises(DataError, match="the data has no columns to name"):
+            hpo.read(np.zeros((2, 3)), id="patient")
 
     @pytest.mark.parametrize("role", ["id", "step", "group", "label"])
     def test_an_unknown_column_lists_the_known_ones(self, role: str, tmp_path: Path) -> None:
@@ -194,9 +237,23 @@ class TestNothingIsGuessed:
         [
             (["2021-03-01", "20210302"], "row 3: step '20210302' is not of the form of the first step, '2021-03-01'"),
             (["2021-03-01T00:00+01:00", "2021-03-02"], "row 3: step '2021-03-02' is not of the form of the first step"),
-            (["2021-03-01", "today"], "row 3: 'today' is no step: steps are numbers or ISO times"),
+            (["2021-03-01", "today"], "row 3: 'today' is no step: steps are numbers or times"),
             (["now", "now"], "row 2: 'now' is no step"),
-            (["03/01/2021", "03/02/2021"], "row 2: '03/01/2021' is no step"),
+            (
+                ["03/01/2021", "03/02/2021"],
+                "row 2: '03/01/2021' is no step: its day or its month may come first; write",
+            ),
+            (["31-01-21 09:00", "31-02-21"], "row 2: '31-01-21 09:00' is no step: its day or its month may come first"),
+            (["2021/03/01", "03/02/2021"], "row 3: '03/02/2021' is no step: its day or its month may come first"),
+            (["2021/03/01", "2021.03.02"], "row 3: step '2021.03.02' is not of the form of the first step"),
+            (["2021/03/01", "2021-03-02"], "row 3: step '2021-03-02' is not of the form of the first step"),
+            (["01.03.2021 9:00", "02.03.2021 9:00 am"], "row 3: step '02.03.2021 9:00 am' is not of the form"),
+            (["2021-03-01 09:00 UTC", "2021-03-01 09:00"], "row 3: step '2021-03-01 09:00' is not of the form"),
+            (["Mon. 2 Mar 2021"], "row 2: 'Mon. 2 Mar 2021' is no step"),
+            (["2 Marz 2021", "3 Marz 2021"], "row 2: '2 Marz 2021' is no step: no such time"),
+            (["Wed, 1 Mar 2021 09:00 +0100"], "row 2: 'Wed, 1 Mar 2021 09:00 +0100' is no step: no such time"),
+            (["2021-03-01 13:00 PM"], "row 2: '2021-03-01 13:00 PM' is no step: no such time"),
+            (["2021-03-01 09:00 CET"], "row 2: '2021-03-01 09:00 CET' is no step: steps are numbers or times"),
             (["2021-02-30", "2021-03-01"], "row 2: '2021-02-30' is no step: no such time"),
             (["1", "1_5"], "row 3: '1_5' is no step"),
             (["1", "inf"], "row 3: a step must be finite, got inf"),
@@ -209,7 +266,7 @@ class TestNothingIsGuessed:
         self, steps: list[str], message: str, tmp_path: Path
     ) -> None:
         """pandas-dev/pandas/issues/12585, pandas-dev/pandas/pull/48621, pandas-dev/pandas/issues/19402"""
-        path = text(tmp_path, "a.csv", "id,step,x", *(f"a,{step},{i}" for i, step in enumerate(steps)))
+        path = text(tmp_path, "a.csv", "id,step,x", *(f'a,"{step}",{i}' for i, step in enumerate(steps)))
         with pytest.raises(DataError) as caught:
             read(path)
         assert f"{path}, {message}" in str(caught.value)
@@ -238,6 +295,10 @@ class TestNothingIsGuessed:
         ]:
             rows = [f"a,{third},10", f"a,{first},0", f"a,{second},"]
             assert read(text(tmp_path, "a.csv", "id,step,x", *rows)).values[0, :, 0].tolist() == [0, 1, 10]
+        rows = ["a;11 Jan 2024;10,0", "a;1 Jan 2024;0,0", "a;2 Jan 2024;"]
+        assert read(text(tmp_path, "c.csv", "id;step;x", *rows)).values[0, :, 0].tolist() == [0, 1, 10]
+        rows = ['a;"Jan 11, 2024";10,0', 'a;"Jan 1, 2024";0,0', 'a;"Jan 2, 2024";']
+        assert read(text(tmp_path, "d.csv", "id;step;x", *rows)).values[0, :, 0].tolist() == [0, 1, 10]
         wide = read(text(tmp_path, "b.csv", "t10,t0,t1,label", "10,0,,a", "1,2,3,b"))
         assert wide.values[:, :, 0].tolist() == [[0, 1, 10], [2, 3, 1]]
 
@@ -299,6 +360,8 @@ class TestWideForm:
             "x_0.2,x_0.1,x_1,label",
             "2021-01-31,2021-01-01,2021-02-01,label",  # BEXIS2/Core/issues/621
             "2021-02,2021-01,2022-01,label",
+            "31.01.2021,1.1.2021,1.2.2021,label",
+            "2021/1/31 09:00 UTC,2021/1/31 08:00 UTC,2021/1/31 10:00 UTC,label",
         ],
     )
     def test_columns_are_put_in_the_order_of_their_steps(self, header: str, tmp_path: Path) -> None:

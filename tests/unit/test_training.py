@@ -501,7 +501,7 @@ class TestBatches:
     ("given", "message"),
     [
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
-        ({"learning_rate": 0.0}, "learning_rate must be above 0, got 0.0"),
+        ({"learning_rate": 0.0}, "learning_rate must be at least 1.17549e-38, got 0.0"),
         ({"optimizer": "lion"}, "optimizer must be one of adamw, adam, rmsprop, sgd, got 'lion'"),
     ],
 )
