@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 from collections.abc import Callable
 
@@ -33,6 +34,8 @@ def serve(host: str, port: int, limits: Limits, ready: Callable[[str], None]) ->
         listener = socket.create_server((host, port), family=family)
     except (OSError, OverflowError) as error:
         raise ServeError(f"the service cannot listen on {host}:{port}: {error}; choose another --port") from None
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)  # uvicorn raises them again once it has ended in good order
     with listener:
         address, bound = listener.getsockname()[:2]
         config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE_S)
