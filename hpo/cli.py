@@ -45,6 +45,8 @@ db = typer.Typer(no_args_is_help=True, help="The database: the embedded server, 
 app.add_typer(db, name="db")
 token = typer.Typer(no_args_is_help=True, help="Who may use the service of `hpo serve`.")
 app.add_typer(token, name="token")
+models_app = typer.Typer(help="Promoted versions with their scores.")
+app.add_typer(models_app, name="models")
 
 StudyName = Annotated[str, typer.Argument(help="Name of a study.")]
 Slots = Annotated[str, typer.Option(help="Trials at once in one worker: a number, or auto (by the GPU's memory).")]
@@ -286,9 +288,11 @@ def reproduce(
     raise typer.Exit(1)
 
 
-@app.command()
-def models(as_json: Json = False) -> None:
+@models_app.callback(invoke_without_command=True)
+def models(context: typer.Context, as_json: Json = False) -> None:
     """Promoted versions with their scores."""
+    if context.invoked_subcommand is not None:
+        return
     from hpo.storage.database import database_url
     from hpo.storage.registry import Registry
     from hpo.terminal import model_row, show_models
@@ -298,6 +302,49 @@ def models(as_json: Json = False) -> None:
         typer.echo(json.dumps([model_row(model) for model in found]))
     else:
         show_models(found)
+
+
+@models_app.command("delete")
+def models_delete(
+    name: Annotated[str, typer.Argument(help="Name of a promoted model.")],
+    version: Annotated[int, typer.Argument(help="Version; one that an alias names stays.", min=1)],
+) -> None:
+    """Remove a version, with its files in the artifact store."""
+    from hpo.storage.artifacts import artifact_store
+    from hpo.storage.database import database_url
+    from hpo.storage.registry import Registry
+
+    store = artifact_store()
+    for key in Registry(database_url()).delete(name, version):
+        store.delete(key)
+    typer.echo(f"version {version} of {name} is deleted")
+
+
+@app.command()
+def alias(
+    name: Annotated[str, typer.Argument(help="Name of a promoted model.")],
+    alias: Annotated[str | None, typer.Argument(help="Such as production; what aliases have named without it.")] = None,
+    version: Annotated[int | None, typer.Argument(help="The version that it names from now on.", min=1)] = None,
+    drop: Annotated[bool, typer.Option("--delete", help="Let it name nothing any more.")] = False,
+) -> None:
+    """Let a name such as production mean a version, another one (a rollback), or none."""
+    from hpo.storage.database import database_url
+    from hpo.storage.registry import Registry
+
+    if drop == (version is not None) and alias is not None:
+        raise typer.BadParameter("give the version that the alias is to name, or --delete")
+    registry = Registry(database_url())
+    if alias is None:
+        registry.get(name)  # or an error that lists the names
+        for change in registry.alias_changes(name):
+            named = "nothing" if change.version is None else f"version {change.version}"
+            typer.echo(f"{change.changed_at:%Y-%m-%d %H:%M:%S} {change.alias}: {named}")
+    elif drop:
+        registry.drop_alias(name, alias)
+        typer.echo(f"{alias} of {name} names nothing any more")
+    else:
+        found = registry.set_alias(name, alias, version)
+        typer.echo(f"{alias} of {name} is version {found.version}")
 
 
 @app.command()

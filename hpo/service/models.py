@@ -134,6 +134,15 @@ def set_alias(name: str, alias: str, to: Alias, token: Submitter, backend: Uses)
         return model_of(found)
 
 
+@router.delete("/{name}/aliases/{alias}", status_code=HTTPStatus.NO_CONTENT)
+def drop_alias(name: str, alias: str, token: Submitter, backend: Uses) -> None:
+    """Let an alias name nothing any more."""
+    with backend.database() as database:
+        _check_owner(database, token, database.registry.get(name, alias))
+        database.registry.drop_alias(name, alias)
+        database.access.note(token, "model.alias", name, {"alias": alias})
+
+
 @router.delete("/{name}/{version}", status_code=HTTPStatus.NO_CONTENT)
 def delete(name: str, version: Annotated[int, Path(ge=1, le=10**9)], token: Submitter, backend: Uses) -> None:
     """Remove a version that no alias but `latest` names."""

@@ -20,7 +20,7 @@ from hpo.storage.access import AccessError, SubmissionConflict
 from hpo.storage.artifacts import ArtifactError, DamagedArtifactError, MissingArtifactError
 from hpo.storage.errors import DatabaseRefusal, MissingRecord, PostgresError
 from hpo.storage.masking import mask
-from hpo.storage.registry import MissingModel, RegistryError
+from hpo.storage.registry import MissingModel, NamedModel, RegistryError
 from hpo.study.config import ConfigError
 from hpo.study.plan import MissingStudy, StudyConflict, StudyError
 
@@ -36,6 +36,7 @@ STATUS: tuple[tuple[type[Exception], HTTPStatus], ...] = (
     (MissingArtifactError, HTTPStatus.NOT_FOUND),
     (StudyConflict, HTTPStatus.CONFLICT),
     (SubmissionConflict, HTTPStatus.CONFLICT),
+    (NamedModel, HTTPStatus.CONFLICT),
     (OutOfMemory, HTTPStatus.REQUEST_ENTITY_TOO_LARGE),
     (DamagedArtifactError, HTTPStatus.INTERNAL_SERVER_ERROR),
     (BundleError, HTTPStatus.INTERNAL_SERVER_ERROR),

@@ -251,7 +251,11 @@ class TestModel:
         with service.client(owner="bob") as bob:
             assert bob.put("/v1/models/waves/aliases/production", json={"version": 1}).status_code == 403
             assert bob.delete("/v1/models/waves/2").status_code == 403
+        named = client.delete("/v1/models/waves/1")
+        assert (named.status_code, "is what production names" in named.json()["detail"]) == (409, True)
         assert client.delete("/v1/models/waves/2").status_code == 204
+        assert client.delete("/v1/models/waves/aliases/production").status_code == 204
+        assert client.get("/v1/models/waves/production").status_code == 404
         assert client.get("/v1/models/waves/2").status_code == 404
         assert client.get("/v1/models/nobody/1").status_code == 404
 
