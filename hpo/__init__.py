@@ -12,14 +12,16 @@ Nothing else of the package imports it.
 from __future__ import annotations
 
 from importlib import import_module
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from hpo.errors import HpoError
-from hpo.launcher.launch import launch
-from hpo.storage.url import normalized
-
+TYPE_CHECKING = (
+    False  # as type checkers know it: `typing` takes longer than all of this, and a Ctrl-C is heard after it
+)
 if TYPE_CHECKING:
+    from pathlib import Path
+    from typing import Any
+
+    from hpo.errors import HpoError
+    from hpo.launcher.launch import launch
     from hpo.launcher.workers import Interrupted, LaunchError
     from hpo.models.bundle.bundle import Bundle
     from hpo.models.bundle.config import BundleError
@@ -51,12 +53,13 @@ __all__ = [
     "read",
     "storage_for",
 ]
-_EXCEPTIONS = {  # found when asked for: what defines them may import torch or Optuna
+_ELSEWHERE = {  # found when asked for: what defines them may import torch or Optuna, and the command starts here
     "ArtifactError": "hpo.storage.artifacts",
     "BundleError": "hpo.models.bundle.config",
     "ConfigError": "hpo.study.config",
     "DataError": "hpo.models.data.sequences",
     "DeviceLost": "hpo.models.device",
+    "HpoError": "hpo.errors",
     "Interrupted": "hpo.launcher.workers",
     "LaunchError": "hpo.launcher.workers",
     "OutOfMemory": "hpo.models.device",
@@ -64,13 +67,14 @@ _EXCEPTIONS = {  # found when asked for: what defines them may import torch or O
     "RegistryError": "hpo.storage.registry",
     "SchemaError": "hpo.storage.errors",
     "StudyError": "hpo.study.plan",
+    "launch": "hpo.launcher.launch",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _EXCEPTIONS:
+    if name not in _ELSEWHERE:
         raise AttributeError(f"module 'hpo' has no attribute {name!r}")
-    return getattr(import_module(_EXCEPTIONS[name]), name)
+    return getattr(import_module(_ELSEWHERE[name]), name)
 
 
 def read(data: Any, **columns: Any) -> Sequences:
@@ -105,5 +109,6 @@ def storage_for(url: str | None = None, retry_s: float = 60.0) -> TrialStorage:
     """
     from hpo.storage.database import database_url
     from hpo.storage.trials import trial_storage
+    from hpo.storage.url import normalized
 
     return trial_storage(normalized(url, "url") if url else database_url(), retry_s)

@@ -282,7 +282,7 @@ def _disk() -> list[Finding]:
     if given.startswith("file://"):
         given = unquote(urlsplit(given).path)
     if given and "://" not in given:
-        folders["disk of HPO_ARTIFACTS"] = Path(given).expanduser().absolute()
+        folders["disk of HPO_ARTIFACTS"] = Path(os.path.expanduser(given)).absolute()  # noqa: PTH111 (raises for no one)
     return [disk_finding(what, folder) for what, folder in folders.items()]
 
 

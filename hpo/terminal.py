@@ -7,7 +7,7 @@ import logging
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from hpo.errors import legible
 from hpo.models.config import METRICS
 from hpo.storage.masking import mask
 
@@ -36,7 +37,7 @@ MANY = 8  # classes: of more, only the predicted one's probability is printed
 SHOWN_COUNTS = ("complete", "pruned", "failed", "running", "waiting")  # trials by state, in a table
 GROUPS_SHOWN = 3  # hosts and devices named in a row of a table
 PIPED_WIDTH = 200  # columns of a table where the output is not a terminal
-TABLE_WIDTH = 110  # columns that a table of studies or models needs: narrower terminals get lines
+TABLE_WIDTH, MODELS_WIDTH = 110, 140  # columns that a table of studies or of models needs: narrower terminals get lines
 
 
 class _Lines(logging.Handler):
@@ -300,6 +301,7 @@ def model_row(model: ModelVersion) -> dict[str, Any]:
         "created": model.created_at.isoformat(),
         "validation": model.scores["validation"],
         "test": model.scores.get("test"),
+        "sequences": model.scores.get("sequences"),
         "test_looks": model.scores.get("test_looks"),
         "params": model.config["params"],
     }
@@ -347,17 +349,19 @@ def show_models(found: Sequence[ModelVersion]) -> None:
         console.print("no models yet; a study promotes its best trial when it ends")
         return
     rows = [_model_cells(model) for model in found]
-    if console.width < TABLE_WIDTH:
+    if console.width < MODELS_WIDTH:
         for name, version, trial, metric, validation, test, interval, looks, created in rows:
             console.print(f"{name} version {version}: trial {trial}, {created}", highlight=False)
             about = ", ".join(filter(None, (interval, f"look {looks} at that part" if looks else "")))
-            tested = f", {test} on test" + (f" ({about})" if about else "") if test else ""
-            console.print(f"  {metric} {validation} on validation{tested}", highlight=False)
-        return
-    table = Table("model", "version", "trial", "metric", "validation", "test", "95 % interval", "looks", "created")
-    for cells in rows:
-        table.add_row(*map(Text, cells))
-    console.print(table)
+            tested = f"; test {test}" + (f", {about}" if about else "") if test else ""
+            console.print(f"  {metric}: validation {validation}{tested}", highlight=False)
+    else:
+        table = Table("model", "version", "trial", "metric", "validation", "test", "95 % interval", "looks", "created")
+        for cells in rows:
+            table.add_row(*map(Text, cells))
+        console.print(table)
+    if any(model.scores.get("sequences") for model in found):
+        _say(console, "in brackets: the number of sequences that a score is of")
 
 
 def _model_cells(model: ModelVersion) -> tuple[str, ...]:
@@ -369,12 +373,18 @@ def _model_cells(model: ModelVersion) -> tuple[str, ...]:
         f"{model.version} (default)" if model.default else str(model.version),
         str(model.trial_number),
         metric,
-        f"{model.scores['validation'][metric]:.4f}",
-        f"{test[metric]:.4f}" if metric in test else "",
+        f"{model.scores['validation'][metric]:.4f}{_counted(model.scores, 'validation')}",
+        f"{test[metric]:.4f}{_counted(model.scores, 'test')}" if metric in test else "",
         f"{interval[0]:.4f} to {interval[1]:.4f}" if interval else "",
         str(model.scores.get("test_looks") or ""),
         f"{model.created_at:%Y-%m-%d %H:%M}",
     )
+
+
+def _counted(scores: Mapping[str, Any], part: str, noun: str = "") -> str:
+    """The number of the part's sequences in brackets; versions that were promoted earlier do not say."""
+    sequences = (scores.get("sequences") or {}).get(part)
+    return "" if sequences is None else f" ({sequences:,}{noun})"
 
 
 def show_summary(summary: dict[str, Any]) -> None:
@@ -391,7 +401,7 @@ def show_summary(summary: dict[str, Any]) -> None:
     _say(
         console, "its configuration: " + ", ".join(f"{name} {_plain(value)}" for name, value in best["params"].items())
     )
-    table = Table("metric", "validation", "test")
+    table = Table("metric", *(part + _counted(summary, part, " sequences") for part in ("validation", "test")))
     for name in METRICS:
         if (value := summary["validation"].get(name)) is None:
             continue
@@ -423,15 +433,22 @@ def _plain(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
 
 
+def _name(name: str) -> Text:
+    """A name of the data, of which a terminal takes no letter for a command."""
+    return Text(legible(name))
+
+
 def show_predictions(predictions: Predictions, rows: int = SHOWN) -> None:
     """The first rows as a table."""
     few = len(predictions.classes) <= MANY
     chances = [f"p({name})" for name in predictions.classes] if few else ["p(class)"]
-    table = Table("id", "class", *chances)
+    table = Table("id", "class")
+    for chance in chances:
+        table.add_column(_name(chance))
     for index in range(min(rows, len(predictions.labels))):
         row = predictions.probabilities[index]
         values = (f"{value:.4f}" for value in (row if few else [row.max()]))
-        table.add_row(predictions.ids[index], predictions.labels[index], *values)
+        table.add_row(_name(predictions.ids[index]), _name(predictions.labels[index]), *values)
     console = _console()
     console.print(table)
     if len(predictions.labels) > rows:
@@ -459,19 +476,19 @@ def show_evaluation(found: Evaluation, rows: int = SHOWN) -> None:
         table.add_row(name, f"{value:.4f}", "" if low is None or high is None else f"{low:.4f} to {high:.4f}")
     console.print(table)
     for name, reason in scores.undefined.items():
-        _say(console, f"{name} is undefined: {reason}")
+        _say(console, legible(f"{name} is undefined: {reason}"))
     if len(predictions.classes) <= MANY:
         counts = Table("true \\ predicted")
         for name in predictions.classes:
-            counts.add_column(Text(name))
+            counts.add_column(_name(name))
         for name, row in zip(predictions.classes, scores.confusion, strict=True):
-            counts.add_row(Text(name), *map(str, row))
+            counts.add_row(_name(name), *map(str, row))
         console.print(counts)
     if len(found.wrong):
         wrong = Table("id", "true", "predicted", "p(predicted)", title="wrong, the surest first")
         for row in found.wrong[:rows]:
             chance = f"{predictions.probabilities[row].max():.4f}"
-            wrong.add_row(*map(Text, (predictions.ids[row], found.labels[row], predictions.labels[row], chance)))
+            wrong.add_row(*map(_name, (predictions.ids[row], found.labels[row], predictions.labels[row], chance)))
         console.print(wrong)
     if len(found.wrong) > rows:
         _say(console, f"{rows} of {len(found.wrong)} that are wrong; --out FILE.csv writes all")

@@ -29,7 +29,7 @@ def valid(lengths: Tensor, steps: int) -> Tensor:
 def crop_last(values: Tensor, lengths: Tensor, keep: int) -> tuple[Tensor, Tensor]:
     """The last `keep` valid steps of each sequence, moved to the front: (B, min(T, keep), F) and lengths."""
     start = (lengths - keep).clamp(min=0)
-    steps = torch.arange(keep, device=values.device)[: values.shape[1]]
+    steps = torch.arange(values.shape[1], device=values.device)[:keep]
     index = (start[:, None] + steps[None, :]).clamp(max=values.shape[1] - 1)
     cropped = values.gather(1, index[:, :, None].expand(-1, -1, values.shape[2]))
     return cropped, lengths.clamp(max=keep)
@@ -48,6 +48,19 @@ def channel_statistics(values: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]
     inside = valid(lengths, values.shape[1]).T[:, :, None]
     flat = values[inside.expand_as(values)].reshape(-1, values.shape[2]).double()
     return flat.mean(0).float(), flat.std(0, correction=0).float()
+
+
+def weights_of(config: ClassifierConfig) -> tuple[int, int]:
+    """How many numbers the state of a `Classifier` holds, and how many tensors, without making one."""
+    F, H, D, L = config.features, config.hidden_size, 1 + config.bidirectional, config.layers
+    inputs = F * config.patch_length + (L - 1) * D * H  # of all layers
+    numbers, tensors = 4 * D * H * (inputs + L * (H + 2)) + 2 * F, 4 * D * L + 2
+    if config.pooling == "attention":
+        numbers, tensors = numbers + D * H + 1, tensors + 2
+    pooled = D * H * (config.patches if config.pooling == "flatten" else 1)
+    for width in (config.head_size, config.outputs) if config.head_size else (config.outputs,):
+        numbers, tensors, pooled = numbers + (pooled + 1) * width, tensors + 2, width
+    return numbers, tensors
 
 
 class Classifier(nn.Module):

@@ -23,7 +23,8 @@ class ClassifierConfig:
     """What fixes a network's shape and arithmetic. JSON-able. Raises ClassifierError."""
 
     features: int = field(metadata=allowed(int, low=1))  # F, channels of the data
-    classes: int = field(metadata=allowed(int, low=2))  # K; two classes share one logit
+    # K; two classes share one logit. Scores are of K^2 counts, and a label of thousands of values is rather an id
+    classes: int = field(metadata=allowed(int, low=2, high=1_000))
     steps: int = field(metadata=allowed(int, low=1))  # T, the longest training sequence; `flatten` needs exactly T
     hidden_size: int = field(default=64, metadata=allowed(int, low=1))  # H, units a direction and layer
     layers: int = field(default=1, metadata=allowed(int, low=1))  # stacked LSTM layers

@@ -273,19 +273,20 @@ def _posterior_intervals(
 ) -> dict[str, tuple[float, float]]:
     """Of f1 and macro_f1: drawn shares of each class that are predicted as which, given these counts (K, K) (Goutte and
     Gaussier, ECIR 2005). As in Clopper and Pearson's interval one row of each class is added, a wrong one for the lower
-    limit and a right one for the upper."""
-    K = len(counts)
-    right = np.eye(K)
-    drawn = [
-        rng.standard_gamma(np.broadcast_to(counts + added, (samples, K, K)))
-        for added in ((1 - right) / max(K - 1, 1), right)
-    ]
-    sizes = counts.sum(axis=1)[:, None]
-    low, high = (sizes * shares / shares.sum(axis=2, keepdims=True) for shares in drawn)
-    return {
-        name: (_middle(_by_confusion(name, low))[0], _middle(_by_confusion(name, high))[1])
-        for name in ("f1", "macro_f1")
-    }
+    limit and a right one for the upper. Of more than 245 classes fewer are drawn, as each draw takes K^2 numbers."""
+    K, names = len(counts), ("f1", "macro_f1")
+    right, sizes = np.eye(K), counts.sum(axis=1)[:, None]
+    samples = min(samples, max(100, 60_000_000 // K**2))
+    chunk = max(1, 4_000_000 // K**2)  # draws at once: 32 MB
+    drawn = []
+    for added in ((1 - right) / max(K - 1, 1), right):
+        values = []
+        for size in np.diff([*range(0, samples, chunk), samples]):
+            shares = rng.standard_gamma(np.broadcast_to(counts + added, (size, K, K)))
+            shares = sizes * shares / shares.sum(axis=2, keepdims=True)
+            values.append([_by_confusion(name, shares) for name in names])
+        drawn.append(np.concatenate(values, axis=1))
+    return {name: (_middle(low)[0], _middle(high)[1]) for name, low, high in zip(names, *drawn, strict=True)}
 
 
 def _rank_intervals(probabilities: NDArray[Any], labels: Labels) -> dict[str, tuple[float, float]]:

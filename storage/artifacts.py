@@ -22,7 +22,7 @@ from optuna.artifacts.exceptions import ArtifactNotFound
 from hpo.errors import StudyFault
 from hpo.storage.files import part_file, remove_old_parts
 from hpo.storage.home import own_folder
-from hpo.storage.keys import KEY, content_hash
+from hpo.storage.keys import KEY, content_hash, described
 
 if TYPE_CHECKING:
     from typing import Protocol
@@ -59,11 +59,17 @@ class ArtifactStore:
 
     url: str
 
+    @property
+    def place(self) -> str:
+        """Where it is, and the setting that says so."""
+        given = os.environ.get("HPO_ARTIFACTS")
+        return f"{self.url} ({'by HPO_ARTIFACTS' if given else 'the default, as HPO_ARTIFACTS is not set'})"
+
     def open_reader(self, artifact_id: str) -> BinaryIO:
         """A binary reader of the whole artifact; MissingArtifactError where there is none."""
         source = self._open(artifact_id)
         expected = content_hash(artifact_id)
-        return source if expected is None else cast(BinaryIO, _CheckedReader(source, expected, artifact_id, self.url))
+        return source if expected is None else cast(BinaryIO, _CheckedReader(source, expected, artifact_id, self.place))
 
     def _open(self, key: str) -> BinaryIO:
         """The stored bytes as they are."""
@@ -116,6 +122,12 @@ class ArtifactStore:
         with suppress(MissingArtifactError):
             self.remove(key)
 
+    def _missing(self, key: str) -> MissingArtifactError:
+        return MissingArtifactError(
+            f"{described(key)} is not in {self.place}; set HPO_ARTIFACTS to the store that it was written to "
+            f"(no artifact {key!r})"
+        )
+
     def _blocks(self, key: str) -> Iterator[bytes]:
         """An artifact's bytes in blocks; a reader that breaks off is an error, not a short artifact."""
         with self.open_reader(key) as source:
@@ -126,16 +138,17 @@ class ArtifactStore:
                 raise
             except OSError as error:
                 kind = DamagedArtifactError if error.errno in _UNREADABLE else ArtifactError
-                raise kind(f"reading {key!r} from {self.url} broke off: {error}") from error
+                raise kind(f"{described(key)}: reading {key!r} from {self.place} broke off: {error}") from error
             except Exception as error:
-                raise ArtifactError(f"reading {key!r} from {self.url} broke off: {error}") from error
+                text = f"{described(key)}: reading {key!r} from {self.place} broke off: {error}"
+                raise ArtifactError(text) from error
 
 
 class _CheckedReader(io.RawIOBase):
     """A reader that compares all that it has read with a SHA-256 when it comes to the end."""
 
-    def __init__(self, source: BinaryIO, expected: str, key: str, url: str) -> None:
-        self._source, self._expected, self._key, self._url = source, expected, key, url
+    def __init__(self, source: BinaryIO, expected: str, key: str, place: str) -> None:
+        self._source, self._expected, self._key, self._place = source, expected, key, place
         self._hash, self._size = hashlib.sha256(), 0
 
     def readable(self) -> bool:
@@ -146,7 +159,8 @@ class _CheckedReader(io.RawIOBase):
         block = self._source.read(len(buffer))
         if not block and self._hash.hexdigest() != self._expected:
             raise DamagedArtifactError(
-                f"{self._url}: artifact {self._key} does not have the content that its name says, in {self._size} bytes"
+                f"{described(self._key)} is damaged in {self._place}: "
+                f"artifact {self._key} does not have the content that its name says, in {self._size} bytes"
             )
         buffer[: len(block)] = block
         self._hash.update(block)
@@ -174,10 +188,10 @@ class FolderStore(ArtifactStore):
         try:
             return self._files.open_reader(_checked(key))
         except ArtifactNotFound:
-            raise _missing(self.url, key) from None
+            raise self._missing(key) from None
         except OSError as error:
             kind = DamagedArtifactError if error.errno in _UNREADABLE else ArtifactError
-            raise kind(f"cannot read {key!r} in {self.url}: {error.strerror}") from error
+            raise kind(f"{described(key)}: cannot read {key!r} in {self.place}: {error.strerror}") from error
 
     def write(self, artifact_id: str, content_body: BinaryIO) -> None:
         # Optuna's store copies straight to the name that it is given: give it the part's.
@@ -189,9 +203,9 @@ class FolderStore(ArtifactStore):
         try:
             self._files.remove(_checked(artifact_id))
         except ArtifactNotFound:
-            raise _missing(self.url, artifact_id) from None
+            raise self._missing(artifact_id) from None
         except OSError as error:
-            raise ArtifactError(f"cannot delete {artifact_id!r} in {self.url}: {error.strerror}") from error
+            raise ArtifactError(f"cannot delete {artifact_id!r} in {self.place}: {error.strerror}") from error
 
     def exists(self, key: str) -> bool:
         return (self.folder / _checked(key)).is_file()
@@ -208,7 +222,8 @@ class FolderStore(ArtifactStore):
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ArtifactError(f"artifact folder {self.folder} cannot be made: {error.strerror}") from error
+            rule = "set HPO_ARTIFACTS to a folder that can be made, or to s3://bucket/prefix"
+            raise ArtifactError(f"artifact folder {self.folder} cannot be made: {error.strerror}; {rule}") from error
 
 
 class BucketStore(ArtifactStore):
@@ -268,12 +283,12 @@ class BucketStore(ArtifactStore):
         except (ArtifactNotFound, ClientError) as error:
             code = _error_code(error)
             if code in ("NoSuchKey", "404"):
-                raise _missing(self.url, key) from None
+                raise self._missing(key) from None
             raise ArtifactError(
-                f"{self.url} refused {key!r}: {code}; is the bucket there, and open to these credentials?"
+                f"{self.place} refused {key!r}: {code}; is the bucket there, and open to these credentials?"
             ) from error
         except (BotoCoreError, Boto3Error) as error:
-            raise ArtifactError(f"{self.url} cannot be used for {key!r}: {error}") from error
+            raise ArtifactError(f"{self.place} cannot be used for {key!r}: {error}") from error
 
 
 def artifact_store(url: str | None = None) -> ArtifactStore:
@@ -290,13 +305,17 @@ def artifact_store(url: str | None = None) -> ArtifactStore:
     except ValueError as error:  # brackets that are no IPv6 address
         raise ArtifactError(f"HPO_ARTIFACTS is no folder and no URL: {error}") from None
     if parts is None:
-        return FolderStore(Path(url).expanduser())
+        try:
+            return FolderStore(Path(url).expanduser())
+        except RuntimeError as error:  # ~ of a user who is not known, or has no home
+            raise ArtifactError(f"HPO_ARTIFACTS must name a folder or s3://bucket/prefix: {error}, got {url}") from None
     if parts.scheme == "file" and parts.netloc in ("", "localhost"):
         return FolderStore(Path(unquote(parts.path)))
     if parts.scheme == "s3" and re.fullmatch(r"[a-z0-9][a-z0-9.-]+", parts.netloc):
         return BucketStore(parts.netloc, parts.path.strip("/"))
     # Only the scheme is shown: a URL of another kind may carry a password.
-    raise ArtifactError(f"an artifact store is a folder, file:///folder or s3://bucket/prefix, got {parts.scheme}://…")
+    rule = "HPO_ARTIFACTS must name a folder, file:///folder or s3://bucket/prefix"
+    raise ArtifactError(f"{rule}, got {parts.scheme}://…")
 
 
 def _checked(key: str) -> str:
@@ -305,10 +324,6 @@ def _checked(key: str) -> str:
             f"an artifact key is 1 to 200 of A-Z a-z 0-9 . _ - and begins with a letter or digit, got {key!r}"
         )
     return key
-
-
-def _missing(url: str, key: str) -> MissingArtifactError:
-    return MissingArtifactError(f"no artifact {key!r} in {url}")
 
 
 @contextmanager

@@ -14,7 +14,11 @@ def home() -> Path:
 
     Raises PostgresError where it cannot be created.
     """
-    path = Path(os.environ.get("HPO_HOME") or user_data_folder() / "hpo").expanduser().absolute()
+    given = os.environ.get("HPO_HOME")
+    try:
+        path = Path(given).expanduser().absolute() if given else user_data_folder() / "hpo"
+    except RuntimeError as error:  # ~ of a user who is not known, or has no home
+        raise PostgresError(f"HPO_HOME must name a folder: {error}, got {given}") from None
     return made_folder(path).resolve()
 
 

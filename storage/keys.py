@@ -20,6 +20,7 @@ KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _DIGEST = re.compile(r"-([0-9a-f]{64})(?=[-.]|$)")
 UPLOAD = re.compile(r"upload-[0-9a-f]{64}-[A-Za-z0-9._-]{1,100}")
 _OF_TRIALS = ("checkpoint", "weights", "curve", "log")
+_KINDS = {"data": "a data set", **{kind: f"the {kind} of a trial" for kind in _OF_TRIALS}}
 
 
 def data_key(sha256: str) -> str:
@@ -66,6 +67,14 @@ def model_prefix(study: str, number: int) -> str:
 def model_key(prefix: str, sha256: str, file: str) -> str:
     """The key of a model's file: other content has another key, and the same content is stored once."""
     return f"{prefix}-{sha256}-{file}"
+
+
+def described(key: str) -> str:
+    """What a key stands for, in the words of a user, who has never seen it."""
+    kind, found = key.partition("-")[0], _DIGEST.search(key)
+    if kind == "model" and found:
+        return f"the file {key[found.end() + 1 :]} of a promoted model"
+    return _KINDS.get(kind, "a file")
 
 
 def content_hash(key: str) -> str | None:

@@ -18,7 +18,7 @@ from typing import Any
 from hpo.errors import StudyFault
 from hpo.storage.artifacts import ArtifactStore, DamagedArtifactError
 from hpo.storage.connection import Connection, Row
-from hpo.storage.keys import content_hash, model_key
+from hpo.storage.keys import content_hash, described, model_key
 from hpo.storage.statements import statement
 from hpo.storage.tables import ensure
 from hpo.temporary import temporary_folder
@@ -246,8 +246,8 @@ def _fetch(store: ArtifactStore, key: str, path: Path) -> None:
         store.fetch(key, path)
     except DamagedArtifactError as error:
         raise RegistryError(
-            f"the content of {key} in {store.url} is not what its key says; promote the trial again, which stores "
-            "it anew"
+            f"{described(key)} is damaged in {store.place}: it is not what its key says, {key}; promote the trial "
+            "again, which stores it anew"
         ) from error
 
 

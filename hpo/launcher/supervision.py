@@ -234,6 +234,7 @@ def summary(study: OpenStudy, watched: WatchedStudy, seconds: float, logs: str) 
         },
         "validation": scores["validation"],
         "test": scores.get("test"),
+        "sequences": scores.get("sequences"),
         "positive": study.plan.classes[1] if len(study.plan.classes) == 2 else None,
         "test_looks": scores.get("test_looks"),
         "undefined": scores.get("undefined"),

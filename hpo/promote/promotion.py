@@ -124,6 +124,7 @@ def promote(
             "value": record.value,
             "validation": validation.metrics,
             "test": None if test is None else test.metrics,
+            "sequences": {"validation": validation.sequences, "test": None if test is None else test.sequences},
             "intervals": None if test is None else test.intervals,
             **({} if test is None else {"test_part": study.plan.test}),
             "methods": None if test is None else test.methods,

@@ -9,7 +9,7 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 
-from hpo.storage.artifacts import artifact_store
+from hpo.storage.artifacts import MissingArtifactError, artifact_store
 from hpo.storage.database import database_url
 from hpo.storage.home import own_folder
 from hpo.storage.keys import content_hash
@@ -27,7 +27,11 @@ def materialise_model(model: ModelVersion) -> Path:
     if not short.is_symlink() and holds(short, model.artifacts):
         return short
     folder = versions / f"v{model.version}-{_content(model)}"
-    materialise(artifact_store(), model.artifacts, folder, repair=True)
+    try:
+        materialise(artifact_store(), model.artifacts, folder, repair=True)
+    except MissingArtifactError as error:
+        again = f"or, `hpo promote {model.name} --trial {model.trial_number}` stores it anew"
+        raise MissingArtifactError(f"{model.name} version {model.version}: {error}; {again}") from error
     if short.is_symlink() or not short.exists():
         with suppress(OSError):  # where there are no links there is still the folder
             _lead(short, folder)

@@ -27,10 +27,10 @@ from safetensors.torch import save as serialize_tensors
 from torch import Tensor
 
 from hpo.models.bundle import card
-from hpo.models.bundle.checksums import check_folder, write_checksums
+from hpo.models.bundle.checksums import SUMS, check_folder, write_checksums
 from hpo.models.bundle.config import BundleConfig, BundleError, from_json, to_json
 from hpo.models.bundle.predictions import Predictions
-from hpo.models.classifier import Classifier, Weights, to_probabilities
+from hpo.models.classifier import Classifier, Weights, to_probabilities, weights_of
 from hpo.models.data.readers import read
 from hpo.models.data.sequences import DataError, Sequences, matched
 from hpo.models.device import device_errors
@@ -41,6 +41,8 @@ log = logging.getLogger("hpo")
 
 SOME = 0.01  # share of missing values that is worth no word
 FILES = ("model.safetensors", "config.json", "README.md", "curves.png", "confusion.png")
+TYPES = {"torch.float32", "torch.float64", "torch.float16", "torch.bfloat16"}  # of weights, which become float32
+LARGEST_OTHER = 64 * 2**20  # bytes of a file other than the weights; a thousand classes have some megabytes of counts
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +65,9 @@ class Bundle:
         sequences = self.conform(data)
         with device_errors(self.models[0].mean.device, lambda: f"{batch_size} sequences at once; take a smaller batch"):
             probabilities = self._probabilities(sequences, batch_size, progress)
+        for row in np.flatnonzero(~np.isfinite(probabilities).all(axis=1)).tolist():
+            rule = "the model gives it no probability: its values, or the model's weights, are too large"
+            raise DataError(f"sequence {sequences.ids[row]!r}: {rule}")
         labels = np.array(self.config.classes)[predict_labels(probabilities, self.config.threshold)]
         return Predictions(self.config.classes, probabilities, labels, sequences.ids)
 
@@ -180,21 +185,46 @@ def save(
 def load(folder: str | Path, device: str = "cpu") -> Bundle:
     """Load a saved model, once every file is what its SHA256SUMS says.
 
-    Raises BundleError, which names a damaged file or lists what is missing and what is unexpected.
+    Whoever wrote the folder: no code of it runs, every field has its type, weights are finite and have the sizes that
+    the configuration asks for, and loading takes at most 64 MiB and 8 times the size of the folder.
+
+    Raises BundleError, which names a damaged file or lists what is missing and what is unexpected, in one line.
     """
     folder = Path(folder)
-    missing = [name for name in FILES[:2] if not (folder / name).is_file()]
-    if missing:
-        raise BundleError(f"{folder} is no saved model: it lacks {' and '.join(missing)}")
-    check_folder(folder)
-    config = from_json((folder / "config.json").read_bytes(), str(folder / "config.json"))
-    source = folder / "model.safetensors"
     try:
+        _check_files(folder)
+        check_folder(folder)
+        config = from_json((folder / "config.json").read_bytes(), str(folder / "config.json"))
+        source = folder / "model.safetensors"
+        _check_size(config, source.stat().st_size, str(source))
         tensors = parse_tensors(source.read_bytes())
-    except SafetensorError as error:
+    except OSError as error:
+        raise BundleError(f"{error.filename or folder} cannot be read: {error.strerror or error}") from None
+    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:  # the last ones of types that torch lacks
         raise BundleError(f"{source} is not a whole safetensors file ({error}); fetch or export it again") from None
     models = _models(config, tensors, str(source))
     return Bundle(config, tuple(model.place(torch.device(device)) for model in models), folder)
+
+
+def _check_files(folder: Path) -> None:
+    """Raise BundleError where the files of a saved model are not there, are something else, or are far too large."""
+    missing = [name for name in FILES[:2] if not (folder / name).is_file()]
+    if missing:
+        raise BundleError(f"{folder} is no saved model: it lacks {' and '.join(missing)}")
+    for path in (folder / name for name in (*FILES[1:], SUMS)):
+        if path.exists() and not path.is_file():
+            raise BundleError(f"{path} is no file: fetch or export the model again")
+        if path.exists() and path.stat().st_size > LARGEST_OTHER:
+            raise BundleError(f"{path} is larger than {LARGEST_OTHER:,} bytes: fetch or export the model again")
+
+
+def _check_size(config: BundleConfig, size: int, source: str) -> None:
+    """Raise BundleError for a file whose size in bytes is not that of the configuration's weights."""
+    count, tensors = weights_of(config.classifier)
+    if size < config.members * count or size > config.members * (8 * count + 1_000 * tensors) + 2**20:
+        wanted = f"{config.members} members of {config.classifier.layers} layers, {count:,} numbers each"
+        rule = f"{size:,} bytes are too few or too many for {wanted}"
+        raise BundleError(f"{source} does not fit the configuration: {rule}")
 
 
 def assemble(config: BundleConfig, members: Sequence[Weights], device: str = "cpu") -> Bundle:
@@ -246,7 +276,7 @@ def _check_free(out: Path, overwrite: bool) -> None:
 def _models(config: BundleConfig, tensors: dict[str, Tensor], source: str) -> list[Classifier]:
     """The members in evaluation mode, once every tensor is there in its shape and no other."""
     models = []
-    if config.members * config.classifier.layers > len(tensors):  # before as many are made
+    if config.members * weights_of(config.classifier)[1] > len(tensors):  # before as many are made
         raise BundleError(
             f"{source} does not fit the configuration: {len(tensors)} tensors are too few for {config.members} members "
             f"of {config.classifier.layers} layers"
@@ -264,9 +294,12 @@ def _models(config: BundleConfig, tensors: dict[str, Tensor], source: str) -> li
     ]
     if faults:
         raise BundleError(f"{source} does not fit the configuration: {'; '.join(faults)}")
+    if other := sorted({str(tensors[name].dtype) for name in wanted} - TYPES):
+        raise BundleError(f"{source} must hold numbers of type {', '.join(sorted(TYPES))}, got {', '.join(other)}")
+    tensors = {name: tensors[name].float() for name in wanted}
     if broken := [name for name in wanted if not tensors[name].isfinite().all()]:
         raise BundleError(f"{source} must hold finite numbers; these hold others: {', '.join(broken)}")
     for i, model in enumerate(models):
-        state = {name: tensors[f"member.{i}.{name}"].float() for name in model.state_dict()}
+        state = {name: tensors[f"member.{i}.{name}"] for name in model.state_dict()}
         model.load_state_dict(state, assign=True)
     return models

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from hpo.errors import legible
 from hpo.models.bundle.config import BundleConfig, preprocessing
 from hpo.models.classifier import ROUNDING
 from hpo.models.config import ClassifierConfig
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from hpo.models.metrics import Scores
 
+SHOWN_NAME = 400  # characters of a name
 COUNTS_SHOWN = 30  # classes up to which the confusion matrix shows its numbers and every name
 
 
@@ -50,15 +52,15 @@ def readme(config: BundleConfig, exported: str = "safetensors") -> str:
         _list(preprocessing(config)),
         _list([_architecture(classifier), *([decision] if decision else [])]),
         "## Where it comes from",
-        _list([f"{name}: {_plain(value)}" for name, value in config.provenance.items()] or ["not recorded"]),
+        _list([f"{_escaped(name)}: {_plain(value)}" for name, value in config.provenance.items()] or ["not recorded"]),
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def _name(name: str) -> str:
     """A name of the data as code: nothing in it is Markdown or HTML, whatever it holds."""
-    ticks = "`" * (1 + max(map(len, re.findall("`+", name)), default=0))
-    text = " ".join(name.split())
+    text = legible(" ".join(name.split()) or '""', SHOWN_NAME)
+    ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{ticks}{text}{ticks}" if len(ticks) == 1 else f"{ticks} {text} {ticks}"
 
 
@@ -68,8 +70,9 @@ def _plain(value: object) -> str:
 
 
 def _escaped(text: str) -> str:
-    """In one line, and neither HTML nor the end of a table's cell."""
-    return " ".join(text.split()).replace("<", "&lt;").replace("|", "\\|")
+    """In one line, and neither HTML, nor a link, nor the end of a table's cell."""
+    text = legible(" ".join(text.split()))
+    return text.replace("<", "&lt;").replace("](", "]&#40;").replace("|", "\\|")
 
 
 def _list(items: Sequence[str]) -> str:
@@ -77,7 +80,8 @@ def _list(items: Sequence[str]) -> str:
 
 
 def _code(language: str, text: str) -> str:
-    return f"```{language}\n{text}\n```"
+    lines = (legible(line, len(line) + 1) for line in text.split("\n"))
+    return "\n".join([f"```{language}", *lines, "```"])
 
 
 def _architecture(config: ClassifierConfig) -> str:
@@ -96,7 +100,7 @@ def _scores(config: BundleConfig) -> str:
     known = {name: scores for name, scores in parts.items() if scores is not None}
     if not known:
         return "Its scores were not recorded."
-    rows = ["| | " + " | ".join(f"{name} ({scores.sequences:,})" for name, scores in known.items()) + " |"]
+    rows = ["| | " + " | ".join(f"{name} ({scores.sequences:,} sequences)" for name, scores in known.items()) + " |"]
     rows.append("|---|" + "---|" * len(known))
     for metric in dict.fromkeys(metric for scores in known.values() for metric in (*scores.metrics, *scores.undefined)):
         rows.append(f"| {metric} | {' | '.join(_cell(scores, metric) for scores in known.values())} |")
@@ -122,7 +126,7 @@ def _methods(parts: Sequence[Scores]) -> str:
     by: dict[str, list[str]] = {}
     for metric, method in {name: method for scores in parts for name, method in scores.methods.items()}.items():
         by.setdefault(method, []).append(metric)
-    return "; ".join(f"{', '.join(metrics)}: {method}" for method, metrics in by.items()) or "bootstrap"
+    return "; ".join(f"{', '.join(metrics)}: {_escaped(method)}" for method, metrics in by.items()) or "bootstrap"
 
 
 def _torch_example(config: BundleConfig) -> str:

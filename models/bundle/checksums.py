@@ -23,7 +23,7 @@ def check_folder(folder: Path) -> None:
 
     Raises BundleError, which names the file that is missing or has other content.
     """
-    if not (folder / SUMS).exists():
+    if not (folder / SUMS).is_file():
         return
     way_out = f"fetch or export the model again, or remove {SUMS} if the change is yours"
     text = (folder / SUMS).read_text(encoding="utf-8", errors="replace")

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from math import isfinite
 from typing import Any, TypeVar
 
-from hpo.errors import StudyFault
-from hpo.models.config import EARLIER_EPSILON, ClassifierConfig
-from hpo.models.data.sequences import default_names
+from hpo.errors import StudyFault, legible
+from hpo.models.config import EARLIER_EPSILON, FLOAT32_MOST, METRICS, ClassifierConfig, ClassifierError
+from hpo.models.data.sequences import UNKEPT, UNKEPT_RULE, default_names
 from hpo.models.fields import rules
 from hpo.models.metrics import Scores
 
@@ -20,11 +20,17 @@ TYPES: dict[str, type] = {
     "classes": list, "features": list, "metric": str, "members": int, "threshold": float, "best_epoch": int,
     "columns": dict, "provenance": dict,
 }  # fmt: skip
+COLUMNS = ("label", "id", "step", "group")
+LARGEST = 2**31 - 1  # of a whole number
+DEEPEST = 50  # objects and lists within one another
 T = TypeVar("T")
 
 
 class BundleError(StudyFault):
-    """The folder is no whole saved model, is of a newer format, or must not be replaced."""
+    """The folder is no whole saved model, is of a newer format, or must not be replaced; said in one line."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(legible(message))
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,8 @@ class BundleConfig:
             if len(names) != getattr(self.classifier, what):
                 expected = getattr(self.classifier, what)
                 raise BundleError(f"a classifier of {expected} {what} needs as many names, got {list(names)}")
+            if len(set(names)) < len(names):
+                raise BundleError(f"the names of the {what} must differ, got {list(names)}")
         for what, numbers in (("fill", self.fill), ("gaps", self.gaps)):
             if numbers is not None and len(numbers) != self.classifier.features:
                 raise BundleError(f"a classifier of {self.classifier.features} features needs as many {what}")
@@ -91,13 +99,17 @@ def to_json(config: BundleConfig) -> str:
 
 
 def from_json(text: bytes, source: str) -> BundleConfig:
-    """The inverse of `to_json`; `source` names the file in errors. Raises BundleError and ClassifierError."""
+    """The inverse of `to_json`; `source` names the file in errors.
+
+    Raises BundleError unless each field has its type, numbers are finite and names can be kept.
+    """
     try:
         content = json.loads(text)
         version = content.pop("format")
         content.pop("preprocessing", None)  # for readers; the classifier's configuration decides
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise BundleError(f"{source} is not the configuration of a saved model") from None
+    _check_depth(content, source)
     if version not in (FORMAT, *EARLIER):
         raise BundleError(
             f"{source} has format {version}, this version of hpo reads up to {FORMAT}: install a newer hpo"
@@ -106,7 +118,11 @@ def from_json(text: bytes, source: str) -> BundleConfig:
         content["classifier"] |= EARLIER.get(version, {})
         _check_types(content["classifier"], {name: rule.kind for name, rule in rules(ClassifierConfig).items()}, source)
     _check_types(content, TYPES, source)
-    content["classifier"] = _exactly(ClassifierConfig, content.get("classifier"), f"{source}, classifier")
+    _check_choices(content, source)
+    try:
+        content["classifier"] = _exactly(ClassifierConfig, content.get("classifier"), f"{source}, classifier")
+    except ClassifierError as error:
+        raise BundleError(f"{source}: {error}") from None
     for part in ("validation", "test"):
         if content.get(part) is not None:
             content[part] = _scores(content[part], f"{source}, {part}")
@@ -128,13 +144,47 @@ def _check_types(content: dict[str, Any], types: dict[str, type], source: str) -
         if wrong or (kind is list and not all(isinstance(item, str) for item in value)):
             rule = "a list of texts" if kind is list else f"of type {kind.__name__}"
             raise BundleError(f"{source}: {name} must be {rule}, got {str(value)[:40]!r}")
+        if isinstance(value, int | float) and not _is_moderate(value):
+            raise BundleError(f"{source}: {name} must be finite and at most {LARGEST}, got {str(value)[:40]}")
+
+
+def _is_moderate(number: int | float) -> bool:
+    return abs(number) <= LARGEST if isinstance(number, int) else isfinite(number)
+
+
+def _check_depth(content: Any, source: str, left: int = DEEPEST) -> None:
+    """Raise BundleError for what nests so deeply that walking through it could fail."""
+    if isinstance(content, dict | list):
+        if not left:
+            raise BundleError(f"{source} must not nest more than {DEEPEST} levels")
+        for item in content.values() if isinstance(content, dict) else content:
+            _check_depth(item, source, left - 1)
+
+
+def _check_choices(content: dict[str, Any], source: str) -> None:
+    """Raise BundleError for fields of the right type that hold what they never do."""
+    for name in ("members", "best_epoch"):
+        if content.get(name, 1) < 1:
+            raise BundleError(f"{source}: {name} must be at least 1, got {content[name]}")
+    if content.get("metric", METRICS[0]) not in METRICS:
+        raise BundleError(f"{source}: metric must be one of {', '.join(METRICS)}, got {content['metric']!r}")
+    if not isinstance(content.get("named"), bool | None):
+        raise BundleError(f"{source}: named must be true, false or null, got {str(content['named'])[:40]!r}")
+    for role, column in content.get("columns", {}).items():
+        if role not in COLUMNS or not isinstance(column, str):
+            raise BundleError(f"{source}: columns must name those of {', '.join(COLUMNS)}, got {role!r}: {column!r}")
+    for name in (*content.get("classes", ()), *content.get("features", ())):
+        if UNKEPT.search(name):
+            raise BundleError(f"{source}: the name of a class or feature {UNKEPT_RULE}, got {name!r}")
 
 
 def _numbers(content: Any, source: str) -> tuple[float, ...] | None:
-    """Finite numbers of a list, or None. Raises BundleError."""
+    """Numbers of a list that float32 holds, or None. Raises BundleError."""
     if content is None:
         return None
-    if not isinstance(content, list) or not all(type(item) in (int, float) and isfinite(item) for item in content):
+    if not isinstance(content, list) or not all(
+        type(item) in (int, float) and abs(item) <= FLOAT32_MOST for item in content
+    ):
         raise BundleError(f"{source} must be a list of finite numbers, got {str(content)[:40]!r}")
     return tuple(map(float, content))
 
@@ -143,8 +193,33 @@ def _scores(content: Any, source: str) -> Scores:
     if isinstance(content, dict):
         content = {"undefined": {}, "methods": {}} | content  # earlier versions did not say
     scores = _exactly(Scores, content, source)
+    kinds = {"metrics": _is_number, "intervals": _is_interval, "undefined": _is_text, "methods": _is_text}
+    for name, is_right in kinds.items():
+        table = getattr(scores, name)
+        if not isinstance(table, dict) or not table.keys() <= set(METRICS) or not all(map(is_right, table.values())):
+            raise BundleError(f"{source}: {name} must be those of {', '.join(METRICS)}, got {str(table)[:80]!r}")
+    rows: Any = scores.confusion
+    square = isinstance(rows, list) and all(isinstance(row, list) and len(row) == len(rows) for row in rows)
+    if not square or not all(_is_count(count) for row in rows for count in row) or not _is_count(scores.sequences):
+        raise BundleError(f"{source}: sequences and confusion must be counts, the latter of each pair of classes")
     intervals = {name: (low, high) for name, (low, high) in scores.intervals.items()}
     return replace(scores, intervals=intervals, confusion=tuple(map(tuple, scores.confusion)))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and _is_moderate(value)
+
+
+def _is_interval(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_number, value))
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST
 
 
 def _exactly(kind: type[T], content: Any, source: str) -> T:

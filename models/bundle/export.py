@@ -35,6 +35,7 @@ TOLERANCE = 1e-5
 """Largest difference of a probability. Float32 sums of the same terms in another order differ by some 1e-7, which
 grows a little over the steps (3e-6 measured over 300); a graph with a wrong step, direction or member differs by
 1e-2 and more."""
+STEPS_MOST = 2**17
 CHECKED = 32  # real sequences that the graph is run on
 
 Run = Callable[[NDArray[np.float32], NDArray[np.int64]], NDArray[np.float32]]
@@ -65,14 +66,24 @@ def export(
     if folder is None:
         raise ExportError("only a saved model can be exported: save it and load its folder")
     bundle = load(folder)
+    if format != "safetensors":
+        _check_steps(bundle)
     with model_folder(Path(out), overwrite) as beside:
         for name in FILES:
-            if (folder / name).exists():
+            if (folder / name).is_file():
                 shutil.copyfile(folder / name, beside / name)
         (beside / "README.md").write_text(card.readme(bundle.config, format), encoding="utf-8")
         if format != "safetensors":
             _write_checked(bundle, beside / f"model.{format}", sequences)
     return Path(out)
+
+
+def _check_steps(bundle: Bundle) -> None:
+    """Raise ExportError for a model whose graph could be checked on sequences of unlikely length alone."""
+    config = bundle.config.classifier
+    if (longest := max(config.steps, config.sequence_length, config.patch_length)) > STEPS_MOST:
+        rule = f"a graph is checked on sequences as long as in training, and of at most {STEPS_MOST:,} steps"
+        raise ExportError(f"{rule}, got {longest:,}; the safetensors export has no such limit")
 
 
 def _write_checked(bundle: Bundle, path: Path, sequences: Sequences | None) -> None:

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hpo.errors import StudyFault
+from hpo.errors import StudyFault, legible
 
 log = logging.getLogger("hpo")
 
@@ -44,15 +44,24 @@ MISSING = dict.fromkeys(("", "?", "NA", "N/A", "null", "NULL", "None"), "nan")  
 # texts that stand for no label, id or group; "None" may be a class
 NO_NAME = {"", "?", "nan", "NaN", "NAN", "NaT", "<NA>", "NA", "N/A", "null", "NULL"}
 _UNSEEN = dict.fromkeys(map(ord, "\u200b\u2060\ufeff"))  # zero-width spaces; joiners within a word have a meaning
-_UNKEPT = re.compile(r"[\0\ud800-\udfff]")  # what the database cannot keep
-_UNKEPT_RULE = "must hold neither a NUL nor half a character"
+UNKEPT = re.compile(r"[\0\ud800-\udfff]")  # what the database cannot keep
+UNKEPT_RULE = "must hold neither a NUL nor half a character"
 
 
+FEATURES = 2**16  # of a sequence: what has more is transposed, and takes minutes to look at
 WORN, LOST = 0.02, 0.3  # rounding relative to the deviation: worth a warning; nothing is left
 
 
 class DataError(StudyFault):
-    """The data breaks a rule: the message names the file, the row and the way out."""
+    """The data breaks a rule: the message names the file, the row and the way out, in one line."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(legible(message))
+
+
+def warn(message: str) -> None:
+    """Log what was read otherwise than its writer may have meant it, in one line."""
+    log.warning("%s", legible(message))
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,13 +222,15 @@ def to_sequences(
     """Check, fill and encode what a reader gives; the arguments are those of `read`. Raises DataError."""
     if 0 in raw.values.shape:
         raise DataError(f"{raw.source} is empty: it holds no values")
-    with np.errstate(over="ignore"):  # becomes inf, which `_check_finite` rejects
+    if raw.values.shape[2] > FEATURES:
+        raise DataError(f"{raw.source} has {raw.values.shape[2]:,} features, more than {FEATURES:,}: is it transposed?")
+    with np.errstate(over="ignore", invalid="ignore"):  # becomes inf or NaN, which are looked at below
         values = np.array(raw.values, dtype=np.float32, order="C")
     names = features or raw.features or default_names(values.shape[2])
     if len(names) != values.shape[2]:
         raise DataError(f"{raw.source} has {values.shape[2]} features, expected {len(names)}: {', '.join(names[:20])}")
-    for feature in filter(_UNKEPT.search, names):
-        raise DataError(f"{raw.source}: the name of a feature {_UNKEPT_RULE}, got {feature!r}")
+    for feature in filter(UNKEPT.search, names):
+        raise DataError(f"{raw.source}: the name of a feature {UNKEPT_RULE}, got {feature!r}")
     lengths = _valid_steps(values) if raw.lengths is None else raw.lengths
     _check_lengths(raw, lengths, values.shape[1])
     values = np.ascontiguousarray(values[:, : lengths.max()])
@@ -276,7 +287,7 @@ def _check_precision(raw: Raw, values: Values, inside: Mask, names: tuple[str, .
     if training and lost and all(lost):
         raise DataError(f"{raw.source}: {'; '.join(texts)}: nothing of it is left to learn; {way_out}")
     if not all(kept):
-        log.warning("%s: %s; %s", raw.source, "; ".join(texts), way_out)
+        warn(f"{raw.source}: {'; '.join(texts)}; {way_out}")
 
 
 def _precision(raw: NDArray[Any], values: Values, inside: Mask) -> tuple[float, float, float, float]:
@@ -320,8 +331,8 @@ def _encode(raw: Raw, classes: tuple[str, ...] | None, labeled: bool | None) -> 
         return None, classes or ()
     if None in names:
         raise DataError(f"{_lacks(raw, names, raw.labels, 'label')}: label every sequence or none")
-    for bad in filter(_UNKEPT.search, known):
-        raise DataError(f"{raw.at(names.index(bad))}: the name of a class {_UNKEPT_RULE}, got {bad!r}")
+    for bad in filter(UNKEPT.search, known):
+        raise DataError(f"{raw.at(names.index(bad))}: the name of a class {UNKEPT_RULE}, got {bad!r}")
     classes = classes or _sorted_classes(known)
     codes: dict[str | None, int] = {name: i for i, name in enumerate(classes)}
     for i, name in enumerate(names):

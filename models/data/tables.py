@@ -15,9 +15,10 @@ Letters: R rows, N sequences, T steps, F features.
 from __future__ import annotations
 
 import csv
-import logging
+import json
 import re
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice, pairwise
 from numbers import Number
@@ -39,11 +40,11 @@ from hpo.models.data.sequences import (
     names_of,
     pad,
     visible,
+    warn,
 )
+from hpo.models.data.sizes import check_content, check_padding
 from hpo.models.data.steps import in_order, is_time, positions
 from hpo.models.data.text import open_text
-
-log = logging.getLogger("hpo")
 
 _INDEX = re.compile(r"(Unnamed: \d+(_level_\d+)?|__index_level_\d+__)?")  # how pandas names its index, or does not
 _STEP = re.compile(r"(.*?)(\d+(?:\.\d+)?)")  # prefix and number
@@ -91,6 +92,7 @@ class _Table:
     layout: _Layout
     values: NDArray[np.float64]  # (R, F)
     roles: dict[str, Any]  # (R,) each: those there are of "label", "id", "step", "group"
+    path: Path | None = None  # the file; None: the table was in memory
 
     def at(self, row: int) -> str:
         return f"{self.source}, row {self.rows[row]}"
@@ -131,7 +133,7 @@ def read_csv(path: Path, columns: Columns) -> Raw:
         _say_form(str(path), separator, "," in numbers.marks)
     if numbers.comma and "step" in texts:
         texts["step"] = [_COMMA.sub(".", text) for text in texts["step"]]
-    return _Table(str(path), rows, layout, np.concatenate(values), texts).raw()
+    return _Table(str(path), rows, layout, np.concatenate(values), texts, path).raw()
 
 
 def _separator(file: TextIO) -> str:
@@ -140,12 +142,14 @@ def _separator(file: TextIO) -> str:
     while first and not first.strip():
         first = file.readline()
     file.seek(0)
-    return max(",;\t", key=lambda separator: len(next(csv.reader([first], delimiter=separator), [])))
+    with suppress(csv.Error):  # which `_records` meets, too
+        return max(",;\t", key=lambda separator: len(next(csv.reader([first], delimiter=separator), [])))
+    return ","
 
 
 def _say_form(source: str, separator: str, comma: bool) -> None:
     found = {";": "semicolons", "\t": "tabs"}[separator]
-    log.warning("%s: read with %s between its cells%s", source, found, ", and decimal commas" if comma else "")
+    warn(f"{source}: read with {found} between its cells{', and decimal commas' if comma else ''}")
 
 
 def _records(source: str, file: TextIO, separator: str) -> Iterator[tuple[int, list[str]]]:
@@ -252,7 +256,7 @@ def _kept(source: str, name: str, wanted: tuple[str, ...]) -> bool:
     """Whether a column is one of the data, not the index of a data frame."""
     if name in wanted or not _INDEX.fullmatch(name):
         return True
-    log.warning("%s: column %r is left out: it is the index of a data frame, or has no name", source, name)
+    warn(f"{source}: column {name!r} is left out: it is the index of a data frame, or has no name")
     return False
 
 
@@ -266,7 +270,8 @@ def _roles(source: str, header: list[str], columns: Columns) -> dict[str, str]:
     for role, name in wanted.items():
         unneeded = role in ("label", "group") and not columns.labeled and role not in columns.needed
         if role not in roles and not unneeded and (name != role or role == "label"):
-            raise DataError(f"{source} has no {role} column {name!r}; {here}")
+            way_out = f"say which is the {role} column (data.{role} of a study, {role}= in Python)"
+            raise DataError(f"{source} has no {role} column {name!r}; {here}; {way_out}")
     return roles
 
 
@@ -278,7 +283,7 @@ def _columns(header: list[str]) -> str:
 def _could_be_names(header: list[str]) -> bool:
     """Numbers in a header are names only where they count the steps."""
     numbers = [name for name in header if is_number(name)]
-    start = int(numbers[0]) if numbers and numbers[0].isdecimal() else 0
+    start = int(numbers[0]) if numbers and numbers[0].isdecimal() and len(numbers[0]) < 19 else 0
     return numbers == [str(start + i) for i in range(len(numbers))]
 
 
@@ -312,19 +317,37 @@ def read_parquet(path: Path, columns: Columns) -> Raw:
         raise DataError(f"{path}: parquet needs pyarrow: pip install 'hpo[parquet]'") from None
     try:
         with pq.ParquetFile(path) as file:
-            table = file.read()
-    except pa.ArrowException as error:
-        raise DataError(f"{path} is empty or not a parquet file: {error}") from None
-    for name in _pandas_index(table.schema.pandas_metadata or {}, columns):
-        log.warning("%s: column %r is left out: it is the index of a data frame", path, name)
-        table = table.drop_columns([name])
-    return _frame(str(path), table, columns, only_long=True)
+            table = _bounded_table(path, pa, file)
+            indices = _pandas_index(file.schema_arrow.metadata or {}, columns)
+    except (pa.ArrowException, OSError, ValueError, OverflowError, RecursionError) as error:
+        raise DataError(f"{path} is empty, damaged or not a parquet file: {error}") from None
+    for name in indices:
+        if name in table.column_names:
+            warn(f"{path}: column {name!r} is left out: it is the index of a data frame")
+            table = table.drop_columns([name])
+    return _frame(str(path), table, columns, path)
 
 
-def _pandas_index(metadata: dict[str, Any], columns: Columns) -> list[str]:
-    """The columns that pandas wrote for its index and that nobody asks for."""
+def _bounded_table(path: Path, pa: Any, file: Any) -> Any:
+    """The table of Arrow, once neither its footer nor its pages say more than a file of this size may hold."""
+    said = file.metadata
+    check_content(path, 8 * said.num_rows * said.num_columns, said.num_rows)
+    batches, size = [], 0
+    for batch in file.iter_batches(1_000):
+        batches.append(batch)
+        size += batch.nbytes
+        check_content(path, size)
+    return pa.Table.from_batches(batches, file.schema_arrow)
+
+
+def _pandas_index(metadata: dict[bytes, bytes], columns: Columns) -> list[str]:
+    """The columns that pandas wrote for its index and that nobody asks for. Raises ValueError."""
     wanted = {columns.label, columns.id, columns.step, columns.group, *(columns.features or ())}
-    return [name for name in metadata.get("index_columns", ()) if isinstance(name, str) and name not in wanted]
+    found = json.loads(metadata.get(b"pandas", b"{}"))
+    names = found.get("index_columns", []) if isinstance(found, dict) else None
+    if not isinstance(names, list):
+        raise ValueError("what pandas wrote of its index is damaged")
+    return [name for name in names if isinstance(name, str) and name not in wanted]
 
 
 def is_frame(data: object) -> bool:
@@ -339,21 +362,29 @@ def read_frame(data: Any, columns: Columns, source: str = "the data frame") -> R
     """
     roles = (columns.label, columns.id, columns.step, columns.group)
     levels = [name for name in getattr(getattr(data, "index", None), "names", ()) if name in roles]
-    return _frame(source, data.reset_index(level=levels) if levels else data, columns, only_long=False)
+    return _frame(source, data.reset_index(level=levels) if levels else data, columns)
 
 
-def _frame(source: str, frame: Any, columns: Columns, only_long: bool) -> Raw:
-    """A data frame of pandas or polars or a table of Arrow, which are alike in `frame[name].to_numpy()`."""
+def _frame(source: str, frame: Any, columns: Columns, path: Path | None = None) -> Raw:
+    """A data frame of pandas or polars or a table of Arrow, which are alike in `frame[name].to_numpy()`.
+
+    path: of the file that holds it, in long form.
+    """
     keys = list(getattr(frame, "column_names", None) or frame.columns)  # an Arrow table's `columns` are the data
     header = [visible(str(key)) for key in keys]
-    layout = _layout(source, header, columns, only_long)
+    layout = _layout(source, header, columns, only_long=path is not None)
     by_name = dict(zip(header, keys, strict=True))
     rows = range(len(frame))
     values = np.empty((len(rows), len(layout.features)))
     for j, name in enumerate(layout.features):
         values[:, j] = _column_numbers(f"{source}, column {name!r}", frame[by_name[name]])
-    roles = {role: _column_values(frame[by_name[name]], role) for role, name in layout.roles.items()}
-    return _Table(source, rows, layout, values, roles).raw()
+    roles = {}
+    for role, name in layout.roles.items():
+        try:
+            roles[role] = _column_values(frame[by_name[name]], role)
+        except (OverflowError, ValueError) as error:  # a day beyond the year 9999, bytes that are no text
+            raise DataError(f"{source}, column {name!r} holds a value that cannot be read: {error}") from None
+    return _Table(source, rows, layout, values, roles, path).raw()
 
 
 def _column_values(column: Any, role: str) -> Any:
@@ -411,6 +442,8 @@ def _long(table: _Table) -> Raw:
         step = table.roles["step"][row]
         raise DataError(f"{table.at(row)}: sequence {ids[row]!r} has step {step} a second time")
     lengths = np.bincount(codes)
+    if table.path is not None:
+        check_padding(table.path, len(lengths), int(lengths.max(initial=0)), table.values.shape[1])
     values = pad(table.values[order], lengths)
     times = None
     if np.isnan(table.values).any():

@@ -7,10 +7,17 @@ import io
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
+from hpo.models.data.sizes import check_content, most_content
+
 
 def open_bytes(path: Path) -> BinaryIO:
-    """The file's bytes, unzipped where its name ends in .gz."""
-    return gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")  # type: ignore[return-value]
+    """The file's bytes, unzipped where its name ends in .gz. Raises DataError where that becomes far more."""
+    if path.suffix.lower() != ".gz":
+        return path.open("rb")
+    with gzip.open(path) as file:
+        content = file.read(most_content(path) + 1)
+    check_content(path, len(content), content.count(b"\n") + content.count(b"\r"))
+    return io.BytesIO(content)
 
 
 def open_text(path: Path) -> TextIO:

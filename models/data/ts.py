@@ -5,18 +5,17 @@ https://www.aeon-toolkit.org/en/stable/api_reference/data_format.html
 
 from __future__ import annotations
 
-import logging
 import re
+from array import array
 from difflib import get_close_matches
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hpo.models.data.sequences import MISSING, DataError, Raw, concatenated, name_of, names_of
+from hpo.models.data.sequences import MISSING, DataError, Raw, name_of, names_of, pad, warn
+from hpo.models.data.sizes import check_padding
 from hpo.models.data.text import lines_of, open_bytes
-
-log = logging.getLogger("hpo")
 
 Lines = list[tuple[int, str]]  # with their numbers, from 1
 
@@ -47,7 +46,7 @@ def read_ts(path: Path) -> Raw:
     data = lines[(start or 0) + 1 :]
     if not text.isascii():
         _check_encoding(str(path), [*(line for line in lines[:start] if line[1].lower().startswith("@class")), *data])
-    raw = _ts_lines(str(path), data, classes, n_features)
+    raw = _ts_lines(path, data, classes, n_features)
     if "@equallength" in on:
         _say_unequal(raw)
     return raw
@@ -58,7 +57,7 @@ def _say_unequal(raw: Raw) -> None:
     ends = np.isnan(raw.values[:, -1:]).all(axis=(1, 2))  # padding, or missing throughout
     for i in np.flatnonzero(ends)[:1].tolist():
         rule = "ends before others, though @equalLength is true"
-        log.warning("%s %s: it is read as a shorter sequence", raw.at(i), rule)
+        warn(f"{raw.at(i)} {rule}: it is read as a shorter sequence")
 
 
 def _header(source: str, lines: Lines) -> dict[str, list[str]]:
@@ -81,21 +80,33 @@ def _check_encoding(source: str, lines: Lines) -> None:
             raise DataError(f"{source}, line {i} is not text in UTF-8: byte 0x{byte:02x}; save the file in UTF-8")
 
 
-def _ts_lines(source: str, lines: Lines, classes: set[str | None] | None, n_features: list[str] | None) -> Raw:
-    parts: list[NDArray[np.float64]] = []
+def _ts_lines(path: Path, lines: Lines, classes: set[str | None] | None, n_features: list[str] | None) -> Raw:
+    values, lengths = array("d"), []  # of all lines, one after another
     labels: list[str | None] = []
+    source = str(path)
     for i, line in lines:
         channels = line.split(":")
         if classes is not None:
             labels.append(channels.pop().strip())
             if classes and name_of(labels[-1]) not in {*classes, None}:
                 raise DataError(f"{source}, line {i}: label {labels[-1]!r} is not one of @classLabel")
-        parts.append(_ts_values(f"{source}, line {i}", channels))
-        n_features = n_features or [str(parts[0].shape[1])]
+        part = _ts_values(f"{source}, line {i}", channels)
+        values.frombytes(part.tobytes())
+        lengths.append(len(part))
+        n_features = n_features or [str(len(channels))]
         if [str(len(channels))] != n_features:
             raise DataError(f"{source}, line {i} has {len(channels)} features, expected {n_features[0]}")
+    check_padding(path, len(lengths), max(lengths, default=0), len(values) // max(sum(lengths), 1))
+    flat = np.frombuffer(values).reshape(sum(lengths), -1) if lengths else np.empty((0, 0))
     marks = [i for i, _ in lines]
-    return Raw(source, concatenated(parts), labels if classes is not None else None, None, "line", marks)
+    return Raw(
+        source,
+        pad(flat, np.array(lengths, dtype=np.int64)),
+        labels if classes is not None else None,
+        None,
+        "line",
+        marks,
+    )
 
 
 def _ts_values(at: str, channels: list[str]) -> NDArray[np.float64]:

@@ -183,6 +183,28 @@ def test_a_damaged_model_is_one_line_and_stored_again_by_its_promotion(
     assert (materialise_model(model) / "model.safetensors").read_bytes() == expected.weights
 
 
+def test_a_store_that_another_shell_names_otherwise_is_said_by_its_setting(
+    config: StudyConfig, database_url: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The key of a missing file said nothing to somebody who had never seen one."""
+    run(config, database_url)
+    shutil.rmtree(folder / "home" / "models")
+    shutil.rmtree(folder / "home" / "cache")
+    for given, place in [(None, "the default, as HPO_ARTIFACTS is not set"), (folder / "another", "by HPO_ARTIFACTS")]:
+        monkeypatch.delenv("HPO_ARTIFACTS") if given is None else monkeypatch.setenv("HPO_ARTIFACTS", str(given))
+        expected = rf" is not in \S+ \({place}\); set HPO_ARTIFACTS to the store that it was written to \(no artifact '"
+        with pytest.raises(
+            ArtifactError, match=rf"^waves version 1: the file \S+ of a promoted model{expected}"
+        ) as caught:
+            model_folder("waves", None)
+        assert re.search(r"; or, `hpo promote waves --trial \d` stores it anew$", str(caught.value))
+        with (
+            closing(trial_storage(database_url)) as storage,
+            pytest.raises(ArtifactError, match=rf"^a data set{expected}"),
+        ):
+            promote_trial(storage, "waves", 0)
+
+
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_a_damaged_local_copy_of_a_model_is_fetched_again(
     kind: str, config: StudyConfig, database_url: str, folder: Path, expected: Outcome

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -79,7 +80,8 @@ def test_the_main_job_from_study_file_to_predictions(
         assert {"torch", "commit"} <= trial.user_attrs["provenance"].keys()
         assert list(trial.intermediate_values) == list(range(1, trial.user_attrs["epochs"] + 1))
 
-    assert "waves" in cli("models").stdout
+    assert re.search(r"waves.* \d\.\d{4} \(48\) .* \d\.\d{4} \(12\) ", cli("models").stdout)
+    assert summary["sequences"] == {"validation": 48, "test": 12}
     row = json.loads(cli("status", "waves", "--json").stdout)[0]
     assert (row["status"], row["version"], row["budget"]) == ("finished", 1, 6)
     assert cli("export", "waves", "--out", "out").returncode == 0
@@ -97,6 +99,7 @@ def test_the_main_job_from_study_file_to_predictions(
     other = next(t.number for t in found if t.state == TrialState.COMPLETE and t.number != best.number)
     assert cli("promote", "waves", "--trial", other).returncode == 0
     rows = json.loads(cli("models", "--json").stdout)
+    assert rows[0]["sequences"] == summary["sequences"]
     assert [(row["version"], row["default"], row["test_looks"]) for row in rows] == [(1, True, 1), (2, False, 2)]
     assert cli("promote", "waves", "--trial", other, "--default").returncode == 0
     assert [row["default"] for row in json.loads(cli("models", "--json").stdout)] == [False, True]

@@ -212,7 +212,7 @@ def test_a_study_that_cannot_be_worked_on_does_not_keep_a_worker_from_the_others
     wait_for(lambda: worker.has_said("trial 0: epoch 1"))
     with closing(trial_storage(database_url)) as storage:
         delete_study(storage, artifact_store(), "gone")
-    wait_for(lambda: worker.has_said("study blind is set aside: no artifact"))
+    wait_for(lambda: worker.has_said("study blind is set aside: a data set is not in"))
     artifact.write_bytes(content)
     wait_for(lambda: promoted(database_url) == ["blind", "fine"])
     worker.tell()

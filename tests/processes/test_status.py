@@ -229,6 +229,11 @@ def test_on_a_terminal_a_launch_shows_a_bar_the_best_and_a_line_for_each_trial(
     assert re.search(r"waves ━+ 3/3 trials", last)
     assert re.search(r"best auroc \d\.\d{4} \(trial \d\); 3 complete, 0 pruned, 0 failed, 0 running; .*finished", last)
     assert "model waves version 1: " in last
+    assert re.search(r"metric +┃ validation \(48 sequences\) ┃ test \(12 sequences\) ┃", last)
+    with Terminal("models", cwd=tmp_path, env=environment, columns=80) as terminal:
+        terminal.until(r"auroc: validation \d\.\d{4} \(48\); test \d\.\d{4} \(12\), \d\.\d{4} to \d\.\d{4}")
+        terminal.until("in brackets: the number of sequences that a score is of")
+        assert terminal.end() == 0
 
 
 def test_off_a_terminal_a_launch_prints_plain_lines_and_a_quiet_one_none(

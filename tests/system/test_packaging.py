@@ -9,7 +9,7 @@ import sys
 import sysconfig
 import tomllib
 import zipfile
-from importlib.metadata import distribution, entry_points, packages_distributions
+from importlib.metadata import distribution, packages_distributions
 from pathlib import Path
 
 import pytest
@@ -203,8 +203,7 @@ def _canonical(name: str) -> str:
 
 
 def test_the_console_script_and_the_module_are_the_same_program(tmp_path: Path) -> None:
-    (script,) = [entry for entry in entry_points(group="console_scripts") if entry.name == "hpo"]
-    assert script.value == "hpo.cli:main"
+    assert PYPROJECT["project"]["scripts"] == {"hpo": "hpo.__main__:main"}
     by_script = run(Path(sys.executable).with_name("hpo"), "--help", cwd=tmp_path)
     by_module = run(sys.executable, "-P", "-m", "hpo", "--help", cwd=tmp_path)
     assert by_script.returncode == by_module.returncode == 0

@@ -76,8 +76,12 @@ def test_a_later_put_replaces_an_earlier_one(store: ArtifactStore) -> None:
 
 def test_a_missing_artifact_is_named_and_is_optunas_own_error(store: ArtifactStore, tmp_path: Path) -> None:
     assert not store.exists("nothing")
+    expected = (
+        r"a file is not in .*(artifacts|s3://studies/here) \(.*HPO_ARTIFACTS.*\); "
+        r"set HPO_ARTIFACTS to the store that it was written to \(no artifact 'nothing'\)"
+    )
     for read in (store.get, store.open_reader, lambda key: store.fetch(key, tmp_path / "copy")):
-        with pytest.raises(MissingArtifactError, match=r"no artifact 'nothing' in .*(artifacts|s3://studies/here)"):
+        with pytest.raises(MissingArtifactError, match=expected):
             read("nothing")
     with pytest.raises(ArtifactNotFound):
         store.open_reader("nothing")
@@ -133,7 +137,7 @@ def test_a_missing_bucket_says_so_and_shows_no_secret(s3_client: Any) -> None:
 def test_an_unreachable_bucket_is_an_artifact_error(s3_client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     monkeypatch.setattr("hpo.storage.artifacts._S3_ATTEMPTS", 1)
-    with pytest.raises(ArtifactError, match="s3://studies cannot be used"):
+    with pytest.raises(ArtifactError, match=r"s3://studies \(.*\) cannot be used"):
         artifact_store("s3://studies").get("key")
 
 
@@ -151,6 +155,14 @@ def test_a_url_of_another_kind_is_refused_without_showing_its_password() -> None
     with pytest.raises(ArtifactError, match=r"a folder, file:///folder or s3://bucket/prefix") as error:
         artifact_store("ftp://me:hunter2@host/x")
     assert "hunter2" not in str(error.value)
+
+
+def test_a_home_of_a_user_who_is_not_known_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HPO_ARTIFACTS", "~nosuchuser/x")
+    with pytest.raises(
+        ArtifactError, match=r"HPO_ARTIFACTS must name a folder or s3://bucket/prefix: .* ~nosuchuser/x"
+    ):
+        artifact_store()
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:

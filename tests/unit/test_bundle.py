@@ -285,7 +285,8 @@ class TestBrokenFolder:
     @pytest.mark.parametrize(
         ("given", "message"),
         [
-            ({"members": 10**12}, "too few for 1000000000000 members"),
+            ({"members": 10**9}, "bytes are too few or too many for 1000000000 members"),
+            ({"members": 10**12}, "members must be finite and at most 2147483647, got 1000000000000"),
             ({"members": "2"}, "members must be of type int, got '2'"),
             ({"members": True}, "members must be of type int, got 'True'"),
             ({"threshold": None}, "threshold must be of type float, got 'None'"),
@@ -299,11 +300,13 @@ class TestBrokenFolder:
         with pytest.raises(BundleError, match=message):
             bundle.load(folder)
 
-    @pytest.mark.parametrize(("name", "value"), [("layers", 10**12), ("hidden_size", 2.5), ("dropout", "0")])
+    @pytest.mark.parametrize(("name", "value"), [("layers", 10**9), ("hidden_size", 2.5), ("dropout", "0")])
     def test_a_classifier_of_other_types_or_sizes(self, folder: Path, name: str, value: Any) -> None:
         content = json.loads((folder / "config.json").read_text())
         self.change(folder, classifier=content["classifier"] | {name: value})
-        with pytest.raises(BundleError, match=f"{name} must be of type|too few for 2 members of {value} layers"):
+        with pytest.raises(
+            BundleError, match=f"{name} must be of type|too few or too many for 2 members of {value} layers"
+        ):
             bundle.load(folder)
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -569,7 +572,7 @@ class TestCard:
         test = bundle.load(folder).config.test
         assert test is not None
         low, high = test.intervals["auroc"]
-        assert "validation (60) | test (61)" in text
+        assert "validation (60 sequences) | test (61 sequences)" in text
         assert f"| {test.metrics['auroc']:.4f} [{low:.4f}, {high:.4f}] |" in text
         assert "- trial: 3" in text
 

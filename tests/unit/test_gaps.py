@@ -197,7 +197,9 @@ class TestModel:
         assert (config.fill, config.gaps) == (None, None)
         assert "with the nearest at the ends, or with 0" in to_json(config)
 
-    @pytest.mark.parametrize("fill", [3, "12", [1.0], [1.0, "2"], [1.0, None], [True, 1.0], {"pulse": 1.0}])
+    @pytest.mark.parametrize(
+        "fill", [3, "12", [1.0], [1.0, "2"], [1.0, None], [True, 1.0], {"pulse": 1.0}, [1e39, 1.0]]
+    )
     def test_other_means_are_refused(self, fill: object) -> None:
         content = json.loads(to_json(self.CONFIG)) | {"fill": fill}
         with pytest.raises(BundleError, match="fill"):
