@@ -12,37 +12,18 @@ from typing import Annotated, Any
 import numpy as np
 from anyio.to_thread import run_sync
 from fastapi import APIRouter, Query, Request
-from pydantic import BaseModel
 
 from hpo.models.data.readers import read
 from hpo.models.data.sequences import DataError, Sequences
 from hpo.service.access import Reader, Submitter, Uses
 from hpo.service.body import FILE_BODY, Received, received_file
 from hpo.service.problems import Problem
+from hpo.service.schemas import DataFile, StoredData
 from hpo.storage.keys import UPLOAD, upload_key
 
 log = logging.getLogger("hpo")
 router = APIRouter(prefix="/v1/data", tags=["data"])
 Column = Annotated[str, Query(max_length=200)]
-
-
-class DataFile(BaseModel):
-    """A stored data file, and what was read from it."""
-
-    key: str  # what a study file names as [data] train or test
-    sequences: int
-    steps: int
-    features: list[str]
-    classes: dict[str, int]  # sequences of each
-    groups: int | None
-    filled: int  # missing values
-    warnings: list[str]
-
-
-class StoredData(BaseModel):
-    """A data file that the store has."""
-
-    key: str
 
 
 @router.post("", status_code=HTTPStatus.CREATED, openapi_extra=FILE_BODY)

@@ -16,7 +16,6 @@ import numpy as np
 from anyio.to_thread import run_sync
 from fastapi import APIRouter, Path, Request
 from fastapi.responses import PlainTextResponse, StreamingResponse
-from pydantic import BaseModel
 
 from hpo.models.bundle.bundle import Bundle, load
 from hpo.models.bundle.predictions import Predictions
@@ -26,6 +25,7 @@ from hpo.service.access import Reader, Submitter, Uses, check_owner
 from hpo.service.backend import MIB, Backend, Database
 from hpo.service.body import FILE_BODY, received_file
 from hpo.service.problems import Problem
+from hpo.service.schemas import Alias, Model, Prediction
 from hpo.storage.access import Token
 from hpo.storage.registry import ModelVersion
 
@@ -54,38 +54,6 @@ PREDICT_BODY: dict[str, Any] = {
         },
     }
 }
-
-
-class Model(BaseModel):
-    """A promoted version."""
-
-    name: str
-    version: int
-    aliases: list[str]  # the name alone means `latest`
-    study: str | None
-    trial: int | None
-    created: datetime
-    metric: str | None
-    scores: dict[str, dict[str, float | None] | None]  # by part: validation, test
-    intervals: dict[str, list[float]] | None  # of the test part's, 95 %
-    params: dict[str, Any]
-
-
-class Prediction(BaseModel):
-    """What a model says of sequences."""
-
-    model: str
-    version: int
-    classes: list[str]
-    ids: list[str]
-    labels: list[str]
-    probabilities: list[list[float]]
-
-
-class Alias(BaseModel):
-    """The version that an alias is to name."""
-
-    version: int
 
 
 @router.get("")

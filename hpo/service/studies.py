@@ -7,7 +7,6 @@ import hashlib
 import json
 import tomllib
 from collections.abc import AsyncIterator, Mapping
-from datetime import datetime
 from http import HTTPStatus
 from typing import Annotated, Any
 
@@ -15,13 +14,13 @@ from anyio.to_thread import run_sync
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import StreamingResponse
 from optuna.trial import FrozenTrial
-from pydantic import BaseModel
 
 from hpo.promote.promotion import promote_trial
 from hpo.service.access import Reader, Submitter, Uses, check_owner
 from hpo.service.backend import Backend, Database
-from hpo.service.models import Model, model_of
+from hpo.service.models import model_of
 from hpo.service.problems import Problem
+from hpo.service.schemas import Best, Budget, Model, Study, Trial, Trials
 from hpo.storage.access import Token
 from hpo.storage.errors import MissingRecord
 from hpo.storage.keys import UPLOAD, uploaded_name
@@ -50,54 +49,6 @@ STUDY_BODY: dict[str, Any] = {
         },
     }
 }
-
-
-class Best(BaseModel):
-    """The best of a study's trials."""
-
-    number: int
-    value: float
-
-
-class Study(BaseModel):
-    """A study at one moment."""
-
-    name: str
-    status: str  # open | stopped | exhausted | finished
-    owner: str | None
-    metric: str | None
-    trials: dict[str, int]  # by state
-    budget: int
-    best: Best | None
-    version: int | None  # of its promoted model
-    workers: int
-    per_hour: float | None
-    seconds_left: float | None  # of its timeout
-
-
-class Trial(BaseModel):
-    """A trial and its parameters."""
-
-    number: int
-    state: str
-    value: float | None
-    params: dict[str, Any]
-    started: datetime | None
-    ended: datetime | None
-    failure: str | None
-
-
-class Trials(BaseModel):
-    """A page of a study's trials, by number."""
-
-    total: int
-    trials: list[Trial]
-
-
-class Budget(BaseModel):
-    """What a study may go on with."""
-
-    trials: int | None = None
 
 
 @router.post("", status_code=HTTPStatus.CREATED, openapi_extra=STUDY_BODY, responses={200: {"model": Study}})
