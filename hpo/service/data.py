@@ -59,6 +59,12 @@ async def upload(
     )
 
 
+@router.get("")
+def known(token: Reader, backend: Uses, sha256: Annotated[str, Query(pattern="^[0-9a-f]{64}$")]) -> list[StoredData]:
+    """The stored data files of that content: none has to be sent twice."""
+    return [StoredData(key=key) for key in backend.store.keys(upload_key(sha256, ""))]
+
+
 @router.get("/{key}")
 def stored(key: str, token: Reader, backend: Uses) -> StoredData:
     """Whether the store has a data file: nothing has to be sent twice."""

@@ -16,6 +16,7 @@ from hpo.errors import HpoError
 from hpo.models.bundle.config import BundleError
 from hpo.models.data.sequences import DataError
 from hpo.models.device import OutOfMemory
+from hpo.promote.summary import NoModel
 from hpo.storage.access import AccessError, SubmissionConflict
 from hpo.storage.artifacts import ArtifactError, DamagedArtifactError, MissingArtifactError
 from hpo.storage.errors import DatabaseRefusal, MissingRecord, PostgresError
@@ -36,6 +37,7 @@ STATUS: tuple[tuple[type[Exception], HTTPStatus], ...] = (
     (MissingArtifactError, HTTPStatus.NOT_FOUND),
     (StudyConflict, HTTPStatus.CONFLICT),
     (SubmissionConflict, HTTPStatus.CONFLICT),
+    (NoModel, HTTPStatus.CONFLICT),
     (NamedModel, HTTPStatus.CONFLICT),
     (OutOfMemory, HTTPStatus.REQUEST_ENTITY_TOO_LARGE),
     (DamagedArtifactError, HTTPStatus.INTERNAL_SERVER_ERROR),

@@ -16,6 +16,7 @@ from fastapi.responses import StreamingResponse
 from optuna.trial import FrozenTrial
 
 from hpo.promote.promotion import promote_trial
+from hpo.promote.summary import summary_of
 from hpo.service.access import Reader, Submitter, Uses, check_owner
 from hpo.service.backend import Backend, Database
 from hpo.service.models import model_of
@@ -26,7 +27,7 @@ from hpo.storage.errors import MissingRecord
 from hpo.storage.keys import UPLOAD, uploaded_name
 from hpo.storage.snapshot import Snapshot
 from hpo.study.config import StudyConfig, config_of, default_name
-from hpo.study.lifecycle import create_or_open, delete_study, snapshots, study_id_of
+from hpo.study.lifecycle import create_or_open, delete_study, open_study, snapshots, study_id_of
 from hpo.study.plan import StudyConflict
 from hpo.study.record import FAILURE
 
@@ -91,6 +92,13 @@ def study(name: str, token: Reader, backend: Uses) -> Study:
     """One study."""
     with backend.database() as database:
         return _state(database, name)
+
+
+@router.get("/{name}/summary")
+def summary(name: str, token: Reader, backend: Uses) -> dict[str, Any]:
+    """What a study that is over has brought: its best trial, the promoted model and its scores (409 before)."""
+    with backend.database() as database:
+        return summary_of(open_study(name, database.storage))
 
 
 @router.get("/{name}/trials")
