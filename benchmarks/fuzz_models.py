@@ -43,9 +43,14 @@ KINDS: tuple[dict[str, Any], ...] = (
 CURVE = {"train_loss": [0.9, 0.5], "value": [0.6, 0.9]}
 
 
-def allowed(size: int) -> int:
-    """Bytes that loading and using a folder of that size may take, on data of some hundred bytes."""
-    return 64 * MIB + 8 * size
+def allowed(model: Path) -> int:
+    """Bytes that loading and using the folder may take, on data of some hundred bytes."""
+    return 64 * MIB + 8 * used(model / "model.safetensors") + 64 * used(model / "config.json")
+
+
+def used(path: Path) -> int:
+    """Bytes of the disk, of which a file may have fewer than it is long."""
+    return path.lstat().st_blocks * 512 if path.exists() else 0
 
 
 # ----------------------------------------------------------------------------------------------- the valid folders
@@ -88,6 +93,9 @@ _valid: list[Path] = []  # of this process, written at the first input
 
 def valid_models() -> list[Path]:
     if not _valid:
+        import torch
+
+        torch.set_num_threads(1)
         folder = Path(tempfile.mkdtemp())
         write_models(folder)
         _valid.extend(sorted(folder.iterdir()))
@@ -418,8 +426,8 @@ def attempt_of(model: Path, folder: Path, format: str) -> Trial:
         export(bundle, folder / "exported", format)
         check_card((folder / "exported" / "README.md").read_text(encoding="utf-8"))
 
-    used = sum(path.lstat().st_blocks * 512 for path in model.rglob("*"))
-    return Trial(use, allowed(used), used)
+    libraries = 1024 * MIB if format == "pt2" else 0  # that its exporter loads at first use
+    return Trial(use, allowed(model) + libraries, sum(map(used, model.rglob("*"))))
 
 
 def write_data(model: Path, path: Path) -> None:

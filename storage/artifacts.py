@@ -308,7 +308,8 @@ def artifact_store(url: str | None = None) -> ArtifactStore:
         try:
             return FolderStore(Path(url).expanduser())
         except RuntimeError as error:  # ~ of a user who is not known, or has no home
-            raise ArtifactError(f"HPO_ARTIFACTS must name a folder or s3://bucket/prefix: {error}, got {url}") from None
+            rule = "HPO_ARTIFACTS must name a folder or s3://bucket/prefix"
+            raise ArtifactError(f"{rule}: {str(error).rstrip('.')}, got {url}") from None
     if parts.scheme == "file" and parts.netloc in ("", "localhost"):
         return FolderStore(Path(unquote(parts.path)))
     if parts.scheme == "s3" and re.fullmatch(r"[a-z0-9][a-z0-9.-]+", parts.netloc):

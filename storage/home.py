@@ -18,7 +18,7 @@ def home() -> Path:
     try:
         path = Path(given).expanduser().absolute() if given else user_data_folder() / "hpo"
     except RuntimeError as error:  # ~ of a user who is not known, or has no home
-        raise PostgresError(f"HPO_HOME must name a folder: {error}, got {given}") from None
+        raise PostgresError(f"HPO_HOME must name a folder: {str(error).rstrip('.')}, got {given}") from None
     return made_folder(path).resolve()
 
 

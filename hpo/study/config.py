@@ -24,6 +24,7 @@ from hpo.study.entries import Entry, SpaceError, show, unknown, unparse
 
 SAMPLERS = ("tpe", "gp", "cmaes", "random", "qmc", "grid")
 PRUNERS = ("hyperband", "halving", "median", "none")
+DEEPEST = 50  # lists and tables within one another
 FOLDS = 5  # default where a share would validate on few sequences
 VALIDATION_SHARE = 0.2  # default else, share of the training part
 VALIDATION_LEAST = 200  # sequences that a validation share must hold to be the default
@@ -196,6 +197,7 @@ def config_of(tables: dict[str, Any], path: Path) -> StudyConfig:
 
 def _load(tables: dict[str, Any], path: Path, overrides: Sequence[str]) -> StudyConfig:
     keys = frozenset(_override(tables, override) for override in overrides)
+    _check_depth(tables, path)
     source = _Source(path.name, keys)
     config = _parse(tables, source)
     train = _resolved("train", config.data.train, path.parent, source)
@@ -216,9 +218,21 @@ def _read(path: Path) -> dict[str, Any]:
     except ValueError as error:  # TOMLDecodeError, and plain ones such as for a number of 5,000 digits
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
     except RecursionError:
-        raise ConfigError(
-            f"{path} must not nest lists and tables hundreds of levels deep; a study needs four"
-        ) from None
+        raise _too_deep(path) from None
+
+
+def _too_deep(path: Path) -> ConfigError:
+    return ConfigError(f"{path} must not nest lists and tables more than {DEEPEST} levels deep; a study needs four")
+
+
+def _check_depth(tables: dict[str, Any], path: Path) -> None:
+    """Raise ConfigError for lists and tables that are nested deeper than what looks at them can follow."""
+    level: list[Any] = [tables]
+    for _ in range(DEEPEST):
+        inner = [item for each in level for item in (each.values() if isinstance(each, dict) else each)]
+        level = [item for item in inner if isinstance(item, dict | list)]
+    if level:
+        raise _too_deep(path)
 
 
 def _override(tables: dict[str, Any], override: str) -> str:
@@ -250,7 +264,7 @@ def _resolved(key: str, file: str, folder: Path, source: _Source) -> str:
         path = (folder / Path(file).expanduser()).resolve()
         found = path.is_file()
     except (OSError, RuntimeError) as error:  # a name that is too long, a loop of links, a user without a home
-        reason = error.strerror if isinstance(error, OSError) else str(error)
+        reason = error.strerror if isinstance(error, OSError) else str(error).rstrip(".")
         raise source.error(f"data.{key}", f"data.{key} must name a file: {reason}, got {show(file[:200])}") from None
     if not found:
         raise source.error(f"data.{key}", f"data.{key} must name a file, but there is none at {path}")

@@ -42,7 +42,7 @@ log = logging.getLogger("hpo")
 SOME = 0.01  # share of missing values that is worth no word
 FILES = ("model.safetensors", "config.json", "README.md", "curves.png", "confusion.png")
 TYPES = {"torch.float32", "torch.float64", "torch.float16", "torch.bfloat16"}  # of weights, which become float32
-LARGEST_OTHER = 64 * 2**20  # bytes of a file other than the weights; a thousand classes have some megabytes of counts
+LARGEST_OTHER = 32 * 2**20  # bytes of a file other than the weights; a thousand classes have some megabytes of counts
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,7 +186,7 @@ def load(folder: str | Path, device: str = "cpu") -> Bundle:
     """Load a saved model, once every file is what its SHA256SUMS says.
 
     Whoever wrote the folder: no code of it runs, every field has its type, weights are finite and have the sizes that
-    the configuration asks for, and loading takes at most 64 MiB and 8 times the size of the folder.
+    the configuration asks for, and loading takes at most 64 MiB, 8 times the weights and 64 times config.json.
 
     Raises BundleError, which names a damaged file or lists what is missing and what is unexpected, in one line.
     """

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from hpo.errors import HpoError
 from hpo.models.bundle import card
 from hpo.models.bundle.bundle import FILES, Bundle, load, model_folder
+from hpo.models.bundle.config import BundleError
 from hpo.models.classifier import Classifier, to_probabilities
 from hpo.models.data.sequences import Sequences, from_arrays
 
@@ -36,6 +37,7 @@ TOLERANCE = 1e-5
 grows a little over the steps (3e-6 measured over 300); a graph with a wrong step, direction or member differs by
 1e-2 and more."""
 STEPS_MOST = 2**17
+PNG = b"\x89PNG\r\n\x1a\n"  # how every picture of that format begins
 CHECKED = 32  # real sequences that the graph is run on
 
 Run = Callable[[NDArray[np.float32], NDArray[np.int64]], NDArray[np.float32]]
@@ -70,12 +72,26 @@ def export(
         _check_steps(bundle)
     with model_folder(Path(out), overwrite) as beside:
         for name in FILES:
-            if (folder / name).is_file():
-                shutil.copyfile(folder / name, beside / name)
+            if name != "README.md" and (folder / name).is_file():
+                _copy(folder / name, beside / name)
         (beside / "README.md").write_text(card.readme(bundle.config, format), encoding="utf-8")
         if format != "safetensors":
             _write_checked(bundle, beside / f"model.{format}", sequences)
     return Path(out)
+
+
+def _copy(file: Path, to: Path) -> None:
+    """Copy a file of a saved model. Raises BundleError for a picture that is none: a link may lead to a secret."""
+    if file.suffix != ".png":
+        shutil.copyfile(file, to)
+        return
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise BundleError(f"{file} cannot be read: {error.strerror or error}") from None
+    if not content.startswith(PNG):
+        raise BundleError(f"{file} is no PNG picture: remove it, or fetch the model again")
+    to.write_bytes(content)
 
 
 def _check_steps(bundle: Bundle) -> None:

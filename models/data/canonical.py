@@ -47,13 +47,24 @@ def load(path: str | Path) -> Sequences:
     try:
         with Path(path).open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
+            if size > Path(path).stat().st_size:
+                raise ValueError(f"its header says to be of {size} bytes")
             header = json.loads(file.read(size))
         meta = json.loads(header.pop("__metadata__")["sequences"])
         named = {name: tuple(meta[name]) for name in ("classes", "ids", "features")}
         mapped = {name: _mapped(path, 8 + size, entry) for name, entry in header.items()}
         own = named["features"] != default_names(len(named["features"]))
         return Sequences(**{"labels": None, "groups": None, **mapped, **named, "filled": meta["filled"], "named": own})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+        MemoryError,
+        RecursionError,
+    ) as error:
         raise DataError(f"{path} is not a whole data set file: {type(error).__name__}: {error}") from None
 
 

@@ -79,7 +79,7 @@ def _array(path: Path, file: zipfile.ZipFile, member: zipfile.ZipInfo) -> NDArra
         size = math.prod(shape) * dtype.itemsize
         if min(shape, default=0) < 0 or not dtype.itemsize or size != member.file_size - content.tell():
             raise DataError(f"{path} is damaged: array {member.filename!r} says to be {dtype} {shape}, and is not")
-        check_content(path, size, *shape[:1])
+        check_content(path, size, shape[0] if shape else 0)
         data = content.read(size)
         if len(data) != size or content.read(1):  # at the end the checksum is compared
             raise EOFError(f"array {member.filename!r} ends early")
@@ -169,7 +169,7 @@ def read(
     A feature that a sequence lacks throughout has values of 0 here, until a study or a model fills it with the mean of
     the training part.
 
-    Whoever wrote the file: no code of it runs, and reading takes at most 256 MiB and 1,000 times its size (ordinary
+    Whoever wrote the file: no code of it runs, and reading takes at most 1 GiB and 3,000 times its size (ordinary
     files 3 to 30 times theirs): what unzips, unpacks or is padded to far more than its size is refused (`sizes`).
 
     Raises DataError, whose message is one line.

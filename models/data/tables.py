@@ -322,7 +322,7 @@ def read_parquet(path: Path, columns: Columns) -> Raw:
     except (pa.ArrowException, OSError, ValueError, OverflowError, RecursionError) as error:
         raise DataError(f"{path} is empty, damaged or not a parquet file: {error}") from None
     for name in indices:
-        if name in table.column_names:
+        if table.column_names.count(name) == 1:  # of two of that name `_layout` speaks
             warn(f"{path}: column {name!r} is left out: it is the index of a data frame")
             table = table.drop_columns([name])
     return _frame(str(path), table, columns, path)

@@ -7,7 +7,7 @@ import io
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
-from hpo.models.data.sizes import check_content, most_content
+from hpo.models.data.sizes import TEXT, check_content, most_content
 
 
 def open_bytes(path: Path) -> BinaryIO:
@@ -15,8 +15,8 @@ def open_bytes(path: Path) -> BinaryIO:
     if path.suffix.lower() != ".gz":
         return path.open("rb")
     with gzip.open(path) as file:
-        content = file.read(most_content(path) + 1)
-    check_content(path, len(content), content.count(b"\n") + content.count(b"\r"))
+        content = file.read(most_content(path, TEXT) + 1)
+    check_content(path, len(content), content.count(b"\n") + content.count(b"\r"), TEXT)
     return io.BytesIO(content)
 
 

@@ -9,8 +9,11 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+
+from hpo.storage.interrupts import _hurry
 
 COMMANDS = {"help": ("--help",), "status": ("status",), "launch": ("launch", "waves.toml", "--workers", "1")}
 
@@ -54,6 +57,12 @@ def test_a_ctrl_c_at_an_import_ends_the_command(
         _, said = process.communicate(timeout=60)
     assert process.returncode == 130, said
     assert "Traceback" not in said
+
+
+def test_a_signal_finds_a_client_library_that_is_being_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread that hears of signals ended with an AttributeError."""
+    monkeypatch.setitem(sys.modules, "hpo.storage.connection", ModuleType("hpo.storage.connection"))
+    _hurry(0.0)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -381,6 +381,28 @@ def test_an_output_that_cannot_be_written_is_one_line(cli: Cli, tmp_path: Path) 
     assert "Traceback" not in done.stderr
 
 
+def test_a_home_of_nobody_is_one_line_wherever_a_path_is_given(
+    cli: Cli, environment: dict[str, str], study_file: Callable[..., Path]
+) -> None:
+    """Python raises a RuntimeError for ~user where there is no such user; a shell leaves it as it is."""
+    file, nobody = study_file(), "~nosuchuser/x"
+    embedded = {name: value for name, value in environment.items() if name != "HPO_DATABASE_URL"}
+    for command, given in [
+        (("launch", f"{nobody}.toml"), environment),
+        (("launch", f"{nobody}.npz"), environment),
+        (("launch", file, "--set", f"data.train={nobody}"), environment),
+        (("launch", file, "--set", f"data.test={nobody}"), environment),
+        (("export", "waves", "--out", nobody), environment),
+        (("predict", nobody, "waves.npz"), environment),
+        (("status",), embedded | {"HPO_HOME": nobody}),
+        (("launch", file), environment | {"HPO_ARTIFACTS": nobody}),
+    ]:
+        done = cli(*command, env=given)
+        lines = done.stderr.splitlines()
+        assert (done.returncode, len(lines)) == (1, 1), done.stderr
+        assert lines[0].startswith("hpo: ")
+
+
 def test_a_full_disk_is_a_clear_error_and_loses_no_finished_trial(
     cli: Cli,
     study_file: Callable[..., Path],

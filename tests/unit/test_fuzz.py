@@ -40,6 +40,7 @@ def test_only_our_own_errors_come_of_damaged_files(fuzz: ModuleType) -> None:
     assert tally.refused > 500
 
 
+DEEP = ".".join(["a"] * 3000)
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
 TREES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner))
 SECTIONS = st.sampled_from(["study", "data", "train", "space", "enqueue", "studdy"])
@@ -60,6 +61,12 @@ def test_whatever_the_tables_hold_it_is_read_or_refused(tables: dict[str, Any]) 
     [
         pytest.param("a = " + "[" * 500, "must not nest", id="seed 1308"),
         pytest.param("a = " + "{a=" * 500, "must not nest", id="seed 3078"),
+        pytest.param("a = " + "[" * 3000 + "]" * 3000, "must not nest", id="3,000 lists"),
+        pytest.param(f"[study]\nname.{DEEP} = 1", "must not nest lists and tables more than 50 levels", id="deep name"),
+        pytest.param(f"[data]\nvalidation.{DEEP} = 1", "more than 50 levels deep; a study needs four", id="deep part"),
+        pytest.param(f"[space]\nlayers = {{ low.{DEEP} = 1, high = 2 }}", "more than 50 levels", id="deep entry"),
+        pytest.param(f"[[enqueue]]\nlayers.{DEEP} = 1", "more than 50 levels", id="deep configuration"),
+        pytest.param('[data]\ntest = "~nobody-of-that-name/x"\ntrain = "x.npz"', "data.test must name", id="test file"),
         pytest.param('[data]\ntrain = "' + "x" * 300 + '"', "must name a file: File name too long", id="seed 3067"),
         pytest.param('[data]\ntrain = "~nobody-of-that-name/x"', "must name a file", id="a user without a home"),
         pytest.param("[study]\ntimeout = '" + "9" * 117_000 + "m'", r"… \(117003 characters\)", id="seed 170192"),
@@ -87,6 +94,12 @@ def test_found_by_fuzzing(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "study.toml").write_text(text)
     with pytest.raises(HpoError, match=message):
         make_plan(load(tmp_path / "study.toml"))
+
+
+def test_a_deep_override_is_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", X=np.zeros((40, 3)), y=np.arange(40) % 2)
+    with pytest.raises(HpoError, match="more than 50 levels deep"):
+        load(tmp_path / "x.npz", [f"study.name.{DEEP}=1"])
 
 
 def test_a_class_whose_name_the_database_cannot_keep_is_refused(tmp_path: Path) -> None:

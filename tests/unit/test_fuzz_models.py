@@ -228,7 +228,24 @@ def test_a_file_of_gigabytes_is_refused(folder: Path, name: str) -> None:
     """Seed 263."""
     with (folder / name).open("ab") as file:
         file.truncate(8 * 10**9)
-    refused(folder, f"{name} is larger than 67,108,864 bytes")
+    refused(folder, f"{name} is larger than 33,554,432 bytes")
+
+
+def test_an_export_gives_nothing_away_that_a_link_leads_to(folder: Path) -> None:
+    (folder / "curves.png").unlink()
+    (folder.parent / "secret").write_text("a key")
+    (folder / "curves.png").symlink_to("../secret")
+    with pytest.raises(BundleError, match=r"curves\.png is no PNG picture"):
+        export(folder, folder.parent / "out")
+    (folder / "curves.png").unlink()
+    (folder / "curves.png").symlink_to("/proc/self/mem")  # seed 2000320
+    (folder / "README.md").unlink()
+    (folder / "README.md").symlink_to("/proc/self/mem")  # seed 3002682: it is written anew
+    with pytest.raises(BundleError, match=r"curves\.png cannot be read"):
+        export(folder, folder.parent / "out")
+    assert not (folder.parent / "out").exists()
+    (folder / "curves.png").unlink()
+    assert (export(folder, folder.parent / "out") / "README.md").read_text().startswith("# hearts")
 
 
 def test_names_in_the_checksums_that_are_none_and_folders_that_are_none(folder: Path) -> None:
@@ -309,7 +326,10 @@ def test_scores_of_many_classes_take_neither_minutes_nor_gigabytes() -> None:
 
 
 def test_the_docstring_states_the_bound_that_the_fuzzer_holds(folder: Path) -> None:
-    assert "at most 64 MiB and 8 times the size of the folder" in " ".join(str(bundle.load.__doc__).split())
-    assert "return 64 * MIB + 8 * size" in SCRIPT.read_text()
+    assert "at most 64 MiB, 8 times the weights and 64 times config.json" in " ".join(str(bundle.load.__doc__).split())
+    assert (
+        'return 64 * MIB + 8 * used(model / "model.safetensors") + 64 * used(model / "config.json")'
+        in SCRIPT.read_text()
+    )
     write_checksums(folder)
     assert bundle.load(folder).config.members == 2

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from hpo.errors import HpoError
 from hpo.launcher.logs import log_folder
 from hpo.storage.artifacts import artifact_store
 from hpo.storage.home import home, own_folder
@@ -36,6 +37,14 @@ def test_data_logs_and_models_are_closed_in_a_home_that_is_open(open_home: Path)
         "logs": 0o700,
         "models": 0o700,
     }
+
+
+def test_a_home_of_a_user_who_is_not_known_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HPO_HOME", "~nosuchuser/x")
+    with pytest.raises(
+        HpoError, match=r"^HPO_HOME must name a folder: Could not determine home .*, got ~nosuchuser/x$"
+    ):
+        home()
 
 
 def test_what_others_have_opened_stays_open(open_home: Path) -> None:
