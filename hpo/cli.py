@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -30,9 +31,11 @@ from hpo.storage.interrupts import calls_end_with_a_signal
 from hpo.storage.masking import mask, mask_errors
 
 if TYPE_CHECKING:
+    from hpo.client import Client
     from hpo.launcher.ray import Cluster
     from hpo.storage.access import Access
     from hpo.storage.leases import Leases
+    from hpo.storage.snapshot import Snapshot
     from hpo.storage.trials import TrialStorage
 
 app = typer.Typer(
@@ -123,7 +126,16 @@ def launch(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Create or resume a study, run workers, show progress, promote the best model."""
+    """Create or resume a study, run workers, show progress, promote the best model.
+
+    With HPO_SERVER and HPO_TOKEN set, it is submitted to that service, whose workers train; a Ctrl-C leaves it there.
+    """
+    if (client := _client()) is not None:
+        if (workers, slots, on, address, cpus, gpus) != ("auto", "auto", Backend.local, None, 1.0, None):
+            raise typer.BadParameter("the service of HPO_SERVER has workers of its own: leave out where they run")
+        overrides = [*(set_ or ()), *([f"study.trials={trials}"] if trials else ())]
+        _launch_there(client, study, overrides, detach=detach, quiet=quiet, as_json=as_json)
+        return
     count, at_once = _number("workers", workers), _number("slots", slots)
     cluster = _cluster(address, cpus, gpus) if on is Backend.ray else None
     if cluster is None and (address, cpus, gpus) != (None, 1.0, None):
@@ -169,8 +181,22 @@ def status(
     as_json: Json = False,
 ) -> None:
     """Studies with their trials by state, best value, workers, rate and time left."""
-    from hpo.study.lifecycle import snapshots
     from hpo.terminal import show_status, status_row, watch_status
+
+    if (client := _client()) is not None:
+        from hpo.client import snapshot_of
+
+        def look() -> list[Snapshot]:
+            return [snapshot_of(each) for each in ([client.study(name)] if name else client.studies())]
+
+        if watch:
+            watch_status(look, as_json=as_json, named=name is not None)
+        elif as_json:
+            typer.echo(json.dumps([status_row(state) for state in look()]))
+        else:
+            show_status(look(), detailed=name is not None)
+        return
+    from hpo.study.lifecycle import snapshots
 
     with _database() as (storage, leases):
         if watch:
@@ -209,6 +235,10 @@ def logs(
 @app.command()
 def stop(name: StudyName) -> None:
     """End a study for all its workers; a later launch goes on with it."""
+    if (client := _client()) is not None:
+        client.stop(name)
+        typer.echo(f"study {name} is stopped: its workers end within an epoch")
+        return
     from hpo.study.lifecycle import study_id_of
 
     with _database() as (storage, leases):
@@ -227,6 +257,10 @@ def delete(
 
     if not yes:
         typer.confirm(f"Delete study {name} with all its trials?", abort=True)
+    if (client := _client()) is not None:
+        client.delete(name)
+        typer.echo(f"study {name} is deleted; its promoted models stay")
+        return
     with _database() as (storage, _):
         delete_study(storage, artifact_store(), name)
     typer.echo(f"study {name} is deleted; its promoted models stay")
@@ -260,8 +294,14 @@ def promote(
     default: Annotated[bool, typer.Option("--default", help="Let the name mean it, better or not.")] = False,
 ) -> None:
     """Make a trial's model a new version; the name alone means it if it is better on validation."""
-    from hpo.promote.promotion import promote_trial
     from hpo.terminal import show_models
+
+    if (client := _client()) is not None:
+        from hpo.client import version_of
+
+        show_models([version_of(client.promote(name, trial, default=default))])
+        return
+    from hpo.promote.promotion import promote_trial
 
     prepare_process()
     with _database() as (storage, _):
@@ -293,11 +333,17 @@ def models(context: typer.Context, as_json: Json = False) -> None:
     """Promoted versions with their scores."""
     if context.invoked_subcommand is not None:
         return
-    from hpo.storage.database import database_url
-    from hpo.storage.registry import Registry
     from hpo.terminal import model_row, show_models
 
-    found = Registry(database_url()).models()
+    if (client := _client()) is not None:
+        from hpo.client import version_of
+
+        found = [version_of(each) for each in client.models()]
+    else:
+        from hpo.storage.database import database_url
+        from hpo.storage.registry import Registry
+
+        found = Registry(database_url()).models()
     if as_json:
         typer.echo(json.dumps([model_row(model) for model in found]))
     else:
@@ -356,6 +402,11 @@ def export(
     overwrite: Annotated[bool, typer.Option(help="Replace a saved model in that folder.")] = False,
 ) -> None:
     """Write a folder that works without the database."""
+    if not Path(model).is_dir() and (client := _client()) is not None:
+        if format_ is not Format.safetensors:
+            raise typer.BadParameter(f"export the model first, then that folder with --format {format_.value}")
+        typer.echo(f"exported to {client.download(model, out, version or 'latest')}")
+        return
     from hpo.models.bundle.export import export as write
     from hpo.promote.promotion import training_part
     from hpo.promote.versions import model_folder
@@ -379,13 +430,25 @@ def predict(
     group: Group = None,
 ) -> None:
     """Class and probabilities of each sequence."""
-    from hpo.models.bundle.bundle import load
-    from hpo.promote.versions import model_folder
     from hpo.terminal import counting, show_predictions
 
     _check_out(out)
+    columns = _named(id=id_, step=step, label=label, group=group)
+    if not Path(model).is_dir() and (client := _client()) is not None:
+        from hpo.client import predictions_of
+
+        found = predictions_of(client.predict(model, data, version or "latest", **columns))
+        if out is None:
+            show_predictions(found)
+        else:
+            found.to_csv(out)
+            typer.echo(f"{len(found.ids)} predictions in {out}")
+        return
+    from hpo.models.bundle.bundle import load
+    from hpo.promote.versions import model_folder
+
     bundle = load(model_folder(model, version))
-    sequences = bundle.read(data, labeled=False, **_named(id=id_, step=step, label=label, group=group))
+    sequences = bundle.read(data, labeled=False, **columns)
     with counting(sequences.n, "predicting") as advance:
         predictions = bundle.predict(sequences, batch_size=batch_size, progress=advance)
     if out is None:
@@ -601,6 +664,46 @@ def _number(option: str, text: str) -> int | None:
     if not text.isdecimal() or int(text) < 1:
         raise typer.BadParameter(f"--{option} must be auto or a number of at least 1, got {text!r}")
     return int(text)
+
+
+def _client() -> Client | None:
+    """Of the service of HPO_SERVER; None where that is not set, and the commands work on the database."""
+    if not os.environ.get("HPO_SERVER"):
+        return None
+    from hpo.client import connect
+
+    return connect()
+
+
+def _launch_there(
+    client: Client, study: Path, overrides: list[str], *, detach: bool, quiet: bool, as_json: bool
+) -> None:
+    """Submit a study to the service, follow it to its end, and sum it up."""
+    from hpo.client import snapshot_of
+    from hpo.terminal import ProgressDisplay, show_summary
+
+    began = time.monotonic()
+    found = client.submit(study, overrides)
+    if detach:
+        typer.echo(f"study {found.name} is open for {found.budget} trials at {client.url}")
+        return
+    try:
+        with ProgressDisplay(quiet=quiet) as display:
+            for state in client.follow(found.name):
+                display.update(snapshot_of(state))
+    except KeyboardInterrupt:
+        typer.echo(f"\nthe study goes on at {client.url}: hpo status {found.name}; hpo stop {found.name}", err=True)
+        raise
+    if state.status == "stopped":
+        typer.echo(f"study {found.name} was stopped; `hpo launch` goes on with it")
+        return
+    summary = client.summary(found.name)
+    summary["model"]["path"] = client.url
+    summary |= {"logs": client.url, "seconds": round(time.monotonic() - began, 2)}
+    if not quiet and not as_json:
+        show_summary(summary)
+    if as_json:
+        typer.echo(json.dumps(summary))
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 
@@ -22,6 +22,11 @@ from hpo.errors import HpoError
 from hpo.service.schemas import DataFile, Model, Prediction, Study, Trial
 from hpo.study.config import ConfigError, default_name, tables_of
 from hpo.temporary import temporary_folder
+
+if TYPE_CHECKING:
+    from hpo.models.bundle.predictions import Predictions
+    from hpo.storage.registry import ModelVersion
+    from hpo.storage.snapshot import Snapshot
 
 RETRY_S = 60.0  # how long a service that does not answer is asked again
 PAUSE_S = 0.5  # before it is asked again for the first time
@@ -205,11 +210,16 @@ class Client:
             (part / "model").rename(out)
         return out
 
-    def predict(self, name: str, data: str | Path | Sequence[Any], version: int | str = "latest") -> Prediction:
-        """Class and probabilities of the sequences of a data file, or of lists of steps of values."""
+    def predict(
+        self, name: str, data: str | Path | Sequence[Any], version: int | str = "latest", **columns: str
+    ) -> Prediction:
+        """Class and probabilities of the sequences of a data file, or of lists of steps of values.
+
+        columns: label, id, step and group, where those of the file are not called as in training.
+        """
         path = f"/v1/models/{name}/{version}/predict"
         if isinstance(data, str | Path):
-            answer = self._ask("POST", path, files=Path(data))
+            answer = self._ask("POST", path, files=Path(data), params=columns)
         else:
             given = [getattr(sequence, "tolist", lambda sequence=sequence: sequence)() for sequence in data]
             answer = self._ask("POST", path, json={"sequences": given})
@@ -257,6 +267,64 @@ class Client:
             return self._http.request(method, path, **given)
         with files.open("rb") as file:
             return self._http.request(method, path, files={"file": (files.name, file)}, **given)
+
+
+def snapshot_of(study: Study) -> Snapshot:
+    """What displays take; of its workers it knows the number alone."""
+    from hpo.storage.snapshot import BestTrial, Snapshot, WorkerGroup
+
+    best = None if study.best is None else BestTrial(study.best.number, study.best.value)
+    groups = (WorkerGroup(None, None, study.workers),) if study.workers else ()
+    return Snapshot(
+        study_id=0,
+        name=study.name,
+        status=study.status,
+        budget=study.budget,
+        started=sum(study.trials.get(state, 0) for state in ("complete", "pruned", "failed", "running")),
+        seconds_left=study.seconds_left,
+        promoted_version=study.version,
+        counts=study.trials,
+        best=best,
+        in_flight=(),
+        worker_groups=groups,
+        rate_per_hour=study.per_hour,
+        first_started_at=None,
+        last_ended_at=None,
+        metric=study.metric,
+        owner=study.owner,
+    )
+
+
+def predictions_of(prediction: Prediction) -> Predictions:
+    """What displays and `to_csv` take."""
+    import numpy as np
+
+    from hpo.models.bundle.predictions import Predictions
+
+    return Predictions(
+        classes=tuple(prediction.classes),
+        probabilities=np.array(prediction.probabilities, np.float32),
+        labels=np.array(prediction.labels),
+        ids=tuple(prediction.ids),
+    )
+
+
+def version_of(model: Model) -> ModelVersion:
+    """What displays take."""
+    from hpo.storage.registry import ModelVersion
+
+    return ModelVersion(
+        name=model.name,
+        version=model.version,
+        study_id=None,
+        study_name=model.study,
+        trial_number=model.trial,
+        created_at=model.created,
+        scores=model.scores,
+        config={"params": model.params},
+        artifacts={},
+        aliases=tuple(model.aliases),
+    )
 
 
 def _error(answer: httpx.Response) -> ServiceError:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from http import HTTPStatus
 from typing import Annotated
 
-from fastapi import Depends, Request, Security
+from fastapi import Depends, Query, Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from hpo.service.backend import Backend
@@ -47,6 +47,7 @@ def _needs(role: str) -> Callable[[Token], Token]:
     return allowed
 
 
+Column = Annotated[str, Query(max_length=200)]  # the name of a table's column
 Uses = Annotated[Backend, Depends(backend_of)]
 Reader = Annotated[Token, Depends(_needs("read"))]
 Submitter = Annotated[Token, Depends(_needs("submit"))]

@@ -15,7 +15,7 @@ from fastapi import APIRouter, Query, Request
 
 from hpo.models.data.readers import read
 from hpo.models.data.sequences import DataError, Sequences
-from hpo.service.access import Reader, Submitter, Uses
+from hpo.service.access import Column, Reader, Submitter, Uses
 from hpo.service.body import FILE_BODY, Received, received_file
 from hpo.service.problems import Problem
 from hpo.service.schemas import DataFile, StoredData
@@ -23,7 +23,6 @@ from hpo.storage.keys import UPLOAD, upload_key
 
 log = logging.getLogger("hpo")
 router = APIRouter(prefix="/v1/data", tags=["data"])
-Column = Annotated[str, Query(max_length=200)]
 
 
 @router.post("", status_code=HTTPStatus.CREATED, openapi_extra=FILE_BODY)

@@ -21,7 +21,7 @@ from hpo.models.bundle.bundle import Bundle, load
 from hpo.models.bundle.predictions import Predictions
 from hpo.models.data.sequences import DataError, Sequences
 from hpo.promote.versions import materialise_model
-from hpo.service.access import Reader, Submitter, Uses, check_owner
+from hpo.service.access import Column, Reader, Submitter, Uses, check_owner
 from hpo.service.backend import MIB, Backend, Database
 from hpo.service.body import FILE_BODY, received_file
 from hpo.service.problems import Problem
@@ -123,8 +123,21 @@ def delete(name: str, version: Annotated[int, Path(ge=1, le=10**9)], token: Subm
 
 
 @router.post("/{name}/{version}/predict", openapi_extra=PREDICT_BODY)
-async def predict(name: str, version: Version, request: Request, token: Reader, backend: Uses) -> Prediction:
-    """Class and probabilities of sequences, each a list of steps with a value for each feature, or of a data file."""
+async def predict(
+    name: str,
+    version: Version,
+    request: Request,
+    token: Reader,
+    backend: Uses,
+    label: Column | None = None,
+    id: Column | None = None,
+    step: Column | None = None,
+    group: Column | None = None,
+) -> Prediction:
+    """Class and probabilities of sequences, each a list of steps with a value for each feature, or of a data file.
+
+    label, id, step and group name columns of the file that are not called as in training.
+    """
     loaded, found = await run_sync(_loaded, backend, name, version)
     if request.headers.get("content-type", "").lower().startswith("application/json"):
         try:
@@ -137,7 +150,11 @@ async def predict(name: str, version: Version, request: Request, token: Reader, 
     else:
         async with received_file(request) as file:
             try:
-                predicted = await run_sync(lambda: _predicted(backend, loaded, loaded.read(file.path)))
+                given = {"label": label, "id": id, "step": step, "group": group}
+                columns = {role: column for role, column in given.items() if column is not None}
+                predicted = await run_sync(
+                    lambda: _predicted(backend, loaded, loaded.read(file.path, labeled=False, **columns))
+                )
             except DataError as error:
                 raise DataError(str(error).replace(str(file.path), file.name)) from None
     return Prediction(
@@ -159,9 +176,7 @@ def model_of(found: ModelVersion) -> Model:
         study=found.study_name,
         trial=found.trial_number,
         created=found.created_at,
-        metric=found.scores.get("metric"),
-        scores={part: found.scores.get(part) for part in ("validation", "test")},
-        intervals=found.scores.get("intervals"),
+        scores=found.scores,
         params=found.config["params"],
     )
 

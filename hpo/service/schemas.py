@@ -84,9 +84,7 @@ class Model(BaseModel):
     study: str | None
     trial: int | None
     created: datetime
-    metric: str | None
-    scores: dict[str, dict[str, float | None] | None]  # by part: validation, test
-    intervals: dict[str, list[float]] | None  # of the test part's, 95 %
+    scores: dict[str, Any]  # metric, value, validation, test, intervals of the test part's (95 %), sequences of each, …
     params: dict[str, Any]
 
 

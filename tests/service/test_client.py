@@ -68,8 +68,11 @@ def test_a_data_file_alone_is_a_study_and_is_sent_once(client: Client, waves: Pa
 
 
 def test_what_is_wrong_is_said(client: Client, service: Service, tmp_path: Path) -> None:
-    with pytest.raises(hpo.ServiceError, match="this token is not known") as error:
-        hpo.connect(service.url, "hpo_nonsense").models()
+    with (
+        hpo.connect(service.url, "hpo_nonsense") as stranger,
+        pytest.raises(hpo.ServiceError, match="this token is not known") as error,
+    ):
+        stranger.models()
     assert error.value.status == 401
     with pytest.raises(hpo.ConfigError, match="no study file at"):
         client.submit(tmp_path / "nothing.toml")
@@ -77,8 +80,9 @@ def test_what_is_wrong_is_said(client: Client, service: Service, tmp_path: Path)
         client.submit({"study": {"name": "x"}})
     with pytest.raises(hpo.ServiceError, match="the service wants a token"):
         hpo.connect(service.url)
-    with pytest.raises(hpo.ServiceError, match="does not answer"):
-        Client("http://127.0.0.1:9", "hpo_x", retry_s=0.1).models()
+    with Client("http://127.0.0.1:9", "hpo_x", retry_s=0.1) as alone:
+        with pytest.raises(hpo.ServiceError, match="does not answer"):
+            alone.models()
 
 
 def test_a_client_needs_neither_torch_nor_optuna(service: Service) -> None:
