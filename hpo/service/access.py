@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Callable
 from http import HTTPStatus
 from typing import Annotated
@@ -52,6 +53,22 @@ Uses = Annotated[Backend, Depends(backend_of)]
 Reader = Annotated[Token, Depends(_needs("read"))]
 Submitter = Annotated[Token, Depends(_needs("submit"))]
 Admin = Annotated[Token, Depends(_needs("admin"))]
+
+
+def _near(
+    request: Request,
+    given: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)],
+) -> None:
+    """Raise Problem (401) for a request from another machine without a token."""
+    try:
+        near = request.client is not None and ipaddress.ip_address(request.client.host).is_loopback
+    except ValueError:
+        near = False
+    if not near:
+        _token(request, given)
+
+
+Near = Depends(_near)  # from this machine, or with a token of any role
 
 
 def check_owner(token: Token, owner: str | None, what: str) -> None:

@@ -9,11 +9,13 @@ from importlib.metadata import version
 from typing import Any
 
 from fastapi import APIRouter, FastAPI
+from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.responses import HTMLResponse, JSONResponse
 from pydantic import BaseModel
 
 from hpo.errors import HpoError
 from hpo.service import data, models, studies
-from hpo.service.access import Uses
+from hpo.service.access import Near, Uses
 from hpo.service.backend import Backend
 from hpo.service.body import BodyLimit
 from hpo.service.problems import MEDIA_TYPE, Problem, answers_with_problems
@@ -65,7 +67,7 @@ def healthz() -> Health:
     return Health(status="ok")
 
 
-@health.get("/readyz", responses={int(HTTPStatus.SERVICE_UNAVAILABLE): _PROBLEM})
+@health.get("/readyz", dependencies=[Near], responses={int(HTTPStatus.SERVICE_UNAVAILABLE): _PROBLEM})
 def readyz(backend: Uses) -> Health:
     """Database and artifact store answer, too."""
     try:
@@ -90,6 +92,9 @@ def make_app(backend: Backend) -> FastAPI:
         version=version("hpo"),
         description="Tune LSTM classifiers of sequences: send data and a study, watch it, take the model, predict.",
         lifespan=lifespan,
+        openapi_url=None,  # its own routes would ask nobody
+        docs_url=None,
+        redoc_url=None,
     )
     app.state.backend = backend
     app.add_middleware(BodyLimit, limits=backend.limits)
@@ -97,4 +102,15 @@ def make_app(backend: Backend) -> FastAPI:
     app.include_router(health)
     for part in (data, studies, models):
         app.include_router(part.router, responses=PROBLEMS)
+
+    @app.get("/openapi.json", dependencies=[Near], include_in_schema=False)
+    def openapi() -> JSONResponse:
+        """What the routes take and answer."""
+        return JSONResponse(app.openapi())
+
+    @app.get("/docs", dependencies=[Near], include_in_schema=False)
+    def docs() -> HTMLResponse:
+        """The same, to read."""
+        return get_swagger_ui_html(openapi_url="openapi.json", title="hpo")
+
     return app

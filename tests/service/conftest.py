@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -113,6 +114,13 @@ def task() -> Callable[..., str]:
         return TASK.format(name=name, key=key, trials=trials)
 
     return write
+
+
+@pytest.fixture
+def free_port() -> int:
+    """One that was free a moment ago."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
 
 
 def upload(client: httpx.Client, path: Path, **columns: str) -> str:

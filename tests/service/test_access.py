@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from fastapi import FastAPI
 from fastapi.dependencies.models import Dependant
@@ -18,7 +21,8 @@ from hpo.storage.access import ROLES, Access
 from hpo.storage.artifacts import FolderStore
 from tests.service.conftest import Service
 
-OPEN = {"/healthz", "/readyz"}  # say nothing of what is stored
+OPEN = {"/healthz"}
+NEAR = {"/readyz", "/openapi.json", "/docs"}  # from this machine, or with a token
 
 
 @pytest.fixture(scope="module")
@@ -30,12 +34,13 @@ def routes(app: FastAPI) -> list[tuple[str, str, str]]:
     """(method, path, the least role) of every route, read from what it depends on."""
     found = []
     for route in _leaves(app.routes):
-        if route.path not in OPEN:
+        if route.path not in OPEN | NEAR:
             roles = [_role(call) for call in _calls(route.dependant) if "allowed" in getattr(call, "__qualname__", "")]
             assert roles, f"{route.path} asks for no token"
             role = max(roles, key=ROLES.index)
             found += [(method, re.sub(r"\{[^}]*\}", "1", route.path), role) for method in sorted(route.methods or ())]
-    assert {path for _, path, _ in found} | OPEN == {re.sub(r"\{[^}]*\}", "1", path) for path in app.openapi()["paths"]}
+    described = {re.sub(r"\{[^}]*\}", "1", path) for path in app.openapi()["paths"]}
+    assert {path for _, path, _ in found} == described - OPEN - NEAR
     return found
 
 
@@ -88,7 +93,25 @@ def test_every_route_with_a_role_too_low_is_403(app: FastAPI, service: Service) 
 
 def test_without_a_token_only_health_is_told(service: Service) -> None:
     with service.with_token(None) as client:
-        for path in OPEN:
+        for path in ("/healthz", "/readyz"):
             assert client.get(path).json() == {"status": "ok"}
+        assert "/v1/studies" in client.get("/openapi.json").json()["paths"]
+        assert "openapi.json" in client.get("/docs").text
         for path in ("/nowhere", "/v1", "/v1/data/../studies"):
             assert client.get(path).status_code in (401, 404)
+
+
+def test_from_another_machine_a_token_is_needed_for_all_but_health(service: Service, tmp_path: Path) -> None:
+    app = make_app(Backend(service.database_url, FolderStore(tmp_path)))
+    token = {"Authorization": f"Bearer {service.token('read')}"}
+
+    async def ask(path: str, headers: dict[str, str]) -> int:
+        transport = httpx.ASGITransport(app, client=("192.0.2.7", 4711))
+        async with httpx.AsyncClient(transport=transport, base_url="http://service") as client:
+            return (await client.get(path, headers=headers)).status_code
+
+    for path in NEAR:
+        assert asyncio.run(ask(path, {})) == 401
+        assert asyncio.run(ask(path, token)) == 200
+    assert asyncio.run(ask("/healthz", {})) == 200
+    app.state.backend.close()

@@ -80,9 +80,11 @@ def test_what_is_wrong_is_said(client: Client, service: Service, tmp_path: Path)
         client.submit({"study": {"name": "x"}})
     with pytest.raises(hpo.ServiceError, match="the service wants a token"):
         hpo.connect(service.url)
-    with Client("http://127.0.0.1:9", "hpo_x", retry_s=0.1) as alone:
-        with pytest.raises(hpo.ServiceError, match="does not answer"):
-            alone.models()
+    with (
+        Client("http://127.0.0.1:9", "hpo_x", retry_s=0.1) as alone,
+        pytest.raises(hpo.ServiceError, match="does not answer"),
+    ):
+        alone.models()
 
 
 def test_a_client_needs_neither_torch_nor_optuna(service: Service) -> None:
