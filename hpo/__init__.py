@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import Any
 
+    from hpo.client import Client, ServiceError
     from hpo.errors import HpoError
     from hpo.launcher.launch import launch
     from hpo.launcher.workers import Interrupted, LaunchError
@@ -47,7 +48,9 @@ __all__ = [
     "PostgresError",
     "RegistryError",
     "SchemaError",
+    "ServiceError",
     "StudyError",
+    "connect",
     "launch",
     "load",
     "read",
@@ -65,6 +68,7 @@ _ELSEWHERE = {  # found when asked for: what defines them may import torch or Op
     "OutOfMemory": "hpo.models.device",
     "PostgresError": "hpo.storage.errors",
     "RegistryError": "hpo.storage.registry",
+    "ServiceError": "hpo.client",
     "SchemaError": "hpo.storage.errors",
     "StudyError": "hpo.study.plan",
     "launch": "hpo.launcher.launch",
@@ -90,6 +94,16 @@ def read(data: Any, **columns: Any) -> Sequences:
     if columns.get("labeled") is None:  # else a label or a group that is named may be missing from new data
         columns = {"needed": [role for role in ("label", "id", "step", "group") if role in columns], **columns}
     return read_file(data, **columns)
+
+
+def connect(url: str | None = None, token: str | None = None) -> Client:
+    """A client of the service at `url` (HPO_SERVER without one) for the holder of a token (HPO_TOKEN without one).
+
+    Needs neither the database's password nor a GPU, nor torch. Raises ServiceError.
+    """
+    from hpo.client import connect as connect_to
+
+    return connect_to(url, token)
 
 
 def load(folder: str | Path, device: str = "cpu") -> Bundle:

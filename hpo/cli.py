@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -30,8 +31,11 @@ from hpo.storage.interrupts import calls_end_with_a_signal
 from hpo.storage.masking import mask, mask_errors
 
 if TYPE_CHECKING:
+    from hpo.client import Client
     from hpo.launcher.ray import Cluster
+    from hpo.storage.access import Access
     from hpo.storage.leases import Leases
+    from hpo.storage.snapshot import Snapshot
     from hpo.storage.trials import TrialStorage
 
 app = typer.Typer(
@@ -42,6 +46,10 @@ app = typer.Typer(
 )
 db = typer.Typer(no_args_is_help=True, help="The database: the embedded server, or that of HPO_DATABASE_URL.")
 app.add_typer(db, name="db")
+token = typer.Typer(no_args_is_help=True, help="Who may use the service of `hpo serve`.")
+app.add_typer(token, name="token")
+models_app = typer.Typer(help="Promoted versions with their scores.")
+app.add_typer(models_app, name="models")
 
 StudyName = Annotated[str, typer.Argument(help="Name of a study.")]
 Slots = Annotated[str, typer.Option(help="Trials at once in one worker: a number, or auto (by the GPU's memory).")]
@@ -64,6 +72,12 @@ class Format(StrEnum):
 class Backend(StrEnum):
     local = "local"
     ray = "ray"
+
+
+class Role(StrEnum):
+    read = "read"
+    submit = "submit"
+    admin = "admin"
 
 
 def main() -> None:
@@ -112,7 +126,16 @@ def launch(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Create or resume a study, run workers, show progress, promote the best model."""
+    """Create or resume a study, run workers, show progress, promote the best model.
+
+    With HPO_SERVER and HPO_TOKEN set, it is submitted to that service, whose workers train; a Ctrl-C leaves it there.
+    """
+    if (client := _client()) is not None:
+        if (workers, slots, on, address, cpus, gpus) != ("auto", "auto", Backend.local, None, 1.0, None):
+            raise typer.BadParameter("the service of HPO_SERVER has workers of its own: leave out where they run")
+        overrides = [*(set_ or ()), *([f"study.trials={trials}"] if trials else ())]
+        _launch_there(client, study, overrides, detach=detach, quiet=quiet, as_json=as_json)
+        return
     count, at_once = _number("workers", workers), _number("slots", slots)
     cluster = _cluster(address, cpus, gpus) if on is Backend.ray else None
     if cluster is None and (address, cpus, gpus) != (None, 1.0, None):
@@ -158,8 +181,22 @@ def status(
     as_json: Json = False,
 ) -> None:
     """Studies with their trials by state, best value, workers, rate and time left."""
-    from hpo.study.lifecycle import snapshots
     from hpo.terminal import show_status, status_row, watch_status
+
+    if (client := _client()) is not None:
+        from hpo.client import snapshot_of
+
+        def look() -> list[Snapshot]:
+            return [snapshot_of(each) for each in ([client.study(name)] if name else client.studies())]
+
+        if watch:
+            watch_status(look, as_json=as_json, named=name is not None)
+        elif as_json:
+            typer.echo(json.dumps([status_row(state) for state in look()]))
+        else:
+            show_status(look(), detailed=name is not None)
+        return
+    from hpo.study.lifecycle import snapshots
 
     with _database() as (storage, leases):
         if watch:
@@ -198,6 +235,10 @@ def logs(
 @app.command()
 def stop(name: StudyName) -> None:
     """End a study for all its workers; a later launch goes on with it."""
+    if (client := _client()) is not None:
+        client.stop(name)
+        typer.echo(f"study {name} is stopped: its workers end within an epoch")
+        return
     from hpo.study.lifecycle import study_id_of
 
     with _database() as (storage, leases):
@@ -216,6 +257,10 @@ def delete(
 
     if not yes:
         typer.confirm(f"Delete study {name} with all its trials?", abort=True)
+    if (client := _client()) is not None:
+        client.delete(name)
+        typer.echo(f"study {name} is deleted; its promoted models stay")
+        return
     with _database() as (storage, _):
         delete_study(storage, artifact_store(), name)
     typer.echo(f"study {name} is deleted; its promoted models stay")
@@ -249,8 +294,14 @@ def promote(
     default: Annotated[bool, typer.Option("--default", help="Let the name mean it, better or not.")] = False,
 ) -> None:
     """Make a trial's model a new version; the name alone means it if it is better on validation."""
-    from hpo.promote.promotion import promote_trial
     from hpo.terminal import show_models
+
+    if (client := _client()) is not None:
+        from hpo.client import version_of
+
+        show_models([version_of(client.promote(name, trial, default=default))])
+        return
+    from hpo.promote.promotion import promote_trial
 
     prepare_process()
     with _database() as (storage, _):
@@ -277,18 +328,69 @@ def reproduce(
     raise typer.Exit(1)
 
 
-@app.command()
-def models(as_json: Json = False) -> None:
+@models_app.callback(invoke_without_command=True)
+def models(context: typer.Context, as_json: Json = False) -> None:
     """Promoted versions with their scores."""
-    from hpo.storage.database import database_url
-    from hpo.storage.registry import Registry
+    if context.invoked_subcommand is not None:
+        return
     from hpo.terminal import model_row, show_models
 
-    found = Registry(database_url()).models()
+    if (client := _client()) is not None:
+        from hpo.client import version_of
+
+        found = [version_of(each) for each in client.models()]
+    else:
+        from hpo.storage.database import database_url
+        from hpo.storage.registry import Registry
+
+        found = Registry(database_url()).models()
     if as_json:
         typer.echo(json.dumps([model_row(model) for model in found]))
     else:
         show_models(found)
+
+
+@models_app.command("delete")
+def models_delete(
+    name: Annotated[str, typer.Argument(help="Name of a promoted model.")],
+    version: Annotated[int, typer.Argument(help="Version; one that an alias names stays.", min=1)],
+) -> None:
+    """Remove a version, with its files in the artifact store."""
+    from hpo.storage.artifacts import artifact_store
+    from hpo.storage.database import database_url
+    from hpo.storage.registry import Registry
+
+    store = artifact_store()
+    for key in Registry(database_url()).delete(name, version):
+        store.delete(key)
+    typer.echo(f"version {version} of {name} is deleted")
+
+
+@app.command()
+def alias(
+    name: Annotated[str, typer.Argument(help="Name of a promoted model.")],
+    alias: Annotated[str | None, typer.Argument(help="Such as production; what aliases have named without it.")] = None,
+    version: Annotated[int | None, typer.Argument(help="The version that it names from now on.", min=1)] = None,
+    drop: Annotated[bool, typer.Option("--delete", help="Let it name nothing any more.")] = False,
+) -> None:
+    """Let a name such as production mean a version, another one (a rollback), or none."""
+    from hpo.storage.database import database_url
+    from hpo.storage.registry import Registry
+
+    if drop == (version is not None) and alias is not None:
+        raise typer.BadParameter("give the version that the alias is to name, or --delete")
+    registry = Registry(database_url())
+    if alias is None:
+        registry.get(name)  # or an error that lists the names
+        for change in registry.alias_changes(name):
+            named = "nothing" if change.version is None else f"version {change.version}"
+            typer.echo(f"{change.changed_at:%Y-%m-%d %H:%M:%S} {change.alias}: {named}")
+    elif drop:
+        registry.drop_alias(name, alias)
+        typer.echo(f"{alias} of {name} names nothing any more")
+    else:
+        found = registry.set_alias(name, alias, version)
+        typer.echo(f"{alias} of {name} is version {found.version}")
 
 
 @app.command()
@@ -300,6 +402,11 @@ def export(
     overwrite: Annotated[bool, typer.Option(help="Replace a saved model in that folder.")] = False,
 ) -> None:
     """Write a folder that works without the database."""
+    if not Path(model).is_dir() and (client := _client()) is not None:
+        if format_ is not Format.safetensors:
+            raise typer.BadParameter(f"export the model first, then that folder with --format {format_.value}")
+        typer.echo(f"exported to {client.download(model, out, version or 'latest')}")
+        return
     from hpo.models.bundle.export import export as write
     from hpo.promote.promotion import training_part
     from hpo.promote.versions import model_folder
@@ -323,13 +430,25 @@ def predict(
     group: Group = None,
 ) -> None:
     """Class and probabilities of each sequence."""
-    from hpo.models.bundle.bundle import load
-    from hpo.promote.versions import model_folder
     from hpo.terminal import counting, show_predictions
 
     _check_out(out)
+    columns = _named(id=id_, step=step, label=label, group=group)
+    if not Path(model).is_dir() and (client := _client()) is not None:
+        from hpo.client import predictions_of
+
+        found = predictions_of(client.predict(model, data, version or "latest", **columns))
+        if out is None:
+            show_predictions(found)
+        else:
+            found.to_csv(out)
+            typer.echo(f"{len(found.ids)} predictions in {out}")
+        return
+    from hpo.models.bundle.bundle import load
+    from hpo.promote.versions import model_folder
+
     bundle = load(model_folder(model, version))
-    sequences = bundle.read(data, labeled=False, **_named(id=id_, step=step, label=label, group=group))
+    sequences = bundle.read(data, labeled=False, **columns)
     with counting(sequences.n, "predicting") as advance:
         predictions = bundle.predict(sequences, batch_size=batch_size, progress=advance)
     if out is None:
@@ -397,6 +516,79 @@ def doctor(as_json: Json = False) -> None:
             typer.echo(f"{finding.state:3} {finding.what}: {finding.detail}")
     if not works:
         raise typer.Exit(1)
+
+
+@app.command()
+def serve(
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)] = 8000,
+    max_body: Annotated[int, typer.Option(help="MiB that a data file may have.", min=1)] = 1024,
+    max_rows: Annotated[int, typer.Option(help="Sequences of one prediction.", min=1)] = 10_000,
+) -> None:
+    """The service: data, studies, models and predictions over HTTP, for holders of a token."""
+    from hpo.service.backend import MIB, Limits
+    from hpo.service.server import serve as listen
+
+    limits = Limits(body=max_body * MIB, rows=max_rows)
+    listen(host, port, limits, lambda url: typer.echo(f"service at {url}, its routes at {url}docs (Ctrl-C ends it)"))
+
+
+@token.command("create")
+def token_create(
+    role: Annotated[Role, typer.Option(help="What it allows: each role includes those before it.")],
+    owner: Annotated[str, typer.Option(help="Whose it is; studies belong to their submitter.")],
+    expires: Annotated[str | None, typer.Option(help="After which time, as in 90d; never without it.")] = None,
+) -> None:
+    """Make a token and print it; it cannot be shown again."""
+    from hpo.study.checks import CheckError, duration
+
+    try:
+        lifetime_s = None if expires is None else duration(expires)
+    except CheckError as error:
+        raise typer.BadParameter(f"--expires {error}, got {expires!r}") from None
+    with _access() as access:
+        made, text = access.create(role.value, owner, lifetime_s)
+    until = "" if made.expires_at is None else f" until {made.expires_at:%Y-%m-%d %H:%M} UTC"
+    typer.echo(f"token {made.token_id}: {made.owner} may {made.role}{until}; keep it, it is not shown again:", err=True)
+    typer.echo(text)
+
+
+@token.command("list")
+def token_list(as_json: Json = False) -> None:
+    """Every token, without its secret."""
+    from hpo.terminal import show_tokens, token_row
+
+    with _access() as access:
+        found = access.tokens()
+    if as_json:
+        typer.echo(json.dumps([token_row(each) for each in found]))
+    else:
+        show_tokens(found)
+
+
+@token.command("revoke")
+def token_revoke(token_id: Annotated[str, typer.Argument(help="As `hpo token list` shows it.")]) -> None:
+    """Let a token open nothing from now on."""
+    with _access() as access:
+        found = access.revoke(token_id)
+    typer.echo(f"token {found.token_id} of {found.owner} opens nothing any more")
+
+
+@app.command()
+def audit(
+    subject: Annotated[str | None, typer.Argument(help="Name of a study or model; all without it.")] = None,
+    lines: Annotated[int, typer.Option("--lines", "-n", help="The last so many.", min=1)] = 50,
+    as_json: Json = False,
+) -> None:
+    """Who wrote what through the service, and when; the newest first."""
+    from hpo.terminal import action_row, show_actions
+
+    with _access() as access:
+        found = access.actions(subject, lines)
+    if as_json:
+        typer.echo(json.dumps([action_row(each) for each in found]))
+    else:
+        show_actions(found)
 
 
 @db.command("url")
@@ -472,6 +664,60 @@ def _number(option: str, text: str) -> int | None:
     if not text.isdecimal() or int(text) < 1:
         raise typer.BadParameter(f"--{option} must be auto or a number of at least 1, got {text!r}")
     return int(text)
+
+
+def _client() -> Client | None:
+    """Of the service of HPO_SERVER; None where that is not set, and the commands work on the database."""
+    if not os.environ.get("HPO_SERVER"):
+        return None
+    from hpo.client import connect
+
+    return connect()
+
+
+def _launch_there(
+    client: Client, study: Path, overrides: list[str], *, detach: bool, quiet: bool, as_json: bool
+) -> None:
+    """Submit a study to the service, follow it to its end, and sum it up."""
+    from hpo.client import snapshot_of
+    from hpo.terminal import ProgressDisplay, show_summary
+
+    began = time.monotonic()
+    found = client.submit(study, overrides)
+    if detach:
+        typer.echo(f"study {found.name} is open for {found.budget} trials at {client.url}")
+        return
+    try:
+        with ProgressDisplay(quiet=quiet) as display:
+            for state in client.follow(found.name):
+                display.update(snapshot_of(state))
+    except KeyboardInterrupt:
+        typer.echo(f"\nthe study goes on at {client.url}: hpo status {found.name}; hpo stop {found.name}", err=True)
+        raise
+    if state.status == "stopped":
+        typer.echo(f"study {found.name} was stopped; `hpo launch` goes on with it")
+        return
+    summary = client.summary(found.name)
+    summary["model"]["path"] = client.url
+    summary |= {"logs": client.url, "seconds": round(time.monotonic() - began, 2)}
+    if not quiet and not as_json:
+        show_summary(summary)
+    if as_json:
+        typer.echo(json.dumps(summary))
+
+
+@contextmanager
+def _access() -> Iterator[Access]:
+    """The tokens of the configured database."""
+    from hpo.storage.access import Access
+    from hpo.storage.connection import Connection
+    from hpo.storage.database import database_url
+
+    connection = Connection(database_url())
+    try:
+        yield Access(connection)
+    finally:
+        connection.close()
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from hpo.storage.masking import mask
 if TYPE_CHECKING:
     from hpo.models.bundle.evaluation import Evaluation
     from hpo.models.bundle.predictions import Predictions
+    from hpo.storage.access import Action, Token
     from hpo.storage.registry import ModelVersion
     from hpo.storage.snapshot import InFlight, Snapshot, WorkerGroup
 
@@ -304,6 +305,41 @@ def model_row(model: ModelVersion) -> dict[str, Any]:
         "test_looks": model.scores.get("test_looks"),
         "params": model.config["params"],
     }
+
+
+def token_row(token: Token) -> dict[str, Any]:
+    """A token without its secret, JSON-able."""
+    times = {name: getattr(token, name) for name in ("created_at", "expires_at", "revoked_at")}
+    shown = {name: None if value is None else value.isoformat() for name, value in times.items()}
+    return {"token": token.token_id, "owner": token.owner, "role": token.role, "active": token.active, **shown}
+
+
+def show_tokens(found: Sequence[Token]) -> None:
+    """Tokens without their secrets, a line each."""
+    console = _console()
+    if not found:
+        console.print("no tokens yet; `hpo token create` makes one")
+    for token in found:
+        ends = "revoked" if token.revoked_at else "expired" if not token.active else ""
+        until = f"until {token.expires_at:%Y-%m-%d %H:%M}" if token.expires_at and not ends else ""
+        about = ", ".join(filter(None, (f"made {token.created_at:%Y-%m-%d %H:%M}", until, ends)))
+        console.print(f"{token.token_id}  {token.owner} may {token.role}; {about}", highlight=False, markup=False)
+
+
+def action_row(action: Action) -> dict[str, Any]:
+    """A line of the audit, JSON-able."""
+    return {**vars(action), "happened_at": action.happened_at.isoformat()}
+
+
+def show_actions(found: Sequence[Action]) -> None:
+    """Who did what, a line each."""
+    console = _console()
+    if not found:
+        console.print("nothing was written through the service yet")
+    for action in found:
+        detail = ", ".join(f"{name} {value}" for name, value in action.detail.items() if value is not None)
+        told = f"{action.happened_at:%Y-%m-%d %H:%M:%S} {action.owner} ({action.token_id}): {action.action}"
+        console.print(f"{told} {action.subject}" + (f" ({detail})" if detail else ""), highlight=False, markup=False)
 
 
 def show_models(found: Sequence[ModelVersion]) -> None:

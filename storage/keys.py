@@ -4,6 +4,7 @@
     checkpoint-STUDY-NUMBER-ATTEMPT-EPOCH-SHA256         a trial's state after an epoch
     weights-STUDY-NUMBER-ATTEMPT-SHA256.safetensors      a trial's weights; `curve` and `log` likewise
     model-STUDY-NUMBER-SHA256-NAME                       a file of a promoted model
+    upload-SHA256-NAME                                   a data file that was sent to the service, as it was
 
 STUDY is the study's store key: its id in the database and what tells it from those of other databases that share the
 store. NUMBER is the trial's number, ATTEMPT the fencing token of the lease it was written under. Earlier versions
@@ -17,6 +18,7 @@ import re
 
 KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _DIGEST = re.compile(r"-([0-9a-f]{64})(?=[-.]|$)")
+UPLOAD = re.compile(r"upload-[0-9a-f]{64}-[A-Za-z0-9._-]{1,100}")
 _OF_TRIALS = ("checkpoint", "weights", "curve", "log")
 _KINDS = {"data": "a data set", **{kind: f"the {kind} of a trial" for kind in _OF_TRIALS}}
 
@@ -24,6 +26,16 @@ _KINDS = {"data": "a data set", **{kind: f"the {kind} of a trial" for kind in _O
 def data_key(sha256: str) -> str:
     """The key of a data set by the hash of its canonical file."""
     return f"data-{sha256}.safetensors"
+
+
+def upload_key(sha256: str, name: str) -> str:
+    """The key of a data file as it was sent, under the name that it had; of letters, digits, '.', '_' and '-'."""
+    return f"upload-{sha256}-{name}"
+
+
+def uploaded_name(key: str) -> str:
+    """The name that an uploaded file had."""
+    return key.split("-", 2)[2]
 
 
 def checkpoint_key(study: str, number: int, attempt: int, epoch: int, content: bytes) -> str:

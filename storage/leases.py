@@ -104,11 +104,14 @@ class Leases:
 
     # ------------------------------------------------------------------------------------------------------ studies
 
-    def open_study(self, study_id: int, terms: Terms, config: dict[str, Any]) -> StudyRow:
-        """Store terms and configuration with the study, or leave what an earlier caller stored; what is stored."""
+    def open_study(self, study_id: int, terms: Terms, config: dict[str, Any], owner: str | None = None) -> StudyRow:
+        """Store terms and configuration with the study, or leave what an earlier caller stored; what is stored.
+
+        owner: who submitted it through the service.
+        """
         if terms.budget < 0 or terms.max_attempts < 1 or terms.lease_s <= 0:
             raise ValueError(f"budget must be at least 0, max_attempts 1 and lease_s above 0, got {terms}")
-        given = {**vars(terms), "study": study_id, "config": json.dumps(config)}
+        given = {**vars(terms), "study": study_id, "config": json.dumps(config), "owner": owner}
         rows = self._session.execute(_OPEN_STUDY, _STUDY_TERMS, given=given, durable=True)
         if not rows:
             raise _not_opened(study_id)

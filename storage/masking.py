@@ -20,6 +20,7 @@ SECRETS = (
     "PGPASSWORD",
     "HPO_DB_PASSWORD",
     "HPO_DASHBOARD_PASSWORD",
+    "HPO_TOKEN",
     "AWS_SECRET_ACCESS_KEY",
     "AWS_SESSION_TOKEN",
     "RAY_AUTH_TOKEN",
@@ -54,6 +55,10 @@ _QUOTED = re.compile(
 )
 
 
+# A token of the service; what is before its secret may be said.
+_TOKEN = re.compile(r"(hpo_[0-9a-f]{12}_)[A-Za-z0-9_-]{20,}")
+
+
 def remember(secret: str | None) -> None:
     """Mask this wherever it appears from now on, unless it is too short to be told from a word."""
     if secret and len(secret) >= LEAST:
@@ -67,6 +72,7 @@ def mask(text: str) -> str:
     text = _URL.sub(lambda found: found[0] if _NOT_ITS_OWN.match(found[2]) else f"{found[1]}{MASK}@", text)
     text = _NO_HOST.sub(rf"\1{MASK}", text)
     text = _QUOTED.sub(lambda found: f'{found[1] or found[2]}"{MASK}"', text)
+    text = _TOKEN.sub(rf"\1{MASK}", text)
     text = _IN_QUERY.sub(rf"\1{MASK}", text)
     return _PAIR.sub(rf"\1{MASK}", text)
 

@@ -34,12 +34,20 @@ _ALL_VERSIONS, _VERSIONS_OF, _MODEL_NAMES = (
     statement("versions_of"),
     statement("model_names"),
 )
-_SET_ALIAS = statement("set_alias")
+_SET_ALIAS, _DROP_ALIAS, _ALIAS_CHANGES = (statement(name) for name in ("set_alias", "drop_alias", "alias_changes"))
 _DELETE = [statement(name) for name in ("lock_model", "delete_versions", "latest_is_newest", "kept_artifacts")]
 
 
 class RegistryError(StudyFault):
     """There is no such model, version or alias; or what was to be registered breaks a rule."""
+
+
+class MissingModel(RegistryError):
+    """There is no such model, version or alias."""
+
+
+class NamedModel(RegistryError):
+    """An alias names the version: somebody relies on it."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,15 @@ class ModelVersion:
     def default(self) -> bool:
         """Whether the name alone meant this version when it was read."""
         return LATEST in self.aliases
+
+
+@dataclass(frozen=True)
+class AliasChange:
+    """That an alias has named another version from some time on."""
+
+    alias: str
+    version: int | None  # None: it was taken away
+    changed_at: datetime
 
 
 class Registry:
@@ -130,34 +147,46 @@ class Registry:
         rows = self._connection.execute(_LOCK_MODEL, _SET_ALIAS, _VERSIONS_OF, given=given)
         return self._chosen(rows, name, version)
 
+    def drop_alias(self, name: str, alias: str) -> None:
+        """Let an alias name nothing any more. Raises MissingModel where it names nothing."""
+        if alias == LATEST:
+            raise RegistryError(f'"{LATEST}" names the version that the name alone means, and stays')
+        if not self._connection.execute(_LOCK_MODEL, _DROP_ALIAS, given={"name": name, "alias": alias}):
+            self.get(name, alias)  # says what there is
+
+    def alias_changes(self, name: str) -> list[AliasChange]:
+        """Which versions the aliases of a name have named, the newest change first."""
+        return [AliasChange(*row) for row in self._connection.execute(_ALIAS_CHANGES, given={"name": name})]
+
     def delete(self, name: str, version: int | str | None = None) -> list[str]:
-        """Remove one version, or the whole name without one, with its aliases; "latest" moves to the newest left.
+        """Remove one version, or the whole name without one; "latest" moves to the newest left.
 
         Returns the keys of the artifacts that no version names any more, for the caller to delete. The
-        number of the newest version is given again once that is removed.
+        number of the newest version is given again once that is removed. Raises RegistryError where another alias
+        names one of them.
         """
         rows = self._connection.execute(_VERSIONS_OF, given={"name": name})
         model = self._chosen(rows, name, version)
         gone = [_version(row) for row in rows] if version is None else [model]
-        given = {
-            "name": name,
-            "versions": [each.version for each in gone],
-            "created": [each.created_at for each in gone],
-        }
+        _check_unnamed(gone)
+        known = {(each.version, each.created_at) for each in gone}
+        given = {"name": name, "versions": [v for v, _ in known], "created": [created for _, created in known]}
         kept = {key for (key,) in self._connection.execute(*_DELETE, given=given)}
+        left = map(_version, self._connection.execute(_VERSIONS_OF, given={"name": name}))
+        _check_unnamed([each for each in left if (each.version, each.created_at) in known])  # since it was looked at
         return sorted({key for each in gone for key in each.artifacts.values()} - kept)
 
     def _chosen(self, rows: list[Row], name: str, version: int | str | None) -> ModelVersion:
         """Of a name's versions the one of that number or alias, the latest without either."""
         if not rows:
             names = [known for (known,) in self._connection.execute(_MODEL_NAMES)]
-            raise RegistryError(f"no model is named {name!r}; there are: {', '.join(names) or 'none yet'}")
+            raise MissingModel(f"no model is named {name!r}; there are: {', '.join(names) or 'none yet'}")
         wanted, models = _wanted(version), [_version(row) for row in rows]
         for model in models:
             if wanted in (str(model.version), *model.aliases):
                 return model
         known = ", ".join(" = ".join((str(model.version), *model.aliases)) for model in models)
-        raise RegistryError(f"model {name!r} has no version or alias {wanted!r}; there are: {known}")
+        raise MissingModel(f"model {name!r} has no version or alias {wanted!r}; there are: {known}")
 
 
 def publish(store: ArtifactStore, folder: Path, prefix: str) -> dict[str, str]:
@@ -229,6 +258,16 @@ def _is_whole(path: Path, key: str) -> bool:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_unnamed(models: list[ModelVersion]) -> None:
+    """Raise NamedModel where an alias other than "latest" names one of them: somebody relies on it."""
+    for model in models:
+        if names := [alias for alias in model.aliases if alias != LATEST]:
+            raise NamedModel(
+                f"version {model.version} of {model.name!r} is what {', '.join(names)} names: let that name another "
+                f"version first, or none (`hpo alias {model.name} {names[0]} --delete`)"
+            )
 
 
 def _check_name(what: str, name: str) -> None:

@@ -87,6 +87,7 @@ class Snapshot:
     first_started_at: datetime | None
     last_ended_at: datetime | None
     metric: str | None  # None: of a study that another version made
+    owner: str | None  # who submitted it through the service
 
     @property
     def best_value(self) -> float | None:

@@ -41,3 +41,4 @@ class StudyRow:
     out_of_time: bool  # by the study's clock
     resolution: float
     store_key: str  # what stands for the study in the keys of its artifacts
+    owner: str | None  # who submitted it through the service

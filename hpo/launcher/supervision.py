@@ -17,6 +17,7 @@ from hpo.launcher.forkserver import ForkServer
 from hpo.launcher.local import LocalWorkers
 from hpo.launcher.logs import log_folder
 from hpo.launcher.workers import Interrupted, LaunchError, Workers
+from hpo.promote.summary import NoModel, summary_of
 from hpo.promote.versions import materialise_model
 from hpo.storage.artifacts import artifact_store
 from hpo.storage.background import BackgroundLoop
@@ -30,7 +31,6 @@ from hpo.storage.snapshot import Snapshot
 from hpo.storage.trials import trial_storage
 from hpo.study.config import ConfigError, StudyConfig, config_for_data, load
 from hpo.study.lifecycle import OpenStudy, create_or_open
-from hpo.study.record import failure_of
 
 if TYPE_CHECKING:
     from hpo.launcher.ray import Cluster
@@ -66,7 +66,7 @@ def run_here(
             LocalWorkers(study.name, count, slots, forkserver, folder, study.leases) as group,
         ):
             wait(watched, group, stop, show)
-        return summary(study, watched, time.monotonic() - started, group.where_logs_are)
+        return summary(study, time.monotonic() - started, group.where_logs_are)
 
 
 def run_on_ray(
@@ -85,7 +85,7 @@ def run_on_ray(
             RayWorkers(study.name, workers, slots, cluster, watched.state().budget) as group,
         ):
             wait(watched, group, stop, show)
-        return summary(study, watched, time.monotonic() - started, group.where_logs_are)
+        return summary(study, time.monotonic() - started, group.where_logs_are)
 
 
 def read_config(
@@ -204,53 +204,12 @@ def _noted_signals() -> Iterator[threading.Event]:
 # ----------------------------------------------------------------------------------------------------- the summary
 
 
-def summary(study: OpenStudy, watched: WatchedStudy, seconds: float, logs: str) -> dict[str, Any]:
+def summary(study: OpenStudy, seconds: float, logs: str) -> dict[str, Any]:
     """What `hpo launch --json` prints in its last line. Raises LaunchError where no trial completed."""
-    state, row = watched.state(), watched.leases.study(study.study_id)
-    out_of_time = row is not None and row.out_of_time
-    if state.promoted_version is None:
-        timeout_s = row.timeout_s if row is not None and out_of_time else None
-        raise LaunchError(no_model(study.name, _failures(study), timeout_s, logs))
-    registry = Registry(study.storage.connection)
-    model = registry.get(study.name, state.promoted_version)
-    scores = model.scores
-    best = state.best if state.best is not None and state.best.number == model.trial_number else None
-    return {
-        "study": study.name,
-        "metric": scores["metric"],
-        "ended_by": "budget" if state.started >= state.budget else "timeout" if out_of_time else "exhausted space",
-        "trials": {name: state.counts.get(name, 0) for name in ("complete", "pruned", "failed")},
-        "best": {
-            "number": model.trial_number,
-            "value": scores["value"],
-            "params": model.config["params"],
-        },
-        "best_why": None if best is None else best.why,
-        "model": {
-            "name": model.name,
-            "version": model.version,
-            "default": registry.get(study.name).version,
-            "path": str(materialise_model(model)),
-        },
-        "validation": scores["validation"],
-        "test": scores.get("test"),
-        "sequences": scores.get("sequences"),
-        "positive": study.plan.classes[1] if len(study.plan.classes) == 2 else None,
-        "test_looks": scores.get("test_looks"),
-        "undefined": scores.get("undefined"),
-        "logs": logs,
-        "seconds": round(seconds, 2),
-    }
-
-
-def _failures(study: OpenStudy) -> list[str]:
-    trials = study.storage.get_all_trials(study.study_id, deepcopy=False)
-    return [reason for trial in trials if (reason := failure_of(trial)) is not None]
-
-
-def no_model(name: str, failures: Sequence[str], timeout_s: float | None, logs: str) -> str:
-    """Why a study ended without a model. timeout_s: its wall-clock budget, where that ran out."""
-    reason = f"the first of {len(failures)} failures: {failures[0]}; " if failures else ""
-    if timeout_s is not None:
-        reason += f"its study.timeout of {timeout_s:g} s ran out: give it more and launch it again; "
-    return f"study {name!r} ended without a completed trial; {reason}logs: {logs}"
+    try:
+        found = summary_of(study)
+    except NoModel as error:
+        raise LaunchError(f"{error}; logs: {logs}") from None
+    model = Registry(study.storage.connection).get(study.name, found["model"]["version"])
+    path = str(materialise_model(model))
+    return {**found, "model": {**found["model"], "path": path}, "logs": logs, "seconds": round(seconds, 2)}

@@ -177,6 +177,24 @@ def config_for_data(path: str | Path, overrides: Sequence[str] = ()) -> StudyCon
     return _load({"data": {"train": path.name}}, path, overrides)
 
 
+def tables_of(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The tables of a study file, or of the study of a bare data file, with overrides; not yet checked.
+
+    Raises ConfigError.
+    """
+    from hpo.models.data.readers import READERS, suffix_of
+
+    tables = {"data": {"train": path.name}} if suffix_of(path) in READERS else _read(path)
+    for override in overrides:
+        _override(tables, override)
+    return tables
+
+
+def config_of(tables: dict[str, Any], path: Path) -> StudyConfig:
+    """The study of a study file's tables, as if they stood in the file at `path`. Raises ConfigError."""
+    return _load(tables, path, ())
+
+
 def _load(tables: dict[str, Any], path: Path, overrides: Sequence[str]) -> StudyConfig:
     keys = frozenset(_override(tables, override) for override in overrides)
     _check_depth(tables, path)

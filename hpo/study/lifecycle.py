@@ -27,7 +27,7 @@ from hpo.storage.trials import TrialStorage
 from hpo.study.config import ConfigError, StudyConfig
 from hpo.study.entries import distribution
 from hpo.study.notes import METRIC_NAMES, describe_study
-from hpo.study.plan import Plan, StudyError, check_same, make_plan
+from hpo.study.plan import MissingStudy, Plan, StudyConflict, StudyError, check_same, make_plan
 from hpo.study.pruning import make_pruner
 from hpo.study.ranking import best_first
 from hpo.study.readout import readout, suspicions
@@ -70,11 +70,13 @@ class OpenStudy:
 # ------------------------------------------------------------------------------------------------ create or open
 
 
-def create_or_open(config: StudyConfig, storage: TrialStorage, store: ArtifactStore) -> OpenStudy:
+def create_or_open(
+    config: StudyConfig, storage: TrialStorage, store: ArtifactStore, owner: str | None = None
+) -> OpenStudy:
     """The study of this file: a new one, or the one of that name if nothing contradicts it.
 
-    An existing study goes on under the file's trials and timeout. Raises StudyError with the differences, before
-    anything is changed, and DataError for data that cannot be trained on.
+    An existing study goes on under the file's trials and timeout; a new one belongs to `owner`. Raises StudyError with
+    the differences, before anything is changed, and DataError for data that cannot be trained on.
     """
     plan, train, test = make_plan(config)
     if plan.config.study.sampler == "grid":
@@ -95,7 +97,7 @@ def create_or_open(config: StudyConfig, storage: TrialStorage, store: ArtifactSt
         for key, part in ((plan.train, train), (plan.test, test)):
             _publish(store, key, part)  # also where the artifact store was emptied or damaged
         if stored is None:
-            _begin(storage, leases, study_id, plan)
+            _begin(storage, leases, study_id, plan, owner)
     for line in readout(plan, train, test):
         log.info("%s: %s", name, line)
     for line in suspicions(train, test):
@@ -158,7 +160,7 @@ def study_id_of(storage: TrialStorage, name: str) -> int:
         return storage.get_study_id_from_name(name)
     except MissingRecord:
         known = ", ".join(sorted(study.study_name for study in storage.get_all_studies())) or "none yet"
-        raise StudyError(f"there is no study named {name!r}; known: {known}") from None
+        raise MissingStudy(f"there is no study named {name!r}; known: {known}") from None
 
 
 def snapshots(storage: TrialStorage, leases: Leases, name: str | None) -> list[Snapshot]:
@@ -167,7 +169,7 @@ def snapshots(storage: TrialStorage, leases: Leases, name: str | None) -> list[S
         try:
             return [leases.snapshot(study_id_of(storage, name))]
         except MissingRecord:
-            raise StudyError(f"study {name!r} was not made by `hpo launch`; see it with `hpo dashboard`") from None
+            raise MissingStudy(f"study {name!r} was not made by `hpo launch`; see it with `hpo dashboard`") from None
     found = []
     for row in leases.studies():
         with suppress(MissingRecord):  # deleted since
@@ -207,14 +209,14 @@ def _find_or_create(storage: TrialStorage, plan: Plan) -> int:
         return study_id
     objective = attributes.get(METRIC_NAMES, [plan.metric])
     if objective != [plan.metric] or storage.get_all_trials(study_id, deepcopy=False):
-        raise StudyError(
+        raise StudyConflict(
             f"the database already has a study named {name!r} that was not made by `hpo launch`, with trials or an "
             "objective of its own; choose another [study] name"
         )
     return study_id
 
 
-def _begin(storage: TrialStorage, leases: Leases, study_id: int, plan: Plan) -> None:
+def _begin(storage: TrialStorage, leases: Leases, study_id: int, plan: Plan, owner: str | None) -> None:
     """Queue the first trials, then store the plan, which opens the study to workers.
 
     A launch that died in between left BEGUN on the study: what it had queued is not queued again.
@@ -224,7 +226,7 @@ def _begin(storage: TrialStorage, leases: Leases, study_id: int, plan: Plan) -> 
     _enqueue(storage, study_id, plan)
     study = plan.config.study
     terms = Terms(study.trials, study.timeout_s, study.lease_s, max_attempts=study.attempts, resolution=plan.resolution)
-    leases.open_study(study_id, terms, plan.to_json())
+    leases.open_study(study_id, terms, plan.to_json(), owner)
 
 
 def _publish(store: ArtifactStore, key: str | None, part: Sequences | None) -> None:

@@ -32,6 +32,14 @@ class StudyError(StudyFault):
     """The study does not exist, or the study file contradicts it."""
 
 
+class MissingStudy(StudyError):
+    """There is no study of that name, or none that `hpo launch` made."""
+
+
+class StudyConflict(StudyError):
+    """A study of that name is there already, and is another one."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """All that a worker must know of a study. Written once, when the study is created."""
@@ -277,7 +285,7 @@ def check_same(stored: Plan, plan: Plan) -> None:
         if getattr(stored, name) != getattr(plan, name):
             lines.append(f"data.{name}: the content of the file differs from the one that the study began with")
     if lines:
-        raise StudyError(
+        raise StudyConflict(
             f"the study file contradicts the study {stored.config.study.name!r} in the database:\n  "
             + "\n  ".join(lines)
             + "\nchange it back, choose another [study] name, or `hpo delete` the study"

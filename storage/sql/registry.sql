@@ -61,11 +61,24 @@ WHERE name = %(name)s AND (version::text = %(wanted)s OR EXISTS (SELECT FROM hpo
     WHERE a.name = m.name AND a.version = m.version AND a.alias = %(wanted)s))
 ON CONFLICT (name, alias) DO UPDATE SET version = excluded.version
 
+-- name: drop_alias
+-- Let an alias name nothing.
+-- types: name text, alias text
+DELETE FROM hpo.aliases WHERE name = %(name)s AND alias = %(alias)s RETURNING version
+
+-- name: alias_changes
+-- Which versions the aliases of a name have named, the newest first.
+-- types: name text
+SELECT alias, version, changed_at FROM hpo.alias_changes WHERE name = %(name)s ORDER BY change DESC
+
 -- name: delete_versions
--- Remove versions, each known by its number and the time at which it was made, as numbers may be given again.
+-- Remove versions, each known by its number and the time at which it was made, as numbers may be given again; none that
+-- an alias names, but for "latest".
 -- types: name text, versions int[], created timestamptz[]
 DELETE FROM hpo.models m USING unnest(%(versions)s::int[], %(created)s::timestamptz[]) AS d (version, created_at)
 WHERE m.name = %(name)s AND m.version = d.version AND m.created_at = d.created_at
+    AND NOT EXISTS (SELECT FROM hpo.aliases a
+        WHERE a.name = m.name AND a.version = m.version AND a.alias <> 'latest')
 
 -- name: latest_is_newest
 -- Let "latest" name the newest version that is left.

@@ -2,16 +2,16 @@
 
 -- fragment: terms
 SELECT study_id, study_name, config, budget, started, timeout_s, opened_at, {elapsed}, lease_s, stall_s, max_attempts,
-    status, promoter, promoter_expires_at, promoted_version, {out_of_time}, resolution, store_key
+    status, promoter, promoter_expires_at, promoted_version, {out_of_time}, resolution, store_key, owner
 FROM hpo.terms JOIN studies USING (study_id)
 
 -- name: open_study
 -- Store the terms of a study, unless it has some.
 -- types: study int, config jsonb, budget int, timeout_s float8, lease_s float8, stall_s float8, max_attempts int,
---     resolution float8
-INSERT INTO hpo.terms (study_id, config, budget, timeout_s, lease_s, stall_s, max_attempts, resolution, store_key)
+--     resolution float8, owner text
+INSERT INTO hpo.terms (study_id, config, budget, timeout_s, lease_s, stall_s, max_attempts, resolution, owner, store_key)
 SELECT study_id, %(config)s, %(budget)s, %(timeout_s)s, %(lease_s)s, %(stall_s)s, %(max_attempts)s, %(resolution)s,
-    study_id || '_' || left(replace(gen_random_uuid()::text, '-', ''), 12)
+    %(owner)s, study_id || '_' || left(replace(gen_random_uuid()::text, '-', ''), 12)
 FROM studies WHERE study_id = %(study)s ON CONFLICT DO NOTHING
 
 -- name: study_terms
@@ -111,7 +111,7 @@ SELECT s.study_id, n.study_name, s.status, s.budget, s.started, CASE WHEN timeou
         AND w.seen_at > hpo.clock() - s.lease_s * interval '1 s' GROUP BY host, device) p),
     least(r.n, %(recent)s) * 3600.0::float8
         / nullif(extract(epoch FROM e.ended - CASE WHEN r.n > %(recent)s THEN r.since ELSE e.started END)::float8, 0),
-    e.started, e.ended, s.config #>> '{config,study,metric}'
+    e.started, e.ended, s.config #>> '{config,study,metric}', s.owner
 FROM hpo.terms s JOIN studies n USING (study_id)
     JOIN study_directions d ON d.study_id = s.study_id AND d.objective = 0
     CROSS JOIN LATERAL (SELECT min(t.datetime_start AT TIME ZONE 'UTC') AS started, max(l.ended_at) AS ended

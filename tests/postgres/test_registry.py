@@ -138,15 +138,67 @@ def test_what_breaks_a_rule_is_refused(registry: Registry) -> None:
 def test_deleting_a_version_moves_latest_and_returns_the_keys_that_nobody_needs(registry: Registry) -> None:
     for trial in (1, 2, 3):
         promote(registry, trial=trial, artifacts={"model": f"key-{trial}", "data": "shared"})
-    registry.set_alias("power", "champion", 3)
-    assert registry.delete("power", "champion") == ["key-3"]
+    assert registry.delete("power", 3) == ["key-3"]
     assert registry.get("power").version == 2
-    with pytest.raises(RegistryError, match="no version or alias 'champion'"):
-        registry.get("power", "champion")
+    with pytest.raises(RegistryError, match="no version or alias '3'"):
+        registry.get("power", 3)
     assert registry.delete("power") == ["key-1", "key-2", "shared"]
     assert registry.models() == []
     with pytest.raises(RegistryError, match="no model is named 'power'"):
         registry.delete("power")
+
+
+def test_a_version_that_an_alias_names_cannot_be_deleted(registry: Registry) -> None:
+    for trial in (1, 2, 3):
+        promote(registry, trial=trial)
+    registry.set_alias("power", "champion", 1)
+    for version in (1, "champion", None):
+        with pytest.raises(RegistryError, match="version 1 of 'power' is what champion names: let that name another"):
+            registry.delete("power", version)
+    assert len(registry.models()) == 3
+    registry.drop_alias("power", "champion")
+    with pytest.raises(RegistryError, match="no version or alias 'champion'"):
+        registry.drop_alias("power", "champion")
+    with pytest.raises(RegistryError, match='"latest" names the version that the name alone means, and stays'):
+        registry.drop_alias("power", "latest")
+    assert registry.delete("power", 1) == ["key-1"]
+
+
+def test_an_alias_that_is_set_while_its_version_is_deleted_keeps_it(
+    registry: Registry, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for trial in (1, 2):
+        promote(registry, trial=trial)
+    looked = registry._chosen
+
+    def then_named(*given: Any) -> ModelVersion:
+        found = looked(*given)
+        Registry(database_url).set_alias("power", "champion", 1)
+        return found
+
+    monkeypatch.setattr(registry, "_chosen", then_named)
+    with pytest.raises(RegistryError, match="is what champion names"):
+        registry.delete("power", 1)
+    assert [model.version for model in registry.models()] == [1, 2]
+
+
+def test_the_history_of_aliases_is_kept(registry: Registry) -> None:
+    for trial in (1, 2):
+        promote(registry, trial=trial)
+    registry.set_alias("power", "champion", 1)
+    registry.set_alias("power", "champion", 1)
+    registry.set_alias("power", "champion", 2)
+    registry.drop_alias("power", "champion")
+    registry.delete("power")
+    found = [(change.alias, change.version) for change in registry.alias_changes("power")]
+    assert found == [
+        ("latest", None),
+        ("champion", None),
+        ("champion", 2),
+        ("champion", 1),
+        ("latest", 2),
+        ("latest", 1),
+    ]
 
 
 def test_a_published_folder_comes_back_whole(store: ArtifactStore, bundle: Path, tmp_path: Path) -> None:

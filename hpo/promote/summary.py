@@ -1,0 +1,64 @@
+"""What a study that is over has brought."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from hpo.errors import StudyFault
+from hpo.storage.registry import Registry
+from hpo.study.lifecycle import OpenStudy
+from hpo.study.record import failure_of
+
+
+class NoModel(StudyFault):
+    """The study has no model: none of its trials completed, or it is not over yet."""
+
+
+def summary_of(study: OpenStudy) -> dict[str, Any]:
+    """Its trials, its best one and the promoted model with its scores; JSON-able. Raises NoModel."""
+    state, row = study.leases.snapshot(study.study_id), study.leases.study(study.study_id)
+    out_of_time = row is not None and row.out_of_time
+    if state.promoted_version is None:
+        timeout_s = row.timeout_s if row is not None and out_of_time else None
+        raise NoModel(no_model(study.name, _failures(study), timeout_s))
+    registry = Registry(study.storage.connection)
+    model = registry.get(study.name, state.promoted_version)
+    scores = model.scores
+    best = state.best if state.best is not None and state.best.number == model.trial_number else None
+    return {
+        "study": study.name,
+        "metric": scores["metric"],
+        "ended_by": "budget" if state.started >= state.budget else "timeout" if out_of_time else "exhausted space",
+        "trials": {name: state.counts.get(name, 0) for name in ("complete", "pruned", "failed")},
+        "best": {
+            "number": model.trial_number,
+            "value": scores["value"],
+            "params": model.config["params"],
+        },
+        "best_why": None if best is None else best.why,
+        "model": {
+            "name": model.name,
+            "version": model.version,
+            "default": registry.get(study.name).version,
+        },
+        "validation": scores["validation"],
+        "test": scores.get("test"),
+        "sequences": scores.get("sequences"),
+        "positive": study.plan.classes[1] if len(study.plan.classes) == 2 else None,
+        "test_looks": scores.get("test_looks"),
+        "undefined": scores.get("undefined"),
+    }
+
+
+def _failures(study: OpenStudy) -> list[str]:
+    trials = study.storage.get_all_trials(study.study_id, deepcopy=False)
+    return [reason for trial in trials if (reason := failure_of(trial)) is not None]
+
+
+def no_model(name: str, failures: Sequence[str], timeout_s: float | None) -> str:
+    """Why a study ended without a model. timeout_s: its wall-clock budget, where that ran out."""
+    reason = f"; the first of {len(failures)} failures: {failures[0]}" if failures else ""
+    if timeout_s is not None:
+        reason += f"; its study.timeout of {timeout_s:g} s ran out: give it more and launch it again"
+    return f"study {name!r} ended without a completed trial{reason}"

@@ -1,0 +1,105 @@
+"""Data files: checked when they arrive, stored by their content."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http import HTTPStatus
+from typing import Annotated, Any
+
+import numpy as np
+from anyio.to_thread import run_sync
+from fastapi import APIRouter, Query, Request
+
+from hpo.models.data.readers import read
+from hpo.models.data.sequences import DataError, Sequences
+from hpo.service.access import Column, Reader, Submitter, Uses
+from hpo.service.body import FILE_BODY, Received, received_file
+from hpo.service.problems import Problem
+from hpo.service.schemas import DataFile, StoredData
+from hpo.storage.keys import UPLOAD, upload_key
+
+log = logging.getLogger("hpo")
+router = APIRouter(prefix="/v1/data", tags=["data"])
+
+
+@router.post("", status_code=HTTPStatus.CREATED, openapi_extra=FILE_BODY)
+async def upload(
+    request: Request,
+    token: Submitter,
+    backend: Uses,
+    label: Column = "label",
+    id: Column = "id",
+    step: Column = "step",
+    group: Column = "group",
+) -> DataFile:
+    """Store a data file of any format that is read: npz, csv, tsv, parquet, ts; label, id, step and group name columns.
+
+    The same content has the same key, however often it is sent.
+    """
+    async with received_file(request) as file:
+        columns = {"label": label, "id": id, "step": step, "group": group}
+        found, warnings = await run_sync(_checked, file, columns)
+        key = upload_key(file.sha256, file.name)
+        if not await run_sync(backend.store.exists, key):
+            await run_sync(backend.store.put, key, file.path)
+    counts = [] if found.labels is None else np.bincount(found.labels, minlength=len(found.classes)).tolist()
+    return DataFile(
+        key=key,
+        sequences=found.n,
+        steps=found.steps,
+        features=list(found.features),
+        classes=dict(zip(found.classes, counts, strict=bool(counts))),
+        groups=None if found.groups is None else len(found.group_names),
+        filled=found.filled,
+        warnings=warnings,
+    )
+
+
+@router.get("")
+def known(token: Reader, backend: Uses, sha256: Annotated[str, Query(pattern="^[0-9a-f]{64}$")]) -> list[StoredData]:
+    """The stored data files of that content: none has to be sent twice."""
+    return [StoredData(key=key) for key in backend.store.keys(upload_key(sha256, ""))]
+
+
+@router.get("/{key}")
+def stored(key: str, token: Reader, backend: Uses) -> StoredData:
+    """Whether the store has a data file: nothing has to be sent twice."""
+    if not UPLOAD.fullmatch(key) or not backend.store.exists(key):
+        raise Problem(HTTPStatus.NOT_FOUND, f"there is no data file {key!r}: POST /v1/data stores one")
+    return StoredData(key=key)
+
+
+def _checked(file: Received, columns: dict[str, Any]) -> tuple[Sequences, list[str]]:
+    """What a file holds, and what its reader warns of. Raises DataError, which names the file as its sender does."""
+    with _warnings() as warnings:
+        try:
+            found = read(file.path, **columns)
+        except DataError as error:
+            raise DataError(_as_sent(str(error), file)) from None
+    return found, [_as_sent(text, file) for text in warnings]
+
+
+def _as_sent(text: str, file: Received) -> str:
+    return text.replace(str(file.path), file.name)
+
+
+@contextmanager
+def _warnings() -> Iterator[list[str]]:
+    """What this thread logs as warnings while the block runs."""
+    found: list[str] = []
+    thread = threading.get_ident()
+
+    class Kept(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.thread == thread and record.levelno >= logging.WARNING:
+                found.append(record.getMessage())
+
+    handler = Kept()
+    log.addHandler(handler)
+    try:
+        yield found
+    finally:
+        log.removeHandler(handler)

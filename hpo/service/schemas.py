@@ -1,0 +1,105 @@
+"""What goes over the wire. Imports neither torch nor Optuna, so that a client starts at once."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+from pydantic import BaseModel
+
+
+class DataFile(BaseModel):
+    """A stored data file, and what was read from it."""
+
+    key: str  # what a study file names as [data] train or test
+    sequences: int
+    steps: int
+    features: list[str]
+    classes: dict[str, int]  # sequences of each
+    groups: int | None
+    filled: int  # missing values
+    warnings: list[str]
+
+
+class StoredData(BaseModel):
+    """A data file that the store has."""
+
+    key: str
+
+
+class Best(BaseModel):
+    """The best of a study's trials."""
+
+    number: int
+    value: float
+
+
+class Study(BaseModel):
+    """A study at one moment."""
+
+    name: str
+    status: str  # open | stopped | exhausted | finished
+    owner: str | None
+    metric: str | None
+    trials: dict[str, int]  # by state
+    budget: int
+    best: Best | None
+    version: int | None  # of its promoted model
+    workers: int
+    per_hour: float | None
+    seconds_left: float | None  # of its timeout
+
+
+class Trial(BaseModel):
+    """A trial and its parameters."""
+
+    number: int
+    state: str
+    value: float | None
+    params: dict[str, Any]
+    started: datetime | None
+    ended: datetime | None
+    failure: str | None
+
+
+class Trials(BaseModel):
+    """A page of a study's trials, by number."""
+
+    total: int
+    trials: list[Trial]
+
+
+class Budget(BaseModel):
+    """What a study may go on with."""
+
+    trials: int | None = None
+
+
+class Model(BaseModel):
+    """A promoted version."""
+
+    name: str
+    version: int
+    aliases: list[str]  # the name alone means `latest`
+    study: str | None
+    trial: int | None
+    created: datetime
+    scores: dict[str, Any]  # metric, value, validation, test, intervals of the test part's (95 %), sequences of each, …
+    params: dict[str, Any]
+
+
+class Prediction(BaseModel):
+    """What a model says of sequences."""
+
+    model: str
+    version: int
+    classes: list[str]
+    ids: list[str]
+    labels: list[str]
+    probabilities: list[list[float]]
+
+
+class Alias(BaseModel):
+    """The version that an alias is to name."""
+
+    version: int

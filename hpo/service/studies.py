@@ -1,0 +1,346 @@
+"""Studies: submitted once however often that is repeated, watched, stopped, promoted, removed."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import tomllib
+from collections.abc import AsyncIterator, Mapping
+from http import HTTPStatus
+from typing import Annotated, Any
+
+from anyio.to_thread import run_sync
+from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi.responses import StreamingResponse
+from optuna.trial import FrozenTrial
+
+from hpo.promote.promotion import promote_trial
+from hpo.promote.summary import summary_of
+from hpo.service.access import Reader, Submitter, Uses, check_owner
+from hpo.service.backend import Backend, Database
+from hpo.service.models import model_of
+from hpo.service.problems import Problem
+from hpo.service.schemas import Best, Budget, Model, Study, Trial, Trials
+from hpo.storage.access import Token
+from hpo.storage.errors import MissingRecord
+from hpo.storage.keys import UPLOAD, uploaded_name
+from hpo.storage.snapshot import Snapshot
+from hpo.study.config import StudyConfig, config_of, default_name
+from hpo.study.lifecycle import create_or_open, delete_study, open_study, snapshots, study_id_of
+from hpo.study.plan import StudyConflict
+from hpo.study.record import FAILURE
+
+router = APIRouter(prefix="/v1/studies", tags=["studies"])
+LOOK_S = 0.5  # between two looks at a study whose events are followed
+Key = Annotated[str | None, Header(alias="Idempotency-Key", min_length=1, max_length=200)]
+
+STUDY_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/toml": {
+                "schema": {"type": "string"},
+                "example": '[study]\ntrials = 40\n\n[data]\ntrain = "KEY OF POST /v1/data"\n',
+            },
+            "application/json": {
+                "schema": {"type": "object"},
+                "example": {"study": {"trials": 40}, "data": {"train": "KEY OF POST /v1/data"}},
+            },
+        },
+    }
+}
+
+
+@router.post("", status_code=HTTPStatus.CREATED, openapi_extra=STUDY_BODY, responses={200: {"model": Study}})
+async def submit(
+    request: Request, response: Response, token: Submitter, backend: Uses, idempotency_key: Key = None
+) -> Study:
+    """Open a study for the workers: a study file as TOML or JSON, whose [data] names keys of stored data files.
+
+    Repeated with the same Idempotency-Key, or unchanged, it is the same study (200). Another study of that name is a
+    conflict (409), with the differences.
+    """
+    tables = _tables(request.headers.get("content-type", ""), await request.body())
+    study, created = await run_sync(_submit, backend, token, tables, idempotency_key)
+    response.status_code = HTTPStatus.CREATED if created else HTTPStatus.OK
+    response.headers["Location"] = f"/v1/studies/{study.name}"
+    return study
+
+
+@router.get("")
+def studies(
+    token: Reader,
+    backend: Uses,
+    offset: Annotated[int, Query(ge=0, le=10**6)] = 0,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+) -> list[Study]:
+    """Studies, the newest first."""
+    with backend.database() as database:
+        rows = database.leases.studies()[::-1][offset : offset + limit]
+        found = []
+        for row in rows:
+            try:
+                found.append(_study(database.leases.snapshot(row.study_id)))
+            except MissingRecord:  # deleted since
+                continue
+        return found
+
+
+@router.get("/{name}")
+def study(name: str, token: Reader, backend: Uses) -> Study:
+    """One study."""
+    with backend.database() as database:
+        return _state(database, name)
+
+
+@router.get("/{name}/summary")
+def summary(name: str, token: Reader, backend: Uses) -> dict[str, Any]:
+    """What a study that is over has brought: its best trial, the promoted model and its scores (409 before)."""
+    with backend.database() as database:
+        return summary_of(open_study(name, database.storage))
+
+
+@router.get("/{name}/trials")
+def trials(
+    name: str,
+    token: Reader,
+    backend: Uses,
+    offset: Annotated[int, Query(ge=0, le=10**9)] = 0,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+) -> Trials:
+    """A study's trials, by number."""
+    with backend.database() as database:
+        found = database.storage.get_all_trials(study_id_of(database.storage, name), deepcopy=False)
+        return Trials(total=len(found), trials=[_trial(each) for each in found[offset : offset + limit]])
+
+
+@router.get("/{name}/trials/{number}")
+def trial(name: str, number: int, token: Reader, backend: Uses) -> Trial:
+    """One trial."""
+    with backend.database() as database:
+        found = database.storage.get_all_trials(study_id_of(database.storage, name), deepcopy=False)
+    if not 0 <= number < len(found):
+        raise Problem(HTTPStatus.NOT_FOUND, f"study {name!r} has trials 0 to {len(found) - 1}, not {number}")
+    return _trial(found[number])
+
+
+@router.get(
+    "/{name}/events",
+    response_class=StreamingResponse,
+    responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+)
+async def events(
+    name: str,
+    request: Request,
+    token: Reader,
+    backend: Uses,
+    last_event_id: Annotated[str | None, Header(alias="Last-Event-ID")] = None,
+) -> StreamingResponse:
+    """Server-sent events: `progress` whenever a trial begins or ends, `end` when the study is over.
+
+    Each has the study as its data. After a lost connection, Last-Event-ID leaves out what was seen.
+    """
+    await run_sync(_named, backend, name)  # 404 now, not in the middle of the stream
+    return StreamingResponse(_events(backend, name, request, last_event_id), media_type="text/event-stream")
+
+
+@router.post("/{name}/stop")
+def stop(name: str, token: Submitter, backend: Uses) -> Study:
+    """End a study for all its workers; `resume` goes on with it."""
+    with backend.database() as database:
+        database.leases.stop(_owned(database, token, name))
+        database.access.note(token, "study.stop", name)
+        return _state(database, name)
+
+
+@router.post("/{name}/resume")
+def resume(name: str, token: Submitter, backend: Uses, budget: Budget | None = None) -> Study:
+    """Go on with a study that was stopped, or with more trials."""
+    with backend.database() as database:
+        study_id, wanted = _owned(database, token, name), None if budget is None else budget.trials
+        database.leases.reopen(study_id, trials=wanted)
+        database.access.note(token, "study.resume", name, {"trials": wanted})
+        return _state(database, name)
+
+
+@router.post("/{name}/promote", status_code=HTTPStatus.CREATED)
+def promote(
+    name: str, token: Submitter, backend: Uses, trial: Annotated[int | None, Query(ge=0)] = None, default: bool = False
+) -> Model:
+    """Make a trial's model a new version: the best one's without `trial`. `default`: the name alone means it."""
+    with backend.database() as database:
+        _owned(database, token, name)
+        found = promote_trial(database.storage, name, trial, as_default=default)
+        database.access.note(token, "study.promote", name, {"trial": found.trial_number, "version": found.version})
+        return model_of(found)
+
+
+@router.delete("/{name}", status_code=HTTPStatus.NO_CONTENT)
+def delete(name: str, token: Submitter, backend: Uses) -> None:
+    """Remove a study with its trials and checkpoints. Promoted models stay."""
+    with backend.database() as database:
+        _owned(database, token, name)
+        delete_study(database.storage, backend.store, name)
+        database.access.note(token, "study.delete", name)
+
+
+# ------------------------------------------------------------------------------------------------------- submitting
+
+
+def _tables(content_type: str, body: bytes) -> dict[str, Any]:
+    """The study file's tables. Raises Problem for what is neither TOML nor JSON."""
+    kind = content_type.partition(";")[0].strip().lower()
+    try:
+        if kind == "application/json":
+            found = json.loads(body, parse_constant=_no_number)
+        elif kind in ("", "application/toml", "text/plain", "application/x-www-form-urlencoded"):  # curl's own
+            found = tomllib.loads(body.decode("utf-8-sig"))
+        else:
+            reason = f"a study file is sent as application/toml or application/json, got {kind!r}"
+            raise Problem(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, reason)
+    except (ValueError, RecursionError) as error:
+        form = "JSON" if kind == "application/json" else "TOML"
+        raise Problem(HTTPStatus.BAD_REQUEST, f"the study file is not valid {form}: {error}") from None
+    if not isinstance(found, dict):
+        raise Problem(HTTPStatus.BAD_REQUEST, "a study file is tables: [study], [data], [train], [space]")
+    return found
+
+
+def _no_number(text: str) -> Any:
+    raise ValueError(f"{text} is no number in JSON")
+
+
+def _submit(backend: Backend, token: Token, tables: dict[str, Any], key: str | None) -> tuple[Study, bool]:
+    """The study, and whether this has made it."""
+    config = _config(backend, tables)
+    name = config.study.name
+    with backend.database() as database:
+        if key is not None:
+            database.access.claim(token.owner, key, name, _digest(tables))
+        known = _known(database, name)
+        if known is not None:
+            _check_clash(database, token, known, name)
+        opened = create_or_open(config, database.storage, backend.store, owner=token.owner)
+        _check_clash(database, token, opened.study_id, name)  # whoever was first
+        database.access.note(token, "study.submit", name, {"trials": config.study.trials})
+        return _state(database, name), known is None
+
+
+def _config(backend: Backend, tables: dict[str, Any]) -> StudyConfig:
+    """The configuration whose data files lie on this machine. Raises ConfigError, and Problem for other data."""
+    data = tables.get("data")
+    if not isinstance(data, Mapping):
+        raise Problem(HTTPStatus.UNPROCESSABLE_ENTITY, "a study needs [data] train, a key that POST /v1/data gave")
+    for name in ("train", "test"):
+        key = data.get(name)
+        if key is None and name == "test":
+            continue
+        if not isinstance(key, str) or not UPLOAD.fullmatch(key) or not backend.store.exists(key):
+            reason = (
+                f"data.{name} must be a key that POST /v1/data gave, and whose file is there, got {str(key)[:200]!r}"
+            )
+            raise Problem(HTTPStatus.UNPROCESSABLE_ENTITY, reason)
+        folder = backend.upload(key).parent
+    study = tables.get("study", {})
+    if isinstance(study, dict):
+        tables = {**tables, "study": {"name": default_name(uploaded_name(data["train"])), **study}}
+    return config_of(tables, folder / "the study file")
+
+
+def _digest(tables: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(tables, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _known(database: Database, name: str) -> int | None:
+    """The id of a study that `hpo` has made under that name."""
+    try:
+        study_id = database.storage.get_study_id_from_name(name)
+    except MissingRecord:
+        return None
+    return None if database.leases.study(study_id) is None else study_id
+
+
+def _check_clash(database: Database, token: Token, study_id: int, name: str) -> None:
+    """Raise StudyConflict where the study of that name is another owner's: names are of the database, as workers,
+    models and displays know a study by its name alone."""
+    owner = database.access.owner_of(study_id)
+    if owner != token.owner and not token.may("admin"):
+        whose = "was not submitted through the service" if owner is None else f"is {owner}'s"
+        raise StudyConflict(f"a study named {name!r} is there already and {whose}; choose another [study] name")
+
+
+# ---------------------------------------------------------------------------------------------------------- reading
+
+
+def _owned(database: Database, token: Token, name: str) -> int:
+    """The id of a study that the token's holder may change. Raises MissingStudy, and Problem for another's."""
+    study_id = study_id_of(database.storage, name)
+    check_owner(token, database.access.owner_of(study_id), f"study {name!r}")
+    return study_id
+
+
+def _state(database: Database, name: str) -> Study:
+    (found,) = snapshots(database.storage, database.leases, name)
+    return _study(found)
+
+
+def _named(backend: Backend, name: str) -> Study:
+    with backend.database() as database:
+        return _state(database, name)
+
+
+def _study(state: Snapshot) -> Study:
+    return Study(
+        name=state.name,
+        status=state.status,
+        owner=state.owner,
+        metric=state.metric,
+        trials=dict(state.counts),
+        budget=state.budget,
+        best=None if state.best is None else Best(number=state.best.number, value=state.best.value),
+        version=state.promoted_version,
+        workers=state.workers,
+        per_hour=state.rate_per_hour,
+        seconds_left=state.seconds_left,
+    )
+
+
+def _trial(found: FrozenTrial) -> Trial:
+    return Trial(
+        number=found.number,
+        state=found.state.name.lower(),
+        value=found.values[0] if found.values else None,
+        params=dict(found.user_attrs.get("params", found.params)),
+        started=found.datetime_start,
+        ended=found.datetime_complete,
+        failure=found.user_attrs.get(FAILURE),
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------- events
+
+
+async def _events(backend: Backend, name: str, request: Request, seen: str | None) -> AsyncIterator[str]:
+    """The study whenever it has changed; its state is the event's id, so that no process has to remember any."""
+    while not await request.is_disconnected():
+        try:
+            found = await run_sync(_named, backend, name)
+        except Exception as error:  # deleted, or the database is away: the client comes again, and is told
+            yield f"event: error\ndata: {json.dumps(str(error))}\n\n"
+            return
+        over = found.status in ("finished", "stopped")
+        now = _event_id(found)
+        if now != seen or over:
+            yield f"id: {now}\nevent: {'end' if over else 'progress'}\ndata: {found.model_dump_json()}\n\n"
+            seen = now
+        if over:
+            return
+        await asyncio.sleep(LOOK_S)
+
+
+def _event_id(found: Study) -> str:
+    counts = "-".join(
+        str(found.trials.get(state, 0)) for state in ("running", "complete", "pruned", "failed", "waiting")
+    )
+    return f"{found.status}-{counts}-{found.version or 0}"

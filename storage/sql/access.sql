@@ -1,0 +1,60 @@
+-- Who may use the service, and what they did.
+
+-- fragment: active
+revoked_at IS NULL AND coalesce(expires_at > hpo.clock(), true)
+
+-- fragment: token
+token_id, role, owner, created_at, expires_at, revoked_at, {active}
+
+-- name: add_token
+-- Let somebody in.
+-- types: token text, digest bytea, role text, owner text, lifetime_s float8
+INSERT INTO hpo.tokens (token_id, digest, role, owner, created_at, expires_at)
+VALUES (%(token)s, %(digest)s, %(role)s, %(owner)s, hpo.clock(), hpo.clock() + %(lifetime_s)s * interval '1 s')
+ON CONFLICT DO NOTHING
+
+-- name: tokens
+-- Every token, oldest first.
+SELECT {token} FROM hpo.tokens ORDER BY created_at, token_id
+
+-- name: token_digest
+-- The digest of a token's secret, and the token, while it opens the door.
+-- prepared: token text
+SELECT digest, {token} FROM hpo.tokens WHERE token_id = %(token)s AND {active}
+
+-- name: revoke_token
+-- From now on it opens nothing.
+-- types: token text
+UPDATE hpo.tokens SET revoked_at = coalesce(revoked_at, hpo.clock()) WHERE token_id = %(token)s
+
+-- name: note_action
+-- Keep who did what.
+-- types: owner text, token text, action text, subject text, detail jsonb
+INSERT INTO hpo.audit (happened_at, owner, token_id, action, subject, detail)
+VALUES (hpo.clock(), %(owner)s, %(token)s, %(action)s, %(subject)s, %(detail)s)
+
+-- name: actions
+-- What was done, the newest first.
+-- types: subject text, most int
+SELECT happened_at, owner, token_id, action, subject, detail FROM hpo.audit
+WHERE subject = coalesce(%(subject)s, subject) ORDER BY entry DESC LIMIT %(most)s
+
+-- name: claim_submission
+-- Let a key of an owner mean a study, unless it means one already.
+-- types: owner text, key text, study_name text, digest text
+INSERT INTO hpo.submissions (owner, idempotency_key, study_name, digest, submitted_at)
+VALUES (%(owner)s, %(key)s, %(study_name)s, %(digest)s, hpo.clock()) ON CONFLICT DO NOTHING
+
+-- name: submission
+-- What a key of an owner means.
+-- types: owner text, key text
+SELECT study_name, digest FROM hpo.submissions WHERE owner = %(owner)s AND idempotency_key = %(key)s
+
+-- name: forget_old_submissions
+-- Forget the keys of a month ago.
+DELETE FROM hpo.submissions WHERE submitted_at < hpo.clock() - interval '30 days'
+
+-- name: study_owner
+-- Who submitted a study; NULL: nobody through the service.
+-- types: study int
+SELECT owner FROM hpo.terms WHERE study_id = %(study)s

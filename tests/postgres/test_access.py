@@ -1,0 +1,129 @@
+"""Tokens, the audit, and what a repeated submission means, on a real Postgres."""
+
+from __future__ import annotations
+
+import re
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import psycopg2
+import pytest
+from optuna.study import StudyDirection
+
+from hpo.storage.access import ROLES, TOKEN, Access, AccessError, SubmissionConflict
+from hpo.storage.leases import Leases
+from hpo.storage.masking import mask
+from hpo.storage.terms import Terms
+from hpo.storage.trials import TrialStorage
+
+
+@pytest.fixture
+def access(database_url: str) -> Access:
+    return Access(database_url)
+
+
+class TestTokens:
+    def test_open_the_door_for_their_holder(self, access: Access) -> None:
+        token, text = access.create("submit", "ada@example.org")
+        assert (token.role, token.owner, token.expires_at, token.active) == ("submit", "ada@example.org", None, True)
+        assert access.holder(text) == token
+        assert access.tokens() == [token]
+
+    def test_nothing_else_does(self, access: Access) -> None:
+        token, text = access.create("admin", "ada")
+        _, other = access.create("read", "bob")
+        swapped = f"hpo_{token.token_id}_{other.split('_', 2)[2]}"
+        unknown = f"hpo_{'0' * 12}_{text.split('_', 2)[2]}"
+        for wrong in ("", "hpo", text[:-1], text + "a", text.upper(), f" {text}", swapped, unknown, "é" * 60, "\0"):
+            assert access.holder(wrong) is None
+
+    def test_roles_include_those_below(self, access: Access) -> None:
+        may = {role: [wanted for wanted in ROLES if access.create(role, "ada")[0].may(wanted)] for role in ROLES}
+        assert may == {"read": ["read"], "submit": ["read", "submit"], "admin": ["read", "submit", "admin"]}
+
+    def test_expire(self, access: Access) -> None:
+        token, text = access.create("read", "ada", lifetime_s=0.05)
+        assert token.expires_at is not None
+        time.sleep(0.1)
+        assert access.holder(text) is None
+        assert not access.tokens()[0].active
+
+    def test_are_revoked_for_good(self, access: Access) -> None:
+        token, text = access.create("read", "ada")
+        revoked = access.revoke(token.token_id)
+        assert revoked.revoked_at is not None
+        assert access.holder(text) is None
+        assert access.revoke(token.token_id) == revoked
+        with pytest.raises(AccessError, match=f"no token 'x'; known: {token.token_id}"):
+            access.revoke("x")
+
+    def test_are_refused_with_the_rule(self, access: Access) -> None:
+        with pytest.raises(AccessError, match="a role is one of read, submit, admin, got 'root'"):
+            access.create("root", "ada")
+        for owner in ("", "-ada", "a b", "a\n", "é", "a" * 101):
+            with pytest.raises(AccessError, match="an owner is 1 to 100 of"):
+                access.create("read", owner)
+        with pytest.raises(AccessError, match="expires after some time, got -1 s"):
+            access.create("read", "ada", -1)
+
+    def test_secrets_are_nowhere_in_the_database(self, access: Access, database_url: str) -> None:
+        _, text = access.create("read", "ada")
+        secret = text.split("_", 2)[2]
+        connection = psycopg2.connect(database_url.replace("+psycopg2", ""))
+        with connection, connection.cursor() as cursor:
+            cursor.execute("SELECT t::text FROM hpo.tokens t")
+            (row,) = cursor.fetchall()
+        connection.close()
+        assert secret not in row[0]
+        assert secret.encode().hex() not in row[0]
+
+    def test_are_masked_wherever_they_appear(self, access: Access) -> None:
+        _, text = access.create("read", "ada")
+        assert TOKEN.fullmatch(text)
+        for line in (f"Authorization: Bearer {text}", f"GET /?token={text}&a=1", f"'{text}'", f"x{text}"):
+            masked = mask(line)
+            assert text.split("_", 2)[2] not in masked
+            assert re.search(r"hpo_[0-9a-f]{12}_\*\*\*|\*\*\*", masked)
+
+
+class TestAudit:
+    def test_keeps_who_did_what_the_newest_first(self, access: Access) -> None:
+        ada, bob = access.create("submit", "ada")[0], access.create("admin", "bob")[0]
+        access.note(ada, "study.submit", "waves", {"trials": 6})
+        access.note(bob, "study.stop", "waves")
+        access.note(bob, "study.delete", "tides")
+        found = [(a.owner, a.token_id, a.action, a.subject, a.detail) for a in access.actions("waves")]
+        assert found == [
+            ("bob", bob.token_id, "study.stop", "waves", {}),
+            ("ada", ada.token_id, "study.submit", "waves", {"trials": 6}),
+        ]
+        assert [action.subject for action in access.actions(most=1)] == ["tides"]
+
+
+class TestSubmissions:
+    def test_a_key_means_one_submission(self, access: Access) -> None:
+        for _ in range(2):
+            access.claim("ada", "key", "waves", "digest")
+        access.claim("bob", "key", "tides", "other")
+        with pytest.raises(SubmissionConflict, match="'key' was used for another submission, of the study 'waves'"):
+            access.claim("ada", "key", "waves", "changed")
+
+    def test_of_many_at_once_one_is_the_first(self, database_url: str, access: Access) -> None:
+        def claim(digest: str) -> bool:
+            try:
+                Access(database_url).claim("ada", "key", "waves", digest)
+            except SubmissionConflict:
+                return False
+            return True
+
+        with ThreadPoolExecutor(8) as pool:
+            assert sum(pool.map(claim, map(str, range(8)))) == 1
+
+    def test_a_study_belongs_to_who_submitted_it_first(
+        self, access: Access, storage: TrialStorage, leases: Leases
+    ) -> None:
+        study_id = storage.create_new_study([StudyDirection.MAXIMIZE], "waves")
+        assert access.owner_of(study_id) is None
+        for owner in ("ada", "bob"):
+            assert leases.open_study(study_id, Terms(3), {}, owner).owner == "ada"
+        assert access.owner_of(study_id) == leases.snapshot(study_id).owner == "ada"
