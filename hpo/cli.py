@@ -29,6 +29,7 @@ from hpo.launcher.ray_import import ClusterError
 from hpo.models.machine import prepare_process
 from hpo.storage.interrupts import calls_end_with_a_signal
 from hpo.storage.masking import mask, mask_errors
+from hpo.study.checks import CheckError, duration
 
 if TYPE_CHECKING:
     from hpo.client import Client
@@ -540,8 +541,6 @@ def token_create(
     expires: Annotated[str | None, typer.Option(help="After which time, as in 90d; never without it.")] = None,
 ) -> None:
     """Make a token and print it; it cannot be shown again."""
-    from hpo.study.checks import CheckError, duration
-
     try:
         lifetime_s = None if expires is None else duration(expires)
     except CheckError as error:

@@ -151,8 +151,8 @@ class Registry:
         """Let an alias name nothing any more. Raises MissingModel where it names nothing."""
         if alias == LATEST:
             raise RegistryError(f'"{LATEST}" names the version that the name alone means, and stays')
-        if not self._connection.execute(_LOCK_MODEL, _DROP_ALIAS, given={"name": name, "alias": alias}):
-            self.get(name, alias)  # says what there is
+        self.get(name, alias)
+        self._connection.execute(_LOCK_MODEL, _DROP_ALIAS, given={"name": name, "alias": alias})
 
     def alias_changes(self, name: str) -> list[AliasChange]:
         """Which versions the aliases of a name have named, the newest change first."""

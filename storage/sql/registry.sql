@@ -64,7 +64,7 @@ ON CONFLICT (name, alias) DO UPDATE SET version = excluded.version
 -- name: drop_alias
 -- Let an alias name nothing.
 -- types: name text, alias text
-DELETE FROM hpo.aliases WHERE name = %(name)s AND alias = %(alias)s RETURNING version
+DELETE FROM hpo.aliases WHERE name = %(name)s AND alias = %(alias)s
 
 -- name: alias_changes
 -- Which versions the aliases of a name have named, the newest first.

@@ -50,7 +50,7 @@ ALTER TABLE hpo.terms ADD owner text; -- who submitted it through the service; N
 
 # Whoever changes an alias, the promotion of a better version included.
 HISTORY = """
-CREATE FUNCTION hpo.note_alias() RETURNS trigger LANGUAGE plpgsql SET search_path = pg_catalog AS $$
+CREATE FUNCTION hpo.note_alias() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog AS $$
 BEGIN
     IF TG_OP = 'DELETE' THEN
         INSERT INTO hpo.alias_changes (name, alias) VALUES (OLD.name, OLD.alias);
