@@ -234,7 +234,12 @@ def _artifacts() -> list[Finding]:
         same = store.get(key) == content
         store.delete(key)
     except ArtifactError as error:
-        return [Finding("artifacts", NO, f"{error}; HPO_ARTIFACTS names a folder, or s3://bucket/prefix, to write to")]
+        hint = (
+            ""
+            if "HPO_ARTIFACTS" in str(error)
+            else "; HPO_ARTIFACTS names a folder, or s3://bucket/prefix, to write to"
+        )
+        return [Finding("artifacts", NO, f"{error}{hint}")]
     if not same:
         return [
             Finding("artifacts", NO, f"{store.url} does not give back what was stored; set HPO_ARTIFACTS to another")

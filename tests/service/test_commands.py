@@ -8,13 +8,13 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import hpo
+from tests.conftest import wait_for
 from tests.service.conftest import Service
 
 pytestmark = pytest.mark.xdist_group("service-commands")
@@ -46,7 +46,8 @@ def test_the_main_job_from_another_machine(
         return done.stdout
 
     def work() -> None:
-        time.sleep(4)  # or it would find no study of that name
+        with service.client() as client:
+            wait_for(lambda: client.get("/v1/studies/waves").is_success)
         service.work("waves")
 
     worker = threading.Thread(target=work)
