@@ -79,12 +79,12 @@ def ray_environment(environment: dict[str, str]) -> dict[str, str]:
 def opened(
     study_file: Callable[..., Path], database_url: str, ray_environment: dict[str, str]
 ) -> Iterator[Callable[..., OpenStudy]]:
-    """opened(trials=…, epochs=…) makes the study "waves" without a pruner, its leases of 3 s."""
+    """opened(trials=…, epochs=…) makes the study "waves", whose trials run all their epochs, its leases of 3 s."""
     storage = trial_storage(database_url)
 
-    def make(trials: int, epochs: int, patience: int = 10) -> OpenStudy:
+    def make(trials: int, epochs: int) -> OpenStudy:
         file = study_file(trials=trials, epochs=epochs, study='pruner = "none"\nsampler = "random"\nlease = 3')
-        file.write_text(file.read_text().replace("[train]", f"[train]\npatience = {patience}"))
+        file.write_text(file.read_text().replace("[train]", "[train]\npatience = 0"))
         return create_or_open(load(file), storage, artifact_store(ray_environment["HPO_ARTIFACTS"]))
 
     yield make
@@ -210,7 +210,7 @@ def test_a_study_spreads_over_nodes_that_come_and_go(
 def test_the_next_launch_finds_the_workers_and_ctrl_c_ends_them(
     nodes: Any, opened: Callable[..., OpenStudy], launched: Launched, cli: Cli
 ) -> None:
-    study = opened(trials=3, epochs=20_000, patience=0)  # its trials do not end by themselves
+    study = opened(trials=3, epochs=20_000)  # its trials do not end by themselves
     command = ("--address", nodes.address, "--workers", 1, *PLACE)
     first = launched(*command)
     wait_for(lambda: len(at_work(study)) == 1, PATIENCE_S)
