@@ -19,9 +19,11 @@ def summary_of(study: OpenStudy) -> dict[str, Any]:
     """Its trials, its best one and the promoted model with its scores; JSON-able. Raises NoModel."""
     state, row = study.leases.snapshot(study.study_id), study.leases.study(study.study_id)
     out_of_time = row is not None and row.out_of_time
+    if state.status in ("open", "stopped"):
+        raise NoModel(f"study {study.name!r} is not over yet: it is {state.status}")
     if state.promoted_version is None:
         timeout_s = row.timeout_s if row is not None and out_of_time else None
-        raise NoModel(no_model(study.name, _failures(study), timeout_s))
+        raise NoModel(_no_model(study.name, _failures(study), timeout_s))
     registry = Registry(study.storage.connection)
     model = registry.get(study.name, state.promoted_version)
     scores = model.scores
@@ -56,7 +58,7 @@ def _failures(study: OpenStudy) -> list[str]:
     return [reason for trial in trials if (reason := failure_of(trial)) is not None]
 
 
-def no_model(name: str, failures: Sequence[str], timeout_s: float | None) -> str:
+def _no_model(name: str, failures: Sequence[str], timeout_s: float | None) -> str:
     """Why a study ended without a model. timeout_s: its wall-clock budget, where that ran out."""
     reason = f"; the first of {len(failures)} failures: {failures[0]}" if failures else ""
     if timeout_s is not None:

@@ -15,6 +15,7 @@ from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import StreamingResponse
 from optuna.trial import FrozenTrial
 
+from hpo.errors import HpoError
 from hpo.promote.promotion import promote_trial
 from hpo.promote.summary import summary_of
 from hpo.service.access import Reader, Submitter, Uses, check_owner
@@ -25,6 +26,7 @@ from hpo.service.schemas import Best, Budget, Model, Study, Trial, Trials
 from hpo.storage.access import Token
 from hpo.storage.errors import MissingRecord
 from hpo.storage.keys import UPLOAD, uploaded_name
+from hpo.storage.masking import mask
 from hpo.storage.snapshot import Snapshot
 from hpo.study.config import StudyConfig, config_of, default_name
 from hpo.study.lifecycle import create_or_open, delete_study, open_study, snapshots, study_id_of
@@ -326,8 +328,8 @@ async def _events(backend: Backend, name: str, request: Request, seen: str | Non
     while not await request.is_disconnected():
         try:
             found = await run_sync(_named, backend, name)
-        except Exception as error:  # deleted, or the database is away: the client comes again, and is told
-            yield f"event: error\ndata: {json.dumps(str(error))}\n\n"
+        except HpoError as error:  # deleted, or the database is away: the client comes again, and is told
+            yield f"event: error\ndata: {json.dumps(mask(str(error)))}\n\n"
             return
         over = found.status in ("finished", "stopped")
         now = _event_id(found)

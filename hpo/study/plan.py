@@ -55,7 +55,7 @@ class Plan:
     named: bool | None = None  # the features' names are the training file's own; None: an earlier version's plan
     rules: int = 1  # see RULES; plans of earlier versions do not say
     fill: tuple[float, ...] | None = None  # (F,) what a sequence is given that lacks the feature; None: 0
-    gaps: tuple[float, ...] | None = None  # (F,) share of missing values in the training file; None: not recorded
+    gaps: tuple[float, ...] | None = None  # (F,) share of missing values in the training part; None: not recorded
 
     @property
     def epsilon(self) -> float:

@@ -52,7 +52,7 @@ class BundleConfig:
     # the features' names are the training file's own; None: not recorded, so that x0, x1, … only number them
     named: bool | None = None
     fill: tuple[float, ...] | None = None  # (F,) what a sequence is given that lacks the feature throughout; None: 0
-    gaps: tuple[float, ...] | None = None  # (F,) share of missing values in the training file; None: not recorded
+    gaps: tuple[float, ...] | None = None  # (F,) share of missing values in the training part; None: not recorded
 
     def __post_init__(self) -> None:
         for what, names in (("classes", self.classes), ("features", self.features)):

@@ -19,9 +19,9 @@ def in_order(sequences: Sequences) -> Sequences:
     """The same sequences, ordered by what they hold: the shorter first, then by values, step by step, and by labels.
 
     Values are compared feature by feature in the order of `ranks`. The order is the same in another unit, and with an
-    offset. Groups are numbered in this order.
+    offset; for that a feature that a sequence lacks throughout counts as its mean. Groups are numbered in this order.
     """
-    order = _by_content(sequences)
+    order = _by_content(sequences.filled_with(sequences.means()))
     if (np.diff(order) > 0).all():
         return sequences
     found = sequences.take(order)

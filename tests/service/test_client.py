@@ -33,7 +33,7 @@ def test_the_main_job(client: Client, service: Service, waves: Path, task: Calla
     with pytest.raises(hpo.ServiceError, match=r"train\.epochs: stored 2, file 3") as conflict:
         client.submit(tmp_path / "waves.toml", ["train.epochs=3"])
     assert conflict.value.status == 409
-    with pytest.raises(hpo.ServiceError, match="ended without a completed trial"):
+    with pytest.raises(hpo.ServiceError, match="study 'waves' is not over yet: it is open"):
         client.summary("waves")
     worker = threading.Thread(target=service.work, args=("waves",))
     worker.start()

@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,12 +37,7 @@ CURVE = {"train_loss": [0.9, 0.5, 0.3], "value": [0.6, 0.9, 0.8], "log_loss": [0
 TOLERANCE = 2e-6  # float32 sums of some ten terms, in another order where the batch has another shape
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def weights(config: ClassifierConfig, seed: int = 0) -> dict[str, torch.Tensor]:
