@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -131,8 +131,7 @@ class Container:
             os.kill(running.first, signal.SIGTERM)
             require(process.wait(self.grace_s) == 0, f"{self.name} ended with {process.returncode}: {self.log}")
         finally:
-            process.kill()
-            process.wait()
+            end_all(process)
 
 
 class Running:
@@ -140,9 +139,8 @@ class Running:
 
     def __init__(self, container: Container, process: subprocess.Popen[bytes]) -> None:
         self.container, self.process = container, process
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-        wait_for(lambda: bool(children.read_text()), self)
-        self.first = int(children.read_text())  # number 1 of the container
+        wait_for(lambda: child_of(process) is not None, self)
+        self.first = child_of(process) or 0  # number 1 of the container
 
     def execute(self, *command: str) -> subprocess.CompletedProcess[str]:
         """A command in it, as `docker exec` and probes do."""
@@ -334,6 +332,20 @@ exec "$@" -c listen_addresses='*' -c unix_socket_directories=/tmp
 # -------------------------------------------------------------------------------------------------- what they must show
 
 
+def child_of(process: subprocess.Popen[bytes]) -> int | None:
+    """What `unshare --fork` has started: number 1 of its namespace, whose end is the end of all in there."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return int(children[0]) if children else None
+
+
+def end_all(process: subprocess.Popen[bytes]) -> None:
+    """End `unshare --fork` and all in its namespaces, and wait until nothing is left of them."""
+    if process.poll() is None:
+        with suppress(ProcessLookupError):
+            os.kill(child_of(process) or process.pid, signal.SIGKILL)
+    process.wait()
+
+
 def require(true: bool, what: str) -> None:
     if not true:
         raise SystemExit(f"containers: {what}")
@@ -413,7 +425,7 @@ def show_probes(pod: Running, settings: dict[str, Any]) -> None:
 
 def show_service(first: httpx.Client, other: httpx.Client) -> None:
     """From the data to a prediction, through two servers."""
-    for path in ("/v1/studies", "/v1/models", "/readyz", "/docs"):
+    for path in ("/v1/studies", "/v1/models", "/readyz"):
         refused = httpx.get(f"{first.base_url}{path}", trust_env=False)
         require(refused.status_code == 401, f"{path} answers {refused.status_code} without a token")
     with (DATA / "ItalyPowerDemand_TRAIN.ts").open("rb") as file:

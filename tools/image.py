@@ -23,11 +23,12 @@ import tempfile
 from pathlib import Path
 from types import FrameType
 
-from tools.containers import Image
+from tools.containers import Image, end_all
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = ("buildah", "mmdebstrap", "unshare", "nsenter", "setpriv", "mount", "ip")
 LACKING = 77
+WORK = Path("/var/tmp")  # on a disk, where /tmp may be memory
 PACKAGES = "python3,python3-venv,ca-certificates"  # of the base, as python:3.13-slim has them
 # What says where pip finds packages.
 SOURCES = (
@@ -57,15 +58,14 @@ def main() -> int:
     except Lacking as error:
         print(f"image: {error}")
         return LACKING
-    work = Path(tempfile.mkdtemp(prefix="hpo-image-", dir="/var/tmp"))  # on a disk, where /tmp may be memory
+    work = Path(tempfile.mkdtemp(prefix="hpo-image-", dir=WORK))
     work.chmod(0o711)
     alone = ["unshare", "--mount", "--pid", "--mount-proc", "--fork", "--kill-child"]
     inside = subprocess.Popen([*alone, sys.executable, "-m", "tools.image", str(work)], cwd=ROOT)
     try:
         return inside.wait()
     finally:
-        inside.kill()  # and with it all that runs inside
-        inside.wait()
+        end_all(inside)
         shutil.rmtree(work)
 
 
@@ -79,7 +79,8 @@ def check_machine() -> None:
         raise Lacking("it takes root on Linux")
     if missing := [program for program in PROGRAMS if shutil.which(program) is None]:
         raise Lacking(f"{', '.join(missing)} not found: apt-get install buildah mmdebstrap iproute2")
-    tried = subprocess.run(["unshare", "--mount", "--pid", "--fork", "--net", "mount", "-t", "tmpfs", "tmpfs", "/mnt"])
+    mount = ["unshare", "--mount", "--pid", "--fork", "--net", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
+    tried = subprocess.run(mount, capture_output=True)
     if tried.returncode:
         raise Lacking("this machine does not let root make namespaces and mount in them")
 
@@ -134,6 +135,7 @@ def build(work: Path, base: str) -> Image:
     """The image of the Dockerfile on that base, for CPUs, its files mounted."""
     settings, paths = pip_settings()
     file = work / "pip.conf"
+    file.touch(0o600)  # an address may hold a password
     file.write_text(settings)
     volumes = [f"--volume={file}:/etc/pip.conf:ro", *(f"--volume={path}:{path}:ro" for path in paths)]
     options = ["--pull-never", "--format=docker", "--tag=localhost/hpo", f"--build-arg=PYTHON_IMAGE={base}"]
@@ -149,8 +151,8 @@ def pip_settings() -> tuple[str, list[Path]]:
     """A pip.conf with this machine's sources of packages, and the files and folders of this machine among them."""
     command = [sys.executable, "-m", "pip", "config", "list"]
     listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found: dict[str, str] = {}
-    for line in listed.splitlines():  # global.find-links='…', :env:.cert='…'; what overrides is last
+    found: dict[str, str] = {}  # from lines as global.find-links='…', :env:.cert='…'
+    for line in sorted(listed.splitlines(), key=lambda line: line.startswith(":env:.")):  # which overrides global.…
         name, _, value = line.partition("=")
         key = name.rpartition(".")[2]
         if key in SOURCES:
