@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from http import HTTPStatus
 from pathlib import Path
 
+from hpo.service.problems import Problem
 from hpo.storage.access import Access
 from hpo.storage.artifacts import ArtifactStore
 from hpo.storage.home import own_folder
@@ -18,6 +20,7 @@ from hpo.storage.trials import TrialStorage, trial_storage
 
 MIB = 2**20
 CONNECTIONS = 8  # to the database, each for one request at a time
+WAIT_S = 5.0  # how long a request waits for one of them
 RETRY_S = 5.0  # how long a request waits for a database that is out of reach
 
 
@@ -27,7 +30,11 @@ class Limits:
 
     body: int = 1024 * MIB  # bytes of an upload
     text: int = MIB  # bytes of a study file, or of another small body
+    json: int = 16 * MIB  # bytes of a prediction's JSON, which is parsed in memory
     rows: int = 10_000  # sequences of one prediction
+    steps: int = 100_000  # of one of them
+    numbers: int = 20_000_000  # of all of them: sequences * steps of the longest * features
+    waiting: int = 256  # predictions that none is computed with yet
     page: int = 1000  # entries of a list
 
 
@@ -65,8 +72,12 @@ class Backend:
 
     @contextmanager
     def database(self) -> Iterator[Database]:
-        """A connection for the block; waits where all are in use."""
-        found = self._idle.get()
+        """A connection for the block; waits where all are in use, and raises Problem (503) if none gets free."""
+        try:
+            found = self._idle.get(timeout=WAIT_S)
+        except queue.Empty:
+            reason = f"all {CONNECTIONS} connections to the database are in use: ask again in a moment"
+            raise Problem(HTTPStatus.SERVICE_UNAVAILABLE, reason, {"Retry-After": f"{WAIT_S:.0f}"}) from None
         try:
             found = found or Database(self.url)
             yield found
