@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from hpo.errors import HpoError
+from hpo.launcher.logs import LogsError
 from hpo.models.bundle.config import BundleError
 from hpo.models.data.sequences import DataError
 from hpo.models.device import OutOfMemory
@@ -23,7 +24,7 @@ from hpo.storage.errors import DatabaseRefusal, MissingRecord, PostgresError
 from hpo.storage.masking import mask
 from hpo.storage.registry import MissingModel, NamedModel, RegistryError
 from hpo.study.config import ConfigError
-from hpo.study.plan import MissingStudy, StudyConflict, StudyError
+from hpo.study.plan import MissingStudy, MissingTrial, StudyConflict, StudyError
 
 log = logging.getLogger("hpo")
 
@@ -35,6 +36,8 @@ STATUS: tuple[tuple[type[Exception], HTTPStatus], ...] = (
     (MissingModel, HTTPStatus.NOT_FOUND),
     (MissingRecord, HTTPStatus.NOT_FOUND),
     (MissingArtifactError, HTTPStatus.NOT_FOUND),
+    (LogsError, HTTPStatus.NOT_FOUND),
+    (MissingTrial, HTTPStatus.NOT_FOUND),
     (StudyConflict, HTTPStatus.CONFLICT),
     (SubmissionConflict, HTTPStatus.CONFLICT),
     (NoModel, HTTPStatus.CONFLICT),

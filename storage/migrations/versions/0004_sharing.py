@@ -8,7 +8,9 @@ down_revision = "0003"
 TABLES = """
 ALTER TABLE hpo.terms
     ADD priority integer NOT NULL DEFAULT 0, -- an owner's study with a higher one goes first
-    ADD max_workers integer CHECK (max_workers > 0); -- trials at once; NULL: no limit
+    ADD max_workers integer CHECK (max_workers > 0), -- trials at once; NULL: no limit
+    ADD taken_at timestamptz; -- when a standing worker last began one of its trials
+CREATE INDEX leases_ended ON hpo.leases (study_id, ended_at) INCLUDE (trial_id) WHERE ended_at IS NOT NULL;
 CREATE TABLE hpo.sessions (
     digest bytea PRIMARY KEY, -- SHA-256 of what the browser's cookie holds, which is random
     token_id text NOT NULL REFERENCES hpo.tokens ON DELETE CASCADE, -- revoked, it ends its sessions
@@ -38,4 +40,5 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    op.execute("DROP TABLE hpo.sessions, hpo.notices; ALTER TABLE hpo.terms DROP priority, DROP max_workers")
+    op.execute("DROP TABLE hpo.sessions, hpo.notices; DROP INDEX hpo.leases_ended")
+    op.execute("ALTER TABLE hpo.terms DROP priority, DROP max_workers, DROP taken_at")
