@@ -20,7 +20,6 @@ from hpo.storage.trials import TrialStorage, trial_storage
 
 MIB = 2**20
 CONNECTIONS = 8  # to the database, each for one request at a time
-WAIT_S = 5.0  # how long a request waits for one of them
 RETRY_S = 5.0  # how long a request waits for a database that is out of reach
 
 
@@ -35,6 +34,7 @@ class Limits:
     steps: int = 100_000  # of one of them
     numbers: int = 20_000_000  # of all of them: sequences * steps of the longest * features
     waiting: int = 256  # predictions that none is computed with yet
+    connection_s: float = 5.0  # how long a request waits for a connection to the database
     page: int = 1000  # entries of a list
 
 
@@ -74,10 +74,10 @@ class Backend:
     def database(self) -> Iterator[Database]:
         """A connection for the block; waits where all are in use, and raises Problem (503) if none gets free."""
         try:
-            found = self._idle.get(timeout=WAIT_S)
+            found = self._idle.get(timeout=self.limits.connection_s)
         except queue.Empty:
             reason = f"all {CONNECTIONS} connections to the database are in use: ask again in a moment"
-            raise Problem(HTTPStatus.SERVICE_UNAVAILABLE, reason, {"Retry-After": f"{WAIT_S:.0f}"}) from None
+            raise Problem(HTTPStatus.SERVICE_UNAVAILABLE, reason, {"Retry-After": "1"}) from None
         try:
             found = found or Database(self.url)
             yield found

@@ -62,6 +62,11 @@ class Batches(Generic[Q, A]):
             )
             raise Problem(HTTPStatus.SERVICE_UNAVAILABLE, reason, {"Retry-After": "1"})
 
+    @property
+    def waiting(self) -> int:
+        """Questions that somebody waits for and no call has taken yet."""
+        return sum(not answer.cancelled() for _, answer in self._waiting)
+
     async def _run(self) -> None:
         try:
             while self._waiting:

@@ -35,6 +35,7 @@ from hpo.service.backend import MIB, RETRY_S, Backend, Limits
 from hpo.service.batches import Batches
 from hpo.service.body import Received
 from hpo.service.problems import Problem
+from hpo.service.schemas import Prediction
 from hpo.storage.access import Access, Admission, Asked
 from hpo.storage.connection import Connection
 from hpo.storage.registry import ModelVersion
@@ -86,18 +87,16 @@ class ServedModel:
         except DataError as error:
             raise DataError(str(error).replace(str(file.path), file.name)) from None
 
-    def response(self, predicted: Predictions) -> Response:
-        """A `schemas.Prediction`."""
-        content = {
-            "model": self.name,
-            "version": self.version,
-            "classes": predicted.classes,
-            "ids": predicted.ids,
-            "labels": predicted.labels.tolist(),
-            "probabilities": predicted.probabilities.tolist(),
-        }
-        text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-        return Response(text, media_type="application/json")
+    def prediction(self, predicted: Predictions) -> Prediction:
+        """What goes over the wire."""
+        return Prediction(
+            model=self.name,
+            version=self.version,
+            classes=list(predicted.classes),
+            ids=list(predicted.ids),
+            labels=predicted.labels.tolist(),
+            probabilities=predicted.probabilities.tolist(),
+        )
 
     def _sequences(self, body: bytes, most: int) -> Sequences:
         """The sequences of a body. Raises TooLarge where they have more numbers than `most`, Problem and DataError."""
@@ -139,7 +138,7 @@ class Predictor:
         self._admissions: Batches[Asked, Admission] = Batches(
             self._admit, self._asking, waiting=waiting, together=waiting
         )
-        self._large: Batches[Callable[[], Predictions], Predictions] = Batches(
+        self.large: Batches[Callable[[], Predictions], Predictions] = Batches(
             lambda calls: [call() for call in calls],
             self._alone,
             waiting=min(waiting, LARGE_WAITING),
@@ -175,15 +174,15 @@ class Predictor:
         try:
             answer = model.ask(body)
         except TooLarge:
-            answer = self._large.ask(partial(model.predict, body))
-        return model.response(await _while_there(request, answer))
+            answer = self.large.ask(partial(model.predict, body))
+        return _response(model.prediction(await _while_there(request, answer)))
 
     async def answer_file(
         self, request: Request, model: ServedModel, file: Received, columns: Mapping[str, str]
     ) -> Response:
         """The answer to a data file, whose columns may be called otherwise than in training."""
-        answer = self._large.ask(partial(model.predict_file, file, columns))
-        return model.response(await _while_there(request, answer))
+        answer = self.large.ask(partial(model.predict_file, file, columns))
+        return _response(model.prediction(await _while_there(request, answer)))
 
     async def model(self, name: str, wanted: str) -> ServedModel:
         """The model of a number or alias, loaded once however many wait for it. Raises MissingModel."""
@@ -228,6 +227,10 @@ class Predictor:
         return Access(self._connection)
 
 
+def _response(prediction: Prediction) -> Response:
+    return Response(prediction.model_dump_json(), media_type="application/json")
+
+
 async def _while_there(request: Request, answer: asyncio.Future[Predictions]) -> Predictions:
     """The answer, or Problem once the client has gone, whose request then is not computed if that has not begun.
 
@@ -236,8 +239,10 @@ async def _while_there(request: Request, answer: asyncio.Future[Predictions]) ->
     await asyncio.wait([answer], timeout=PATIENCE_S)
     if not answer.done():
         gone: asyncio.Future[Any] = asyncio.ensure_future(_gone(request))
-        await asyncio.wait([answer, gone], return_when=asyncio.FIRST_COMPLETED)
-        gone.cancel()
+        try:
+            await asyncio.wait([answer, gone], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            gone.cancel()
         if not answer.done():
             answer.cancel()
             raise Problem(HTTPStatus.SERVICE_UNAVAILABLE, "the client has gone")  # nobody reads it

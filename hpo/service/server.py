@@ -42,9 +42,6 @@ def serve(host: str, port: int, limits: Limits, ready: Callable[[str], None]) ->
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)  # uvicorn raises them again once it has ended in good order
     with listener:
-        # Connections take it over; asyncio sets it only where a socket names its protocol, which this one does not.
-        # Without it an answer's body waits up to 40 ms for the client to confirm its head.
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         address, bound = listener.getsockname()[:2]
         config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE_S)
         ready(f"http://{f'[{address}]' if ':' in address else address}:{bound}/")
