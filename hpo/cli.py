@@ -545,12 +545,14 @@ def serve(
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)] = 8000,
     max_body: Annotated[int, typer.Option(help="MiB that a data file may have.", min=1)] = 1024,
     max_rows: Annotated[int, typer.Option(help="Sequences of one prediction.", min=1)] = 10_000,
+    max_steps: Annotated[int, typer.Option(help="Steps of one of its sequences.", min=1)] = 100_000,
+    max_waiting: Annotated[int, typer.Option(help="Predictions that wait; more are answered with 503.", min=1)] = 256,
 ) -> None:
     """The service: data, studies, models and predictions over HTTP, for holders of a token."""
     from hpo.service.backend import MIB, Limits
     from hpo.service.server import serve as listen
 
-    limits = Limits(body=max_body * MIB, rows=max_rows)
+    limits = Limits(body=max_body * MIB, rows=max_rows, steps=max_steps, waiting=max_waiting)
     listen(host, port, limits, lambda url: typer.echo(f"service at {url}, its routes at {url}docs (Ctrl-C ends it)"))
 
 

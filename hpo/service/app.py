@@ -14,10 +14,11 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from pydantic import BaseModel
 
 from hpo.errors import HpoError
-from hpo.service import data, models, studies
+from hpo.service import data, models, predict, studies
 from hpo.service.access import Near, Uses
 from hpo.service.backend import Backend
 from hpo.service.body import BodyLimit
+from hpo.service.predictions import Predictor
 from hpo.service.problems import MEDIA_TYPE, Problem, answers_with_problems
 
 health = APIRouter(tags=["health"])
@@ -62,7 +63,7 @@ class Health(BaseModel):
 
 
 @health.get("/healthz")
-def healthz() -> Health:
+async def healthz() -> Health:
     """The process answers. The only route without a token."""
     return Health(status="ok")
 
@@ -82,9 +83,12 @@ def readyz(backend: Uses) -> Health:
 def make_app(backend: Backend) -> FastAPI:
     """The ASGI application over a database and an artifact store."""
 
+    predictor = Predictor(backend)
+
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
+        predictor.close()
         backend.close()
 
     app = FastAPI(
@@ -96,12 +100,12 @@ def make_app(backend: Backend) -> FastAPI:
         docs_url=None,
         redoc_url=None,
     )
-    app.state.backend = backend
+    app.state.backend, app.state.predictor = backend, predictor
     app.add_middleware(BodyLimit, limits=backend.limits)
     answers_with_problems(app)
-    app.include_router(health)
-    for part in (data, studies, models):
+    for part in (predict, data, studies, models):
         app.include_router(part.router, responses=PROBLEMS)
+    app.include_router(health)
 
     @app.get("/openapi.json", dependencies=[Near], include_in_schema=False)
     def openapi() -> JSONResponse:

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from http import HTTPStatus
 from pathlib import Path
 
+from hpo.service.problems import Problem
 from hpo.storage.access import Access
 from hpo.storage.artifacts import ArtifactStore
 from hpo.storage.home import own_folder
@@ -27,7 +29,12 @@ class Limits:
 
     body: int = 1024 * MIB  # bytes of an upload
     text: int = MIB  # bytes of a study file, or of another small body
+    json: int = 16 * MIB  # bytes of a prediction's JSON, which is parsed in memory
     rows: int = 10_000  # sequences of one prediction
+    steps: int = 100_000  # of one of them
+    numbers: int = 20_000_000  # of all of them: sequences * steps of the longest * features
+    waiting: int = 256  # predictions that none is computed with yet
+    connection_s: float = 5.0  # how long a request waits for a connection to the database
     page: int = 1000  # entries of a list
 
 
@@ -65,8 +72,12 @@ class Backend:
 
     @contextmanager
     def database(self) -> Iterator[Database]:
-        """A connection for the block; waits where all are in use."""
-        found = self._idle.get()
+        """A connection for the block; waits where all are in use, and raises Problem (503) if none gets free."""
+        try:
+            found = self._idle.get(timeout=self.limits.connection_s)
+        except queue.Empty:
+            reason = f"all {CONNECTIONS} connections to the database are in use: ask again in a moment"
+            raise Problem(HTTPStatus.SERVICE_UNAVAILABLE, reason, {"Retry-After": "1"}) from None
         try:
             found = found or Database(self.url)
             yield found

@@ -74,11 +74,11 @@ def answers_with_problems(app: FastAPI) -> None:
     """Every error of the app's routes is answered by a problem document."""
 
     @app.exception_handler(Problem)
-    def problem(_: Request, error: Problem) -> JSONResponse:
+    async def problem(_: Request, error: Problem) -> JSONResponse:
         return answer(error.status, str(error), error.headers)
 
     @app.exception_handler(HpoError)
-    def known(request: Request, error: HpoError) -> JSONResponse:
+    async def known(request: Request, error: HpoError) -> JSONResponse:
         status = next((status for kind, status in STATUS if isinstance(error, kind)), HTTPStatus.INTERNAL_SERVER_ERROR)
         if status < HTTPStatus.INTERNAL_SERVER_ERROR:
             return answer(status, str(error))
@@ -88,16 +88,16 @@ def answers_with_problems(app: FastAPI) -> None:
         return answer(status, detail, headers)
 
     @app.exception_handler(HTTPException)
-    def http(_: Request, error: HTTPException) -> JSONResponse:
+    async def http(_: Request, error: HTTPException) -> JSONResponse:
         return answer(HTTPStatus(error.status_code), str(error.detail), error.headers)
 
     @app.exception_handler(RequestValidationError)
-    def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
         faults = [{"at": ".".join(map(str, each["loc"])), "fault": each["msg"]} for each in error.errors()]
         detail = "; ".join(f"{each['at']}: {each['fault']}" for each in faults)
         return answer(HTTPStatus.UNPROCESSABLE_ENTITY, detail, faults=faults)
 
     @app.exception_handler(Exception)
-    def unforeseen(request: Request, error: Exception) -> JSONResponse:
+    async def unforeseen(request: Request, error: Exception) -> JSONResponse:
         log.error("%s %s", request.method, request.url.path, exc_info=error)
         return answer(HTTPStatus.INTERNAL_SERVER_ERROR, "internal server error; the service's log has it")

@@ -22,6 +22,18 @@ SELECT {token} FROM hpo.tokens ORDER BY created_at, token_id
 -- prepared: token text
 SELECT digest, {token} FROM hpo.tokens WHERE token_id = %(token)s AND {active}
 
+-- name: admissions
+-- For each request, in their order: the digest of its token's secret and the token, while it opens the door; and the
+-- version that it asks for by number or alias.
+-- prepared: tokens text[], names text[], wanted text[]
+SELECT t.*, v.version, v.made_at
+FROM unnest(%(tokens)s::text[], %(names)s::text[], %(wanted)s::text[]) WITH ORDINALITY AS r (token, name, wanted, place)
+LEFT JOIN LATERAL (SELECT digest, {token} FROM hpo.tokens WHERE token_id = r.token AND {active}) t ON true
+LEFT JOIN LATERAL (SELECT version, created_at AS made_at FROM hpo.models m WHERE m.name = r.name AND m.version =
+    coalesce((SELECT version FROM hpo.aliases a WHERE a.name = r.name AND a.alias = r.wanted),
+        CASE WHEN r.wanted ~ '^[1-9][0-9]{0,8}$' THEN r.wanted::int END)) v ON true
+ORDER BY r.place
+
 -- name: revoke_token
 -- From now on it opens nothing.
 -- types: token text
