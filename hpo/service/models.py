@@ -23,7 +23,7 @@ from hpo.models.data.sequences import DataError, Sequences
 from hpo.promote.versions import materialise_model
 from hpo.service.access import Column, Reader, Submitter, Uses, check_owner
 from hpo.service.backend import MIB, Backend, Database
-from hpo.service.body import FILE_BODY, received_file
+from hpo.service.body import FILE_BODY, Received, received_file
 from hpo.service.problems import Problem
 from hpo.service.schemas import Alias, Model, Prediction
 from hpo.storage.access import Token
@@ -138,7 +138,7 @@ async def predict(
 
     label, id, step and group name columns of the file that are not called as in training.
     """
-    loaded, found = await run_sync(_loaded, backend, name, version)
+    await run_sync(_loaded, backend, name, version)  # 404 before a body is read
     if request.headers.get("content-type", "").lower().startswith("application/json"):
         try:
             content = await request.json()
@@ -146,17 +146,24 @@ async def predict(
             raise Problem(HTTPStatus.BAD_REQUEST, f"the body is not valid JSON: {error}") from None
         if not isinstance(content, dict) or not isinstance(content.get("sequences"), list):
             raise Problem(HTTPStatus.UNPROCESSABLE_ENTITY, "the body is an object with a list `sequences`")
-        predicted = await run_sync(_predicted, backend, loaded, content["sequences"])
-    else:
-        async with received_file(request) as file:
-            try:
-                given = {"label": label, "id": id, "step": step, "group": group}
-                columns = {role: column for role, column in given.items() if column is not None}
-                predicted = await run_sync(
-                    lambda: _predicted(backend, loaded, loaded.read(file.path, labeled=False, **columns))
-                )
-            except DataError as error:
-                raise DataError(str(error).replace(str(file.path), file.name)) from None
+        return await run_sync(lambda: _prediction(*_loaded(backend, name, version), backend, content["sequences"]))
+    async with received_file(request) as file:
+        given = {"label": label, "id": id, "step": step, "group": group}
+        columns = {role: column for role, column in given.items() if column is not None}
+        return await run_sync(predict_file, backend, name, version, file, columns)
+
+
+def predict_file(backend: Backend, name: str, version: str, file: Received, columns: dict[str, str]) -> Prediction:
+    """What a version says of an uploaded file. Raises DataError, which names the file as its sender does."""
+    loaded, found = _loaded(backend, name, version)
+    try:
+        return _prediction(loaded, found, backend, loaded.read(file.path, labeled=False, **columns))
+    except DataError as error:
+        raise DataError(str(error).replace(str(file.path), file.name)) from None
+
+
+def _prediction(loaded: Bundle, found: ModelVersion, backend: Backend, given: list[Any] | Sequences) -> Prediction:
+    predicted = _predicted(backend, loaded, given)
     return Prediction(
         model=found.name,
         version=found.version,

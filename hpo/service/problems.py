@@ -70,6 +70,16 @@ def answer(status: HTTPStatus, detail: str, headers: Mapping[str, str] | None = 
     return JSONResponse(content, int(status), dict(headers or {}), MEDIA_TYPE)
 
 
+def told(request: Request, error: HpoError) -> tuple[HTTPStatus, str]:
+    """The status for an error and what the client is told; the log has what is no client's doing."""
+    if isinstance(error, Problem):
+        return error.status, str(error)
+    status = next((status for kind, status in STATUS if isinstance(error, kind)), HTTPStatus.INTERNAL_SERVER_ERROR)
+    if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        log.warning("%s %s: %s", request.method, request.url.path, " ".join(str(error).split()))
+    return status, "the service's log says why" if isinstance(error, DatabaseRefusal) else str(error)
+
+
 def answers_with_problems(app: FastAPI) -> None:
     """Every error of the app's routes is answered by a problem document."""
 
@@ -79,12 +89,8 @@ def answers_with_problems(app: FastAPI) -> None:
 
     @app.exception_handler(HpoError)
     def known(request: Request, error: HpoError) -> JSONResponse:
-        status = next((status for kind, status in STATUS if isinstance(error, kind)), HTTPStatus.INTERNAL_SERVER_ERROR)
-        if status < HTTPStatus.INTERNAL_SERVER_ERROR:
-            return answer(status, str(error))
-        log.warning("%s %s: %s", request.method, request.url.path, " ".join(str(error).split()))
+        status, detail = told(request, error)
         headers = {"Retry-After": str(RETRY_S)} if status is HTTPStatus.SERVICE_UNAVAILABLE else None
-        detail = "the service's log says why" if isinstance(error, DatabaseRefusal) else str(error)
         return answer(status, detail, headers)
 
     @app.exception_handler(HTTPException)
