@@ -17,6 +17,7 @@ from hpo.launcher.logs import LogsError
 from hpo.models.bundle.config import BundleError
 from hpo.models.data.sequences import DataError
 from hpo.models.device import OutOfMemory
+from hpo.promote.promotion import PromotionError
 from hpo.promote.summary import NoModel
 from hpo.storage.access import AccessError, SubmissionConflict
 from hpo.storage.artifacts import ArtifactError, DamagedArtifactError, MissingArtifactError
@@ -41,6 +42,7 @@ STATUS: tuple[tuple[type[Exception], HTTPStatus], ...] = (
     (StudyConflict, HTTPStatus.CONFLICT),
     (SubmissionConflict, HTTPStatus.CONFLICT),
     (NoModel, HTTPStatus.CONFLICT),
+    (PromotionError, HTTPStatus.CONFLICT),
     (NamedModel, HTTPStatus.CONFLICT),
     (OutOfMemory, HTTPStatus.REQUEST_ENTITY_TOO_LARGE),
     (DamagedArtifactError, HTTPStatus.INTERNAL_SERVER_ERROR),

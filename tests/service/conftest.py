@@ -16,7 +16,10 @@ import numpy as np
 import pytest
 
 from hpo.storage.access import Access
+from tests.browser import browser, chromium
 from tests.conftest import fresh_database
+
+__all__ = ["browser", "chromium"]  # fixtures
 
 TASK = """
 [study]

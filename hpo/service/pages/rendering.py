@@ -14,6 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, RedirectResponse
 from fastapi.routing import APIRoute
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 from starlette.exceptions import HTTPException
 
 from hpo.errors import HpoError
@@ -125,6 +126,17 @@ def counted(count: int, noun: str, many: str | None = None) -> str:
     return f"{count:,} {noun if count == 1 else many or noun + 's'}"
 
 
+def words(name: str) -> Markup:
+    """A name that may be broken after its underscores."""
+    return Markup("_<wbr>").join(name.split("_"))
+
+
 _ENVIRONMENT.filters.update(
-    number=number, plain=plain, lasted=lasted, moment=moment, counted=counted, quoted=lambda text: quote(text, safe="")
+    words=words,
+    number=number,
+    plain=plain,
+    lasted=lasted,
+    moment=moment,
+    counted=counted,
+    quoted=lambda text: quote(text, safe=""),
 )

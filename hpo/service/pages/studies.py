@@ -137,6 +137,7 @@ def _shown(
     if found.version is not None:
         with suppress(MissingModel):  # deleted since
             model = models.model(name, str(found.version), token, backend)
+    fixed = _fixed(everything)
     maximize = found.metric is None or direction(found.metric) == "maximize"
     return page(
         request,
@@ -148,6 +149,8 @@ def _shown(
         chart=chart(everything, maximize=maximize),
         maximize=maximize,
         trials=newest,
+        fixed=fixed,
+        varied={name for trial in everything for name in trial.params} - set(fixed),
         total=len(everything),
         page_number=page_number,
         more=page_number * TRIALS < len(everything),
@@ -155,6 +158,14 @@ def _shown(
         failed=failed or {},
         typed=typed or {},
     )
+
+
+def _fixed(trials: list[Trial]) -> dict[str, Any]:
+    """The parameters that are the same in all of several trials, which need no place in each row."""
+    known = [trial.params for trial in trials if trial.params]
+    if len(known) < 2:
+        return {}
+    return {name: value for name, value in known[0].items() if all(params.get(name) == value for params in known)}
 
 
 def _trials(backend: Backend, token: Token, name: str) -> list[Trial]:

@@ -103,7 +103,7 @@ def _needs(role: str) -> Callable[[Visitor], Visitor]:
 
 
 def _form_for(role: str) -> Callable[..., AsyncIterator[Posted]]:
-    async def posted(request: Request, visitor: Annotated[Visitor, Depends(_needs(role))]) -> AsyncIterator[Posted]:
+    async def posted(request: Request, visitor: Visitor = Depends(_needs(role))) -> AsyncIterator[Posted]:
         check_origin(request)
         async with received_form(request, FILES) as (fields, files):
             if not hmac.compare_digest(fields.get(FORM_TOKEN, "").encode(), visitor.form_token.encode()):
