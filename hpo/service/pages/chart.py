@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -62,3 +62,31 @@ def _steps(
             path += f"L{at(number, before)}L{at(number, value)}"
         before = value
     return path + f"L{at(last, best[-1])}"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One of a trial's curves, drawn over its own range."""
+
+    name: str
+    path: str
+    low: float
+    high: float
+    last: float
+
+
+def lines(curves: Mapping[str, Sequence[float | None]]) -> list[Line]:
+    """A line for each curve, by epoch; an epoch without a number is left out."""
+    found = []
+    for name, curve in curves.items():
+        points = [(epoch, value) for epoch, value in enumerate(curve) if value is not None]
+        if not points:
+            continue
+        values = [value for _, value in points]
+        low, high, end = min(values), max(values), max(len(curve) - 1, 1)
+        steps = (
+            f"{WIDTH * epoch / end:.1f} {HEIGHT * (1 - ((value - low) / (high - low) if high > low else 0.5)):.1f}"
+            for epoch, value in points
+        )
+        found.append(Line(name, f"M{'L'.join(steps)}h0", low, high, values[-1]))
+    return found

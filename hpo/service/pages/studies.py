@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 from contextlib import suppress
 from http import HTTPStatus
 from typing import Annotated, Any
 from urllib.parse import quote
 
-from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi import APIRouter, Header, Path, Query, Request, Response
 from fastapi.responses import StreamingResponse
 
 from hpo.errors import HpoError
@@ -15,7 +16,7 @@ from hpo.models.metrics import direction
 from hpo.service import models, studies
 from hpo.service.access import Uses
 from hpo.service.backend import Backend
-from hpo.service.pages.chart import chart
+from hpo.service.pages.chart import chart, lines
 from hpo.service.pages.rendering import PageRoute, go, page
 from hpo.service.pages.scores import by_name
 from hpo.service.pages.visitor import FromSubmitter, Looks
@@ -39,6 +40,7 @@ DONE = {
     "removed": "The model's last version is deleted.",
 }
 Page = Annotated[int, Query(alias="page", ge=1, le=10**6)]
+Number = Annotated[int, Path(ge=0, le=10**9)]
 Done = Annotated[str | None, Query(max_length=20)]
 
 
@@ -64,6 +66,24 @@ def study(
 ) -> Response:
     """One study: progress, values, trials, and what the visitor may do with it."""
     return _shown(request, backend, visitor.token, name, page_number, done=DONE.get(done or ""))
+
+
+@router.get("/studies/{name}/trials/{number}")
+def trial(name: str, number: Number, request: Request, visitor: Looks, backend: Uses) -> Response:
+    """One trial: its curve, its parameters and its log."""
+    found = studies.trial(name, number, visitor.token, backend)
+    state = studies.study(name, visitor.token, backend)
+    reports = [found.reports[epoch] for epoch in sorted(found.reports, key=int)]
+    curves = {state.metric or "value" if key == "value" else key: curve for key, curve in found.curve.items()}
+    return page(
+        request,
+        "trial.html",
+        study=state,
+        trial=found,
+        lines=lines(curves or {state.metric or "value": reports}),
+        epochs=max(map(len, [reports, *found.curve.values()])),
+        log=list(csv.reader(found.log.splitlines()[1:])) if found.log else [],
+    )
 
 
 @router.get("/studies/{name}/events")
