@@ -24,6 +24,7 @@ from hpo.service.hosts import Hosts
 from hpo.service.pages import docs, new, signing
 from hpo.service.pages import models as model_pages
 from hpo.service.pages import studies as study_pages
+from hpo.service.pages.rendering import answers_with_pages
 from hpo.service.problems import MEDIA_TYPE, Problem, answers_with_problems
 
 health = APIRouter(tags=["health"])
@@ -106,6 +107,7 @@ def make_app(backend: Backend, hosts: Hosts = Hosts()) -> FastAPI:
     app.state.backend, app.state.hosts, app.state.guesses = backend, hosts, Guesses()
     app.add_middleware(BodyLimit, limits=backend.limits)
     answers_with_problems(app)
+    answers_with_pages(app)
     app.include_router(health)
     for part in (data, studies, models):
         app.include_router(part.router, responses=PROBLEMS)

@@ -434,7 +434,7 @@ def test_a_trials_page_has_its_curve_its_parameters_and_its_log(ada: Browser, se
     page = ada.get("/studies/waves/trials/0").text
     assert f"{trial['value']:.4f}" in page
     assert page.count('class="line line') == 3
-    assert all(name.replace("_", " ") in page for name in trial["params"])
+    assert all(name.replace("_", " ").capitalize() in page for name in trial["params"])
     assert trial["log"].splitlines()[-1].split(",", 2)[2][:20].strip('"') in page
     assert ada.get("/studies/waves/trials/9").status_code == 404
 
@@ -448,6 +448,10 @@ def test_what_is_not_there_is_a_page_that_says_so(ada: Browser) -> None:
         assert (answer.status_code, reason in said(answer)) == (404, True)
         assert "Sign out" in answer.text
     assert ada.get("/?page=0").status_code == 422
+    nowhere = ada.get("/nowhere", headers={"Accept": "text/html"})
+    assert (nowhere.status_code, said(nowhere)) == (404, "there is no such page")
+    for path, kind in {"/nowhere": "*/*", "/v1/nowhere": "text/html"}.items():
+        assert ada.get(path, headers={"Accept": kind}).headers["content-type"] == "application/problem+json"
 
 
 def test_writes_are_in_the_audit(ada: Browser, service: Service, finished: str) -> None:
@@ -500,7 +504,7 @@ def test_no_route_of_the_dashboard_harms_a_study(service: Service, finished: str
                     for trial in trials
                 ],
                 storage.get_study_user_attrs(study_id),
-                {key for key in storage.get_study_system_attrs(study_id) if not key.startswith("dashboard:note")},
+                {key for key in storage.get_study_system_attrs(study_id) if "note" not in key},
             ]
 
         before, files = state(), sorted(FolderStore(Path(service.environment["HPO_ARTIFACTS"])).keys())

@@ -24,7 +24,7 @@ from hpo.storage.access import Token
 from hpo.storage.registry import MissingModel
 
 router = APIRouter(prefix="/models", route_class=PageRoute, include_in_schema=False)
-ROWS = 200  # predictions that the page shows; the CSV has all
+ROWS = 100  # predictions that the page shows; the CSV has all
 PICTURE = re.compile(r"[a-z]+\.png")
 DONE = {
     "named": "The alias names this version now.",

@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import quote
 
 from anyio.to_thread import run_sync
-from fastapi import Request, Response
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, RedirectResponse
 from fastapi.routing import APIRoute
@@ -77,6 +77,21 @@ class PageRoute(APIRoute):
                 return await failure(request, HTTPStatus(error.status_code), str(error.detail))
 
         return answered
+
+
+def answers_with_pages(app: FastAPI) -> None:
+    """A browser that asks for what is not there, and is no program that asks for the API, is answered by a page."""
+    told_otherwise: Any = app.exception_handlers[HTTPException]
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> Response:
+        if request.url.path.startswith("/v1/") or "text/html" not in request.headers.get("accept", ""):
+            answer: Response = told_otherwise(request, error)
+            return answer
+        missing = error.status_code == HTTPStatus.NOT_FOUND
+        return await failure(
+            request, HTTPStatus(error.status_code), "there is no such page" if missing else str(error.detail)
+        )
 
 
 async def failure(
