@@ -29,7 +29,7 @@ _NOTE, _ACTIONS = statement("note_action"), statement("actions")
 _CLAIM, _SUBMISSION, _FORGET = (
     statement(name) for name in ("claim_submission", "submission", "forget_old_submissions")
 )
-_STUDY_OWNER = statement("study_owner")
+_STUDY_OWNER, _ANNOTATED, _ANY = (statement(name) for name in ("study_owner", "annotated_study", "any_token"))
 _ADMISSIONS = statement("admissions")
 _UNKEPT = re.compile(r"[\0\ud800-\udfff]")  # what PostgreSQL cannot be asked for
 
@@ -119,6 +119,10 @@ class Access:
         """All of them, also those that open nothing any more, oldest first."""
         return [Token(*row) for row in self._connection.execute(_ALL)]
 
+    def any(self) -> bool:
+        """Whether there is one that opens the door."""
+        return bool(self._connection.execute(_ANY)[0][0])
+
     def revoke(self, token_id: str) -> Token:
         """It opens nothing from now on. Raises AccessError where there is none."""
         self._connection.execute(_REVOKE, given={"token": token_id})
@@ -184,6 +188,11 @@ class Access:
         """Who submitted the study; None where nobody did through the service, and for one that there is not."""
         rows = self._connection.execute(_STUDY_OWNER, given={"study": study_id})
         return rows[0][0] if rows else None
+
+    def annotated(self, *, study_id: int | None = None, trial_id: int | None = None) -> tuple[str, str | None] | None:
+        """Name and owner of a study, or of a trial's study; None where there is none."""
+        rows = self._connection.execute(_ANNOTATED, given={"study": study_id, "trial": trial_id})
+        return (rows[0][0], rows[0][1]) if rows else None
 
 
 def _opened(secret: str, row: Row) -> Token | None:

@@ -11,9 +11,11 @@ from fastapi import Depends, Path, Query, Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from hpo.service.backend import Backend
+from hpo.service.hosts import Hosts
 from hpo.service.problems import Problem
 from hpo.storage.access import Token
 
+COOKIE = "hpo-session"  # of a browser that is signed in
 _bearer = HTTPBearer(auto_error=False, description="A token of `hpo token create`.")
 
 
@@ -21,6 +23,23 @@ async def backend_of(request: Request) -> Backend:
     """What the routes share."""
     found: Backend = request.app.state.backend
     return found
+
+
+def hosts_of(request: Request) -> Hosts:
+    """The names that pages are served by."""
+    found: Hosts = request.app.state.hosts
+    return found
+
+
+def signed_in(request: Request) -> Token | None:
+    """The token of a browser that is signed in. Raises Problem where it asks by a name that is not ours."""
+    cookie = request.cookies.get(COOKIE)
+    if cookie is None:
+        return None
+    hosts_of(request).check(request.headers.get("host", ""))
+    backend: Backend = request.app.state.backend
+    with backend.database() as database:
+        return database.sessions.holder(cookie)
 
 
 def _token(
@@ -77,16 +96,16 @@ def _near(
     request: Request,
     given: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)],
 ) -> None:
-    """Raise Problem (401) for a request from another machine without a token."""
+    """Raise Problem (401) for a request from another machine without a token or a session."""
     try:
         near = request.client is not None and ipaddress.ip_address(request.client.host).is_loopback
     except ValueError:
         near = False
-    if not near:
+    if not near and (given is not None or signed_in(request) is None):
         _token(request, given)
 
 
-Near = Depends(_near)  # from this machine, or with a token of any role
+Near = Depends(_near)  # from this machine, or with a token of any role, or signed in
 
 
 def check_owner(token: Token, owner: str | None, what: str) -> None:

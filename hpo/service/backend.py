@@ -16,6 +16,7 @@ from hpo.storage.artifacts import ArtifactStore
 from hpo.storage.home import own_folder
 from hpo.storage.leases import Leases
 from hpo.storage.registry import Registry
+from hpo.storage.sessions import Sessions
 from hpo.storage.trials import TrialStorage, trial_storage
 
 MIB = 2**20
@@ -55,6 +56,10 @@ class Database:
     @cached_property
     def access(self) -> Access:
         return Access(self.storage.connection)
+
+    @cached_property
+    def sessions(self) -> Sessions:
+        return Sessions(self.storage.connection)
 
 
 @dataclass

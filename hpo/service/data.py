@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http import HTTPStatus
 from typing import Annotated, Any
@@ -16,10 +16,11 @@ from fastapi import APIRouter, Query, Request
 from hpo.models.data.readers import read
 from hpo.models.data.sequences import DataError, Sequences
 from hpo.service.access import Column, Reader, Submitter, Uses
+from hpo.service.backend import Backend
 from hpo.service.body import FILE_BODY, Received, received_file
 from hpo.service.problems import Problem
 from hpo.service.schemas import DataFile, StoredData
-from hpo.storage.keys import UPLOAD, upload_key
+from hpo.storage.keys import UPLOAD, upload_key, uploaded_name
 
 log = logging.getLogger("hpo")
 router = APIRouter(prefix="/v1/data", tags=["data"])
@@ -41,10 +42,25 @@ async def upload(
     """
     async with received_file(request) as file:
         columns = {"label": label, "id": id, "step": step, "group": group}
-        found, warnings = await run_sync(_checked, file, columns)
-        key = upload_key(file.sha256, file.name)
-        if not await run_sync(backend.store.exists, key):
-            await run_sync(backend.store.put, key, file.path)
+        return await run_sync(keep, backend, file, columns)
+
+
+def keep(backend: Backend, file: Received, columns: Mapping[str, Any]) -> DataFile:
+    """Check an uploaded file and store it, unless it is there. Raises DataError."""
+    found, warnings = _checked(file, columns)
+    key = upload_key(file.sha256, file.name)
+    if not backend.store.exists(key):
+        backend.store.put(key, file.path)
+    return _described(key, found, warnings)
+
+
+def describe(backend: Backend, key: str, columns: Mapping[str, Any]) -> DataFile:
+    """What a stored data file holds. Raises DataError, and ArtifactError where it is not there."""
+    path = backend.upload(key)
+    return _described(key, *_checked(Received(path, uploaded_name(key), ""), columns))
+
+
+def _described(key: str, found: Sequences, warnings: list[str]) -> DataFile:
     counts = [] if found.labels is None else np.bincount(found.labels, minlength=len(found.classes)).tolist()
     return DataFile(
         key=key,
@@ -72,7 +88,7 @@ def stored(key: str, token: Reader, backend: Uses) -> StoredData:
     return StoredData(key=key)
 
 
-def _checked(file: Received, columns: dict[str, Any]) -> tuple[Sequences, list[str]]:
+def _checked(file: Received, columns: Mapping[str, Any]) -> tuple[Sequences, list[str]]:
     """What a file holds, and what its reader warns of. Raises DataError, which names the file as its sender does."""
     with _warnings() as warnings:
         try:

@@ -181,8 +181,14 @@ class Predictor:
         self, request: Request, model: ServedModel, file: Received, columns: Mapping[str, str]
     ) -> Response:
         """The answer to a data file, whose columns may be called otherwise than in training."""
+        return _response(await self.prediction_of_file(request, model, file, columns))
+
+    async def prediction_of_file(
+        self, request: Request, model: ServedModel, file: Received, columns: Mapping[str, str]
+    ) -> Prediction:
+        """What the model says to a data file. Raises Problem and DataError."""
         answer = self.large.ask(partial(model.predict_file, file, columns))
-        return _response(model.prediction(await _while_there(request, answer)))
+        return model.prediction(await _while_there(request, answer))
 
     async def model(self, name: str, wanted: str) -> ServedModel:
         """The model of a number or alias, loaded once however many wait for it. Raises MissingModel."""

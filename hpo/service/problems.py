@@ -17,6 +17,7 @@ from hpo.launcher.logs import LogsError
 from hpo.models.bundle.config import BundleError
 from hpo.models.data.sequences import DataError
 from hpo.models.device import OutOfMemory
+from hpo.promote.promotion import PromotionError
 from hpo.promote.summary import NoModel
 from hpo.storage.access import AccessError, SubmissionConflict
 from hpo.storage.artifacts import ArtifactError, DamagedArtifactError, MissingArtifactError
@@ -41,6 +42,7 @@ STATUS: tuple[tuple[type[Exception], HTTPStatus], ...] = (
     (StudyConflict, HTTPStatus.CONFLICT),
     (SubmissionConflict, HTTPStatus.CONFLICT),
     (NoModel, HTTPStatus.CONFLICT),
+    (PromotionError, HTTPStatus.CONFLICT),
     (NamedModel, HTTPStatus.CONFLICT),
     (OutOfMemory, HTTPStatus.REQUEST_ENTITY_TOO_LARGE),
     (DamagedArtifactError, HTTPStatus.INTERNAL_SERVER_ERROR),
@@ -70,6 +72,16 @@ def answer(status: HTTPStatus, detail: str, headers: Mapping[str, str] | None = 
     return JSONResponse(content, int(status), dict(headers or {}), MEDIA_TYPE)
 
 
+def told(request: Request, error: HpoError) -> tuple[HTTPStatus, str]:
+    """The status for an error and what the client is told; the log has what is no client's doing."""
+    if isinstance(error, Problem):
+        return error.status, str(error)
+    status = next((status for kind, status in STATUS if isinstance(error, kind)), HTTPStatus.INTERNAL_SERVER_ERROR)
+    if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        log.warning("%s %s: %s", request.method, request.url.path, " ".join(str(error).split()))
+    return status, "the service's log says why" if isinstance(error, DatabaseRefusal) else str(error)
+
+
 def answers_with_problems(app: FastAPI) -> None:
     """Every error of the app's routes is answered by a problem document."""
 
@@ -79,12 +91,8 @@ def answers_with_problems(app: FastAPI) -> None:
 
     @app.exception_handler(HpoError)
     async def known(request: Request, error: HpoError) -> JSONResponse:
-        status = next((status for kind, status in STATUS if isinstance(error, kind)), HTTPStatus.INTERNAL_SERVER_ERROR)
-        if status < HTTPStatus.INTERNAL_SERVER_ERROR:
-            return answer(status, str(error))
-        log.warning("%s %s: %s", request.method, request.url.path, " ".join(str(error).split()))
+        status, detail = told(request, error)
         headers = {"Retry-After": str(RETRY_S)} if status is HTTPStatus.SERVICE_UNAVAILABLE else None
-        detail = "the service's log says why" if isinstance(error, DatabaseRefusal) else str(error)
         return answer(status, detail, headers)
 
     @app.exception_handler(HTTPException)

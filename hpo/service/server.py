@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import gc
+import ipaddress
+import os
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import uvicorn
 
@@ -13,8 +16,10 @@ from hpo.errors import HpoError
 from hpo.models.machine import prepare_process
 from hpo.service.app import make_app
 from hpo.service.backend import Backend, Limits
+from hpo.service.hosts import Hosts, names
 from hpo.storage.artifacts import artifact_store
 from hpo.storage.database import database_url
+from hpo.storage.errors import PostgresError
 
 GRACE_S = 5  # that requests in progress may take after a signal
 
@@ -23,14 +28,22 @@ class ServeError(HpoError):
     """The service cannot listen there."""
 
 
-def serve(host: str, port: int, limits: Limits, ready: Callable[[str], None]) -> None:
-    """Serve until SIGTERM or SIGINT. `port` 0 takes a free one; `ready` is called with the URL once it listens.
+def serve(
+    host: str,
+    port: int,
+    limits: Limits,
+    ready: Callable[[str, bool], None],
+    allowed_hosts: Sequence[str] = (),
+) -> None:
+    """Serve until SIGTERM or SIGINT. `port` 0 takes a free one.
 
-    Raises ServeError where the address is taken.
+    `ready` is called once it listens, with the URL and whether there is a token that opens it. allowed_hosts: names by
+    which browsers may ask for pages beside those of this machine and those in HPO_SERVE_HOSTS. Raises ServeError where
+    the address is taken.
     """
     prepare_process()
     gc.freeze()  # what the imports made stays: looking through it for garbage again and again takes 0.1 s each time
-    app = make_app(Backend(database_url(), artifact_store(), limits))
+    backend = Backend(database_url(), artifact_store(), limits)
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         listener = socket.create_server((host, port), family=family)
@@ -43,6 +56,11 @@ def serve(host: str, port: int, limits: Limits, ready: Callable[[str], None]) ->
         signal.signal(number, lambda *_: None)  # uvicorn raises them again once it has ended in good order
     with listener:
         address, bound = listener.getsockname()[:2]
+        allowed = (*allowed_hosts, *names(os.environ.get("HPO_SERVE_HOSTS", "")))
+        app = make_app(backend, Hosts(allowed, reachable=not ipaddress.ip_address(address).is_loopback))
+        anybody = True
+        with suppress(PostgresError), backend.database() as database:  # which may come later than the service
+            anybody = database.access.any()
         config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE_S)
-        ready(f"http://{f'[{address}]' if ':' in address else address}:{bound}/")
+        ready(f"http://{f'[{address}]' if ':' in address else address}:{bound}/", anybody)
         uvicorn.Server(config).run(sockets=[listener])

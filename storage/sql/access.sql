@@ -70,3 +70,38 @@ DELETE FROM hpo.submissions WHERE submitted_at < hpo.clock() - interval '30 days
 -- Who submitted a study; NULL: nobody through the service.
 -- types: study int
 SELECT owner FROM hpo.terms WHERE study_id = %(study)s
+
+-- name: annotated_study
+-- Name and owner of a study, or of the study of a trial.
+-- types: study int, trial int
+SELECT study_name, owner FROM studies LEFT JOIN hpo.terms USING (study_id)
+WHERE study_id = coalesce(%(study)s, (SELECT trials.study_id FROM trials WHERE trial_id = %(trial)s))
+
+-- name: any_token
+-- Whether anybody may come in.
+SELECT EXISTS (SELECT FROM hpo.tokens WHERE {active})
+
+-- name: begin_session
+-- Let a browser in for its token's holder, for some hours and never longer than the token; how long that is.
+-- types: digest bytea, token text, lifetime_s float8
+INSERT INTO hpo.sessions (digest, token_id, created_at, expires_at)
+SELECT %(digest)s, token_id, hpo.clock(),
+    least(hpo.clock() + %(lifetime_s)s * interval '1 s', coalesce(expires_at, 'infinity'))
+FROM hpo.tokens WHERE token_id = %(token)s AND {active}
+ON CONFLICT (digest) DO UPDATE SET token_id = EXCLUDED.token_id -- an answer was lost
+RETURNING extract(epoch FROM expires_at - hpo.clock())::float8
+
+-- name: session_holder
+-- The token of a browser that is signed in, while it opens the door.
+-- prepared: digest bytea
+SELECT {token} FROM hpo.tokens WHERE {active} AND token_id =
+    (SELECT session.token_id FROM hpo.sessions session WHERE digest = %(digest)s AND session.expires_at > hpo.clock())
+
+-- name: end_session
+-- A browser is signed out.
+-- types: digest bytea
+DELETE FROM hpo.sessions WHERE digest = %(digest)s
+
+-- name: forget_old_sessions
+-- Forget the browsers whose time is over.
+DELETE FROM hpo.sessions WHERE expires_at <= hpo.clock()

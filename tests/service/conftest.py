@@ -18,7 +18,10 @@ import pytest
 from hpo.storage.access import Access
 from hpo.storage.artifacts import FolderStore
 from hpo.storage.registry import Registry, publish
+from tests.browser import browser, chromium
 from tests.conftest import fresh_database
+
+__all__ = ["browser", "chromium"]  # fixtures
 
 TASK = """
 [study]
