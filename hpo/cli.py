@@ -525,12 +525,15 @@ def serve(
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)] = 8000,
     max_body: Annotated[int, typer.Option(help="MiB that a data file may have.", min=1)] = 1024,
     max_rows: Annotated[int, typer.Option(help="Sequences of one prediction.", min=1)] = 10_000,
+    stall: Annotated[str, typer.Option(help="Without a byte for so long, a body is given up.")] = "30s",
+    keep_uploads: Annotated[str, typer.Option(help="Data files that nobody has used for so long are removed.")] = "7d",
 ) -> None:
     """The service: data, studies, models and predictions over HTTP, for holders of a token."""
     from hpo.service.backend import MIB, Limits
     from hpo.service.server import serve as listen
 
-    limits = Limits(body=max_body * MIB, rows=max_rows)
+    stall_s, keep_s = _duration("stall", stall), _duration("keep-uploads", keep_uploads)
+    limits = Limits(body=max_body * MIB, rows=max_rows, stall_s=stall_s, keep_s=keep_s)
     listen(host, port, limits, lambda url: typer.echo(f"service at {url}, its routes at {url}docs (Ctrl-C ends it)"))
 
 
@@ -541,10 +544,7 @@ def token_create(
     expires: Annotated[str | None, typer.Option(help="After which time, as in 90d; never without it.")] = None,
 ) -> None:
     """Make a token and print it; it cannot be shown again."""
-    try:
-        lifetime_s = None if expires is None else duration(expires)
-    except CheckError as error:
-        raise typer.BadParameter(f"--expires {error}, got {expires!r}") from None
+    lifetime_s = None if expires is None else _duration("expires", expires)
     with _access() as access:
         made, text = access.create(role.value, owner, lifetime_s)
     until = "" if made.expires_at is None else f" until {made.expires_at:%Y-%m-%d %H:%M} UTC"
@@ -663,6 +663,14 @@ def _number(option: str, text: str) -> int | None:
     if not text.isdecimal() or int(text) < 1:
         raise typer.BadParameter(f"--{option} must be auto or a number of at least 1, got {text!r}")
     return int(text)
+
+
+def _duration(option: str, text: str) -> float:
+    """Seconds from "30s" or "7d"."""
+    try:
+        return duration(text)
+    except CheckError as error:
+        raise typer.BadParameter(f"--{option} {error}, got {text!r}") from None
 
 
 def _client() -> Client | None:

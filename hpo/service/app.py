@@ -17,7 +17,7 @@ from hpo.errors import HpoError
 from hpo.service import data, models, studies
 from hpo.service.access import Near, Uses
 from hpo.service.backend import Backend
-from hpo.service.body import BodyLimit
+from hpo.service.body import BodyLimit, PlainAddress
 from hpo.service.problems import MEDIA_TYPE, Problem, answers_with_problems
 
 health = APIRouter(tags=["health"])
@@ -46,6 +46,8 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
         HTTPStatus.UNAUTHORIZED,
         HTTPStatus.FORBIDDEN,
         HTTPStatus.NOT_FOUND,
+        HTTPStatus.METHOD_NOT_ALLOWED,
+        HTTPStatus.REQUEST_TIMEOUT,
         HTTPStatus.CONFLICT,
         HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
         HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
@@ -98,6 +100,7 @@ def make_app(backend: Backend) -> FastAPI:
     )
     app.state.backend = backend
     app.add_middleware(BodyLimit, limits=backend.limits)
+    app.add_middleware(PlainAddress)
     answers_with_problems(app)
     app.include_router(health)
     for part in (data, studies, models):

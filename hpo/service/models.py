@@ -23,10 +23,11 @@ from hpo.models.data.sequences import DataError, Sequences
 from hpo.promote.versions import materialise_model
 from hpo.service.access import Column, Reader, Submitter, Uses, check_owner
 from hpo.service.backend import MIB, Backend, Database
-from hpo.service.body import FILE_BODY, received_file
+from hpo.service.body import FILE_BODY, json_of, received_file
 from hpo.service.problems import Problem
 from hpo.service.schemas import Alias, Model, Prediction
 from hpo.storage.access import Token
+from hpo.storage.locks import exclusively
 from hpo.storage.registry import ModelVersion
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
@@ -114,7 +115,8 @@ def drop_alias(name: str, alias: str, token: Submitter, backend: Uses) -> None:
 @router.delete("/{name}/{version}", status_code=HTTPStatus.NO_CONTENT)
 def delete(name: str, version: Annotated[int, Path(ge=1, le=10**9)], token: Submitter, backend: Uses) -> None:
     """Remove a version that no alias but `latest` names."""
-    with backend.database() as database:
+    # One after the other: who comes second finds none.
+    with exclusively(backend.url, f"model {name}"), backend.database() as database:
         found = database.registry.get(name, version)
         _check_owner(database, token, found)
         for key in database.registry.delete(name, version):
@@ -140,10 +142,7 @@ async def predict(
     """
     loaded, found = await run_sync(_loaded, backend, name, version)
     if request.headers.get("content-type", "").lower().startswith("application/json"):
-        try:
-            content = await request.json()
-        except ValueError as error:
-            raise Problem(HTTPStatus.BAD_REQUEST, f"the body is not valid JSON: {error}") from None
+        content = json_of(await request.body())
         if not isinstance(content, dict) or not isinstance(content.get("sequences"), list):
             raise Problem(HTTPStatus.UNPROCESSABLE_ENTITY, "the body is an object with a list `sequences`")
         predicted = await run_sync(_predicted, backend, loaded, content["sequences"])

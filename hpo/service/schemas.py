@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 
 class DataFile(BaseModel):
@@ -72,7 +72,7 @@ class Trials(BaseModel):
 class Budget(BaseModel):
     """What a study may go on with."""
 
-    trials: int | None = None
+    trials: int | None = Field(default=None, strict=True, ge=1, le=2**31 - 1, examples=[80])  # None: as many as it had
 
 
 class Model(BaseModel):
@@ -102,4 +102,4 @@ class Prediction(BaseModel):
 class Alias(BaseModel):
     """The version that an alias is to name."""
 
-    version: int
+    version: int = Field(strict=True, ge=1, le=10**9, examples=[3])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import socket
+import tempfile
 from collections.abc import Callable
 
 import uvicorn
@@ -13,8 +14,11 @@ from hpo.models.machine import prepare_process
 from hpo.service.app import make_app
 from hpo.service.backend import Backend, Limits
 from hpo.storage.artifacts import artifact_store
+from hpo.storage.background import BackgroundLoop
 from hpo.storage.database import database_url
+from hpo.storage.home import own_folder
 
+HOUR_S = 3600.0
 GRACE_S = 5  # that requests in progress may take after a signal
 
 
@@ -28,7 +32,8 @@ def serve(host: str, port: int, limits: Limits, ready: Callable[[str], None]) ->
     Raises ServeError where the address is taken.
     """
     prepare_process()
-    app = make_app(Backend(database_url(), artifact_store(), limits))
+    backend = Backend(database_url(), artifact_store(), limits)
+    app = make_app(backend)
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         listener = socket.create_server((host, port), family=family)
@@ -36,8 +41,20 @@ def serve(host: str, port: int, limits: Limits, ready: Callable[[str], None]) ->
         raise ServeError(f"the service cannot listen on {host}:{port}: {error}; choose another --port") from None
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)  # uvicorn raises them again once it has ended in good order
-    with listener:
+    tempfile.tempdir = str(own_folder("uploads"))  # there is room, and nobody else reads there
+    with listener, _housekeeping(backend):
         address, bound = listener.getsockname()[:2]
         config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE_S)
         ready(f"http://{f'[{address}]' if ':' in address else address}:{bound}/")
         uvicorn.Server(config).run(sockets=[listener])
+
+
+def _housekeeping(backend: Backend) -> BackgroundLoop:
+    """Removes the uploaded files that nobody uses, while the block runs; every process of the service does."""
+    return BackgroundLoop(
+        backend.remove_unused,
+        min(HOUR_S, backend.limits.keep_s / 2),
+        name="housekeeping",
+        failure="data files that nobody uses could not be removed",
+        expected=(HpoError, OSError),
+    )
