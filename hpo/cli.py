@@ -216,15 +216,35 @@ def logs(
     worker: Annotated[str | None, typer.Option("--worker", "-w", help="One worker: HOST-PID, or its file.")] = None,
     lines: Annotated[int, typer.Option("--lines", "-n", help="The last so many of each.", min=1)] = 20,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what is added, until the end.")] = False,
+    trial: Annotated[
+        int | None, typer.Option("--trial", "-t", help="What was logged of one trial that ended.", min=0)
+    ] = None,
     address: Address = None,
 ) -> None:
-    """The workers' logs: files of this machine, those of others through Ray or where they are."""
+    """The workers' logs: files of this machine, those of others through Ray or where they are. Or a trial's, as CSV."""
+    if (client := _client()) is not None:
+        if follow or address:
+            raise HpoError(
+                "a service gives the last lines: leave out --follow and --address, or see `hpo status --watch`"
+            )
+        if trial is not None:
+            typer.echo(client.trial(name, trial).log or f"trial {trial} has no log yet\n", nl=False)
+            return
+        for log in client.logs(name, worker, lines):
+            typer.echo(f"==> {log.title} <==\n{log.text}")
+        return
     from hpo.launcher.logs import follow as follow_logs
     from hpo.launcher.logs import read_logs
-    from hpo.study.lifecycle import study_id_of
+    from hpo.storage.artifacts import artifact_store
+    from hpo.study.lifecycle import study_id_of, trial_of
+    from hpo.study.notes import log_of
 
     with _database() as (storage, leases):
         study_id = study_id_of(storage, name)
+        if trial is not None:
+            kept = log_of(artifact_store(), trial_of(storage, name, trial))
+            typer.echo(kept or f"trial {trial} has no log yet\n", nl=False)
+            return
         found = read_logs(leases, study_id, name, worker, lines, address)
         for each in found:
             typer.echo(f"==> {each.title} <==\n{each.text}")

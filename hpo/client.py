@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import httpx
 
 from hpo.errors import HpoError
-from hpo.service.schemas import DataFile, Model, Prediction, Study, Trial
+from hpo.service.schemas import DataFile, Log, Model, Prediction, Study, Trial, TrialDetails
 from hpo.study.config import ConfigError, default_name, tables_of
 from hpo.temporary import temporary_folder
 
@@ -151,6 +151,16 @@ class Client:
             page = self._ask("GET", f"/v1/studies/{name}/trials", params={"offset": offset, "limit": 1000}).json()
             total, offset = page["total"], offset + 1000
             yield from map(Trial.model_validate, page["trials"])
+
+    def trial(self, name: str, number: int) -> TrialDetails:
+        """One trial, with its learning curve and its log."""
+        return TrialDetails.model_validate(self._ask("GET", f"/v1/studies/{name}/trials/{number}").json())
+
+    def logs(self, name: str, worker: str | None = None, lines: int = 20) -> list[Log]:
+        """The last lines of its workers' logs, where they write on the service's machine; of others where they lie."""
+        wanted = {"lines": lines} | ({} if worker is None else {"worker": worker})
+        found = self._ask("GET", f"/v1/studies/{name}/logs", params=wanted).json()
+        return [Log.model_validate(each) for each in found]
 
     def follow(self, name: str) -> Iterator[Study]:
         """The study whenever it changes, until it is over; a lost connection is made again."""
@@ -312,7 +322,9 @@ def snapshot_of(study: Study) -> Snapshot:
     """What displays take; of its workers it knows the number alone."""
     from hpo.storage.snapshot import BestTrial, Snapshot, WorkerGroup
 
-    best = None if study.best is None else BestTrial(study.best.number, study.best.value)
+    best = None
+    if study.best is not None and study.best.value is not None:
+        best = BestTrial(study.best.number, study.best.value)
     groups = (WorkerGroup(None, None, study.workers),) if study.workers else ()
     return Snapshot(
         study_id=0,
@@ -331,6 +343,8 @@ def snapshot_of(study: Study) -> Snapshot:
         last_ended_at=None,
         metric=study.metric,
         owner=study.owner,
+        priority=study.priority,
+        max_workers=study.max_workers,
     )
 
 

@@ -163,6 +163,9 @@ def status_row(state: Snapshot) -> dict[str, Any]:
     return {
         "study": state.name,
         "status": state.status,
+        "owner": state.owner,
+        "priority": state.priority,
+        "max_workers": state.max_workers,
         "metric": state.metric,
         "trials": dict(state.counts),
         "budget": state.budget,

@@ -34,7 +34,7 @@ from hpo.storage.trials import TrialStorage
 from hpo.storage.writes import Fence
 
 _OPEN_STUDY = statement("open_study")
-_STUDY_TERMS, _ALL_STUDY_TERMS = statement("study_terms"), statement("all_study_terms")
+_STUDY_TERMS, _STUDY_IDS = statement("study_terms"), statement("study_ids")
 _REOPEN_STUDY = statement("reopen_study")
 _SET_STATUS = statement("set_status")
 _REGISTER_WORKER = [
@@ -42,9 +42,10 @@ _REGISTER_WORKER = [
 ]
 _RETIRE_WORKER = statement("retire_worker")
 _LAPSE_WORKERS, _WORKERS_OF_HOST = statement("lapse_workers"), statement("workers_of_host")
-_WORKERS, _SNAPSHOT = statement("workers"), statement("snapshot")
+_WORKERS, _SNAPSHOTS = statement("workers"), statement("snapshots")
 _STEPS = ("lock", "touch", "tick", "end_foreign", "lapse", "fail_spent", "adopt", "forget_reports", "start", "result")
 _TAKE = [statement(f"take_{step}") for step in _STEPS]
+_TURNS, _SHARE = statement("turns"), statement("share")
 _OFFERS_TRIAL, _TRIALS_ENDED_BY = statement("offers_trial"), statement("trials_ended_by")
 _RENEW, _RELEASE, _LAPSE_TRIAL = statement("renew"), statement("release"), statement("lapse_trial")
 _CHECKPOINT = statement("checkpoint")
@@ -128,13 +129,17 @@ class Leases:
             raise _not_opened(study_id)
         return row
 
-    def studies(self) -> list[StudyRow]:
-        """Every study with terms, oldest first."""
-        return [StudyRow(*row) for row in self._session.execute(_ALL_STUDY_TERMS)]
+    def study_ids(self, most: int | None = None, skip: int = 0) -> list[int]:
+        """The studies with terms, the newest first, but for the first `skip`; at most so many."""
+        return [study_id for (study_id,) in self._session.execute(_STUDY_IDS, given={"most": most, "skip": skip})]
 
-    def open_studies(self) -> list[StudyRow]:
-        """Those on which there may be work: neither stopped nor finished."""
-        return [row for row in self.studies() if row.status in ("open", "exhausted")]
+    def turns(self, aside: Sequence[int] = ()) -> dict[int, str]:
+        """Id and name of the studies on which there may be work, in the order in which a standing worker looks at them.
+
+        They are shared among owners first, then by priority, then by age, as sql/sharing.sql says. aside: studies that
+        the caller cannot work on.
+        """
+        return dict(self._session.execute(_TURNS, given={"held": self._session.held(), "aside": list(aside)}))
 
     def reopen(
         self, study_id: int, *, trials: int | None = None, timeout_s: float | Unchanged | None = UNCHANGED
@@ -148,6 +153,14 @@ class Leases:
         given = {"study": study_id, "trials": trials, "timed": timed, "timeout_s": timeout_s if timed else None}
         self._session.execute(_REOPEN_STUDY, given=given, durable=True)
         return self._row(study_id)
+
+    def share(self, study_id: int, *, priority: int, max_workers: int | None) -> None:
+        """Set how the study shares the standing workers, and how many of its trials run at once (None: no limit).
+
+        Trials that run go on.
+        """
+        given = {"study": study_id, "priority": priority, "max_workers": max_workers}
+        self._session.execute(_SHARE, given=given, durable=True)
 
     def stop(self, study_id: int) -> None:
         """Nothing more is taken; workers learn of it when they renew. `reopen` goes on."""
@@ -213,7 +226,9 @@ class Leases:
     # ------------------------------------------------------------------------------------------------ taking a trial
 
     @contextmanager
-    def take(self, study_id: int, worker: str, device: str | None = None) -> Iterator[Lease | None]:
+    def take(
+        self, study_id: int, worker: str, device: str | None = None, aside: Sequence[int] | None = None
+    ) -> Iterator[Lease | None]:
         """Hold a trial while the block runs: acquire it, renew its lease from a thread, give it back at the end.
 
         A WorkerFault in the block is the end of its holder: the trial is free at once and counts as lost, by the rule
@@ -223,7 +238,7 @@ class Leases:
         Yields None when there is nothing to take but trials are in flight. Raises StudyOver when nothing will come,
         and MissingRecord for a study without terms.
         """
-        lease = self.acquire(study_id, worker, device)
+        lease = self.acquire(study_id, worker, device, aside)
         if lease is None:
             yield None
             return
@@ -247,19 +262,25 @@ class Leases:
             out_of_time=lease.study_id in result.out_of_time,
         )
 
-    def acquire(self, study_id: int, worker: str, device: str | None = None) -> Lease | None:
+    def acquire(
+        self, study_id: int, worker: str, device: str | None = None, aside: Sequence[int] | None = None
+    ) -> Lease | None:
         """Adopt an orphan, or start a waiting or a new trial, under a lease that fences all writes to it.
 
-        Nothing renews the lease by itself: `take` does. Returns None when there is nothing to take but trials are in
-        flight: try again later. Raises StudyOver when nothing will come, and MissingRecord for a study without terms.
-        Trials that were lost max_attempts times in a row are failed on the way. A study that was stopped keeps its
-        orphans until it is opened again; one that is out of time gives them out to be ended with what they have.
+        aside: for a standing worker, the studies that it cannot work on; it takes nothing while it is another study's
+        turn. None: the worker is this study's own.
+
+        Nothing renews the lease by itself: `take` does. Returns None when there is nothing to take now but may be
+        later, as trials are in flight or others have their turn. Raises StudyOver when nothing will come, and
+        MissingRecord for a study without terms. Trials that were lost max_attempts times in a row are failed on the
+        way. A study that was stopped keeps its orphans until it is opened again; one that is out of time gives them out
+        to be ended with what they have.
         """
         with self.storage.connection.lock:
             if self._fault is not None:
                 raise self._fault
             given = {"study": study_id, "worker": worker, "device": device, "held": self._session.held()}
-            given |= self._outages()
+            given |= {"standing": aside is not None, "aside": list(aside or ())} | self._outages()
             rows = self._session.execute_once(*_TAKE, given=given)
             if not rows:
                 raise _not_opened(study_id)
@@ -414,11 +435,16 @@ class Leases:
     # ----------------------------------------------------------------------------------------------------- displaying
 
     def snapshot(self, study_id: int) -> Snapshot:
-        """The state of a study, in one query. Raises MissingRecord."""
-        rows = self._session.execute(_SNAPSHOT, given={"study": study_id, "recent": RECENT})
-        if not rows:
+        """The state of a study. Raises MissingRecord."""
+        found = self.snapshots([study_id])
+        if not found:
             raise _not_opened(study_id)
-        return read_snapshot(rows[0])
+        return found[0]
+
+    def snapshots(self, study_ids: Sequence[int]) -> list[Snapshot]:
+        """The state of those of the studies that there are, oldest first, in one query."""
+        rows = self._session.execute(_SNAPSHOTS, given={"studies": list(study_ids), "recent": RECENT})
+        return [read_snapshot(row) for row in rows]
 
     def workers(self, study_id: int) -> list[WorkerRow]:
         """Those that were started for the study or hold one of its trials, oldest first."""

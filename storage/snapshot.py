@@ -88,6 +88,8 @@ class Snapshot:
     last_ended_at: datetime | None
     metric: str | None  # None: of a study that another version made
     owner: str | None  # who submitted it through the service
+    priority: int
+    max_workers: int | None
 
     @property
     def best_value(self) -> float | None:

@@ -17,6 +17,8 @@ class Terms:
     stall_s: float = 600.0  # seconds; a training without a new batch for so long loses its lease
     max_attempts: int = 3  # leases that may be lost in a row, without getting further, before a trial fails
     resolution: float = 0.0  # values closer than this are equal
+    priority: int = 0  # standing workers take an owner's study with a higher one first
+    max_workers: int | None = None  # trials at once; None: no limit
 
 
 @dataclass(frozen=True)
@@ -42,3 +44,5 @@ class StudyRow:
     resolution: float
     store_key: str  # what stands for the study in the keys of its artifacts
     owner: str | None  # who submitted it through the service
+    priority: int
+    max_workers: int | None

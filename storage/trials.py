@@ -344,6 +344,16 @@ class TrialStorage(BaseStorage):
             trials = sorted(trials + running, key=number_of)
         return copy.deepcopy(trials) if deepcopy else trials
 
+    def page(self, study_id: int, first: int, most: int) -> tuple[list[FrozenTrial], int]:
+        """At most so many trials from that number on, and how many the study has; nothing is cached.
+
+        Raises MissingRecord.
+        """
+        rows = self._query("trial_page", study=study_id, first=first, most=most)
+        if not rows:
+            raise _no_study(study_id)
+        return [frozen_trial(row) for row in rows if row[0] is not None], rows[0][6]
+
     def get_best_trial(self, study_id: int) -> FrozenTrial:
         directions = self.get_study_directions(study_id)
         if len(directions) > 1:

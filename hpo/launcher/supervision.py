@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +37,8 @@ from hpo.study.lifecycle import OpenStudy, create_or_open
 if TYPE_CHECKING:
     from hpo.launcher.ray import Cluster
 
+log = logging.getLogger("hpo")
+
 REVIVE_S = 2.0  # between two looks at the embedded server
 HURRY_S = 1.0  # that a call to the database may take after a signal
 LOOK_S = 0.25  # between two looks at the study, or less when a worker ends
@@ -59,6 +63,9 @@ def run_here(
         watched = WatchedStudy(study.leases, study.study_id, study.name)
         if workers is None:
             count = min(count, watched.state().budget)
+        if (most := config.study.max_workers) is not None and count > most:
+            log.info("%s: %d of %d workers, as study.max_workers says", study.name, most, count)
+            count = most
         folder = log_folder(study.name, watched.store_key())
         with (
             _noted_signals() as stop,
@@ -78,11 +85,12 @@ def run_on_ray(
     started = time.monotonic()
     with _study_of(config) as study:
         watched = WatchedStudy(study.leases, study.study_id, study.name)
+        most = min(watched.state().budget, config.study.max_workers or sys.maxsize)
         with (
             connected(cluster, study.name),
             _noted_signals() as stop,
             _server_kept_up(),
-            RayWorkers(study.name, workers, slots, cluster, watched.state().budget) as group,
+            RayWorkers(study.name, workers, slots, cluster, most) as group,
         ):
             wait(watched, group, stop, show)
         return summary(study, time.monotonic() - started, group.where_logs_are)

@@ -85,12 +85,18 @@ def bundle(name: str, version: Version, token: Reader, backend: Uses) -> Streami
     return StreamingResponse(_blocks(archive), media_type="application/zip", headers=headers)
 
 
-@router.get("/{name}/{version}/report", response_class=PlainTextResponse)
-def report(name: str, version: Version, token: Reader, backend: Uses) -> PlainTextResponse:
+class Markdown(PlainTextResponse):
+    """A text for people."""
+
+    media_type = "text/markdown"
+
+
+@router.get("/{name}/{version}/report", response_class=Markdown)
+def report(name: str, version: Version, token: Reader, backend: Uses) -> Markdown:
     """The model card, in Markdown."""
     with backend.database() as database:
         found = database.registry.get(name, version)
-    return PlainTextResponse(backend.store.get(found.artifacts["README.md"]).decode(), media_type="text/markdown")
+    return Markdown(backend.store.get(found.artifacts["README.md"]).decode())
 
 
 @router.put("/{name}/aliases/{alias}")

@@ -16,6 +16,7 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
 from hpo.errors import HpoError, WorkerFault
+from hpo.launcher.logs import LogsError
 from hpo.models.bundle.config import BundleError
 from hpo.models.data.sequences import DataError
 from hpo.models.device import OutOfMemory
@@ -27,7 +28,7 @@ from hpo.storage.errors import DatabaseRefusal, MissingRecord, PostgresError
 from hpo.storage.masking import mask
 from hpo.storage.registry import MissingModel, NamedModel, RegistryError
 from hpo.study.config import ConfigError
-from hpo.study.plan import MissingStudy, StudyConflict, StudyError
+from hpo.study.plan import MissingStudy, MissingTrial, StudyConflict, StudyError
 
 log = logging.getLogger("hpo")
 
@@ -39,6 +40,8 @@ STATUS: tuple[tuple[type[Exception], HTTPStatus], ...] = (
     (MissingModel, HTTPStatus.NOT_FOUND),
     (MissingRecord, HTTPStatus.NOT_FOUND),
     (MissingArtifactError, HTTPStatus.NOT_FOUND),
+    (LogsError, HTTPStatus.NOT_FOUND),
+    (MissingTrial, HTTPStatus.NOT_FOUND),
     (StudyConflict, HTTPStatus.CONFLICT),
     (SubmissionConflict, HTTPStatus.CONFLICT),
     (NoModel, HTTPStatus.CONFLICT),

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from datetime import datetime
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, BeforeValidator, Field
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+Number = Annotated[float | None, BeforeValidator(_finite)]  # JSON has neither NaN nor infinity
 
 
 class DataFile(BaseModel):
@@ -31,7 +39,7 @@ class Best(BaseModel):
     """The best of a study's trials."""
 
     number: int
-    value: float
+    value: Number
 
 
 class Study(BaseModel):
@@ -40,6 +48,8 @@ class Study(BaseModel):
     name: str
     status: str  # open | stopped | exhausted | finished
     owner: str | None
+    priority: int
+    max_workers: int | None
     metric: str | None
     trials: dict[str, int]  # by state
     budget: int
@@ -55,11 +65,33 @@ class Trial(BaseModel):
 
     number: int
     state: str
-    value: float | None
+    value: Number
     params: dict[str, Any]
     started: datetime | None
     ended: datetime | None
     failure: str | None
+
+
+class TrialDetails(Trial):
+    """A trial with all that is kept of its training."""
+
+    reports: dict[str, Number]  # the metric by epoch, from 1
+    curve: dict[str, list[Number]]  # value, train_loss and log_loss of each epoch; of a trial that has ended
+    best_epoch: int | None  # from 1
+    seconds: float | None  # of training
+    device: str | None
+    worker: str | None
+    log: str | None  # CSV: time, level, message
+
+
+class Log(BaseModel):
+    """A file in which workers log, and its last lines."""
+
+    host: str
+    path: str  # on that host
+    title: str  # whose it is and where it lies
+    workers: list[str]
+    text: str  # or where it can be read
 
 
 class Trials(BaseModel):

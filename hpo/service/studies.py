@@ -13,11 +13,12 @@ from http import HTTPStatus
 from typing import Annotated, Any
 
 from anyio.to_thread import run_sync
-from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi import APIRouter, Header, Path, Query, Request, Response
 from fastapi.responses import StreamingResponse
 from optuna.trial import FrozenTrial
 
 from hpo.errors import HpoError
+from hpo.launcher.logs import read_logs
 from hpo.promote.promotion import promote_trial
 from hpo.promote.summary import summary_of
 from hpo.service.access import Reader, Submitter, Uses, check_owner
@@ -25,7 +26,7 @@ from hpo.service.backend import Backend, Database
 from hpo.service.body import as_sent, json_of
 from hpo.service.models import model_of
 from hpo.service.problems import Problem
-from hpo.service.schemas import Best, Budget, Model, Study, Trial, Trials
+from hpo.service.schemas import Best, Budget, Log, Model, Study, Trial, TrialDetails, Trials
 from hpo.storage.access import Token
 from hpo.storage.errors import MissingRecord
 from hpo.storage.home import own_folder
@@ -34,7 +35,8 @@ from hpo.storage.masking import mask
 from hpo.storage.snapshot import Snapshot
 from hpo.study.checks import NAME
 from hpo.study.config import StudyConfig, config_of, default_name
-from hpo.study.lifecycle import create_or_open, delete_study, open_study, snapshots, study_id_of
+from hpo.study.lifecycle import create_or_open, delete_study, open_study, snapshots, study_id_of, trial_of
+from hpo.study.notes import log_of
 from hpo.study.plan import StudyConflict
 from hpo.study.record import FAILURE
 
@@ -115,14 +117,8 @@ def studies(
 ) -> list[Study]:
     """Studies, the newest first."""
     with backend.database() as database:
-        rows = database.leases.studies()[::-1][offset : offset + limit]
-        found = []
-        for row in rows:
-            try:
-                found.append(_study(database.leases.snapshot(row.study_id)))
-            except MissingRecord:  # deleted since
-                continue
-        return found
+        page = database.leases.study_ids(limit, offset)
+        return [_study(state) for state in reversed(database.leases.snapshots(page))]
 
 
 @router.get("/{name}")
@@ -149,18 +145,43 @@ def trials(
 ) -> Trials:
     """A study's trials, by number."""
     with backend.database() as database:
-        found = database.storage.get_all_trials(study_id_of(database.storage, name), deepcopy=False)
-        return Trials(total=len(found), trials=[_trial(each) for each in found[offset : offset + limit]])
+        found, total = database.storage.page(study_id_of(database.storage, name), offset, limit)
+        return Trials(total=total, trials=[_trial(each) for each in found])
 
 
 @router.get("/{name}/trials/{number}")
-def trial(name: str, number: int, token: Reader, backend: Uses) -> Trial:
-    """One trial."""
+def trial(name: str, number: Annotated[int, Path(ge=0, le=10**9)], token: Reader, backend: Uses) -> TrialDetails:
+    """One trial, with its learning curve and its log."""
     with backend.database() as database:
-        found = database.storage.get_all_trials(study_id_of(database.storage, name), deepcopy=False)
-    if not 0 <= number < len(found):
-        raise Problem(HTTPStatus.NOT_FOUND, f"study {name!r} has trials 0 to {len(found) - 1}, not {number}")
-    return _trial(found[number])
+        found = trial_of(database.storage, name, number)
+    return TrialDetails(
+        **vars(_trial(found)),
+        reports={str(epoch): value for epoch, value in found.intermediate_values.items()},
+        curve=found.user_attrs.get("curve", {}),
+        best_epoch=found.user_attrs.get("best_epoch"),
+        seconds=found.user_attrs.get("training_seconds"),
+        device=found.user_attrs.get("device"),
+        worker=found.user_attrs.get("worker"),
+        log=log_of(backend.store, found),
+    )
+
+
+@router.get("/{name}/logs")
+def logs(
+    name: str,
+    token: Reader,
+    backend: Uses,
+    worker: Annotated[str | None, Query(max_length=300)] = None,
+    lines: Annotated[int, Query(ge=1, le=10_000)] = 20,
+) -> list[Log]:
+    """The last lines of its workers' logs, of those that write on the service's machine; of others where they lie."""
+    with backend.database() as database:
+        study_id = study_id_of(database.storage, name)
+        found = read_logs(database.leases, study_id, name, worker, lines, None)
+    return [
+        Log(host=each.host, path=each.path, title=each.title, workers=list(each.workers), text=each.text)
+        for each in found
+    ]
 
 
 @router.get(
@@ -329,6 +350,8 @@ def _study(state: Snapshot) -> Study:
         name=state.name,
         status=state.status,
         owner=state.owner,
+        priority=state.priority,
+        max_workers=state.max_workers,
         metric=state.metric,
         trials=dict(state.counts),
         budget=state.budget,

@@ -58,6 +58,10 @@ class StudySection:
     # seconds after which the trial of a worker that does not renew its lease is adopted
     lease_s: float = field(default=60.0, metadata=checked(lease, key="lease"))
     attempts: int = field(default=3, metadata=checked(whole(1)))  # workers that may try one trial before it fails
+    # standing workers take an owner's study with a higher one first
+    priority: int = field(default=0, metadata=checked(whole(-100, 100)))
+    # trials that may run at once, of all workers; None: no limit
+    max_workers: int | None = field(default=None, metadata=checked(whole(1)))
     # name of a study whose trials the sampler sees
     warm_start: str | None = field(default=None, metadata=checked(text))
 
@@ -139,7 +143,10 @@ def _keys(section: type) -> dict[str, _Key]:
 KEYS = {"study": _keys(StudySection), "data": _keys(DataSection), "train": _keys(TrainSection)}  # section -> key
 TABLES = (*KEYS, "space", "enqueue")
 # What may change in an existing study; data files are compared by their content.
-CHANGEABLE = {"study.name", "study.trials", "study.timeout", "data.train", "data.test"}
+CHANGEABLE = {f"study.{key}" for key in ("name", "trials", "timeout", "priority", "max_workers")} | {
+    "data.train",
+    "data.test",
+}
 
 
 # --- reading ---
@@ -423,7 +430,7 @@ def _section_dict(name: str, section: StudySection | DataSection | TrainSection)
 def differences(old: StudyConfig, new: StudyConfig) -> list[str]:
     """Where a new configuration contradicts a stored one, a line each; empty: the study can go on.
 
-    Both must be as written, or both completed. The budget (trials, timeout) may change. Data files are not
+    Both must be as written, or both completed. What is CHANGEABLE may change. Data files are not
     compared: that is for their content.
     """
     stored, file = _flat(old), _flat(new)

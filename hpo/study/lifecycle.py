@@ -27,7 +27,7 @@ from hpo.storage.trials import TrialStorage
 from hpo.study.config import ConfigError, StudyConfig
 from hpo.study.entries import distribution
 from hpo.study.notes import METRIC_NAMES, describe_study
-from hpo.study.plan import MissingStudy, Plan, StudyConflict, StudyError, check_same, make_plan
+from hpo.study.plan import MissingStudy, MissingTrial, Plan, StudyConflict, StudyError, check_same, make_plan
 from hpo.study.pruning import make_pruner
 from hpo.study.ranking import best_first
 from hpo.study.readout import readout, suspicions
@@ -75,8 +75,9 @@ def create_or_open(
 ) -> OpenStudy:
     """The study of this file: a new one, or the one of that name if nothing contradicts it.
 
-    An existing study goes on under the file's trials and timeout; a new one belongs to `owner`. Raises StudyError with
-    the differences, before anything is changed, and DataError for data that cannot be trained on.
+    An existing study goes on under the file's trials, timeout, priority and max_workers; a new one belongs to `owner`.
+    Raises StudyError with the differences, before anything is changed, and DataError for data that cannot be trained
+    on.
     """
     plan, train, test = make_plan(config)
     if plan.config.study.sampler == "grid":
@@ -102,6 +103,7 @@ def create_or_open(
         log.info("%s: %s", name, line)
     for line in suspicions(train, test):
         log.warning("%s: %s", name, line)
+    leases.share(study_id, priority=config.study.priority, max_workers=config.study.max_workers)
     row = leases.reopen(study_id, trials=config.study.trials, timeout_s=config.study.timeout_s)
     if row.budget > config.study.trials:
         text = "study %s: %d trials have begun, more than the %d that are asked for; no more are started"
@@ -163,6 +165,15 @@ def study_id_of(storage: TrialStorage, name: str) -> int:
         raise MissingStudy(f"there is no study named {name!r}; known: {known}") from None
 
 
+def trial_of(storage: TrialStorage, name: str, number: int) -> FrozenTrial:
+    """A study's trial by its number. Raises MissingTrial, and StudyError when there is no such study."""
+    found, total = storage.page(study_id_of(storage, name), number, 1)
+    if not found:
+        has = f"trials 0 to {total - 1}" if total else "no trials yet"
+        raise MissingTrial(f"study {name!r} has {has}, not {number}")
+    return found[0]
+
+
 def snapshots(storage: TrialStorage, leases: Leases, name: str | None) -> list[Snapshot]:
     """The study of that name, or all, as they are now. Raises StudyError."""
     if name is not None:
@@ -170,11 +181,7 @@ def snapshots(storage: TrialStorage, leases: Leases, name: str | None) -> list[S
             return [leases.snapshot(study_id_of(storage, name))]
         except MissingRecord:
             raise MissingStudy(f"study {name!r} was not made by `hpo launch`; see it with `hpo dashboard`") from None
-    found = []
-    for row in leases.studies():
-        with suppress(MissingRecord):  # deleted since
-            found.append(leases.snapshot(row.study_id))
-    return found
+    return leases.snapshots(leases.study_ids())
 
 
 def delete_study(storage: TrialStorage, store: ArtifactStore, name: str) -> None:
@@ -226,7 +233,15 @@ def _begin(storage: TrialStorage, leases: Leases, study_id: int, plan: Plan, own
     describe_study(storage, study_id, plan.metric, plan.note())
     _enqueue(storage, study_id, plan)
     study = plan.config.study
-    terms = Terms(study.trials, study.timeout_s, study.lease_s, max_attempts=study.attempts, resolution=plan.resolution)
+    terms = Terms(
+        study.trials,
+        study.timeout_s,
+        study.lease_s,
+        max_attempts=study.attempts,
+        resolution=plan.resolution,
+        priority=study.priority,
+        max_workers=study.max_workers,
+    )
     leases.open_study(study_id, terms, plan.to_json(), owner)
 
 

@@ -12,6 +12,9 @@ from typing import Any
 
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage
+from optuna.trial import FrozenTrial
+
+from hpo.storage.artifacts import ArtifactStore, MissingArtifactError
 
 METRIC_NAMES = "study:metric_names"  # a study's system attribute under Optuna's name: one name an objective
 _NOTE_PART = 2045  # characters of one piece of a note, optuna-dashboard's own limit
@@ -29,6 +32,23 @@ def attach_artifact(storage: BaseStorage, study_id: int, trial_id: int, key: str
         # A finished trial takes no more attributes; the dashboard also looks for them on its study. Slower to
         # search (every trial against all of them), so only where needed.
         storage.set_study_system_attr(study_id, f"dashboard:artifacts:{trial_id}:{shown}", meta)
+
+
+def log_of(store: ArtifactStore, trial: FrozenTrial) -> str | None:
+    """What was logged of a trial that one of our workers ended, as CSV; None where nothing is kept."""
+    key = attached(trial, "log.csv")
+    try:
+        return None if key is None else store.get(key).decode()
+    except MissingArtifactError:
+        return None
+
+
+def attached(trial: FrozenTrial, filename: str) -> str | None:
+    """The key of a file that was attached to the trial while it ran; None where there is none."""
+    found = [json.loads(value) for key, value in trial.system_attrs.items() if key.startswith("artifacts:")]
+    ids = [each["artifact_id"] for each in found if each["filename"] == filename]
+    ours = [each for each in ids if "-" not in each]  # others are visitors' own
+    return bytes.fromhex(ours[-1]).decode() if ours else None
 
 
 def describe_study(storage: BaseStorage, study_id: int, metric_name: str, note_markdown: str) -> None:

@@ -36,6 +36,10 @@ class MissingStudy(StudyError):
     """There is no study of that name, or none that `hpo launch` made."""
 
 
+class MissingTrial(StudyError):
+    """The study has no trial of that number."""
+
+
 class StudyConflict(StudyError):
     """A study of that name is there already, and is another one."""
 

@@ -136,15 +136,20 @@ class Worker:
         leases.retire(self.name)
         forget_end(self.name)
 
-    def offers(self) -> list[str]:
-        """The names of the studies to look for work in."""
+    def offers(self) -> tuple[list[str], list[int] | None]:
+        """The names of the studies to look for work in, in this order, and the ids of those that are set aside.
+
+        None instead of the latter: it serves one study, and waits for no other's turn.
+        """
         if self.only is not None:
-            return [self.only]
+            return [self.only], None
         now = time.monotonic()
         if now - self._seen_s >= SEEN_S:  # with no study to take trials of, nothing else would say so
             self._seen_s = now
             self.leases.renew(self.name, {})
-        return [row.name for row in self.leases.open_studies() if row.name not in self.quarantine]
+        turns = self.leases.turns()
+        aside = [study_id for study_id, name in turns.items() if name in self.quarantine]
+        return [name for study_id, name in turns.items() if study_id not in aside], aside
 
     @contextmanager
     def guard(self, name: str) -> Iterator[None]:
@@ -237,17 +242,19 @@ class Slot:
     def _work(self) -> bool:
         """Run one trial or promote one model. False: the one study that this worker serves needs nothing more.
 
-        Studies are looked at oldest first. One that has a trial to take but does not allow another one now is waited
-        for: newer ones get no trial before it, or it would wait for as long as they have any.
+        Studies are looked at in the order of their turns. One that has a trial to take, but not one that fits beside
+        those that this worker runs, is waited for: others get no trial before it, or it would wait for as long as they
+        have any.
         """
-        worker, names = self.worker, self.worker.offers()
+        worker = self.worker
+        names, aside = worker.offers()
         over, self.crowded = 0, False
         for name in names:
             with worker.guard(name):
                 study = self._open(name)
                 try:
                     with worker.places.place(study.study_id) as free:
-                        if free and self._run_next(study):
+                        if free and self._run_next(study, aside):
                             return True
                     if not free and worker.leases.offers_trial(study.study_id):
                         self.crowded = True
@@ -269,14 +276,14 @@ class Slot:
             worker.rest()
         return False
 
-    def _run_next(self, study: OpenStudy) -> bool:
+    def _run_next(self, study: OpenStudy, aside: list[int] | None) -> bool:
         """Take a trial and run it; whether there was one. Raises StudyOver."""
         worker = self.worker
         sequences = worker.resources.datasets.get(study.plan.train)  # before a trial waits for them
         with worker.resources.device_lock.shared(worker.stop_requested.is_set):
             if study.sampler.exhausted():
                 worker.leases.exhaust(study.study_id)
-            with worker.leases.take(study.study_id, worker.name, worker.device) as lease:
+            with worker.leases.take(study.study_id, worker.name, worker.device, aside) as lease:
                 if lease is not None:
                     self._run_trial(study, lease, sequences)
         if lease is not None:

@@ -12,6 +12,14 @@ s.lease_s * interval '1 s'
 -- Until when the holder is waited for: for the time of its lease, and after a start of the server for that time again.
 greatest(l.expires_at, CASE WHEN l.renewed_at < hpo.server_started() THEN hpo.server_started() + {lease_time} END)
 
+-- fragment: alive
+-- Whether a trial's holder counts as at work on it.
+(l.ended_at IS NULL AND NOT {free} AND {waited_for} > hpo.moment())
+
+-- fragment: capped
+-- Whether as many of the study's trials are at work as it allows.
+coalesce(s.max_workers <= (SELECT count(*) FROM hpo.leases l WHERE l.study_id = s.study_id AND {alive}), false)
+
 -- fragment: touch_worker
 -- Note that the worker lives, without waiting for another of its threads that does so at the same time.
 UPDATE hpo.workers SET seen_at = hpo.clock()
@@ -102,12 +110,12 @@ ON CONFLICT (trial_id, key) DO UPDATE SET value_json = excluded.value_json
 -- name: take_adopt
 -- Adopt the first of the trials that are free, also after the study's time: it is then ended with what it has. None that
 -- another thread of the caller's process still holds: its writes would pass under the new lease.
--- prepared: study int, worker text, device text, held int[], client uuid, call bigint
+-- prepared: study int, worker text, device text, held int[], standing bool, aside int[], client uuid, call bigint
 WITH adopted AS (UPDATE hpo.leases l SET attempt = attempt + 1, released = false, worker = %(worker)s,
         device = %(device)s, progress = 0, progress_at = hpo.clock(), epoch = checkpoint_epoch, metric = NULL,
         began_epoch = checkpoint_epoch, renewed_at = hpo.clock(), expires_at = hpo.clock() + {lease_time}
     FROM hpo.terms s
-    WHERE s.study_id = %(study)s AND s.status IN ('open', 'exhausted')
+    WHERE s.study_id = %(study)s AND s.status IN ('open', 'exhausted') AND NOT {capped} AND {its_turn}
     AND NOT EXISTS (SELECT FROM hpo.calls WHERE {this_call})
     AND trial_id = (SELECT l.trial_id FROM hpo.leases l JOIN trials t USING (trial_id)
         WHERE l.study_id = %(study)s AND l.ended_at IS NULL AND {free} AND NOT {spent} AND l.trial_id <> ALL(%(held)s)
@@ -124,10 +132,11 @@ AND i.step > coalesce(l.checkpoint_epoch, -1)
 
 -- name: take_start
 -- Where nothing was adopted and the budget and the time allow it, start a waiting or a new trial.
--- prepared: study int, worker text, device text, client uuid, call bigint
-WITH counted AS (UPDATE hpo.terms SET started = started + 1
+-- prepared: study int, worker text, device text, held int[], standing bool, aside int[], client uuid, call bigint
+WITH counted AS (UPDATE hpo.terms s SET started = started + 1,
+        taken_at = CASE WHEN %(standing)s THEN hpo.clock() ELSE taken_at END
     WHERE study_id = %(study)s AND status = 'open' AND started < budget AND NOT coalesce(elapsed_s >= timeout_s, false)
-    AND NOT EXISTS (SELECT FROM hpo.calls WHERE {this_call}) RETURNING lease_s),
+    AND NOT {capped} AND {its_turn} AND NOT EXISTS (SELECT FROM hpo.calls WHERE {this_call}) RETURNING lease_s),
 popped AS (UPDATE trials SET state = 'RUNNING', datetime_start = {utc_now}
     WHERE EXISTS (TABLE counted) AND trial_id = (SELECT trial_id FROM trials
         WHERE study_id = %(study)s AND state = 'WAITING' ORDER BY number LIMIT 1 FOR UPDATE SKIP LOCKED)
@@ -143,12 +152,13 @@ INSERT INTO hpo.calls (client, call, result) SELECT %(client)s, %(call)s, trial_
 
 -- name: take_result
 -- The lease that was taken, if any, and what is left of the study. In a study that was stopped only what is held is in
--- flight: the rest is kept.
+-- flight: the rest is kept. In one that is open something is to come as long as it has a trial to start.
 -- prepared: study int, client uuid, call bigint
 SELECT l.study_id, l.trial_id, t.number, l.worker, l.attempt, l.attempt > 1, l.checkpoint_key, l.checkpoint_epoch,
     s.lease_s, s.store_key, l.lost, s.status, coalesce(elapsed_s >= timeout_s, false), started >= budget,
     EXISTS (SELECT FROM hpo.leases l WHERE l.study_id = %(study)s AND l.ended_at IS NULL
         AND (s.status IN ('open', 'exhausted') OR NOT {free} AND {waited_for} > hpo.moment()))
+    OR s.status = 'open' AND started < budget AND NOT coalesce(elapsed_s >= timeout_s, false)
 FROM hpo.terms s LEFT JOIN hpo.calls c ON {this_call} LEFT JOIN hpo.leases l ON l.trial_id = c.result
     LEFT JOIN trials t ON t.trial_id = l.trial_id
 WHERE s.study_id = %(study)s
@@ -263,11 +273,7 @@ FROM mine ON CONFLICT (trial_id, key) DO UPDATE SET value_json = excluded.value_
 -- name: offers_trial
 -- Whether a study has a trial to take: one that is free, or one to start.
 -- types: study int, held int[]
-SELECT status = 'open' AND started < budget AND NOT {out_of_time}
-    OR status IN ('open', 'exhausted') AND EXISTS (SELECT FROM hpo.leases l
-        WHERE l.study_id = s.study_id AND l.ended_at IS NULL AND NOT {spent} AND l.trial_id <> ALL(%(held)s)
-        AND ({free} OR {waited_for} <= hpo.clock()))
-FROM hpo.terms s WHERE study_id = %(study)s
+SELECT {offers} FROM hpo.terms s WHERE study_id = %(study)s
 
 -- name: trials_ended_by
 -- How many trials a worker has trained to their end.
@@ -279,12 +285,15 @@ WHERE l.worker = %(worker)s AND l.ended_at IS NOT NULL AND t.state IN ('COMPLETE
 -- Take or renew the lease to promote: nothing more is started and nothing is in flight.
 -- types: study int, worker text
 UPDATE hpo.terms s SET promoter = %(worker)s, promoter_expires_at = hpo.clock() + {lease_time}
-WHERE study_id = %(study)s AND status IN ('open', 'exhausted') AND promoted_version IS NULL
-AND (promoter IS NULL OR promoter = %(worker)s OR {promoter_silent})
-AND (status = 'exhausted' OR started >= budget OR {out_of_time})
-AND NOT EXISTS (SELECT FROM hpo.leases l JOIN trials t USING (trial_id)
-    WHERE l.study_id = s.study_id AND l.ended_at IS NULL AND t.state = 'RUNNING')
+WHERE study_id = %(study)s AND (promoter IS NULL OR promoter = %(worker)s OR {promoter_silent}) AND {trained}
 RETURNING lease_s
+
+-- fragment: trained
+-- Whether nothing is left of the study but to promote its best trial: nothing more is started, nothing is in flight.
+(s.status IN ('open', 'exhausted') AND s.promoted_version IS NULL
+    AND (s.status = 'exhausted' OR s.started >= s.budget OR {out_of_time})
+    AND NOT EXISTS (SELECT FROM hpo.leases l JOIN trials t USING (trial_id)
+        WHERE l.study_id = s.study_id AND l.ended_at IS NULL AND t.state = 'RUNNING'))
 
 -- fragment: promoter_silent
 -- Whether the promoter was not heard of for the time of its lease, or since the server's start.

@@ -2,16 +2,18 @@
 
 -- fragment: terms
 SELECT study_id, study_name, config, budget, started, timeout_s, opened_at, {elapsed}, lease_s, stall_s, max_attempts,
-    status, promoter, promoter_expires_at, promoted_version, {out_of_time}, resolution, store_key, owner
+    status, promoter, promoter_expires_at, promoted_version, {out_of_time}, resolution, store_key, owner,
+    priority, max_workers
 FROM hpo.terms JOIN studies USING (study_id)
 
 -- name: open_study
 -- Store the terms of a study, unless it has some.
 -- types: study int, config jsonb, budget int, timeout_s float8, lease_s float8, stall_s float8, max_attempts int,
---     resolution float8, owner text
-INSERT INTO hpo.terms (study_id, config, budget, timeout_s, lease_s, stall_s, max_attempts, resolution, owner, store_key)
+--     resolution float8, priority int, max_workers int, owner text
+INSERT INTO hpo.terms (study_id, config, budget, timeout_s, lease_s, stall_s, max_attempts, resolution, priority,
+    max_workers, owner, store_key)
 SELECT study_id, %(config)s, %(budget)s, %(timeout_s)s, %(lease_s)s, %(stall_s)s, %(max_attempts)s, %(resolution)s,
-    %(owner)s, study_id || '_' || left(replace(gen_random_uuid()::text, '-', ''), 12)
+    %(priority)s, %(max_workers)s, %(owner)s, study_id || '_' || left(replace(gen_random_uuid()::text, '-', ''), 12)
 FROM studies WHERE study_id = %(study)s ON CONFLICT DO NOTHING
 
 -- name: study_terms
@@ -19,9 +21,10 @@ FROM studies WHERE study_id = %(study)s ON CONFLICT DO NOTHING
 -- types: study int
 {terms} WHERE study_id = %(study)s
 
--- name: all_study_terms
--- The terms and state of every study, oldest first.
-{terms} ORDER BY study_id
+-- name: study_ids
+-- The studies with terms, the newest first.
+-- types: most int, skip int
+SELECT study_id FROM hpo.terms ORDER BY study_id DESC LIMIT %(most)s OFFSET %(skip)s
 
 -- name: reopen_study
 -- Go on with a study that was stopped, under a new budget: of trials, never below those that have begun, and of time.
@@ -78,9 +81,9 @@ WHERE w.study_id = s.study_id OR EXISTS (
     SELECT FROM hpo.leases l WHERE l.study_id = s.study_id AND l.worker = w.worker)
 ORDER BY started_at, worker
 
--- name: snapshot
--- A study at one moment: its terms, its trials by state, the best one, those in flight, its workers and its rate.
--- types: study int, recent int
+-- name: snapshots
+-- Studies at one moment, the oldest first: terms, trials by state, the best one, those in flight, workers and rate.
+-- types: studies int[], recent int
 SELECT s.study_id, n.study_name, s.status, s.budget, s.started, CASE WHEN timeout_s IS NOT NULL
         THEN greatest(0, timeout_s - {elapsed}) END,
     s.promoted_version,
@@ -91,11 +94,12 @@ SELECT s.study_id, n.study_name, s.status, s.budget, s.started, CASE WHEN timeou
             FROM trials t CROSS JOIN LATERAL (SELECT CASE value_type WHEN 'FINITE' THEN value
                     WHEN 'INF_POS' THEN 'Infinity' WHEN 'INF_NEG' THEN '-Infinity' ELSE 'NaN' END AS value
                 FROM trial_values v WHERE v.trial_id = t.trial_id AND v.objective = 0) v
-            WHERE t.study_id = s.study_id AND t.state = 'COMPLETE' AND EXISTS (
-                SELECT FROM trial_user_attributes a WHERE a.trial_id = t.trial_id AND a.key = 'seed')),
-        first AS (SELECT number, value, cost FROM costs ORDER BY cost, number LIMIT 1)
+            WHERE t.study_id = s.study_id AND t.state = 'COMPLETE'),
+        first AS (SELECT number, value, cost FROM (SELECT * FROM costs ORDER BY cost, number OFFSET 0) c
+            WHERE {trained_by_us} LIMIT 1)
         SELECT json_build_array(c.number, c.value, CASE WHEN f.cost < c.cost THEN f.number END, f.value)
-        FROM costs c JOIN first f ON c.cost <= f.cost + s.resolution
+        FROM (SELECT c.* FROM costs c JOIN first f ON c.cost <= f.cost + s.resolution OFFSET 0) c, first f
+        WHERE {trained_by_us}
         ORDER BY coalesce((SELECT nullif(CASE WHEN value_json ~ '^-?(\d+(\.\d+)?(e[+-]?\d+)?|Infinity)$'
                     AND length(value_json) < 300 THEN value_json::float8 END, 'NaN')
                 FROM trial_user_attributes a WHERE a.trial_id = c.trial_id AND a.key = 'log_loss'), 'Infinity'),
@@ -110,13 +114,19 @@ SELECT s.study_id, n.study_name, s.status, s.budget, s.started, CASE WHEN timeou
         FROM hpo.workers w WHERE (w.study_id = s.study_id OR w.study_id IS NULL) AND w.stopped_at IS NULL
         AND w.seen_at > hpo.clock() - s.lease_s * interval '1 s' GROUP BY host, device) p),
     least(r.n, %(recent)s) * 3600.0::float8
-        / nullif(extract(epoch FROM e.ended - CASE WHEN r.n > %(recent)s THEN r.since ELSE e.started END)::float8, 0),
-    e.started, e.ended, s.config #>> '{config,study,metric}', s.owner
+        / nullif(extract(epoch FROM r.ended - CASE WHEN r.n > %(recent)s THEN r.since ELSE e.started END)::float8, 0),
+    e.started, r.ended, s.config #>> '{config,study,metric}', s.owner, s.priority, s.max_workers
 FROM hpo.terms s JOIN studies n USING (study_id)
     JOIN study_directions d ON d.study_id = s.study_id AND d.objective = 0
-    CROSS JOIN LATERAL (SELECT min(t.datetime_start AT TIME ZONE 'UTC') AS started, max(l.ended_at) AS ended
-        FROM hpo.leases l JOIN trials t USING (trial_id)
+    CROSS JOIN LATERAL (SELECT min(t.datetime_start AT TIME ZONE 'UTC') AS started
+        FROM hpo.leases l JOIN trials t ON t.trial_id = l.trial_id AND t.study_id = l.study_id
         WHERE l.study_id = s.study_id AND l.ended_at IS NOT NULL) e
-    CROSS JOIN LATERAL (SELECT count(*) AS n, min(ended_at) AS since FROM (SELECT ended_at FROM hpo.leases l
-        WHERE l.study_id = s.study_id AND ended_at IS NOT NULL ORDER BY ended_at DESC LIMIT %(recent)s + 1) l) r
-WHERE s.study_id = %(study)s
+    CROSS JOIN LATERAL (SELECT count(*) AS n, min(ended_at) AS since, max(ended_at) AS ended
+        FROM (SELECT ended_at FROM hpo.leases l WHERE l.study_id = s.study_id AND ended_at IS NOT NULL
+            ORDER BY ended_at DESC LIMIT %(recent)s + 1) l) r
+WHERE s.study_id = ANY(%(studies)s)
+ORDER BY s.study_id
+
+-- fragment: trained_by_us
+-- Whether one of our workers has trained the trial: neither copied nor another program's.
+EXISTS (SELECT FROM trial_user_attributes a WHERE a.trial_id = c.trial_id AND a.key = 'seed')

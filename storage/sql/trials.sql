@@ -35,6 +35,14 @@ FROM studies s LEFT JOIN LATERAL (
 ) t ON true
 WHERE s.study_id = %(study)s ORDER BY t.number
 
+-- name: trial_page
+-- The trials of a study from a number on, with their details, and how many trials the study has.
+-- types: study int, first bigint, most int
+SELECT {trial_columns}, {trial_details}, (SELECT count(*) FROM trials WHERE study_id = s.study_id)
+FROM studies s LEFT JOIN LATERAL (SELECT * FROM trials WHERE study_id = s.study_id AND number >= %(first)s
+    ORDER BY number LIMIT %(most)s) t ON true
+WHERE s.study_id = %(study)s ORDER BY t.number
+
 -- name: trial_id
 -- The id of the trial of that number in a study.
 -- types: study int, number int

@@ -598,8 +598,8 @@ def test_a_stopped_study_gives_out_nothing_and_tells_its_workers(leases: Leases)
     with pytest.raises(StudyOver, match="stopped"):
         leases.acquire(study_id, "other")
     assert not leases.acquire_promotion(study_id, "w")
-    assert [row.status for row in leases.studies()] == ["stopped"]
-    assert leases.open_studies() == []
+    assert [state.status for state in leases.snapshots(leases.study_ids())] == ["stopped"]
+    assert leases.turns() == {}
     assert leases.reopen(study_id).status == "open"
     assert take(leases, study_id, "other").trial_id == lease.trial_id
 

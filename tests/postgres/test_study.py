@@ -183,6 +183,8 @@ OTHER = {  # another value for each key of a study file
     "study.seed": "1",
     "study.lease": "7",
     "study.attempts": "4",
+    "study.priority": "3",
+    "study.max_workers": "2",
     "study.warm_start": '"before"',
     "data.train": '"copy.npz"',
     "data.test": '"copy.npz"',
@@ -200,7 +202,12 @@ OTHER = {  # another value for each key of a study file
     "space.layers": "2",
     "enqueue": "[{ layers = 1 }]",
 }
-OBEYED = {"study.trials": "budget", "study.timeout": "timeout_s"}  # and where that is stored
+OBEYED = {  # and where that is stored
+    "study.trials": "budget",
+    "study.timeout": "timeout_s",
+    "study.priority": "priority",
+    "study.max_workers": "max_workers",
+}
 
 
 def test_every_key_of_a_study_file_has_another_value_here() -> None:

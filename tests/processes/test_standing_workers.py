@@ -157,6 +157,25 @@ def held(url: str, column: str = "worker") -> Any:
 # ------------------------------------------------------------------------------------------------------ what it serves
 
 
+def test_four_workers_are_shared_by_three_studies_of_two_owners(
+    start: Start, detached: Detach, endless: Path, database_url: str
+) -> None:
+    """Each owner has two of them; hers go by priority, and beyond what a study allows to the next one."""
+    for name, priority, most in (("old", 0, 4), ("urgent", 1, 1), ("his", 0, 4)):
+        settings = (f"study.priority={priority}", f"study.max_workers={most}", "study.trials=4")
+        detached(endless, f"study.name={name}", *settings)
+    owner = "CASE study_name WHEN 'his' THEN 'bob' ELSE 'ada' END FROM studies n WHERE n.study_id = terms.study_id"
+    execute(database_url, f"UPDATE hpo.terms SET owner = {owner}")
+    workers = [start() for _ in range(4)]
+    shares = "SELECT study_name, count(*) FROM hpo.leases JOIN studies USING (study_id) GROUP BY 1 ORDER BY 1"
+    wait_for(lambda: sum(count for _, count in rows(database_url, shares)) == 4)
+    assert rows(database_url, shares) == [("his", 2), ("old", 1), ("urgent", 1)]
+    for worker in workers:
+        worker.tell()
+    for worker in workers:
+        worker.ended()
+
+
 def test_a_standing_worker_serves_every_open_study_and_those_that_come(
     start: Start,
     detached: Detach,

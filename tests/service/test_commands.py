@@ -60,6 +60,7 @@ def test_the_main_job_from_another_machine(
         "number": summary["best"]["number"], "value": summary["best"]["value"]
     })  # fmt: skip
     assert "waves" in run("status")
+    assert 'DEBUG,"epoch 2: auroc' in run("logs", "waves", "--trial", "0")
     (model,) = json.loads(run("models", "--json"))
     assert (model["name"], model["version"], model["default"]) == ("waves", 1, True)
     assert "60 predictions in p.csv" in run("predict", "waves", "waves.npz", "--out", "p.csv")

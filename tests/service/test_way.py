@@ -128,9 +128,22 @@ class TestStudy:
         page = client.get("/v1/studies/waves/trials", params={"offset": 1, "limit": 1}).json()
         assert (page["total"], [trial["number"] for trial in page["trials"]]) == (2, [1])
         one = client.get("/v1/studies/waves/trials/1").json()
-        assert one == page["trials"][0]
+        assert one | page["trials"][0] == one
+        assert (len(one["curve"]["value"]), list(one["reports"])) == (2, ["1", "2"])
+        assert one["log"].startswith("time,level,message\n")
         assert one["params"]["layers"] == 1
-        assert client.get("/v1/studies/waves/trials/2").status_code == 404
+        gone = client.get("/v1/studies/waves/trials/2")
+        assert (gone.status_code, gone.json()["detail"]) == (404, "study 'waves' has trials 0 to 1, not 2")
+
+    def test_says_what_its_workers_logged(
+        self, client: httpx.Client, service: Service, finished: list[dict[str, object]]
+    ) -> None:
+        none = client.get("/v1/studies/waves/logs")  # they logged to their standard error
+        assert (none.status_code, none.json()["detail"]) == (404, "study 'waves' has no log; logs: none")
+        folder = Path(service.environment["HPO_HOME"]) / "logs" / "waves"
+        (folder / "worker-0.log").write_text("first\nsecond\n")
+        (log,) = client.get("/v1/studies/waves/logs", params={"lines": 1}).json()
+        assert (log["path"], log["text"].strip()) == (str(folder / "worker-0.log"), "second")
 
     def test_repeated_is_the_same_and_changed_a_conflict(
         self, client: httpx.Client, key: str, task: Callable[..., str], finished: list[dict[str, object]]
