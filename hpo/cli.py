@@ -550,6 +550,8 @@ def serve(
     allowed_host: Annotated[
         list[str] | None, typer.Option(help="A name by which browsers ask for pages, as of a proxy; may be repeated.")
     ] = None,
+    stall: Annotated[str, typer.Option(help="Without a byte for so long, a body is given up.")] = "30s",
+    keep_uploads: Annotated[str, typer.Option(help="Data files that nobody has used for so long are removed.")] = "7d",
 ) -> None:
     """The service: pages for people, and data, studies, models and predictions over HTTP for holders of a token."""
     from hpo.service.backend import MIB, Limits
@@ -560,7 +562,14 @@ def serve(
         if not anybody:
             typer.echo("nobody has a token yet: hpo token create --role admin --owner NAME", err=True)
 
-    limits = Limits(body=max_body * MIB, rows=max_rows, steps=max_steps, waiting=max_waiting)
+    limits = Limits(
+        body=max_body * MIB,
+        rows=max_rows,
+        steps=max_steps,
+        waiting=max_waiting,
+        stall_s=_duration("stall", stall),
+        keep_s=_duration("keep-uploads", keep_uploads),
+    )
     listen(host, port, limits, ready, allowed_host or ())
 
 
@@ -571,10 +580,7 @@ def token_create(
     expires: Annotated[str | None, typer.Option(help="After which time, as in 90d; never without it.")] = None,
 ) -> None:
     """Make a token and print it; it cannot be shown again."""
-    try:
-        lifetime_s = None if expires is None else duration(expires)
-    except CheckError as error:
-        raise typer.BadParameter(f"--expires {error}, got {expires!r}") from None
+    lifetime_s = None if expires is None else _duration("expires", expires)
     with _access() as access:
         made, text = access.create(role.value, owner, lifetime_s)
     until = "" if made.expires_at is None else f" until {made.expires_at:%Y-%m-%d %H:%M} UTC"
@@ -693,6 +699,14 @@ def _number(option: str, text: str) -> int | None:
     if not text.isdecimal() or int(text) < 1:
         raise typer.BadParameter(f"--{option} must be auto or a number of at least 1, got {text!r}")
     return int(text)
+
+
+def _duration(option: str, text: str) -> float:
+    """Seconds from "30s" or "7d"."""
+    try:
+        return duration(text)
+    except CheckError as error:
+        raise typer.BadParameter(f"--{option} {error}, got {text!r}") from None
 
 
 def _client() -> Client | None:

@@ -18,7 +18,7 @@ from hpo.errors import HpoError
 from hpo.service import data, models, predict, studies
 from hpo.service.access import Near, Uses
 from hpo.service.backend import Backend
-from hpo.service.body import BodyLimit
+from hpo.service.body import BodyLimit, PlainAddress
 from hpo.service.dashboard import mount_dashboard
 from hpo.service.hosts import Hosts
 from hpo.service.pages import docs, new, signing
@@ -54,6 +54,8 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
         HTTPStatus.UNAUTHORIZED,
         HTTPStatus.FORBIDDEN,
         HTTPStatus.NOT_FOUND,
+        HTTPStatus.METHOD_NOT_ALLOWED,
+        HTTPStatus.REQUEST_TIMEOUT,
         HTTPStatus.CONFLICT,
         HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
         HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
@@ -111,6 +113,7 @@ def make_app(backend: Backend, hosts: Hosts = Hosts()) -> FastAPI:
     app.state.backend, app.state.predictor = backend, predictor
     app.state.hosts, app.state.guesses = hosts, Guesses()
     app.add_middleware(BodyLimit, limits=backend.limits)
+    app.add_middleware(PlainAddress)
     answers_with_problems(app)
     answers_with_pages(app)
     for part in (predict, data, studies, models):

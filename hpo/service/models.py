@@ -16,6 +16,7 @@ from hpo.service.access import Reader, Submitter, Uses, Version, check_owner
 from hpo.service.backend import MIB, Backend, Database
 from hpo.service.schemas import Alias, Model
 from hpo.storage.access import Token
+from hpo.storage.locks import exclusively
 from hpo.storage.registry import ModelVersion
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
@@ -49,12 +50,18 @@ def bundle(name: str, version: Version, token: Reader, backend: Uses) -> Streami
     return StreamingResponse(_blocks(archive), media_type="application/zip", headers=headers)
 
 
-@router.get("/{name}/{version}/report", response_class=PlainTextResponse)
-def report(name: str, version: Version, token: Reader, backend: Uses) -> PlainTextResponse:
+class Markdown(PlainTextResponse):
+    """A text for people."""
+
+    media_type = "text/markdown"
+
+
+@router.get("/{name}/{version}/report", response_class=Markdown)
+def report(name: str, version: Version, token: Reader, backend: Uses) -> Markdown:
     """The model card, in Markdown."""
     with backend.database() as database:
         found = database.registry.get(name, version)
-    return PlainTextResponse(backend.store.get(found.artifacts["README.md"]).decode(), media_type="text/markdown")
+    return Markdown(backend.store.get(found.artifacts["README.md"]).decode())
 
 
 @router.put("/{name}/aliases/{alias}")
@@ -79,7 +86,8 @@ def drop_alias(name: str, alias: str, token: Submitter, backend: Uses) -> None:
 @router.delete("/{name}/{version}", status_code=HTTPStatus.NO_CONTENT)
 def delete(name: str, version: Annotated[int, Path(ge=1, le=10**9)], token: Submitter, backend: Uses) -> None:
     """Remove a version that no alias but `latest` names."""
-    with backend.database() as database:
+    # One after the other: who comes second finds none.
+    with exclusively(backend.url, f"model {name}"), backend.database() as database:
         found = database.registry.get(name, version)
         _check_owner(database, token, found)
         for key in database.registry.delete(name, version):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Mapping
 from http import HTTPStatus
@@ -11,8 +12,10 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.routing import Match
 
-from hpo.errors import HpoError
+from hpo.errors import HpoError, WorkerFault
 from hpo.launcher.logs import LogsError
 from hpo.models.bundle.config import BundleError
 from hpo.models.data.sequences import DataError
@@ -50,6 +53,7 @@ STATUS: tuple[tuple[type[Exception], HTTPStatus], ...] = (
     (DatabaseRefusal, HTTPStatus.SERVICE_UNAVAILABLE),
     (PostgresError, HTTPStatus.SERVICE_UNAVAILABLE),
     (ArtifactError, HTTPStatus.SERVICE_UNAVAILABLE),
+    (WorkerFault, HTTPStatus.SERVICE_UNAVAILABLE),
     (ConfigError, HTTPStatus.UNPROCESSABLE_ENTITY),
     (DataError, HTTPStatus.UNPROCESSABLE_ENTITY),
     (StudyError, HTTPStatus.UNPROCESSABLE_ENTITY),
@@ -96,8 +100,18 @@ def answers_with_problems(app: FastAPI) -> None:
         return answer(status, detail, headers)
 
     @app.exception_handler(HTTPException)
-    async def http(_: Request, error: HTTPException) -> JSONResponse:
+    async def http(request: Request, error: HTTPException) -> JSONResponse:
+        if isinstance(error.__cause__, Problem):  # met while FastAPI read the body
+            return await problem(request, error.__cause__)
+        if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+            allowed = ", ".join(_methods(app, request))
+            detail = f"{request.method} is not served here: {allowed} may be asked"
+            return answer(HTTPStatus.METHOD_NOT_ALLOWED, detail, {"Allow": allowed})
         return answer(HTTPStatus(error.status_code), str(error.detail), error.headers)
+
+    @app.exception_handler(ClientDisconnect)
+    async def gone(request: Request, _: ClientDisconnect) -> JSONResponse:
+        return answer(HTTPStatus.BAD_REQUEST, "the body ends before its end")  # nobody reads it
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
@@ -105,7 +119,24 @@ def answers_with_problems(app: FastAPI) -> None:
         detail = "; ".join(f"{each['at']}: {each['fault']}" for each in faults)
         return answer(HTTPStatus.UNPROCESSABLE_ENTITY, detail, faults=faults)
 
+    @app.exception_handler(OSError)
+    async def system(request: Request, error: OSError) -> JSONResponse:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            return await unforeseen(request, error)
+        log.error("%s %s: %s", request.method, request.url.path, error)
+        reason = "the service has no room for this at the moment"
+        return answer(HTTPStatus.SERVICE_UNAVAILABLE, reason, {"Retry-After": str(RETRY_S)})
+
     @app.exception_handler(Exception)
     async def unforeseen(request: Request, error: Exception) -> JSONResponse:
         log.error("%s %s", request.method, request.url.path, exc_info=error)
         return answer(HTTPStatus.INTERNAL_SERVER_ERROR, "internal server error; the service's log has it")
+
+
+def _methods(app: FastAPI, request: Request) -> list[str]:
+    """Those that are served at the request's address; the router names those of the first route there alone."""
+    return [
+        method
+        for method in ("GET", "POST", "PUT", "PATCH", "DELETE")
+        if any(route.matches({**request.scope, "method": method})[0] is Match.FULL for route in app.routes)
+    ]

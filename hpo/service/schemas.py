@@ -6,7 +6,7 @@ import math
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator
+from pydantic import BaseModel, BeforeValidator, Field
 
 if TYPE_CHECKING:
     from hpo.models.bundle.predictions import Predictions
@@ -110,7 +110,7 @@ class Trials(BaseModel):
 class Budget(BaseModel):
     """What a study may go on with."""
 
-    trials: int | None = None
+    trials: int | None = Field(default=None, strict=True, ge=1, le=2**31 - 1, examples=[80])  # None: as many as it had
 
 
 class Model(BaseModel):
@@ -140,7 +140,7 @@ class Prediction(BaseModel):
 class Alias(BaseModel):
     """The version that an alias is to name."""
 
-    version: int
+    version: int = Field(strict=True, ge=1, le=10**9, examples=[3])
 
 
 def predictions_of(prediction: Prediction) -> Predictions:

@@ -7,6 +7,7 @@ import ipaddress
 import os
 import signal
 import socket
+import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
@@ -18,9 +19,12 @@ from hpo.service.app import make_app
 from hpo.service.backend import Backend, Limits
 from hpo.service.hosts import Hosts, names
 from hpo.storage.artifacts import artifact_store
+from hpo.storage.background import BackgroundLoop
 from hpo.storage.database import database_url
 from hpo.storage.errors import PostgresError
+from hpo.storage.home import own_folder
 
+HOUR_S = 3600.0
 GRACE_S = 5  # that requests in progress may take after a signal
 
 
@@ -54,7 +58,8 @@ def serve(
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)  # uvicorn raises them again once it has ended in good order
-    with listener:
+    tempfile.tempdir = str(own_folder("uploads"))  # there is room, and nobody else reads there
+    with listener, _housekeeping(backend):
         address, bound = listener.getsockname()[:2]
         allowed = (*allowed_hosts, *names(os.environ.get("HPO_SERVE_HOSTS", "")))
         app = make_app(backend, Hosts(allowed, reachable=not ipaddress.ip_address(address).is_loopback))
@@ -64,3 +69,14 @@ def serve(
         config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE_S)
         ready(f"http://{f'[{address}]' if ':' in address else address}:{bound}/", anybody)
         uvicorn.Server(config).run(sockets=[listener])
+
+
+def _housekeeping(backend: Backend) -> BackgroundLoop:
+    """Removes the uploaded files that nobody uses, while the block runs; every process of the service does."""
+    return BackgroundLoop(
+        backend.remove_unused,
+        min(HOUR_S, backend.limits.keep_s / 2),
+        name="housekeeping",
+        failure="data files that nobody uses could not be removed",
+        expected=(HpoError, OSError),
+    )

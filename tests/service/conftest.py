@@ -137,6 +137,13 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
+@pytest.fixture(scope="module")
+def two_free_ports() -> list[int]:
+    """Two that were free a moment ago."""
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
+        return [int(each.getsockname()[1]) for each in (one, other)]
+
+
 def upload(client: httpx.Client, path: Path, **columns: str) -> str:
     """The key of a data file."""
     with path.open("rb") as file:

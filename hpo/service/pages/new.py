@@ -40,7 +40,9 @@ def check(request: Request, backend: Uses, form: FromSubmitter) -> Response:
     try:
         if "train" not in form.files:
             raise Problem(HTTPStatus.UNPROCESSABLE_ENTITY, "choose a file with training data")
-        found = {part: keep(backend, form.files[part], _columns(form)) for part in PARTS if part in form.files}
+        found = {
+            part: keep(backend, form.token, form.files[part], _columns(form)) for part in PARTS if part in form.files
+        }
     except HpoError as error:
         status, reason = told(request, error)
         return page(request, "new.html", status, typed=form.fields, columns=COLUMNS, reason=reason)
