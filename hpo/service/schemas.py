@@ -136,22 +136,21 @@ class Prediction(BaseModel):
     labels: list[str]
     probabilities: list[list[float]]
 
+    def predictions(self) -> Predictions:
+        """What displays and `to_csv` take."""
+        import numpy as np
+
+        from hpo.models.bundle.predictions import Predictions
+
+        return Predictions(
+            classes=tuple(self.classes),
+            probabilities=np.array(self.probabilities, np.float32),
+            labels=np.array(self.labels),
+            ids=tuple(self.ids),
+        )
+
 
 class Alias(BaseModel):
     """The version that an alias is to name."""
 
     version: int = Field(strict=True, ge=1, le=10**9, examples=[3])
-
-
-def predictions_of(prediction: Prediction) -> Predictions:
-    """What displays and `to_csv` take."""
-    import numpy as np
-
-    from hpo.models.bundle.predictions import Predictions
-
-    return Predictions(
-        classes=tuple(prediction.classes),
-        probabilities=np.array(prediction.probabilities, np.float32),
-        labels=np.array(prediction.labels),
-        ids=tuple(prediction.ids),
-    )
