@@ -456,7 +456,7 @@ def predict(
     _check_out(out)
     columns = _named(id=id_, step=step, label=label, group=group)
     if not Path(model).is_dir() and (client := _client()) is not None:
-        from hpo.client import predictions_of
+        from hpo.service.schemas import predictions_of
 
         found = predictions_of(client.predict(model, data, version or "latest", **columns))
         if out is None:
@@ -545,16 +545,32 @@ def serve(
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)] = 8000,
     max_body: Annotated[int, typer.Option(help="MiB that a data file may have.", min=1)] = 1024,
     max_rows: Annotated[int, typer.Option(help="Sequences of one prediction.", min=1)] = 10_000,
+    max_steps: Annotated[int, typer.Option(help="Steps of one of its sequences.", min=1)] = 100_000,
+    max_waiting: Annotated[int, typer.Option(help="Predictions that wait; more are answered with 503.", min=1)] = 256,
+    allowed_host: Annotated[
+        list[str] | None, typer.Option(help="A name by which browsers ask for pages, as of a proxy; may be repeated.")
+    ] = None,
     stall: Annotated[str, typer.Option(help="Without a byte for so long, a body is given up.")] = "30s",
     keep_uploads: Annotated[str, typer.Option(help="Data files that nobody has used for so long are removed.")] = "7d",
 ) -> None:
-    """The service: data, studies, models and predictions over HTTP, for holders of a token."""
+    """The service: pages for people, and data, studies, models and predictions over HTTP for holders of a token."""
     from hpo.service.backend import MIB, Limits
     from hpo.service.server import serve as listen
 
-    stall_s, keep_s = _duration("stall", stall), _duration("keep-uploads", keep_uploads)
-    limits = Limits(body=max_body * MIB, rows=max_rows, stall_s=stall_s, keep_s=keep_s)
-    listen(host, port, limits, lambda url: typer.echo(f"service at {url}, its routes at {url}docs (Ctrl-C ends it)"))
+    def ready(url: str, anybody: bool) -> None:
+        typer.echo(f"service at {url}, its routes at {url}docs (Ctrl-C ends it)")
+        if not anybody:
+            typer.echo("nobody has a token yet: hpo token create --role admin --owner NAME", err=True)
+
+    limits = Limits(
+        body=max_body * MIB,
+        rows=max_rows,
+        steps=max_steps,
+        waiting=max_waiting,
+        stall_s=_duration("stall", stall),
+        keep_s=_duration("keep-uploads", keep_uploads),
+    )
+    listen(host, port, limits, ready, allowed_host or ())
 
 
 @token.command("create")

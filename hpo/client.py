@@ -24,7 +24,6 @@ from hpo.study.config import ConfigError, default_name, tables_of
 from hpo.temporary import temporary_folder
 
 if TYPE_CHECKING:
-    from hpo.models.bundle.predictions import Predictions
     from hpo.storage.registry import ModelVersion
     from hpo.storage.snapshot import Snapshot
 
@@ -345,20 +344,6 @@ def snapshot_of(study: Study) -> Snapshot:
         owner=study.owner,
         priority=study.priority,
         max_workers=study.max_workers,
-    )
-
-
-def predictions_of(prediction: Prediction) -> Predictions:
-    """What displays and `to_csv` take."""
-    import numpy as np
-
-    from hpo.models.bundle.predictions import Predictions
-
-    return Predictions(
-        classes=tuple(prediction.classes),
-        probabilities=np.array(prediction.probabilities, np.float32),
-        labels=np.array(prediction.labels),
-        ids=tuple(prediction.ids),
     )
 
 

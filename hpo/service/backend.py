@@ -10,14 +10,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
+from http import HTTPStatus
 from pathlib import Path
 
+from hpo.service.problems import Problem
 from hpo.storage.access import Access
 from hpo.storage.artifacts import ArtifactStore
 from hpo.storage.home import own_folder
 from hpo.storage.keys import UPLOADS
 from hpo.storage.leases import Leases
 from hpo.storage.registry import Registry
+from hpo.storage.sessions import Sessions
 from hpo.storage.trials import TrialStorage, trial_storage
 
 log = logging.getLogger("hpo")
@@ -33,7 +36,12 @@ class Limits:
 
     body: int = 1024 * MIB  # bytes of an upload
     text: int = MIB  # bytes of a study file, or of another small body
+    json: int = 16 * MIB  # bytes of a prediction's JSON, which is parsed in memory
     rows: int = 10_000  # sequences of one prediction
+    steps: int = 100_000  # of one of them
+    numbers: int = 20_000_000  # of all of them: sequences * steps of the longest * features
+    waiting: int = 256  # predictions that none is computed with yet
+    connection_s: float = 5.0  # how long a request waits for a connection to the database
     page: int = 1000  # entries of a list
     stall_s: float = 30.0  # without a byte, after which a body is given up
     keep_s: float = 7 * 86400.0  # a data file that nobody has sent, asked for or submitted for so long is removed
@@ -57,6 +65,10 @@ class Database:
     def access(self) -> Access:
         return Access(self.storage.connection)
 
+    @cached_property
+    def sessions(self) -> Sessions:
+        return Sessions(self.storage.connection)
+
 
 @dataclass
 class Backend:
@@ -73,8 +85,12 @@ class Backend:
 
     @contextmanager
     def database(self) -> Iterator[Database]:
-        """A connection for the block; waits where all are in use."""
-        found = self._idle.get()
+        """A connection for the block; waits where all are in use, and raises Problem (503) if none gets free."""
+        try:
+            found = self._idle.get(timeout=self.limits.connection_s)
+        except queue.Empty:
+            reason = f"all {CONNECTIONS} connections to the database are in use: ask again in a moment"
+            raise Problem(HTTPStatus.SERVICE_UNAVAILABLE, reason, {"Retry-After": "1"}) from None
         try:
             found = found or Database(self.url)
             yield found

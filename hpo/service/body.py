@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import anyio
-from fastapi import Request, UploadFile
+from fastapi import Request
+from starlette.datastructures import UploadFile
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hpo.models.data.sequences import DataError
@@ -25,10 +26,11 @@ from hpo.study.config import ConfigError
 from hpo.temporary import temporary_folder
 
 NAME = re.compile(r"[^A-Za-z0-9._-]+")
+FIELDS = 20  # of a page's form
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 SLOWEST = 1024  # bytes a second: a body that comes drop by drop is given up, too
 LONGEST_NAME = 100  # letters of a file's name that are kept
-FILES = ("/data", "/predict")  # what paths end with that take a data file
+FILES = ("/data", "/predict", "/new")  # what paths end with that take a data file
 
 # How a route that takes a file is described: FastAPI would read the whole body before it knows who asks.
 FILE_BODY: dict[str, Any] = {
@@ -140,16 +142,38 @@ async def received_file(request: Request) -> AsyncIterator[Received]:
     own.mkdir(parents=True, exist_ok=True)
     async with request.form(max_files=1, max_fields=1) as form:
         file = form.get("file")
-        if not isinstance(file, UploadFile) and not hasattr(file, "read"):
+        if not isinstance(file, UploadFile):
             raise Problem(HTTPStatus.UNPROCESSABLE_ENTITY, "the form has no part named file with a file's content")
-        name = NAME.sub("_", Path(file.filename or "data").name)[-LONGEST_NAME:].lstrip("._-") or "data"  # type: ignore[union-attr]
         with temporary_folder(own, "upload") as folder:
-            digest = hashlib.sha256()
-            async with await anyio.open_file(folder / name, "wb") as target:
-                while block := await file.read(MIB):  # type: ignore[union-attr]
-                    digest.update(block)
-                    await target.write(block)
-            yield Received(folder / name, name, digest.hexdigest())
+            yield await _kept(file, folder)
+
+
+@asynccontextmanager
+async def received_form(request: Request, files: int) -> AsyncIterator[tuple[dict[str, str], dict[str, Received]]]:
+    """The fields of a page's form, and its files: at most so many. A file that was not chosen is left out."""
+    own = own_folder("uploads")
+    own.mkdir(parents=True, exist_ok=True)
+    async with request.form(max_files=files, max_fields=FIELDS) as form:
+        with temporary_folder(own, "upload") as folder:
+            fields: dict[str, str] = {}
+            found: dict[str, Received] = {}
+            for part, value in form.items():
+                if not isinstance(value, UploadFile):
+                    fields[part] = value
+                elif value.filename:
+                    (folder / str(len(found))).mkdir()
+                    found[part] = await _kept(value, folder / str(len(found)))
+            yield fields, found
+
+
+async def _kept(file: UploadFile, folder: Path) -> Received:
+    name = NAME.sub("_", Path(file.filename or "data").name)[-LONGEST_NAME:].lstrip("._-") or "data"
+    digest = hashlib.sha256()
+    async with await anyio.open_file(folder / name, "wb") as target:
+        while block := await file.read(MIB):
+            digest.update(block)
+            await target.write(block)
+    return Received(folder / name, name, digest.hexdigest())
 
 
 @contextmanager

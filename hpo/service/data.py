@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http import HTTPStatus
 from typing import Annotated, Any
@@ -21,7 +21,7 @@ from hpo.service.body import FILE_BODY, Received, as_sent, received_file
 from hpo.service.problems import Problem
 from hpo.service.schemas import DataFile, StoredData
 from hpo.storage.access import Token
-from hpo.storage.keys import UPLOAD, upload_key
+from hpo.storage.keys import UPLOAD, upload_key, uploaded_name
 
 log = logging.getLogger("hpo")
 router = APIRouter(prefix="/v1/data", tags=["data"])
@@ -44,9 +44,27 @@ async def upload(
     """
     async with received_file(request) as file:
         columns = {"label": label, "id": id, "step": step, "group": group}
-        found, warnings = await run_sync(_checked, file, columns)
-        key = upload_key(file.sha256, file.name)
-        await run_sync(_store, backend, token, key, file)
+        return await run_sync(keep, backend, token, file, columns)
+
+
+def keep(backend: Backend, token: Token, file: Received, columns: Mapping[str, Any]) -> DataFile:
+    """Check an uploaded file and store it, unless it is there. Raises DataError."""
+    found, warnings = _checked(file, columns)
+    key = upload_key(file.sha256, file.name)
+    if not backend.store.renew(key):
+        backend.store.put(key, file.path)
+    with backend.database() as database:
+        database.access.note(token, "data.upload", file.name, {"key": key})
+    return _described(key, found, warnings)
+
+
+def describe(backend: Backend, key: str, columns: Mapping[str, Any]) -> DataFile:
+    """What a stored data file holds. Raises DataError, and ArtifactError where it is not there."""
+    path = backend.upload(key)
+    return _described(key, *_checked(Received(path, uploaded_name(key), ""), columns))
+
+
+def _described(key: str, found: Sequences, warnings: list[str]) -> DataFile:
     counts = [] if found.labels is None else np.bincount(found.labels, minlength=len(found.classes)).tolist()
     return DataFile(
         key=key,
@@ -74,14 +92,7 @@ def stored(key: str, token: Reader, backend: Uses) -> StoredData:
     return StoredData(key=key)
 
 
-def _store(backend: Backend, token: Token, key: str, file: Received) -> None:
-    if not backend.store.renew(key):
-        backend.store.put(key, file.path)
-    with backend.database() as database:
-        database.access.note(token, "data.upload", file.name, {"key": key})
-
-
-def _checked(file: Received, columns: dict[str, Any]) -> tuple[Sequences, list[str]]:
+def _checked(file: Received, columns: Mapping[str, Any]) -> tuple[Sequences, list[str]]:
     """What a file holds, and what its reader warns of. Raises DataError, which names the file as its sender does."""
     with _warnings() as warnings, as_sent(file.path.parent):
         found = read(file.path, **columns)

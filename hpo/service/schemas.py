@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from datetime import datetime
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+if TYPE_CHECKING:
+    from hpo.models.bundle.predictions import Predictions
 
 
 def _finite(value: Any) -> Any:
@@ -14,6 +17,9 @@ def _finite(value: Any) -> Any:
 
 
 Number = Annotated[float | None, BeforeValidator(_finite)]  # JSON has neither NaN nor infinity
+
+if TYPE_CHECKING:
+    from hpo.models.bundle.predictions import Predictions
 
 
 class DataFile(BaseModel):
@@ -139,3 +145,17 @@ class Alias(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     version: int = Field(strict=True, ge=1, le=10**9, examples=[3])
+
+
+def predictions_of(prediction: Prediction) -> Predictions:
+    """What displays and `to_csv` take."""
+    import numpy as np
+
+    from hpo.models.bundle.predictions import Predictions
+
+    return Predictions(
+        classes=tuple(prediction.classes),
+        probabilities=np.array(prediction.probabilities, np.float32),
+        labels=np.array(prediction.labels),
+        ids=tuple(prediction.ids),
+    )

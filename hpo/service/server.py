@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import ipaddress
+import os
 import signal
 import socket
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import uvicorn
 
@@ -13,9 +17,11 @@ from hpo.errors import HpoError
 from hpo.models.machine import prepare_process
 from hpo.service.app import make_app
 from hpo.service.backend import Backend, Limits
+from hpo.service.hosts import Hosts, names
 from hpo.storage.artifacts import artifact_store
 from hpo.storage.background import BackgroundLoop
 from hpo.storage.database import database_url
+from hpo.storage.errors import PostgresError
 from hpo.storage.home import own_folder
 
 HOUR_S = 3600.0
@@ -26,14 +32,22 @@ class ServeError(HpoError):
     """The service cannot listen there."""
 
 
-def serve(host: str, port: int, limits: Limits, ready: Callable[[str], None]) -> None:
-    """Serve until SIGTERM or SIGINT. `port` 0 takes a free one; `ready` is called with the URL once it listens.
+def serve(
+    host: str,
+    port: int,
+    limits: Limits,
+    ready: Callable[[str, bool], None],
+    allowed_hosts: Sequence[str] = (),
+) -> None:
+    """Serve until SIGTERM or SIGINT. `port` 0 takes a free one.
 
-    Raises ServeError where the address is taken.
+    `ready` is called once it listens, with the URL and whether there is a token that opens it. allowed_hosts: names by
+    which browsers may ask for pages beside those of this machine and those in HPO_SERVE_HOSTS. Raises ServeError where
+    the address is taken.
     """
     prepare_process()
+    gc.freeze()  # what the imports made stays: looking through it for garbage again and again takes 0.1 s each time
     backend = Backend(database_url(), artifact_store(), limits)
-    app = make_app(backend)
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         listener = socket.create_server((host, port), family=family)
@@ -47,8 +61,13 @@ def serve(host: str, port: int, limits: Limits, ready: Callable[[str], None]) ->
     tempfile.tempdir = str(own_folder("uploads"))  # there is room, and nobody else reads there
     with listener, _housekeeping(backend):
         address, bound = listener.getsockname()[:2]
+        allowed = (*allowed_hosts, *names(os.environ.get("HPO_SERVE_HOSTS", "")))
+        app = make_app(backend, Hosts(allowed, reachable=not ipaddress.ip_address(address).is_loopback))
+        anybody = True
+        with suppress(PostgresError), backend.database() as database:  # which may come later than the service
+            anybody = database.access.any()
         config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE_S)
-        ready(f"http://{f'[{address}]' if ':' in address else address}:{bound}/")
+        ready(f"http://{f'[{address}]' if ':' in address else address}:{bound}/", anybody)
         uvicorn.Server(config).run(sockets=[listener])
 
 

@@ -102,7 +102,7 @@ async def submit(
     conflict (409), with the differences.
     """
     tables = _tables(request.headers.get("content-type", ""), await request.body())
-    study, created = await run_sync(_submit, backend, token, tables, idempotency_key)
+    study, created = await run_sync(submit_study, backend, token, tables, idempotency_key)
     response.status_code = HTTPStatus.CREATED if created else HTTPStatus.OK
     response.headers["Location"] = f"/v1/studies/{study.name}"
     return study
@@ -269,7 +269,7 @@ def _tables(content_type: str, body: bytes) -> dict[str, Any]:
     return found
 
 
-def _submit(backend: Backend, token: Token, tables: dict[str, Any], key: str | None) -> tuple[Study, bool]:
+def submit_study(backend: Backend, token: Token, tables: dict[str, Any], key: str | None) -> tuple[Study, bool]:
     """The study, and whether this has made it."""
     config = _config(backend, tables)
     name = config.study.name

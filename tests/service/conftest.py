@@ -16,7 +16,12 @@ import numpy as np
 import pytest
 
 from hpo.storage.access import Access
+from hpo.storage.artifacts import FolderStore
+from hpo.storage.registry import Registry, publish
+from tests.browser import browser, chromium
 from tests.conftest import fresh_database
+
+__all__ = ["browser", "chromium"]  # fixtures
 
 TASK = """
 [study]
@@ -35,6 +40,15 @@ layers = 1
 batch_size = 16
 head_size = 4
 """
+
+
+def publish_model(service: Service, name: str, folder: Path, trial: int = 0) -> int:
+    """Register a saved model as the next version of a name, as a promotion does; its number."""
+    store = FolderStore(Path(service.environment["HPO_ARTIFACTS"]))
+    given = {"study_id": 1, "study_name": name, "scores": {}, "config": {"params": {}}}
+    registry = Registry(service.database_url)
+    keys = publish(store, folder, f"model-{name}")
+    return registry.promote(name, trial_number=trial, artifacts=keys, **given).version  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
