@@ -6,7 +6,7 @@ import math
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 if TYPE_CHECKING:
     from hpo.models.bundle.predictions import Predictions
@@ -110,6 +110,8 @@ class Trials(BaseModel):
 class Budget(BaseModel):
     """What a study may go on with."""
 
+    model_config = ConfigDict(extra="forbid")
+
     trials: int | None = Field(default=None, strict=True, ge=1, le=2**31 - 1, examples=[80])  # None: as many as it had
 
 
@@ -152,5 +154,7 @@ class Prediction(BaseModel):
 
 class Alias(BaseModel):
     """The version that an alias is to name."""
+
+    model_config = ConfigDict(extra="forbid")
 
     version: int = Field(strict=True, ge=1, le=10**9, examples=[3])
