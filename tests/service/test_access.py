@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -128,3 +129,26 @@ def test_an_owner_who_changes_too_much_waits(service: Service) -> None:
             assert refused.json()["detail"].startswith("hasty may change something 2 times a minute: try again in ")
             assert client.get("/v1/studies").status_code == 200
             assert calm.post("/v1/studies/none/stop").status_code == 404
+
+
+OTHER = ("GET", "HEAD", "OPTIONS", "TRACE", "PATCH", "PUT", "POST", "DELETE", "CONNECT", "BREW")
+
+
+def test_no_other_method_and_no_other_spelling_opens_a_route(app: FastAPI, service: Service) -> None:
+    """Of the pages' routes too."""
+    served = set()
+    for route in leaves(app.routes):
+        served |= {(method, re.sub(r"\{[^}]*\}", "1", route.path)) for method in route.methods or ()}
+    paths = sorted({path for _, path in served} - OPEN - NEAR)
+    asked = [(method, path) for path in paths for method in OTHER if (method, path) not in served]
+    for path in set(paths) - {"/", "/login"}:
+        spelled = (f"/{path}", path.upper(), f"{path}%2f", f"{path};x", f"{path}%20", f"{path}%00")
+        around = (f"/healthz/..{path}", f"/assets/..{path}", f"/assets/%2e%2e{path}")
+        asked += [("GET", other) for other in (*spelled, *around)]
+    assert len(asked) > 200
+    with service.with_token(None) as client:
+        for method, path in asked:
+            answer = client.request(method, path)
+            assert answer.status_code in (303, 307, 400, 401, 404, 405), (method, path, answer.status_code)
+            to = urlsplit(answer.headers.get("location", "/login")).path
+            assert to == "/login" or (to in paths and answer.status_code == 307), (method, path, to)  # asks there
