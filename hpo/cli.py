@@ -260,10 +260,13 @@ def stop(name: StudyName) -> None:
         client.stop(name)
         typer.echo(f"study {name} is stopped: its workers end within an epoch")
         return
+    from hpo.notify import send_last
     from hpo.study.lifecycle import study_id_of
 
     with _database() as (storage, leases):
-        leases.stop(study_id_of(storage, name))
+        study_id = study_id_of(storage, name)
+        leases.stop(study_id)
+        send_last(storage.connection, study_id)
     typer.echo(f"study {name} is stopped: its workers end within an epoch")
 
 
@@ -322,11 +325,14 @@ def promote(
 
         show_models([version_of(client.promote(name, trial, default=default))])
         return
+    from hpo.notify import send_last
     from hpo.promote.promotion import promote_trial
 
     prepare_process()
     with _database() as (storage, _):
         model = promote_trial(storage, name, trial, as_default=default)
+        if model.study_id is not None:
+            send_last(storage.connection, model.study_id)
     show_models([model])
 
 
@@ -608,6 +614,24 @@ def audit(
         typer.echo(json.dumps([action_row(each) for each in found]))
     else:
         show_actions(found)
+
+
+@app.command()
+def notices(
+    name: Annotated[str | None, typer.Argument(help="Name of a study; all without it.")] = None,
+    lines: Annotated[int, typer.Option("--lines", "-n", help="The last so many.", min=1)] = 50,
+    as_json: Json = False,
+) -> None:
+    """What was sent to the addresses of [notify], what waits, and why an attempt failed; the newest first."""
+    from hpo.storage.notices import Notices
+    from hpo.terminal import notice_row, show_notices
+
+    with _database() as (storage, _):
+        found = Notices(storage.connection).last(name, lines)
+    if as_json:
+        typer.echo(json.dumps([notice_row(each) for each in found]))
+    else:
+        show_notices(found)
 
 
 @db.command("url")

@@ -45,11 +45,11 @@ class BackgroundLoop:
                 f"or the number of processes that it may have (ulimit -v, ulimit -u); fewer slots or workers need less"
             ) from error
 
-    def stop(self) -> None:
-        """End the loop, and wait for the round that it is in."""
+    def stop(self, timeout_s: float | None = None) -> None:
+        """End the loop, and wait for the round that it is in; no longer than `timeout_s`."""
         self._stopped.set()
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(timeout_s)
 
     def wait_for_rounds(self, count: int, timeout_s: float) -> bool:
         """Wait until `count` rounds more have ended, failed ones too; False when that takes longer than `timeout_s`."""

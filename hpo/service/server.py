@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import uvicorn
 
 from hpo.errors import HpoError
 from hpo.models.machine import prepare_process
+from hpo.notify import Settings, sending
 from hpo.service.app import make_app
 from hpo.service.backend import Backend, Limits
 from hpo.storage.artifacts import artifact_store
+from hpo.storage.connection import Connection
 from hpo.storage.database import database_url
 
 GRACE_S = 5  # that requests in progress may take after a signal
@@ -28,7 +31,8 @@ def serve(host: str, port: int, limits: Limits, ready: Callable[[str], None]) ->
     Raises ServeError where the address is taken.
     """
     prepare_process()
-    app = make_app(Backend(database_url(), artifact_store(), limits))
+    url, notices = database_url(), Settings.of_environment()
+    app = make_app(Backend(url, artifact_store(), limits))
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         listener = socket.create_server((host, port), family=family)
@@ -43,4 +47,17 @@ def serve(host: str, port: int, limits: Limits, ready: Callable[[str], None]) ->
         address, bound = listener.getsockname()[:2]
         config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE_S)
         ready(f"http://{f'[{address}]' if ':' in address else address}:{bound}/")
-        uvicorn.Server(config).run(sockets=[listener])
+        with _sending(url, notices):
+            uvicorn.Server(config).run(sockets=[listener])
+
+
+@contextmanager
+def _sending(url: str, notices: Settings) -> Iterator[None]:
+    """Send the notices of the database over a connection of its own while the block runs."""
+    connection = Connection(url)
+    try:
+        with sending(connection, notices):
+            yield
+    finally:
+        connection.hurry(1.0)  # in the midst of an attempt to reach a database that is away
+        connection.close()

@@ -17,6 +17,7 @@ from hpo.datasets import Datasets
 from hpo.models.data.sequences import Sequences
 from hpo.models.machine import one_thread, prepare_process
 from hpo.models.training.training import TrainingInterrupted
+from hpo.notify import Settings, send_last, sending
 from hpo.promote.promotion import promote_when_over
 from hpo.storage.artifacts import artifact_store
 from hpo.storage.database import database_url
@@ -57,6 +58,7 @@ class Worker:
         end.
         """
         native_wanted()  # or it would fail trial after trial
+        self.notices = Settings.of_environment()
         self.only = study
         self.url = database_url()
         self.storage = trial_storage(self.url)
@@ -92,9 +94,21 @@ class Worker:
         self.leases.register(self.name, study_id, socket.gethostname(), os.getpid(), named, log_path)
         self.free_dead()  # what they held goes on first
         try:
-            self._run_slots()
+            with self._telling(study_id):
+                self._run_slots()
         finally:
             self._leave()
+
+    @contextmanager
+    def _telling(self, study_id: int | None) -> Iterator[None]:
+        """Send notices while the block runs, where a secret is set; a launch sends those of its own study by itself."""
+        if self.notices.secret is None or "HPO_WORKER_INDEX" in os.environ:
+            yield
+            return
+        with sending(self.storage.connection, self.notices):
+            yield
+        if study_id is not None and not self.stop_requested.is_set():
+            send_last(self.storage.connection, study_id)
 
     def _leave(self) -> None:
         try:
