@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import logging
 import threading
 import time
@@ -33,7 +34,8 @@ class BackgroundLoop:
         self._stopped = threading.Event()
         self._ended = threading.Condition()  # notified after each round
         self._rounds = 0
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        context = contextvars.copy_context()  # what the log says of its maker, it says of the loop
+        self._thread = threading.Thread(target=context.run, args=(self._run,), name=name, daemon=True)
 
     def start(self) -> None:
         """Begin; once only. Raises WorkerFault where the process can have no thread more."""

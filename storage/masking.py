@@ -133,6 +133,11 @@ class MaskedStream:
         return getattr(self._stream, name)
 
 
+def unmasked(stream: TextIO) -> TextIO:
+    """The stream below a MaskedStream, for what masks by itself; any other stream as it is."""
+    return stream._stream if isinstance(stream, MaskedStream) else stream
+
+
 def mask_errors() -> None:
     """From now on this process's standard error is masked: logs, warnings, tracebacks, messages."""
     if sys.stderr is not None and not isinstance(sys.stderr, MaskedStream):

@@ -36,6 +36,7 @@ def _token(
         why = "a token is needed" if given is None else "this token is not known, has expired or was revoked"
         reason = f"{why}: send Authorization: Bearer TOKEN; `hpo token create` makes one"
         raise Problem(HTTPStatus.UNAUTHORIZED, reason, {"WWW-Authenticate": 'Bearer realm="hpo"'})
+    request.state.token = token  # for the log
     return token
 
 

@@ -8,9 +8,9 @@ from http import HTTPStatus
 from importlib.metadata import version
 from typing import Any
 
-from fastapi import APIRouter, FastAPI
+from fastapi import APIRouter, FastAPI, Response
 from fastapi.openapi.docs import get_swagger_ui_html
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from pydantic import BaseModel
 
 from hpo.errors import HpoError
@@ -18,7 +18,11 @@ from hpo.service import data, models, studies
 from hpo.service.access import Near, Uses
 from hpo.service.backend import Backend
 from hpo.service.body import BodyLimit
+from hpo.service.metrics import MEDIA_TYPE as METRICS
+from hpo.service.metrics import metrics_of
+from hpo.service.observed import Observed
 from hpo.service.problems import MEDIA_TYPE, Problem, answers_with_problems
+from hpo.storage.tables import ensure
 
 health = APIRouter(tags=["health"])
 # What every route may answer, beside its own.
@@ -71,12 +75,22 @@ def healthz() -> Health:
 def readyz(backend: Uses) -> Health:
     """Database and artifact store answer, too."""
     try:
-        with backend.database() as database:
-            database.access.holder("hpo_000000000000_" + 43 * "0")
-        backend.store.exists("hpo-readyz")
+        ensure(backend.probe)
+        backend.store.check()
     except HpoError as error:
         raise Problem(HTTPStatus.SERVICE_UNAVAILABLE, f"not ready: {error}", {"Retry-After": "5"}) from None
     return Health(status="ok")
+
+
+@health.get(
+    "/metrics",
+    dependencies=[Near],
+    response_class=PlainTextResponse,
+    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+)
+def metrics(backend: Uses) -> Response:
+    """Studies, trials, workers, requests and predictions, for Prometheus."""
+    return Response(metrics_of(backend), media_type=METRICS)
 
 
 def make_app(backend: Backend) -> FastAPI:
@@ -98,6 +112,7 @@ def make_app(backend: Backend) -> FastAPI:
     )
     app.state.backend = backend
     app.add_middleware(BodyLimit, limits=backend.limits)
+    app.add_middleware(Observed, log_requests=backend.limits.log_requests)  # the last one sees all
     answers_with_problems(app)
     app.include_router(health)
     for part in (data, studies, models):

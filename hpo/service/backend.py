@@ -11,6 +11,7 @@ from pathlib import Path
 
 from hpo.storage.access import Access
 from hpo.storage.artifacts import ArtifactStore
+from hpo.storage.connection import Connection
 from hpo.storage.home import own_folder
 from hpo.storage.leases import Leases
 from hpo.storage.registry import Registry
@@ -19,6 +20,7 @@ from hpo.storage.trials import TrialStorage, trial_storage
 MIB = 2**20
 CONNECTIONS = 8  # to the database, each for one request at a time
 RETRY_S = 5.0  # how long a request waits for a database that is out of reach
+PROBE_S = 2.0  # … and how long the question does whether we are ready
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Limits:
     text: int = MIB  # bytes of a study file, or of another small body
     rows: int = 10_000  # sequences of one prediction
     page: int = 1000  # entries of a list
+    log_requests: bool = False
 
 
 class Database:
@@ -73,8 +76,17 @@ class Backend:
         finally:
             self._idle.put(found)
 
+    @cached_property
+    def probe(self) -> Connection:
+        """For the question whether we are ready, which waits neither for requests nor long for the database."""
+        connection = Connection(self.url)
+        connection.hurry(PROBE_S)
+        return connection
+
     def close(self) -> None:
         """Close the connections that no request uses."""
+        if "probe" in vars(self):
+            self.probe.close()
         for _ in range(self._idle.qsize()):
             if (found := self._idle.get_nowait()) is not None:
                 found.storage.close()

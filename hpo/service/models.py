@@ -24,6 +24,7 @@ from hpo.promote.versions import materialise_model
 from hpo.service.access import Column, Reader, Submitter, Uses, check_owner
 from hpo.service.backend import MIB, Backend, Database
 from hpo.service.body import FILE_BODY, received_file
+from hpo.service.metrics import predicting
 from hpo.service.problems import Problem
 from hpo.service.schemas import Alias, Model, Prediction
 from hpo.storage.access import Token
@@ -224,9 +225,9 @@ def _predicted(backend: Backend, model: Bundle, given: list[Any] | Sequences) ->
         raise Problem(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, reason)
     if not count:
         raise DataError("there is no sequence to predict")
-    if isinstance(given, Sequences):
-        return model.predict(given)
-    return model.predict([_array(i, sequence) for i, sequence in enumerate(given)])
+    sequences = given if isinstance(given, Sequences) else [_array(i, sequence) for i, sequence in enumerate(given)]
+    with predicting(count):
+        return model.predict(sequences)
 
 
 def _array(row: int, sequence: Any) -> np.ndarray[Any, Any]:

@@ -45,7 +45,13 @@ def serve(host: str, port: int, limits: Limits, ready: Callable[[str], None]) ->
         signal.signal(number, lambda *_: None)  # uvicorn raises them again once it has ended in good order
     with listener:
         address, bound = listener.getsockname()[:2]
-        config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE_S)
+        config = uvicorn.Config(
+            app,
+            log_config=None,  # its lines go where ours do
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=GRACE_S,
+        )
         ready(f"http://{f'[{address}]' if ':' in address else address}:{bound}/")
         with _sending(url, notices):
             uvicorn.Server(config).run(sockets=[listener])

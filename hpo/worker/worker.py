@@ -14,6 +14,7 @@ from contextlib import contextmanager, nullcontext
 import optuna
 
 from hpo.datasets import Datasets
+from hpo.logs import about, set_up
 from hpo.models.data.sequences import Sequences
 from hpo.models.machine import one_thread, prepare_process
 from hpo.models.training.training import TrainingInterrupted
@@ -264,7 +265,7 @@ class Slot:
         names, aside = worker.offers()
         over, self.crowded = 0, False
         for name in names:
-            with worker.guard(name):
+            with about(study=name), worker.guard(name):
                 study = self._open(name)
                 try:
                     with worker.places.place(study.study_id) as free:
@@ -306,7 +307,7 @@ class Slot:
 
     def _run_trial(self, study: OpenStudy, lease: Lease, sequences: Sequences) -> None:
         self.worker.add_slot(study.study_id)
-        with self.worker.holding(lease):
+        with self.worker.holding(lease), about(trial=lease.number):
             state = run_trial(TrialContext(study, lease, self.worker.resources, sequences))
         log.info("study %s, trial %d: %s", study.name, lease.number, "left" if state is None else state.name.lower())
 
@@ -332,11 +333,7 @@ class Slot:
 
 def work(study: str | None, slots: int | None = 1) -> None:
     """The `hpo worker` command: one thread a slot, logging to the standard error. slots: None chooses."""
-    logging.basicConfig(
-        level=logging.INFO,
-        format="%(asctime)s %(process)d %(levelname)s %(message)s",
-        datefmt="%Y-%m-%d %H:%M:%S",
-    )
+    set_up()
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # samplers comment on conditional parameters at each trial
     started = time.monotonic()
     signals = StopSignals()

@@ -22,7 +22,7 @@ from hpo.storage.artifacts import FolderStore
 from tests.service.conftest import Service
 
 OPEN = {"/healthz"}
-NEAR = {"/readyz", "/openapi.json", "/docs"}  # from this machine, or with a token
+NEAR = {"/readyz", "/metrics", "/openapi.json", "/docs"}  # from this machine, or with a token
 
 
 @pytest.fixture(scope="module")
