@@ -1,10 +1,11 @@
-# One image for every role: `hpo worker`, `hpo dashboard`, `hpo launch`.
+# One image for every role: `hpo serve`, `hpo worker`, `hpo launch`, `hpo dashboard`.
 #   docker build -t hpo:0.1.0-cpu .                              CPU
 #   docker build -t hpo:0.1.0-cuda --build-arg TORCH=cuda .      NVIDIA GPUs (run with --gpus all)
 # CUDA's libraries come with torch itself, so both start from the same base. pip's default source has no CPU builds
 # for Linux on x86-64: name one that has, and the image is a fifth of the size:
 #   docker build --build-arg PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu .
 # For a driver older than 580 or a card older than Turing, the same with …/whl/cu126 and TORCH=cuda.
+# The base is any Debian 12 with Python 3.11 to 3.13 and its venv module: tools/image.sh makes one of Debian's packages.
 ARG PYTHON_IMAGE=python:3.13.7-slim-bookworm
 FROM ${PYTHON_IMAGE}
 
@@ -26,7 +27,7 @@ RUN useradd --create-home --uid 10001 hpo && install --directory --owner=hpo --g
 WORKDIR /app
 COPY pyproject.toml README.md LICENSE ./
 COPY tools/setup.sh tools/
-RUN mkdir -p hpo/dashboard hpo/launcher hpo/promote hpo/service hpo/study hpo/trial hpo/worker \
+RUN mkdir -p hpo/dashboard hpo/launcher hpo/promote hpo/service/pages hpo/study hpo/trial hpo/worker \
         models/bundle models/data models/kernel models/training storage/server examples/data \
     && PIP_NO_CACHE_DIR=1 HPO_TORCH=${TORCH} sh tools/setup.sh s3,parquet,onnx
 COPY hpo hpo

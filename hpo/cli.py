@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import gc
 import json
+import logging
 import os
 import signal
 import sys
@@ -477,7 +478,7 @@ def predict(
     _check_out(out)
     columns = _named(id=id_, step=step, label=label, group=group)
     if not Path(model).is_dir() and (client := _client()) is not None:
-        from hpo.client import predictions_of
+        from hpo.service.schemas import predictions_of
 
         found = predictions_of(client.predict(model, data, version or "latest", **columns))
         if out is None:
@@ -566,20 +567,39 @@ def serve(
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)] = 8000,
     max_body: Annotated[int, typer.Option(help="MiB that a data file may have.", min=1)] = 1024,
     max_rows: Annotated[int, typer.Option(help="Sequences of one prediction.", min=1)] = 10_000,
+    max_steps: Annotated[int, typer.Option(help="Steps of one of its sequences.", min=1)] = 100_000,
+    max_waiting: Annotated[int, typer.Option(help="Predictions that wait; more are answered with 503.", min=1)] = 256,
+    allowed_host: Annotated[
+        list[str] | None, typer.Option(help="A name by which browsers ask for pages, as of a proxy; may be repeated.")
+    ] = None,
+    stall: Annotated[str, typer.Option(help="Without a byte for so long, a body is given up.")] = "30s",
+    keep_uploads: Annotated[str, typer.Option(help="Data files that nobody has used for so long are removed.")] = "7d",
     log_format: LogLines = None,
     log_requests: Annotated[
         bool | None, typer.Option("--log-requests/--no-log-requests", help="A line a request; with json by default.")
     ] = None,
 ) -> None:
-    """The service: data, studies, models and predictions over HTTP, for holders of a token."""
+    """The service: pages for people, and data, studies, models and predictions over HTTP for holders of a token."""
     from hpo.service.backend import MIB, Limits
     from hpo.service.server import serve as listen
 
+    def ready(url: str, anybody: bool) -> None:
+        typer.echo(f"service at {url}, its routes at {url}docs (Ctrl-C ends it)")
+        if not anybody:
+            logging.getLogger("hpo").warning("nobody has a token yet: hpo token create --role admin --owner NAME")
+
     json_lines = _log_as(log_format) is LogFormat.json
     set_up()
-    log_requests = json_lines if log_requests is None else log_requests
-    limits = Limits(body=max_body * MIB, rows=max_rows, log_requests=log_requests)
-    listen(host, port, limits, lambda url: typer.echo(f"service at {url}, its routes at {url}docs (Ctrl-C ends it)"))
+    limits = Limits(
+        body=max_body * MIB,
+        rows=max_rows,
+        steps=max_steps,
+        waiting=max_waiting,
+        stall_s=_duration("stall", stall),
+        keep_s=_duration("keep-uploads", keep_uploads),
+        log_requests=json_lines if log_requests is None else log_requests,
+    )
+    listen(host, port, limits, ready, allowed_host or ())
 
 
 @token.command("create")
@@ -589,10 +609,7 @@ def token_create(
     expires: Annotated[str | None, typer.Option(help="After which time, as in 90d; never without it.")] = None,
 ) -> None:
     """Make a token and print it; it cannot be shown again."""
-    try:
-        lifetime_s = None if expires is None else duration(expires)
-    except CheckError as error:
-        raise typer.BadParameter(f"--expires {error}, got {expires!r}") from None
+    lifetime_s = None if expires is None else _duration("expires", expires)
     with _access() as access:
         made, text = access.create(role.value, owner, lifetime_s)
     until = "" if made.expires_at is None else f" until {made.expires_at:%Y-%m-%d %H:%M} UTC"
@@ -736,6 +753,14 @@ def _number(option: str, text: str) -> int | None:
     if not text.isdecimal() or int(text) < 1:
         raise typer.BadParameter(f"--{option} must be auto or a number of at least 1, got {text!r}")
     return int(text)
+
+
+def _duration(option: str, text: str) -> float:
+    """Seconds from "30s" or "7d"."""
+    try:
+        return duration(text)
+    except CheckError as error:
+        raise typer.BadParameter(f"--{option} {error}, got {text!r}") from None
 
 
 def _client() -> Client | None:

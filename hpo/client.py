@@ -11,10 +11,10 @@ import json
 import os
 import time
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import httpx
 
@@ -24,12 +24,14 @@ from hpo.study.config import ConfigError, default_name, tables_of
 from hpo.temporary import temporary_folder
 
 if TYPE_CHECKING:
-    from hpo.models.bundle.predictions import Predictions
     from hpo.storage.registry import ModelVersion
     from hpo.storage.snapshot import Snapshot
 
+T = TypeVar("T")
 RETRY_S = 60.0  # how long a service that does not answer is asked again
 PAUSE_S = 0.5  # before it is asked again for the first time
+LONGEST_PAUSE_S = 5.0
+PASSING = (408, 429, 502, 503, 504)  # statuses after which the same request may be served
 TIMEOUT = httpx.Timeout(60.0, connect=10.0)
 STREAM = httpx.Timeout(30.0, connect=10.0)  # a stream of events says something at least so often
 BLOCK = 2**20
@@ -38,9 +40,10 @@ BLOCK = 2**20
 class ServiceError(HpoError):
     """The service does not serve the request; the message is its own."""
 
-    def __init__(self, message: str, status: int | None = None) -> None:
+    def __init__(self, message: str, status: int | None = None, retry_after_s: float = 0.0) -> None:
         super().__init__(message)
         self.status = status  # of HTTP; None where nothing answered
+        self.retry_after_s = retry_after_s  # before which it asks not to be asked again
 
 
 def connect(url: str | None = None, token: str | None = None, retry_s: float = RETRY_S) -> Client:
@@ -83,9 +86,9 @@ class Client:
         path = Path(path)
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        found = self._ask("GET", "/v1/data", params={"sha256": digest}).json()
-        if found:
-            return str(found[0]["key"])
+        for found in self._ask("GET", "/v1/data", params={"sha256": digest}).json():
+            if Path(found["key"]).suffixes == path.suffixes:  # read as the same format
+                return str(found["key"])
         return self.check(path, **columns).key
 
     def check(self, path: str | Path, **columns: str) -> DataFile:
@@ -106,12 +109,31 @@ class Client:
             tables, folder = json.loads(json.dumps(study)), Path()
         else:
             tables, folder = tables_of(Path(study), overrides), Path(study).parent
-        tables = self._with_keys(tables, folder)
+        keyed = self._with_keys(tables, folder)
+        try:
+            return self._submit(keyed)
+        except ServiceError as error:
+            if error.status != httpx.codes.UNPROCESSABLE_ENTITY or self._has_data(keyed["data"]):
+                raise
+        return self._submit(self._with_keys(tables, folder))  # data that were removed a moment ago are sent again
+
+    def _submit(self, tables: dict[str, Any]) -> Study:
         content = json.dumps(tables, sort_keys=True, default=str)
         key = hashlib.sha256(content.encode()).hexdigest()
         headers = {"Idempotency-Key": key, "Content-Type": "application/json"}
-        answer = self._ask("POST", "/v1/studies", content=content, headers=headers)
-        return Study.model_validate(answer.json())
+        return Study.model_validate(self._ask("POST", "/v1/studies", content=content, headers=headers).json())
+
+    def _has_data(self, data: Mapping[str, Any]) -> bool:
+        """Whether the service still has the data files of these keys: what nobody has used for a week it removes."""
+        try:
+            for part in ("train", "test"):
+                if part in data:
+                    self._ask("GET", f"/v1/data/{data[part]}")
+        except ServiceError as error:
+            if error.status == httpx.codes.NOT_FOUND:
+                return False
+            raise
+        return True
 
     def studies(self) -> list[Study]:
         """The newest hundred."""
@@ -141,27 +163,28 @@ class Client:
 
     def follow(self, name: str) -> Iterator[Study]:
         """The study whenever it changes, until it is over; a lost connection is made again."""
-        last, lost_s = None, None
+        last, lost_since = None, None
         while True:
             headers: dict[str, str] = {} if last is None else {"Last-Event-ID": last}
-            with (
-                suppress(httpx.TransportError),
-                self._http.stream("GET", f"/v1/studies/{name}/events", headers=headers, timeout=STREAM) as stream,
-            ):
-                if stream.status_code != httpx.codes.OK:
-                    stream.read()
-                    raise _error(stream)
-                for event in _events(stream):
-                    lost_s = None
-                    if event.get("event") == "error":
-                        break
-                    if "data" in event:
-                        last = event.get("id", last)
-                        yield Study.model_validate_json(event["data"])
-                    if event.get("event") == "end":
-                        return
-            lost_s = lost_s or time.monotonic()
-            if time.monotonic() - lost_s > self._retry_s:
+            try:
+                with self._http.stream("GET", f"/v1/studies/{name}/events", headers=headers, timeout=STREAM) as stream:
+                    _check(stream)
+                    lost_since = None
+                    for event in _events(stream):
+                        if event.get("event") == "error":
+                            break
+                        if "data" in event:
+                            last = event.get("id", last)
+                            yield Study.model_validate_json(event["data"])
+                        if event.get("event") == "end":
+                            return
+            except httpx.TransportError:
+                pass
+            except ServiceError as error:
+                if error.status not in PASSING:
+                    raise
+            lost_since = lost_since or time.monotonic()
+            if time.monotonic() - lost_since > self._retry_s:
                 raise ServiceError(f"{self.url} does not answer any more; the study goes on: hpo status {name}")
             time.sleep(PAUSE_S)
 
@@ -210,13 +233,7 @@ class Client:
         if out.exists():
             raise ServiceError(f"{out} is there already: name a new folder")
         with temporary_folder(out.absolute().parent, "part") as part:
-            with self._http.stream("GET", f"/v1/models/{name}/{version}/bundle") as stream:
-                if stream.status_code != httpx.codes.OK:
-                    stream.read()
-                    raise _error(stream)
-                with (part / "bundle.zip").open("wb") as file:
-                    for block in stream.iter_bytes(BLOCK):
-                        file.write(block)
+            self._until_answered(lambda: self._fetch(f"/v1/models/{name}/{version}/bundle", part / "bundle.zip"))
             (part / "model").mkdir()
             with zipfile.ZipFile(part / "bundle.zip") as archive:
                 for entry in archive.infolist():
@@ -256,25 +273,46 @@ class Client:
         return {**tables, "study": study, "data": {**data, **keys}}
 
     def _ask(self, method: str, path: str, *, files: Path | None = None, **given: Any) -> httpx.Response:
-        """The answer, asked for again while nothing answers or the service is not ready. Raises ServiceError."""
-        began, pause = time.monotonic(), PAUSE_S
+        """The answer; see `_until_answered`. What was removed by a request whose answer was lost, is removed."""
+        tries = 0
+
+        def ask() -> httpx.Response:
+            nonlocal tries
+            tries += 1
+            answer = self._send(method, path, files, given)
+            if method != "DELETE" or tries == 1 or answer.status_code != httpx.codes.NOT_FOUND:
+                _check(answer)
+            return answer
+
+        return self._until_answered(ask)
+
+    def _until_answered(self, ask: Callable[[], T]) -> T:
+        """What `ask` returns, called again while nothing answers, or with a status that passes. Raises ServiceError."""
+        failed_since, pause = None, PAUSE_S
         while True:
             try:
-                answer = self._send(method, path, files, given)
+                return ask()
             except httpx.TransportError as error:
-                reason, status = f"{self.url} does not answer: {error}", None
+                failure = ServiceError(f"{self.url} does not answer: {error}")
             except httpx.HTTPError as error:
                 raise ServiceError(f"{self.url}: {error}") from None
-            else:
-                if answer.is_success:
-                    return answer
-                reason, status = _reason(answer), answer.status_code
-                if status != httpx.codes.SERVICE_UNAVAILABLE and status != httpx.codes.BAD_GATEWAY:
-                    raise ServiceError(reason, status)
-            if time.monotonic() - began + pause > self._retry_s:
-                raise ServiceError(reason, status)
-            time.sleep(pause)
-            pause = min(2 * pause, 5.0)
+            except ServiceError as error:
+                if error.status not in PASSING:
+                    raise
+                failure = error
+            failed_since = failed_since or time.monotonic()
+            wait_s = max(pause, failure.retry_after_s)
+            if time.monotonic() + wait_s > failed_since + self._retry_s:
+                raise failure
+            time.sleep(wait_s)
+            pause = min(2 * pause, LONGEST_PAUSE_S)
+
+    def _fetch(self, path: str, target: Path) -> None:
+        with self._http.stream("GET", path) as stream:
+            _check(stream)
+            with target.open("wb") as file:
+                for block in stream.iter_bytes(BLOCK):
+                    file.write(block)
 
     def _send(self, method: str, path: str, files: Path | None, given: Mapping[str, Any]) -> httpx.Response:
         if files is None:
@@ -313,20 +351,6 @@ def snapshot_of(study: Study) -> Snapshot:
     )
 
 
-def predictions_of(prediction: Prediction) -> Predictions:
-    """What displays and `to_csv` take."""
-    import numpy as np
-
-    from hpo.models.bundle.predictions import Predictions
-
-    return Predictions(
-        classes=tuple(prediction.classes),
-        probabilities=np.array(prediction.probabilities, np.float32),
-        labels=np.array(prediction.labels),
-        ids=tuple(prediction.ids),
-    )
-
-
 def version_of(model: Model) -> ModelVersion:
     """What displays take."""
     from hpo.storage.registry import ModelVersion
@@ -345,8 +369,12 @@ def version_of(model: Model) -> ModelVersion:
     )
 
 
-def _error(answer: httpx.Response) -> ServiceError:
-    return ServiceError(_reason(answer), answer.status_code)
+def _check(answer: httpx.Response) -> None:
+    """Raise ServiceError for what is no success."""
+    if not answer.is_success:
+        answer.read()
+        after = answer.headers.get("retry-after", "")
+        raise ServiceError(_reason(answer), answer.status_code, float(after) if after.isdecimal() else 0.0)
 
 
 def _reason(answer: httpx.Response) -> str:
@@ -359,9 +387,9 @@ def _reason(answer: httpx.Response) -> str:
 def _events(stream: httpx.Response) -> Iterator[dict[str, str]]:
     event: dict[str, str] = {}
     for line in stream.iter_lines():
-        if line:
-            name, _, value = line.partition(": ")
-            event[name] = value
-        else:
+        if not line:
             yield event
             event = {}
+        elif not line.startswith(":"):  # a comment, which says that the service is there
+            name, _, value = line.partition(": ")
+            event[name] = value

@@ -11,13 +11,13 @@ import hmac
 import json
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 from hpo.errors import HpoError
-from hpo.storage.connection import Connection
+from hpo.storage.connection import Connection, Row
 from hpo.storage.statements import statement
 from hpo.storage.tables import ensure
 
@@ -29,7 +29,9 @@ _NOTE, _ACTIONS = statement("note_action"), statement("actions")
 _CLAIM, _SUBMISSION, _FORGET = (
     statement(name) for name in ("claim_submission", "submission", "forget_old_submissions")
 )
-_STUDY_OWNER = statement("study_owner")
+_STUDY_OWNER, _ANNOTATED, _ANY = (statement(name) for name in ("study_owner", "annotated_study", "any_token"))
+_ADMISSIONS = statement("admissions")
+_UNKEPT = re.compile(r"[\0\ud800-\udfff]")  # what PostgreSQL cannot be asked for
 
 
 class AccessError(HpoError):
@@ -55,6 +57,24 @@ class Token:
     def may(self, role: str) -> bool:
         """Whether its holder may do what that role may."""
         return ROLES.index(self.role) >= ROLES.index(role)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a request for a model says: its token's text, the model's name, and a number or an alias."""
+
+    token: str
+    name: str
+    wanted: str
+
+
+@dataclass(frozen=True)
+class Admission:
+    """Who asks, and for which version of the model."""
+
+    token: Token | None  # None: it opens nothing
+    version: int | None  # None: there is no such model, version or alias
+    made_at: datetime | None  # which tells a version from an earlier one of its number
 
 
 @dataclass(frozen=True)
@@ -99,6 +119,10 @@ class Access:
         """All of them, also those that open nothing any more, oldest first."""
         return [Token(*row) for row in self._connection.execute(_ALL)]
 
+    def any(self) -> bool:
+        """Whether there is one that opens the door."""
+        return bool(self._connection.execute(_ANY)[0][0])
+
     def revoke(self, token_id: str) -> Token:
         """It opens nothing from now on. Raises AccessError where there is none."""
         self._connection.execute(_REVOKE, given={"token": token_id})
@@ -110,9 +134,21 @@ class Access:
         if found is None:
             return None
         rows = self._connection.execute(_DIGEST, given={"token": found[1]})
-        kept = bytes(rows[0][0]) if rows else b""
-        right = hmac.compare_digest(_digest(found[2]), kept.ljust(hashlib.sha256().digest_size))
-        return Token(*rows[0][1:]) if rows and right else None
+        return _opened(found[2], rows[0] if rows else (None,))
+
+    def admissions(self, asked: Sequence[Asked]) -> list[Admission]:
+        """`holder` and the version of each request, in one round trip."""
+        found = [TOKEN.fullmatch(each.token) for each in asked]
+        given = {
+            "tokens": [token[1] if token else "" for token in found],
+            "names": [_UNKEPT.sub("/", each.name) for each in asked],  # no name has a slash
+            "wanted": [_UNKEPT.sub("/", each.wanted) for each in asked],
+        }
+        rows = self._connection.execute(_ADMISSIONS, given=given)
+        return [
+            Admission(_opened(token[2] if token else "", row[:-2]), *row[-2:])
+            for token, row in zip(found, rows, strict=True)
+        ]
 
     def _token(self, token_id: str) -> Token:
         for token in self.tokens():
@@ -152,6 +188,18 @@ class Access:
         """Who submitted the study; None where nobody did through the service, and for one that there is not."""
         rows = self._connection.execute(_STUDY_OWNER, given={"study": study_id})
         return rows[0][0] if rows else None
+
+    def annotated(self, *, study_id: int | None = None, trial_id: int | None = None) -> tuple[str, str | None] | None:
+        """Name and owner of a study, or of a trial's study; None where there is none."""
+        rows = self._connection.execute(_ANNOTATED, given={"study": study_id, "trial": trial_id})
+        return (rows[0][0], rows[0][1]) if rows else None
+
+
+def _opened(secret: str, row: Row) -> Token | None:
+    """The token of a row whose first column is the digest of its secret, or None where there is no row."""
+    kept = b"" if row[0] is None else bytes(row[0])
+    right = hmac.compare_digest(_digest(secret), kept.ljust(hashlib.sha256().digest_size))
+    return Token(*row[1:]) if right else None
 
 
 def _digest(secret: str) -> bytes:

@@ -11,8 +11,10 @@ import io
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
@@ -95,6 +97,14 @@ class ArtifactStore:
 
     def keys(self, prefix: str = "") -> list[str]:
         """The keys that begin with `prefix`, sorted."""
+        raise NotImplementedError
+
+    def ages(self, prefix: str = "") -> dict[str, float]:
+        """Seconds since each artifact whose key begins with `prefix` was stored, or renewed."""
+        raise NotImplementedError
+
+    def renew(self, key: str) -> bool:
+        """Let an artifact be as old as if it had been stored now; False where there is none."""
         raise NotImplementedError
 
     def holds(self, key: str) -> bool:
@@ -227,6 +237,22 @@ class FolderStore(ArtifactStore):
                 e.name for e in entries if e.name.startswith(prefix) and KEY.fullmatch(e.name) and e.is_file()
             )
 
+    def ages(self, prefix: str = "") -> dict[str, float]:
+        now, found = time.time(), {}
+        for key in self.keys(prefix):
+            with suppress(OSError):  # deleted since
+                found[key] = max(0.0, now - (self.folder / key).stat().st_mtime)
+        return found
+
+    def renew(self, key: str) -> bool:
+        try:
+            os.utime(self.folder / _checked(key))
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise ArtifactError(f"cannot renew {key!r} in {self.place}: {error.strerror}") from error
+        return True
+
     def _make_folder(self) -> None:
         """Also again, where somebody removed it while we run."""
         try:
@@ -286,12 +312,30 @@ class BucketStore(ArtifactStore):
         return boto3.client("s3", config=_s3_config(attempts=1, timeout_s=_CHECK_S), endpoint_url=_s3_endpoint())
 
     def keys(self, prefix: str = "") -> list[str]:
+        return sorted(self._stored(prefix))
+
+    def ages(self, prefix: str = "") -> dict[str, float]:
+        now = datetime.now(UTC)
+        return {key: max(0.0, (now - stored).total_seconds()) for key, stored in self._stored(prefix).items()}
+
+    def renew(self, key: str) -> bool:
+        source = {"Bucket": self.bucket, "Key": self._name(key)}
+        try:
+            with self._calling(key):  # a copy to its own place, within the store
+                self._client.copy_object(**source, CopySource=source, MetadataDirective="REPLACE")
+        except MissingArtifactError:
+            return False
+        return True
+
+    def _stored(self, prefix: str) -> dict[str, datetime]:
+        """The keys that begin with `prefix`, and when each was stored."""
         with self._calling(prefix):
             pages = self._client.get_paginator("list_objects_v2").paginate(
                 Bucket=self.bucket, Prefix=self.prefix + prefix
             )
-            names = [entry["Key"].removeprefix(self.prefix) for page in pages for entry in page.get("Contents", [])]
-        return sorted(name for name in names if KEY.fullmatch(name))
+            entries = [entry for page in pages for entry in page.get("Contents", [])]
+        found = {entry["Key"].removeprefix(self.prefix): entry["LastModified"] for entry in entries}
+        return {key: stored for key, stored in found.items() if KEY.fullmatch(key)}
 
     def _name(self, key: str) -> str:
         return self.prefix + _checked(key)

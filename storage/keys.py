@@ -18,6 +18,7 @@ import re
 
 KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _DIGEST = re.compile(r"-([0-9a-f]{64})(?=[-.]|$)")
+UPLOADS = "upload-"  # what their keys begin with
 UPLOAD = re.compile(r"upload-[0-9a-f]{64}-[A-Za-z0-9._-]{1,100}")
 _OF_TRIALS = ("checkpoint", "weights", "curve", "log")
 _KINDS = {"data": "a data set", **{kind: f"the {kind} of a trial" for kind in _OF_TRIALS}}
@@ -30,7 +31,7 @@ def data_key(sha256: str) -> str:
 
 def upload_key(sha256: str, name: str) -> str:
     """The key of a data file as it was sent, under the name that it had; of letters, digits, '.', '_' and '-'."""
-    return f"upload-{sha256}-{name}"
+    return f"{UPLOADS}{sha256}-{name}"
 
 
 def uploaded_name(key: str) -> str:

@@ -63,8 +63,17 @@ class GuardedRoutes:
 
     name, api = "hpo", 2
 
-    def __init__(self, storage: BaseStorage, allow_delete: bool) -> None:
+    def __init__(
+        self,
+        storage: BaseStorage,
+        allow_delete: bool,
+        closed: Mapping[tuple[str, str], str] | None = None,
+        check_writer: Callable[[Arguments], None] | None = None,
+    ) -> None:
+        """closed: more routes that are closed, and why. check_writer raises HTTPError for a visitor who may not write
+        to the study or trial of these arguments."""
         self._storage, self._allow_delete = storage, allow_delete
+        self._closed, self._check_writer = closed or {}, check_writer or _check_nothing
         self._studies = StudyJson(storage)
         self._writing_notes = threading.Lock()  # so that two visitors' pieces of a note do not mix
         self._writes: dict[tuple[str, str], Callable[[Arguments], None]] = {
@@ -100,6 +109,8 @@ class GuardedRoutes:
                 raise HTTPError(404, "there is no study or trial of that number")
             if rule.startswith("/api/"):
                 response.content_type = "application/json"
+            if method not in READS:
+                self._check_writer(args)
             check(args)
             with held:
                 return view(**args)
@@ -109,6 +120,8 @@ class GuardedRoutes:
     def _why_closed(self, method: str, rule: str) -> str | None:
         if method in READS:
             return None
+        if (method, rule) in self._closed:
+            return self._closed[method, rule]
         if (method, rule) not in self._writes:
             return CLOSED.get(rule, UNKNOWN)
         return NO_DELETION if method == "DELETE" and not self._allow_delete else None

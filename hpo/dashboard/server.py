@@ -22,8 +22,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
-from urllib.parse import urlsplit
+from typing import Any, BinaryIO, NamedTuple, Protocol
 from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 import psycopg2
@@ -33,6 +32,7 @@ from optuna_dashboard import wsgi
 from waitress import create_server
 
 from hpo.dashboard.guesses import Guesses
+from hpo.dashboard.origins import is_loopback_name, same_origin
 from hpo.dashboard.routes import READS, GuardedRoutes
 from hpo.errors import HpoError
 from hpo.storage.artifacts import ArtifactError, ArtifactStore, MissingArtifactError
@@ -123,9 +123,26 @@ def wsgi_app(
         raise DashboardError("the dashboard's password must not be empty; set HPO_DASHBOARD_PASSWORD to one")
     if isinstance(storage, str):
         storage = trial_storage(storage, retry_s=_RETRY_S)  # an object: optuna-dashboard is slow with a URL
-    page: Any = wsgi(storage, artifact_store=_ByArtifactId(artifact_store))
-    GuardedRoutes(storage, allow_delete).install(page)
     door = _LoopbackOnly() if password is None else _PasswordRequired(password)
+    return guarded_app(storage, artifact_store, door, GuardedRoutes(storage, allow_delete))
+
+
+class Door(Protocol):
+    """Decides who comes in."""
+
+    def rejection(self, environ: WSGIEnvironment) -> Rejection | None:
+        """Why the request is not served; None lets it in."""
+
+    def greeting(self, environ: WSGIEnvironment) -> list[tuple[str, str]]:
+        """Headers for a visitor who was let in."""
+
+
+def guarded_app(
+    storage: BaseStorage, artifact_store: ArtifactStore, door: Door, routes: GuardedRoutes
+) -> WSGIApplication:
+    """optuna-dashboard behind a door, with its routes as `routes` guards them."""
+    page: Any = wsgi(storage, artifact_store=_ByArtifactId(artifact_store))
+    routes.install(page)
 
     def guarded(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         given = _tidy(environ)
@@ -134,11 +151,11 @@ def wsgi_app(
         def start(status: str, headers: list[tuple[str, str]], *error: Any) -> Any:
             return start_response(status, _with_security([*headers, *extra]), *error)
 
-        if rejection := door.rejection(given) or _misdirected(given):
-            return _rejected(rejection, start)
-        extra += door.greeting(given)
         try:
-            return _styled(page, given, start) if _is_page(given) else page(given, start)
+            if rejection := door.rejection(given) or _misdirected(given):
+                return _rejected(rejection, start)
+            extra.extend(door.greeting(given))
+            return _styled(page, given, start) if is_page(given["PATH_INFO"]) else page(given, start)
         except Exception as error:
             return _rejected(_rejection_of(error, given), start)
 
@@ -157,15 +174,17 @@ def _tidy(environ: WSGIEnvironment) -> WSGIEnvironment:
     return given
 
 
-def _is_page(environ: WSGIEnvironment) -> bool:
-    return re.match(r"/dashboard(/|$)", environ["PATH_INFO"]) is not None
+def is_page(path: str) -> bool:
+    """Whether a path is that of the dashboard's page, which its script draws; not of what the script asks for."""
+    return re.match(r"/dashboard(/|$)", path) is not None
 
 
 def _misdirected(environ: WSGIEnvironment) -> Rejection | None:
     path: str = environ["PATH_INFO"]
     if not (path.isascii() and path.isprintable()):  # no address here has other letters
         return Rejection(HTTPStatus.NOT_FOUND, "there is no such page")
-    if environ["REQUEST_METHOD"] not in READS and _from_another_site(environ):
+    origin = same_origin(environ.get("HTTP_SEC_FETCH_SITE"), environ.get("HTTP_ORIGIN"), environ.get("HTTP_HOST"))
+    if environ["REQUEST_METHOD"] not in READS and origin is False:
         return Rejection(HTTPStatus.FORBIDDEN, "a page of another site may not change studies")
     return None
 
@@ -199,7 +218,7 @@ class _LoopbackOnly:
     """Without a password: only requests to a name of this machine itself."""
 
     def rejection(self, environ: WSGIEnvironment) -> Rejection | None:
-        if _is_loopback_name(environ.get("HTTP_HOST", "")):
+        if is_loopback_name(environ.get("HTTP_HOST", "")):
             return None
         return Rejection(
             HTTPStatus.FORBIDDEN, "without a password only requests to localhost or 127.0.0.1 are answered"
@@ -296,15 +315,6 @@ def _ended_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _is_loopback_name(host: str) -> bool:
-    """Whether a Host header names this machine itself: localhost, 127.x.x.x or [::1], with or without a port."""
-    name = re.sub(r":\d+$", "", host).strip("[]").lower()
-    try:
-        return name == "localhost" or ipaddress.ip_address(name).is_loopback
-    except ValueError:
-        return False
-
-
 def _credentials(header: str) -> bytes | None:
     """USER:PASSWORD of a header, None where it is not of that form."""
     scheme, _, encoded = header.partition(" ")
@@ -315,18 +325,6 @@ def _credentials(header: str) -> bytes | None:
     except ValueError:
         return None
     return given if b":" in given else None
-
-
-def _from_another_site(environ: WSGIEnvironment) -> bool:
-    """By Sec-Fetch-Site, which browsers send over TLS and to loopback; else by Origin."""
-    if site := environ.get("HTTP_SEC_FETCH_SITE"):
-        return site not in ("same-origin", "none")
-    if (origin := environ.get("HTTP_ORIGIN")) is None:
-        return False
-    try:
-        return urlsplit(origin).netloc != environ.get("HTTP_HOST")
-    except ValueError:
-        return True
 
 
 def _rejected(rejection: Rejection, start: Any) -> list[bytes]:

@@ -9,18 +9,26 @@ from importlib.metadata import version
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Response
-from fastapi.openapi.docs import get_swagger_ui_html
-from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import BaseModel
+from starlette.staticfiles import StaticFiles
 
+from hpo.dashboard.guesses import Guesses
 from hpo.errors import HpoError
-from hpo.service import data, models, studies
+from hpo.service import data, models, predict, studies
 from hpo.service.access import Near, Uses
 from hpo.service.backend import Backend
-from hpo.service.body import BodyLimit
+from hpo.service.body import BodyLimit, PlainAddress
+from hpo.service.dashboard import mount_dashboard
+from hpo.service.hosts import Hosts
 from hpo.service.metrics import MEDIA_TYPE as METRICS
 from hpo.service.metrics import metrics_of
 from hpo.service.observed import Observed
+from hpo.service.pages import docs, new, signing
+from hpo.service.pages import models as model_pages
+from hpo.service.pages import studies as study_pages
+from hpo.service.pages.rendering import answers_with_pages
+from hpo.service.predictions import Predictor
 from hpo.service.problems import MEDIA_TYPE, Problem, answers_with_problems
 from hpo.storage.tables import ensure
 
@@ -50,6 +58,8 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
         HTTPStatus.UNAUTHORIZED,
         HTTPStatus.FORBIDDEN,
         HTTPStatus.NOT_FOUND,
+        HTTPStatus.METHOD_NOT_ALLOWED,
+        HTTPStatus.REQUEST_TIMEOUT,
         HTTPStatus.CONFLICT,
         HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
         HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
@@ -66,7 +76,7 @@ class Health(BaseModel):
 
 
 @health.get("/healthz")
-def healthz() -> Health:
+async def healthz() -> Health:
     """The process answers. The only route without a token."""
     return Health(status="ok")
 
@@ -93,12 +103,16 @@ def metrics(backend: Uses) -> Response:
     return Response(metrics_of(backend), media_type=METRICS)
 
 
-def make_app(backend: Backend) -> FastAPI:
-    """The ASGI application over a database and an artifact store."""
+def make_app(backend: Backend, hosts: Hosts = Hosts()) -> FastAPI:
+    """The ASGI application over a database and an artifact store; `hosts`: by which names it serves pages."""
+
+    predictor = Predictor(backend)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
+        predictor.close()
+        dashboard.close()
         backend.close()
 
     app = FastAPI(
@@ -110,22 +124,24 @@ def make_app(backend: Backend) -> FastAPI:
         docs_url=None,
         redoc_url=None,
     )
-    app.state.backend = backend
+    app.state.backend, app.state.predictor = backend, predictor
+    app.state.hosts, app.state.guesses = hosts, Guesses()
     app.add_middleware(BodyLimit, limits=backend.limits)
+    app.add_middleware(PlainAddress)
     app.add_middleware(Observed, log_requests=backend.limits.log_requests)  # the last one sees all
     answers_with_problems(app)
-    app.include_router(health)
-    for part in (data, studies, models):
+    answers_with_pages(app)
+    for part in (predict, data, studies, models):
         app.include_router(part.router, responses=PROBLEMS)
+    app.include_router(health)
+    for pages in (signing, new, study_pages, model_pages, docs):
+        app.include_router(pages.router)
+    app.mount("/assets", StaticFiles(packages=[("hpo.service.pages", "assets")]))
+    dashboard = mount_dashboard(app, backend, hosts)
 
     @app.get("/openapi.json", dependencies=[Near], include_in_schema=False)
     def openapi() -> JSONResponse:
         """What the routes take and answer."""
         return JSONResponse(app.openapi())
-
-    @app.get("/docs", dependencies=[Near], include_in_schema=False)
-    def docs() -> HTMLResponse:
-        """The same, to read."""
-        return get_swagger_ui_html(openapi_url="openapi.json", title="hpo")
 
     return app

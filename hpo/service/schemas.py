@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from datetime import datetime
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator
+from pydantic import BaseModel, BeforeValidator, Field
+
+if TYPE_CHECKING:
+    from hpo.models.bundle.predictions import Predictions
 
 
 def _finite(value: Any) -> Any:
@@ -14,6 +17,9 @@ def _finite(value: Any) -> Any:
 
 
 Number = Annotated[float | None, BeforeValidator(_finite)]  # JSON has neither NaN nor infinity
+
+if TYPE_CHECKING:
+    from hpo.models.bundle.predictions import Predictions
 
 
 class DataFile(BaseModel):
@@ -117,7 +123,7 @@ class Notice(BaseModel):
 class Budget(BaseModel):
     """What a study may go on with."""
 
-    trials: int | None = None
+    trials: int | None = Field(default=None, strict=True, ge=1, le=2**31 - 1, examples=[80])  # None: as many as it had
 
 
 class Model(BaseModel):
@@ -147,4 +153,18 @@ class Prediction(BaseModel):
 class Alias(BaseModel):
     """The version that an alias is to name."""
 
-    version: int
+    version: int = Field(strict=True, ge=1, le=10**9, examples=[3])
+
+
+def predictions_of(prediction: Prediction) -> Predictions:
+    """What displays and `to_csv` take."""
+    import numpy as np
+
+    from hpo.models.bundle.predictions import Predictions
+
+    return Predictions(
+        classes=tuple(prediction.classes),
+        probabilities=np.array(prediction.probabilities, np.float32),
+        labels=np.array(prediction.labels),
+        ids=tuple(prediction.ids),
+    )

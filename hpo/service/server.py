@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import ipaddress
+import os
 import signal
 import socket
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 import uvicorn
 
@@ -14,10 +18,15 @@ from hpo.models.machine import prepare_process
 from hpo.notify import Settings, sending
 from hpo.service.app import make_app
 from hpo.service.backend import Backend, Limits
+from hpo.service.hosts import Hosts, names
 from hpo.storage.artifacts import artifact_store
+from hpo.storage.background import BackgroundLoop
 from hpo.storage.connection import Connection
 from hpo.storage.database import database_url
+from hpo.storage.errors import PostgresError
+from hpo.storage.home import own_folder
 
+HOUR_S = 3600.0
 GRACE_S = 5  # that requests in progress may take after a signal
 
 
@@ -25,14 +34,23 @@ class ServeError(HpoError):
     """The service cannot listen there."""
 
 
-def serve(host: str, port: int, limits: Limits, ready: Callable[[str], None]) -> None:
-    """Serve until SIGTERM or SIGINT. `port` 0 takes a free one; `ready` is called with the URL once it listens.
+def serve(
+    host: str,
+    port: int,
+    limits: Limits,
+    ready: Callable[[str, bool], None],
+    allowed_hosts: Sequence[str] = (),
+) -> None:
+    """Serve until SIGTERM or SIGINT. `port` 0 takes a free one.
 
-    Raises ServeError where the address is taken.
+    `ready` is called once it listens, with the URL and whether there is a token that opens it. allowed_hosts: names by
+    which browsers may ask for pages beside those of this machine and those in HPO_SERVE_HOSTS. Raises ServeError where
+    the address is taken.
     """
     prepare_process()
-    url, notices = database_url(), Settings.of_environment()
-    app = make_app(Backend(url, artifact_store(), limits))
+    gc.freeze()  # what the imports made stays: looking through it for garbage again and again takes 0.1 s each time
+    notices = Settings.of_environment()
+    backend = Backend(database_url(), artifact_store(), limits)
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         listener = socket.create_server((host, port), family=family)
@@ -43,8 +61,14 @@ def serve(host: str, port: int, limits: Limits, ready: Callable[[str], None]) ->
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)  # uvicorn raises them again once it has ended in good order
-    with listener:
+    tempfile.tempdir = str(own_folder("uploads"))  # there is room, and nobody else reads there
+    with listener, _housekeeping(backend):
         address, bound = listener.getsockname()[:2]
+        allowed = (*allowed_hosts, *names(os.environ.get("HPO_SERVE_HOSTS", "")))
+        app = make_app(backend, Hosts(allowed, reachable=not ipaddress.ip_address(address).is_loopback))
+        anybody = True
+        with suppress(PostgresError), backend.database() as database:  # which may come later than the service
+            anybody = database.access.any()
         config = uvicorn.Config(
             app,
             log_config=None,  # its lines go where ours do
@@ -52,9 +76,20 @@ def serve(host: str, port: int, limits: Limits, ready: Callable[[str], None]) ->
             access_log=False,
             timeout_graceful_shutdown=GRACE_S,
         )
-        ready(f"http://{f'[{address}]' if ':' in address else address}:{bound}/")
-        with _sending(url, notices):
+        ready(f"http://{f'[{address}]' if ':' in address else address}:{bound}/", anybody)
+        with _sending(backend.url, notices):
             uvicorn.Server(config).run(sockets=[listener])
+
+
+def _housekeeping(backend: Backend) -> BackgroundLoop:
+    """Removes the uploaded files that nobody uses, while the block runs; every process of the service does."""
+    return BackgroundLoop(
+        backend.remove_unused,
+        min(HOUR_S, backend.limits.keep_s / 2),
+        name="housekeeping",
+        failure="data files that nobody uses could not be removed",
+        expected=(HpoError, OSError),
+    )
 
 
 @contextmanager

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import time
 import tomllib
 from collections.abc import AsyncIterator, Mapping
+from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import Annotated, Any
 
@@ -21,15 +23,18 @@ from hpo.promote.promotion import promote_trial
 from hpo.promote.summary import summary_of
 from hpo.service.access import Reader, Submitter, Uses, check_owner
 from hpo.service.backend import Backend, Database
+from hpo.service.body import as_sent, json_of
 from hpo.service.models import model_of
 from hpo.service.problems import Problem
 from hpo.service.schemas import Best, Budget, Log, Model, Notice, Study, Trial, TrialDetails, Trials
 from hpo.storage.access import Token
 from hpo.storage.errors import MissingRecord
+from hpo.storage.home import own_folder
 from hpo.storage.keys import UPLOAD, uploaded_name
 from hpo.storage.masking import mask
 from hpo.storage.notices import Notices
 from hpo.storage.snapshot import Snapshot
+from hpo.study.checks import NAME
 from hpo.study.config import StudyConfig, config_of, default_name
 from hpo.study.lifecycle import create_or_open, delete_study, open_study, snapshots, study_id_of, trial_of
 from hpo.study.notes import log_of
@@ -38,22 +43,53 @@ from hpo.study.record import FAILURE
 
 router = APIRouter(prefix="/v1/studies", tags=["studies"])
 LOOK_S = 0.5  # between two looks at a study whose events are followed
+QUIET_S = 10.0  # after which a stream without events says that it is there
 Key = Annotated[str | None, Header(alias="Idempotency-Key", min_length=1, max_length=200)]
 
+_EXAMPLE = f"upload-{64 * '0'}-demand.csv"  # what POST /v1/data answers
+_KEY = {"type": "string", "pattern": f"^{UPLOAD.pattern}$", "description": "A key that POST /v1/data gave."}
 STUDY_BODY: dict[str, Any] = {
     "requestBody": {
         "required": True,
         "content": {
             "application/toml": {
                 "schema": {"type": "string"},
-                "example": '[study]\ntrials = 40\n\n[data]\ntrain = "KEY OF POST /v1/data"\n',
+                "example": f'[study]\ntrials = 40\n\n[data]\ntrain = "{_EXAMPLE}"\n',
             },
             "application/json": {
-                "schema": {"type": "object"},
-                "example": {"study": {"trials": 40}, "data": {"train": "KEY OF POST /v1/data"}},
+                "schema": {
+                    "type": "object",
+                    "required": ["data"],
+                    "properties": {
+                        "study": {
+                            "type": "object",
+                            "properties": {
+                                "name": {"type": "string", "pattern": NAME.pattern},
+                                "trials": {"type": "integer", "minimum": 1, "maximum": 2**31 - 1},
+                            },
+                        },
+                        "data": {"type": "object", "required": ["train"], "properties": {"train": _KEY, "test": _KEY}},
+                        "train": {"type": "object"},
+                        "space": {"type": "object"},
+                        "enqueue": {"type": "array", "items": {"type": "object"}},
+                    },
+                    "additionalProperties": False,
+                },
+                "example": {"study": {"trials": 40}, "data": {"train": _EXAMPLE}},
             },
         },
     }
+}
+
+
+EVENT = {
+    "type": "object",
+    "required": ["event", "data"],
+    "properties": {
+        "event": {"enum": ["progress", "end", "error"]},
+        "id": {"type": "string"},
+        "data": {"type": "string", "contentMediaType": "application/json"},
+    },
 }
 
 
@@ -67,7 +103,7 @@ async def submit(
     conflict (409), with the differences.
     """
     tables = _tables(request.headers.get("content-type", ""), await request.body())
-    study, created = await run_sync(_submit, backend, token, tables, idempotency_key)
+    study, created = await run_sync(submit_study, backend, token, tables, idempotency_key)
     response.status_code = HTTPStatus.CREATED if created else HTTPStatus.OK
     response.headers["Location"] = f"/v1/studies/{study.name}"
     return study
@@ -173,7 +209,7 @@ def logs(
 @router.get(
     "/{name}/events",
     response_class=StreamingResponse,
-    responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+    responses={200: {"content": {"text/event-stream": {"schema": EVENT}}}},
 )
 async def events(
     name: str,
@@ -236,27 +272,22 @@ def delete(name: str, token: Submitter, backend: Uses) -> None:
 def _tables(content_type: str, body: bytes) -> dict[str, Any]:
     """The study file's tables. Raises Problem for what is neither TOML nor JSON."""
     kind = content_type.partition(";")[0].strip().lower()
-    try:
-        if kind == "application/json":
-            found = json.loads(body, parse_constant=_no_number)
-        elif kind in ("", "application/toml", "text/plain", "application/x-www-form-urlencoded"):  # curl's own
+    if kind == "application/json":
+        found = json_of(body, "the study file")
+    elif kind in ("", "application/toml", "text/plain", "application/x-www-form-urlencoded"):  # curl's own
+        try:
             found = tomllib.loads(body.decode("utf-8-sig"))
-        else:
-            reason = f"a study file is sent as application/toml or application/json, got {kind!r}"
-            raise Problem(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, reason)
-    except (ValueError, RecursionError) as error:
-        form = "JSON" if kind == "application/json" else "TOML"
-        raise Problem(HTTPStatus.BAD_REQUEST, f"the study file is not valid {form}: {error}") from None
+        except (ValueError, RecursionError) as error:
+            raise Problem(HTTPStatus.BAD_REQUEST, f"the study file is not valid TOML: {error}") from None
+    else:
+        reason = f"a study file is sent as application/toml or application/json, got {kind!r}"
+        raise Problem(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, reason)
     if not isinstance(found, dict):
         raise Problem(HTTPStatus.BAD_REQUEST, "a study file is tables: [study], [data], [train], [space]")
     return found
 
 
-def _no_number(text: str) -> Any:
-    raise ValueError(f"{text} is no number in JSON")
-
-
-def _submit(backend: Backend, token: Token, tables: dict[str, Any], key: str | None) -> tuple[Study, bool]:
+def submit_study(backend: Backend, token: Token, tables: dict[str, Any], key: str | None) -> tuple[Study, bool]:
     """The study, and whether this has made it."""
     config = _config(backend, tables)
     name = config.study.name
@@ -266,7 +297,8 @@ def _submit(backend: Backend, token: Token, tables: dict[str, Any], key: str | N
         known = _known(database, name)
         if known is not None:
             _check_clash(database, token, known, name)
-        opened = create_or_open(config, database.storage, backend.store, owner=token.owner)
+        with as_sent(own_folder("uploads")):
+            opened = create_or_open(config, database.storage, backend.store, owner=token.owner)
         _check_clash(database, token, opened.study_id, name)  # whoever was first
         database.access.note(token, "study.submit", name, {"trials": config.study.trials})
         return _state(database, name), known is None
@@ -281,16 +313,16 @@ def _config(backend: Backend, tables: dict[str, Any]) -> StudyConfig:
         key = data.get(name)
         if key is None and name == "test":
             continue
-        if not isinstance(key, str) or not UPLOAD.fullmatch(key) or not backend.store.exists(key):
-            reason = (
-                f"data.{name} must be a key that POST /v1/data gave, and whose file is there, got {str(key)[:200]!r}"
-            )
-            raise Problem(HTTPStatus.UNPROCESSABLE_ENTITY, reason)
+        if not isinstance(key, str) or not UPLOAD.fullmatch(key) or not backend.store.renew(key):
+            rule = "must be a key that POST /v1/data gave, and whose file is there"
+            way = f"send one that nobody has used for {backend.limits.keep_s / 86400:g} days again"
+            raise Problem(HTTPStatus.UNPROCESSABLE_ENTITY, f"data.{name} {rule}, got {str(key)[:200]!r}; {way}")
         folder = backend.upload(key).parent
     study = tables.get("study", {})
     if isinstance(study, dict):
         tables = {**tables, "study": {"name": default_name(uploaded_name(data["train"])), **study}}
-    return config_of(tables, folder / "the study file")
+    with as_sent(folder):
+        return config_of(tables, folder / "the study file")
 
 
 def _digest(tables: dict[str, Any]) -> str:
@@ -359,10 +391,15 @@ def _trial(found: FrozenTrial) -> Trial:
         state=found.state.name.lower(),
         value=found.values[0] if found.values else None,
         params=dict(found.user_attrs.get("params", found.params)),
-        started=found.datetime_start,
-        ended=found.datetime_complete,
+        started=_utc(found.datetime_start),
+        ended=_utc(found.datetime_complete),
         failure=found.user_attrs.get(FAILURE),
     )
+
+
+def _utc(moment: datetime | None) -> datetime | None:
+    """A moment with its zone, of Optuna's local one without."""
+    return None if moment is None else moment.astimezone(UTC)
 
 
 # ----------------------------------------------------------------------------------------------------------- events
@@ -370,6 +407,7 @@ def _trial(found: FrozenTrial) -> Trial:
 
 async def _events(backend: Backend, name: str, request: Request, seen: str | None) -> AsyncIterator[str]:
     """The study whenever it has changed; its state is the event's id, so that no process has to remember any."""
+    said = time.monotonic()
     while not await request.is_disconnected():
         try:
             found = await run_sync(_named, backend, name)
@@ -380,7 +418,10 @@ async def _events(backend: Backend, name: str, request: Request, seen: str | Non
         now = _event_id(found)
         if now != seen or over:
             yield f"id: {now}\nevent: {'end' if over else 'progress'}\ndata: {found.model_dump_json()}\n\n"
-            seen = now
+            seen, said = now, time.monotonic()
+        elif time.monotonic() - said > QUIET_S:
+            yield ": nothing has changed\n\n"
+            said = time.monotonic()
         if over:
             return
         await asyncio.sleep(LOOK_S)

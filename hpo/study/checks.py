@@ -17,6 +17,9 @@ _URL = re.compile(
 )
 
 
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # of a study
+
+
 class CheckError(StudyFault):
     """A value breaks its rule. The message is the rule alone, such as "must be above 0"."""
 
@@ -79,7 +82,7 @@ def web_address(value: Any) -> str:
 
 def study_name(value: Any) -> str:
     """A study's name."""
-    if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", value):
+    if not isinstance(value, str) or not NAME.fullmatch(value):
         raise CheckError(
             "must be 1 to 100 letters, digits, dots, dashes or underscores in quotes, the first a letter or digit"
         )

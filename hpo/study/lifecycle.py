@@ -188,13 +188,14 @@ def snapshots(storage: TrialStorage, leases: Leases, name: str | None) -> list[S
 
 def delete_study(storage: TrialStorage, store: ArtifactStore, name: str) -> None:
     """Remove a study and its trials, checkpoints, weights, curves and logs. Data sets and promoted models stay."""
-    study_id = study_id_of(storage, name)
-    row = Leases(storage).study(study_id)
-    if row is not None:  # first, so that a deletion that was killed can be repeated
-        _delete_files(store, row.store_key)
-    storage.delete_study(study_id)
-    if row is not None:  # what its workers have stored meanwhile
-        _delete_files(store, row.store_key)
+    with exclusively(storage.url, f"study {name}"):  # a submission of it ends before, or begins after
+        study_id = study_id_of(storage, name)
+        row = Leases(storage).study(study_id)
+        if row is not None:  # first, so that a deletion that was killed can be repeated
+            _delete_files(store, row.store_key)
+        storage.delete_study(study_id)
+        if row is not None:  # what its workers have stored meanwhile
+            _delete_files(store, row.store_key)
 
 
 def _delete_files(store: ArtifactStore, store_key: str) -> None:

@@ -32,7 +32,7 @@ from hpo.models.bundle.config import BundleConfig, BundleError, from_json, to_js
 from hpo.models.bundle.predictions import Predictions
 from hpo.models.classifier import Classifier, Weights, to_probabilities, weights_of
 from hpo.models.data.readers import read
-from hpo.models.data.sequences import DataError, Sequences, matched
+from hpo.models.data.sequences import DataError, Sequences, joined, matched
 from hpo.models.device import device_errors
 from hpo.models.files import whole_folder
 from hpo.models.metrics import predict_labels
@@ -63,13 +63,32 @@ class Bundle:
         model, ValueError where `batch_size` is below 1, OutOfMemory and DeviceLost.
         """
         sequences = self.conform(data)
-        with device_errors(self.models[0].mean.device, lambda: f"{batch_size} sequences at once; take a smaller batch"):
-            probabilities = self._probabilities(sequences, batch_size, progress)
+        return self._predictions(sequences.ids, self._computed(sequences, batch_size, progress))
+
+    def predict_each(self, parts: Sequence[Sequences], batch_size: int = 256) -> list[Predictions | DataError]:
+        """What `predict` says of each of several data, or raises for it, computed together: up to rounding in the last
+        bits, which go by what else is in a batch.
+
+        parts: what `conform` gave. Raises OutOfMemory and DeviceLost.
+        """
+        probabilities = self._computed(joined(parts), batch_size, None)
+        found: list[Predictions | DataError] = []
+        end = 0
+        for part in parts:
+            begin, end = end, end + part.n
+            try:
+                found.append(self._predictions(part.ids, probabilities[begin:end]))
+            except DataError as error:
+                found.append(error)
+        return found
+
+    def _predictions(self, ids: tuple[str, ...], probabilities: NDArray[np.float32]) -> Predictions:
+        """Labels of probabilities (N, K). Raises DataError where one is none."""
         for row in np.flatnonzero(~np.isfinite(probabilities).all(axis=1)).tolist():
             rule = "the model gives it no probability: its values, or the model's weights, are too large"
-            raise DataError(f"sequence {sequences.ids[row]!r}: {rule}")
+            raise DataError(f"sequence {ids[row]!r}: {rule}")
         labels = np.array(self.config.classes)[predict_labels(probabilities, self.config.threshold)]
-        return Predictions(self.config.classes, probabilities, labels, sequences.ids)
+        return Predictions(self.config.classes, probabilities, labels, ids)
 
     def read(self, data: Any, *, labeled: bool = False, **columns: str) -> Sequences:
         """Sequences of a file, data frame or array for `predict`. Labels are read if `labeled`.
@@ -122,6 +141,12 @@ class Bundle:
             needed = f"exactly {config.steps}" if config.fixed_length else f"{config.kept_steps} or more"
             found = f"sequence {sequences.ids[row]!r} has {sequences.lengths[row]}"
             raise DataError(f"a model with flatten pooling needs {needed} steps, {found}")
+
+    def _computed(
+        self, sequences: Sequences, batch_size: int, progress: Callable[[int], object] | None
+    ) -> NDArray[np.float32]:
+        with device_errors(self.models[0].mean.device, lambda: f"{batch_size} sequences at once; take a smaller batch"):
+            return self._probabilities(sequences, batch_size, progress)
 
     @torch.inference_mode()
     def _probabilities(

@@ -27,6 +27,11 @@ class Predictions:
 
         true: the true classes, in a column of that name after the id. Raises OSError.
         """
+        with whole_file(Path(path)) as beside:
+            beside.write_bytes(self.as_csv(true).encode())
+
+    def as_csv(self, true: NDArray[np.str_] | None = None) -> str:
+        """What `to_csv` writes."""
         known = [] if true is None else [true.tolist()]
         text = io.StringIO(newline="")
         writer = csv.writer(text)
@@ -37,5 +42,4 @@ class Predictions:
             [self.ids[i], *(column[i] for column in known), label, *map(str, self.probabilities[i])]
             for i, label in enumerate(self.labels.tolist())
         )
-        with whole_file(Path(path)) as beside:
-            beside.write_bytes(text.getvalue().encode())
+        return text.getvalue()

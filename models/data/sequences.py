@@ -146,6 +146,21 @@ class Sequences:
         return replace(self, values=values)
 
 
+def joined(parts: Sequence[Sequences]) -> Sequences:
+    """The sequences of several with the same features, one after another, without labels and groups."""
+    lengths = np.concatenate([part.lengths for part in parts])
+    values = np.zeros((len(lengths), max(part.steps for part in parts), parts[0].n_features), np.float32)
+    end = 0
+    for part in parts:
+        begin, end = end, end + part.n
+        values[begin:end, : part.steps] = part.values
+    ids = tuple(name for part in parts for name in part.ids)
+    filled = sum(part.filled for part in parts)
+    return replace(
+        parts[0], values=values, lengths=lengths, labels=None, groups=None, ids=ids, filled=filled, missing=None
+    )
+
+
 def default_names(n_features: int) -> tuple[str, ...]:
     """The names of features of a source that names none: "x0", "x1", …"""
     return tuple(f"x{i}" for i in range(n_features))

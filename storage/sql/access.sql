@@ -22,6 +22,18 @@ SELECT {token} FROM hpo.tokens ORDER BY created_at, token_id
 -- prepared: token text
 SELECT digest, {token} FROM hpo.tokens WHERE token_id = %(token)s AND {active}
 
+-- name: admissions
+-- For each request, in their order: the digest of its token's secret and the token, while it opens the door; and the
+-- version that it asks for by number or alias.
+-- prepared: tokens text[], names text[], wanted text[]
+SELECT t.*, v.version, v.made_at
+FROM unnest(%(tokens)s::text[], %(names)s::text[], %(wanted)s::text[]) WITH ORDINALITY AS r (token, name, wanted, place)
+LEFT JOIN LATERAL (SELECT digest, {token} FROM hpo.tokens WHERE token_id = r.token AND {active}) t ON true
+LEFT JOIN LATERAL (SELECT version, created_at AS made_at FROM hpo.models m WHERE m.name = r.name AND m.version =
+    coalesce((SELECT version FROM hpo.aliases a WHERE a.name = r.name AND a.alias = r.wanted),
+        CASE WHEN r.wanted ~ '^[1-9][0-9]{0,8}$' THEN r.wanted::int END)) v ON true
+ORDER BY r.place
+
 -- name: revoke_token
 -- From now on it opens nothing.
 -- types: token text
@@ -58,3 +70,38 @@ DELETE FROM hpo.submissions WHERE submitted_at < hpo.clock() - interval '30 days
 -- Who submitted a study; NULL: nobody through the service.
 -- types: study int
 SELECT owner FROM hpo.terms WHERE study_id = %(study)s
+
+-- name: annotated_study
+-- Name and owner of a study, or of the study of a trial.
+-- types: study int, trial int
+SELECT study_name, owner FROM studies LEFT JOIN hpo.terms USING (study_id)
+WHERE study_id = coalesce(%(study)s, (SELECT trials.study_id FROM trials WHERE trial_id = %(trial)s))
+
+-- name: any_token
+-- Whether anybody may come in.
+SELECT EXISTS (SELECT FROM hpo.tokens WHERE {active})
+
+-- name: begin_session
+-- Let a browser in for its token's holder, for some hours and never longer than the token; how long that is.
+-- types: digest bytea, token text, lifetime_s float8
+INSERT INTO hpo.sessions (digest, token_id, created_at, expires_at)
+SELECT %(digest)s, token_id, hpo.clock(),
+    least(hpo.clock() + %(lifetime_s)s * interval '1 s', coalesce(expires_at, 'infinity'))
+FROM hpo.tokens WHERE token_id = %(token)s AND {active}
+ON CONFLICT (digest) DO UPDATE SET token_id = EXCLUDED.token_id -- an answer was lost
+RETURNING extract(epoch FROM expires_at - hpo.clock())::float8
+
+-- name: session_holder
+-- The token of a browser that is signed in, while it opens the door.
+-- prepared: digest bytea
+SELECT {token} FROM hpo.tokens WHERE {active} AND token_id =
+    (SELECT session.token_id FROM hpo.sessions session WHERE digest = %(digest)s AND session.expires_at > hpo.clock())
+
+-- name: end_session
+-- A browser is signed out.
+-- types: digest bytea
+DELETE FROM hpo.sessions WHERE digest = %(digest)s
+
+-- name: forget_old_sessions
+-- Forget the browsers whose time is over.
+DELETE FROM hpo.sessions WHERE expires_at <= hpo.clock()

@@ -11,8 +11,10 @@ import pytest
 from optuna.study import StudyDirection
 
 from hpo.storage.access import ROLES, TOKEN, Access, AccessError, SubmissionConflict
+from hpo.storage.connection import Connection
 from hpo.storage.leases import Leases
 from hpo.storage.masking import mask
+from hpo.storage.sessions import LIFETIME_S, Sessions
 from hpo.storage.terms import Terms
 from hpo.storage.trials import TrialStorage
 
@@ -127,3 +129,53 @@ class TestSubmissions:
         for owner in ("ada", "bob"):
             assert leases.open_study(study_id, Terms(3), {}, owner).owner == "ada"
         assert access.owner_of(study_id) == leases.snapshot(study_id).owner == "ada"
+
+
+class TestSessions:
+    @pytest.fixture
+    def sessions(self, database_url: str) -> Sessions:
+        return Sessions(Connection(database_url))
+
+    def test_a_cookie_is_its_token_until_it_ends(self, access: Access, sessions: Sessions) -> None:
+        token, _ = access.create("submit", "ada")
+        cookie, lasts_s = sessions.begin(token)
+        other, _ = sessions.begin(token)
+        assert lasts_s == pytest.approx(LIFETIME_S, abs=5)
+        assert sessions.holder(cookie) == sessions.holder(other) == token
+        for wrong in ("", cookie[:-1], f"{cookie}a", "é" * 43, "\0", "\ud800"):
+            assert sessions.holder(wrong) is None
+        sessions.end(cookie)
+        sessions.end(cookie)
+        assert sessions.holder(cookie) is None
+        assert sessions.holder(other) == token
+
+    def test_it_ends_with_its_token(self, access: Access, sessions: Sessions) -> None:
+        token, _ = access.create("submit", "ada", lifetime_s=3600)
+        cookie, lasts_s = sessions.begin(token)
+        assert 3590 < lasts_s <= 3600
+        access.revoke(token.token_id)
+        assert sessions.holder(cookie) is None
+        with pytest.raises(AccessError, match="has expired or was revoked"):
+            sessions.begin(token)
+
+    def test_it_ends_after_its_time_and_is_forgotten(
+        self, access: Access, sessions: Sessions, database_url: str
+    ) -> None:
+        token, _ = access.create("read", "ada")
+        cookie, _ = sessions.begin(token, lifetime_s=0)
+        assert sessions.holder(cookie) is None
+        sessions.begin(token)
+        assert Connection(database_url).execute("SELECT count(*) FROM hpo.sessions") == [(1,)]
+
+    def test_the_database_has_no_cookie(self, access: Access, sessions: Sessions, database_url: str) -> None:
+        cookie, _ = sessions.begin(access.create("admin", "ada")[0])
+        rows = Connection(database_url).execute("SELECT * FROM hpo.sessions")
+        assert cookie not in str(rows)
+        assert cookie.encode() not in b"".join(bytes(value) for value in rows[0] if isinstance(value, memoryview))
+
+    def test_whether_anybody_may_come_in(self, access: Access) -> None:
+        assert not access.any()
+        token, _ = access.create("read", "ada")
+        assert access.any()
+        access.revoke(token.token_id)
+        assert not access.any()

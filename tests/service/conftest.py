@@ -16,7 +16,12 @@ import numpy as np
 import pytest
 
 from hpo.storage.access import Access
+from hpo.storage.artifacts import FolderStore
+from hpo.storage.registry import Registry, publish
+from tests.browser import browser, chromium
 from tests.conftest import fresh_database
+
+__all__ = ["browser", "chromium"]  # fixtures
 
 TASK = """
 [study]
@@ -35,6 +40,15 @@ layers = 1
 batch_size = 16
 head_size = 4
 """
+
+
+def publish_model(service: Service, name: str, folder: Path, trial: int = 0) -> int:
+    """Register a saved model as the next version of a name, as a promotion does; its number."""
+    store = FolderStore(Path(service.environment["HPO_ARTIFACTS"]))
+    given = {"study_id": 1, "study_name": name, "scores": {}, "config": {"params": {}}}
+    registry = Registry(service.database_url)
+    keys = publish(store, folder, f"model-{name}")
+    return registry.promote(name, trial_number=trial, artifacts=keys, **given).version  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -121,6 +135,13 @@ def free_port() -> int:
     """One that was free a moment ago."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return int(listener.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def two_free_ports() -> list[int]:
+    """Two that were free a moment ago."""
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
+        return [int(each.getsockname()[1]) for each in (one, other)]
 
 
 def upload(client: httpx.Client, path: Path, **columns: str) -> str:

@@ -78,11 +78,11 @@ def test_every_line_is_json_and_a_request_is_told_with_its_id(
     token_id = client.headers["Authorization"].split("_")[1]
     assert [[line.get(key) for key in keys] for line in told[:2]] == [
         ["GET", "/v1/studies", "/v1/studies", 200, "ada", "from-the-proxy.7"],
-        ["GET", "/v1/models/{name}/{version}", "/v1/models/a\\nb/1", 404, "ada", made_up],
+        ["GET", "none", "/v1/models/a\\nb/1", 400, None, made_up],
     ]
     assert told[0]["token_id"] == token_id
     assert told[0]["ms"] > 0
-    assert [line["status"] for line in told] == [200, 404, 401, 201, 201]  # probes are left out
+    assert [line["status"] for line in told] == [200, 400, 401, 201, 201]  # probes are left out
     assert "owner" not in told[2]
     (read,) = [line for line in lines if line["message"].startswith("waves: training part")]
     assert read["request_id"] == told[-1]["request_id"]
@@ -113,7 +113,7 @@ def test_text_has_a_line_a_request_where_that_is_asked_for(logged: Callable[...,
     first, second, *_ = run.log.splitlines()
     assert " INFO GET /v1/studies: 200 in " in first
     assert first.endswith(" ms, ada (" + client.headers["Authorization"].split("_")[1] + "), request 7")
-    assert "/v1/studies/a\\x1b[31mb: 404" in second
+    assert "/v1/studies/a\\x1b[31mb: 400" in second
     with logged() as run, run.service.client() as client:
         client.get("/v1/studies")
     assert run.log == ""

@@ -1,14 +1,9 @@
-"""The dashboard in a real headless browser, with a study that real workers have run.
-
-Playwright drives the distribution's Chromium. As root with apt-get it is installed where it is missing, else these
-tests are skipped. Playwright's own browsers are never downloaded.
-"""
+"""The dashboard in a real headless browser, with a study that real workers have run."""
 
 from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,9 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 from optuna.trial import FrozenTrial, TrialState
-from playwright.sync_api import Browser, ConsoleMessage, HttpCredentials, Page, expect, sync_playwright
+from playwright.sync_api import Browser, HttpCredentials, Page, expect
 
 from hpo.storage.trials import trial_storage
+from tests.browser import PATIENCE_S, Tab
 from tests.conftest import fresh_database
 
 pytestmark = pytest.mark.xdist_group("browser")  # its tests share a study, a dashboard and a browser
@@ -29,19 +25,6 @@ pytestmark = pytest.mark.xdist_group("browser")  # its tests share a study, a da
 PASSWORD = "käse & brot"
 LOGIN = ("hpo", PASSWORD)
 REFUSAL = "user name hpo and the dashboard's password are needed"
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-INSTALL_S = 240
-PATIENCE_S = 60.0  # a guard against hanging
-FLAGS = (
-    "--no-sandbox",  # root may not have one, and all pages are our own
-    "--disable-gpu",
-    "--disable-quic",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-    "--no-proxy-server",
-)
 # Five good trials, one that learns nothing and is pruned, one that diverges.
 STUDY = """
 [study]
@@ -76,33 +59,6 @@ class Site(NamedTuple):
 
     def trial(self, state: TrialState) -> FrozenTrial:
         return next(trial for trial in self.trials if trial.state == state)
-
-
-@pytest.fixture(scope="session")
-def chromium() -> str:
-    """The browser's path."""
-    why = "this is not root with apt-get"
-    if not _found() and os.geteuid() == 0 and shutil.which("apt-get"):
-        why = _install()
-    return _found() or pytest.skip(f"install Chromium (Debian: apt-get install chromium); it could not be done: {why}")
-
-
-def _found() -> str | None:
-    return next(filter(None, map(shutil.which, BROWSERS)), None)
-
-
-def _install() -> str:
-    """One attempt; why it did not work."""
-    apt = ["apt-get", "-qy", "-o", "Acquire::http::Timeout=20", "-o", "DPkg::Lock::Timeout=60"]
-    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    try:
-        for command in (["update"], ["install", "--no-install-recommends", "chromium"]):
-            subprocess.run(
-                [*apt, *command], env=environment, timeout=INSTALL_S, check=True, capture_output=True, text=True
-            )
-    except subprocess.SubprocessError as error:  # a status, or out of time
-        return f"{error}: {str(getattr(error, 'stderr', ''))[-500:]}"
-    return "the package brought no browser"
 
 
 @pytest.fixture(scope="module")
@@ -142,34 +98,6 @@ def _write_study(folder: Path) -> None:
     queued = [(size, 0.05) for size in range(4, 9)] + [(4, 1e-9), (4, 1e38)]
     tables = (f"[[enqueue]]\nhidden_size = {size}\nlearning_rate = {rate}\n" for size, rate in queued)
     (folder / "waves.toml").write_text(STUDY + "".join(tables))
-
-
-class Tab:
-    """A tab of a browser without history. `errors` are those of its console and its scripts."""
-
-    def __init__(self, page: Page) -> None:
-        self.page = page
-        self.errors: list[str] = []
-        page.on("console", self._note)
-        page.on("pageerror", lambda error: self.errors.append(str(error)))
-
-    def _note(self, message: ConsoleMessage) -> None:
-        if message.type in ("error", "assert"):
-            self.errors.append(message.text)
-
-    def shows(self, text: str | re.Pattern[str]) -> None:
-        """Wait until the page shows the text."""
-        expect(self.page.locator("body")).to_contain_text(text, use_inner_text=True)
-
-
-@pytest.fixture(scope="module")
-def browser(chromium: str) -> Iterator[Browser]:
-    """A browser with a profile of its own."""
-    expect.set_options(timeout=1000 * PATIENCE_S)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS, timeout=1000 * PATIENCE_S)
-        yield browser
-        browser.close()
 
 
 @contextmanager

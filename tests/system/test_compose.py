@@ -1,6 +1,5 @@
 """docker-compose.yml and Dockerfile: valid, pinned, without default passwords; and their commands do their work."""
 
-import base64
 import os
 import re
 import shutil
@@ -13,7 +12,7 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +21,10 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from kubernetes_validate import ValidationError, latest_version, validate
 from sqlalchemy import make_url
+
+from tools.containers import interpolated
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
@@ -72,7 +74,7 @@ def test_passwords_come_from_the_environment_without_a_default() -> None:
         for key, value in settings["environment"].items()
         if "PASSWORD" in key
     }
-    assert {key for _, key in given} == {"POSTGRES_PASSWORD", "PGPASSWORD", "HPO_DASHBOARD_PASSWORD"}
+    assert {key for _, key in given} == {"POSTGRES_PASSWORD", "PGPASSWORD"}
     for value in given.values():
         assert re.fullmatch(r"\$\{HPO_[A-Z]+_PASSWORD:\?[^}]+\}", value)
     for settings in SERVICES.values():
@@ -93,9 +95,17 @@ def test_every_service_has_a_health_check_and_none_is_root() -> None:
     assert "\nHEALTHCHECK" in dockerfile()
 
 
-def test_only_the_dashboard_is_published_and_on_loopback_unless_told_otherwise() -> None:
-    assert {name for name, settings in SERVICES.items() if "ports" in settings} == {"dashboard"}
-    assert interpolated(SERVICES["dashboard"], PASSWORDS)["ports"] == ["127.0.0.1:8080:8080"]
+def test_ours_write_to_their_volumes_only_and_share_nothing_but_the_store() -> None:
+    for name in OURS:
+        assert SERVICES[name]["read_only"] is True, name
+        assert SERVICES[name]["volumes"] == ["artifacts:/artifacts", "/home/hpo", "/tmp"], name
+        assert SERVICES[name]["cap_drop"] == ["ALL"], name
+    assert "--owner=hpo --group=hpo /artifacts" in dockerfile()  # a new volume belongs to whom the image's folder does
+
+
+def test_only_the_service_is_published_and_on_loopback_unless_told_otherwise() -> None:
+    assert {name for name, settings in SERVICES.items() if "ports" in settings} == {"serve"}
+    assert interpolated(SERVICES["serve"], PASSWORDS)["ports"] == ["127.0.0.1:8080:8080"]
 
 
 def test_workers_have_a_cpu_and_a_gpu_profile() -> None:
@@ -106,7 +116,7 @@ def test_workers_have_a_cpu_and_a_gpu_profile() -> None:
     assert devices["capabilities"] == ["gpu"]
     assert SERVICES["worker-gpu"]["command"] == SERVICES["worker"]["command"]
     given = {name: settings["environment"].get("HPO_DEVICE") for name, settings in SERVICES.items()}
-    assert given == {"postgres": None, "dashboard": None, "worker": "cpu", "worker-gpu": "cuda"}
+    assert given == {"postgres": None, "serve": None, "worker": "cpu", "worker-gpu": "cuda"}
     shared = {"HPO_DEVICE": None}
     assert SERVICES["worker-gpu"]["environment"] | shared == SERVICES["worker"]["environment"] | shared
     assert "container_name" not in SERVICES["worker"]  # that would forbid --scale
@@ -160,28 +170,7 @@ def dockerfile() -> str:
 
 # The same commands as plain processes
 
-PASSWORDS = {"HPO_DB_PASSWORD": "not 'a' default", "HPO_DASHBOARD_PASSWORD": "nor @ this: one"}
-
-
-def interpolated(node: Any, variables: Mapping[str, str]) -> Any:
-    """The node with ${NAME:?message} and ${NAME:-default} filled in, as Compose does.
-
-    Raises ValueError with the message where a required variable is missing or empty.
-    """
-    if isinstance(node, dict):
-        return {key: interpolated(value, variables) for key, value in node.items()}
-    if isinstance(node, list):
-        return [interpolated(value, variables) for value in node]
-    if not isinstance(node, str):
-        return node
-
-    def fill(found: re.Match[str]) -> str:
-        name, kind, rest = found.groups()
-        if not variables.get(name) and kind == ":?":
-            raise ValueError(rest)
-        return variables.get(name) or rest
-
-    return re.sub(r"\$\{(\w+)(:[?-])([^}]*)\}", fill, node)
+PASSWORDS = {"HPO_DB_PASSWORD": "not 'a' default"}
 
 
 class Container:
@@ -252,11 +241,11 @@ def wait_until(condition: Callable[[], bool], containers: list[Container], timeo
         time.sleep(0.3)
 
 
-def fetched(port: int, path: str, password: str | None) -> tuple[int, str]:
-    """Status and text of one request to the dashboard."""
+def fetched(port: int, path: str, token: str | None) -> tuple[int, str]:
+    """Status and text of one request to the service."""
     request = urllib.request.Request(f"http://127.0.0.1:{port}{path}")
-    if password is not None:
-        request.add_header("Authorization", "Basic " + base64.b64encode(f"hpo:{password}".encode()).decode())
+    if token is not None:
+        request.add_header("Authorization", f"Bearer {token}")
     try:
         with urllib.request.urlopen(request, timeout=30) as answer:
             return answer.status, answer.read().decode()
@@ -283,26 +272,27 @@ def write_study(folder: Path) -> Path:
 def test_the_commands_of_the_services_run_a_study_over_tcp_with_a_password(tmp_path: Path, database_url: str) -> None:
     port = free_port()
     study = write_study(tmp_path)
-    names = ("dashboard", "worker#1", "worker#2", "worker#run")
-    dashboard, *workers, run = [Container(name, tmp_path, database_url, port) for name in names]
+    names = ("serve", "worker#1", "worker#2", "worker#run")
+    serve, *workers, run = [Container(name, tmp_path, database_url, port) for name in names]
     password = str(make_url(database_url).password)
     assert run.run("hpo", "status").returncode == 0  # a database without studies
-    assert not dashboard.healthy()
+    assert not serve.healthy()
     with ExitStack() as stack:
-        stack.enter_context(dashboard.up())
+        stack.enter_context(serve.up())
         for worker in workers:
             stack.enter_context(worker.up())
+        token = run.run("hpo", "token", "create", "--role", "admin", "--owner", "ada").stdout.strip()
         detached = run.run("hpo", "launch", "--detach", str(study))
         assert detached.returncode == 0, detached.stderr
         wait_until(lambda: "waves" in run.run("hpo", "models", "--json").stdout, workers)
-        wait_until(dashboard.healthy, [dashboard])
+        wait_until(serve.healthy, [serve])
         assert all(worker.healthy() for worker in workers)
-        assert fetched(port, "/api/studies", None)[0] == 401
-        assert fetched(port, "/api/studies", "wrong")[0] == 401
-        assert "waves" in fetched(port, "/api/studies", PASSWORDS["HPO_DASHBOARD_PASSWORD"])[1]
-    logs = [container.log() for container in (dashboard, *workers)]
-    assert not any(password in log for log in [*logs, detached.stdout, detached.stderr])
-    assert not dashboard.healthy()
+        assert fetched(port, "/v1/studies", None)[0] == 401
+        assert fetched(port, "/v1/studies", f"{token[:-1]}!")[0] == 401
+        assert "waves" in fetched(port, "/v1/studies", token)[1]
+    logs = [container.log() for container in (serve, *workers)]
+    assert not any(secret in log for secret in (password, token) for log in [*logs, detached.stdout, detached.stderr])
+    assert not serve.healthy()
 
 
 def test_a_wrong_database_password_is_unhealthy_and_not_shown(tmp_path: Path, database_url: str) -> None:
@@ -327,8 +317,12 @@ def test_a_gpu_worker_without_a_card_ends_with_the_reason(tmp_path: Path, databa
 # The same workers under other schedulers
 
 SBATCH = ROOT / "examples/slurm/worker.sbatch"
-JOB: dict[str, Any] = yaml.safe_load((ROOT / "examples/kubernetes/worker-job.yaml").read_text())
-POD: dict[str, Any] = JOB["spec"]["template"]["spec"]
+KUBERNETES = ROOT / "examples/kubernetes"
+JOB: dict[str, Any] = yaml.safe_load((KUBERNETES / "worker-job.yaml").read_text())
+SERVICE, DEPLOYMENT = yaml.safe_load_all((KUBERNETES / "service.yaml").read_text())
+JOB_POD: dict[str, Any] = JOB["spec"]["template"]["spec"]
+SERVE_POD: dict[str, Any] = DEPLOYMENT["spec"]["template"]["spec"]
+PODS = pytest.mark.parametrize("pod", [JOB_POD, SERVE_POD], ids=["job", "service"])
 END_S = 10  # a worker that is asked to stop has so long
 
 
@@ -371,45 +365,80 @@ def test_the_slurm_script_is_a_worker_that_a_signal_ends_in_time(tmp_path: Path,
         worker.wait()
 
 
-def test_the_kubernetes_job_runs_workers_with_what_they_need_and_no_more() -> None:
-    assert (JOB["apiVersion"], JOB["kind"]) == ("batch/v1", "Job")
+@pytest.mark.parametrize("version", ["1.29", latest_version()])
+@pytest.mark.parametrize("resource", [JOB, SERVICE, DEPLOYMENT], ids=lambda resource: resource["kind"])
+def test_the_kubernetes_examples_follow_the_schemas_of_its_api(resource: dict[str, Any], version: str) -> None:
+    validate(resource, version, strict=True)
+    with pytest.raises(ValidationError, match="'replica' was unexpected"):
+        validate(resource | {"spec": resource["spec"] | {"replica": 2}}, version, strict=True)
+
+
+def test_the_kubernetes_job_runs_workers_until_its_study_is_over() -> None:
     spec = JOB["spec"]
     assert spec["completionMode"] == "Indexed"
     assert spec["completions"] > spec["parallelism"] > 1  # an evicted worker ends its index: the next one follows
     assert {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]} in spec[
         "podFailurePolicy"
     ]["rules"]
-    assert POD["restartPolicy"] == "Never"
-    assert POD["terminationGracePeriodSeconds"] > END_S
-    assert POD["securityContext"]["runAsNonRoot"] is True
+    assert JOB_POD["restartPolicy"] == "Never"
+    (worker,) = JOB_POD["containers"]
+    assert worker["args"] == [*SERVICES["worker"]["command"], "--study", "$(HPO_STUDY)"]
+    assert value_of(worker, "HPO_STUDY")
+
+
+def test_the_kubernetes_service_leads_to_two_pods_that_come_and_go_unnoticed() -> None:
+    spec = DEPLOYMENT["spec"]
+    assert spec["replicas"] == 2
+    labels = spec["template"]["metadata"]["labels"]
+    assert SERVICE["spec"]["selector"] == spec["selector"]["matchLabels"] == labels
+    assert labels != JOB["spec"]["template"]["metadata"]["labels"]
+    assert spec["strategy"]["rollingUpdate"]["maxUnavailable"] == 0
+    (serve,) = SERVE_POD["containers"]
+    *command, port = serve["args"]
+    assert command == SERVICES["serve"]["command"][:-1]
+    assert serve["ports"] == [{"name": SERVICE["spec"]["ports"][0]["targetPort"], "containerPort": int(port)}]
+    for probe in ("startupProbe", "livenessProbe"):
+        assert serve[probe]["httpGet"] == {"path": "/healthz", "port": "http"}  # the one route that asks nobody
+    assert f'"127.0.0.1", {port}' in str(serve["readinessProbe"]["exec"])
+    before_s = float(serve["lifecycle"]["preStop"]["exec"]["command"][1])
+    assert SERVE_POD["terminationGracePeriodSeconds"] > before_s + END_S
+
+
+@PODS
+def test_kubernetes_pods_have_what_they_need_and_no_more(pod: dict[str, Any]) -> None:
+    assert pod["terminationGracePeriodSeconds"] > END_S
+    assert pod["automountServiceAccountToken"] is False
+    assert pod["securityContext"]["runAsNonRoot"] is True
     (user,) = re.findall(r"^USER (\d+)$", dockerfile(), re.MULTILINE)
-    assert POD["securityContext"]["runAsUser"] == POD["securityContext"]["fsGroup"] == int(user)
-    (worker,) = POD["containers"]
-    assert worker["image"] == interpolated(SERVICES["worker"]["image"], {})
-    assert worker["image"].replace("-cpu", "-cuda") in (ROOT / "examples/kubernetes/worker-job.yaml").read_text()
-    assert worker["args"][:1] == SERVICES["worker"]["command"]
-    assert worker["securityContext"] == {
+    assert pod["securityContext"]["runAsUser"] == pod["securityContext"]["fsGroup"] == int(user)
+    (container,) = pod["containers"]
+    assert container["image"] == interpolated(SERVICES["worker"]["image"], {})
+    assert container["image"].replace("-cpu", "-cuda") in (KUBERNETES / "worker-job.yaml").read_text()
+    assert container["securityContext"] == {
         "allowPrivilegeEscalation": False,
         "readOnlyRootFilesystem": True,
         "capabilities": {"drop": ["ALL"]},
     }
-    assert {"cpu", "memory"} <= worker["resources"]["requests"].keys()
-    assert "memory" in worker["resources"]["limits"]
-    mounts = {mount["name"]: mount["mountPath"] for mount in worker["volumeMounts"]}
+    assert {"cpu", "memory"} <= container["resources"]["requests"].keys()
+    assert "memory" in container["resources"]["limits"]
+    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
     assert mounts == {"home": "/home/hpo", "scratch": "/tmp"}
-    assert {volume["name"]: volume["emptyDir"] for volume in POD["volumes"]} == {"home": {}, "scratch": {}}
+    assert {volume["name"]: volume["emptyDir"] for volume in pod["volumes"]} == {"home": {}, "scratch": {}}
 
 
-def test_the_kubernetes_job_has_its_addresses_and_takes_its_secrets_from_a_secret() -> None:
-    (worker,) = POD["containers"]
-    given = {entry["name"]: entry for entry in worker["env"]}
-    secret = {name: entry["valueFrom"]["secretKeyRef"] for name, entry in given.items() if "valueFrom" in entry}
+@PODS
+def test_kubernetes_pods_have_their_addresses_and_take_their_secrets_from_a_secret(pod: dict[str, Any]) -> None:
+    (container,) = pod["containers"]
+    secret = {entry["name"]: entry["valueFrom"]["secretKeyRef"] for entry in container["env"] if "valueFrom" in entry}
     assert {"HPO_DATABASE_URL", "PGPASSWORD", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"} <= secret.keys()
     assert {reference["name"] for reference in secret.values()} == {"hpo"}
-    plain = {name: entry["value"] for name, entry in given.items() if "value" in entry}
-    assert plain["HPO_ARTIFACTS"].startswith("s3://")  # pods share no folder
-    assert worker["args"] == ["worker", "--study", "$(HPO_STUDY)"]
-    assert plain["HPO_STUDY"]
-    asked = re.findall(r"--from-(?:literal|file)=([a-z0-9-]+)=", (ROOT / "examples/kubernetes/README.md").read_text())
+    assert value_of(container, "HPO_ARTIFACTS").startswith("s3://")  # pods share no folder
+    asked = re.findall(r"--from-(?:literal|file)=([a-z0-9-]+)=", (KUBERNETES / "README.md").read_text())
     needed = {reference["key"] for reference in secret.values() if not reference.get("optional")}
     assert needed == set(asked)
+
+
+def value_of(container: dict[str, Any], name: str) -> str:
+    """What the pod gives its container in plain sight."""
+    (value,) = (entry["value"] for entry in container["env"] if entry["name"] == name)
+    return str(value)

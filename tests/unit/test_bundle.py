@@ -24,6 +24,7 @@ from hpo.models.bundle import bundle, card
 from hpo.models.bundle.bundle import Bundle
 from hpo.models.bundle.checksums import SUMS, write_checksums
 from hpo.models.bundle.config import BundleConfig, BundleError, preprocessing
+from hpo.models.bundle.predictions import Predictions
 from hpo.models.classifier import Classifier
 from hpo.models.config import EARLIER_EPSILON, ClassifierConfig
 from hpo.models.data.readers import read
@@ -596,3 +597,27 @@ class TestCard:
 
     def test_a_single_epoch_makes_a_picture(self) -> None:
         assert card.curves({"train_loss": [1.0], "value": [0.5]}, 1, "auroc").startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_several_data_together_are_predicted_as_each_alone(tmp_path: Path, pooling: str, normalization: str) -> None:
+    more = {"sequence_length": 1} if pooling == "flatten" else {"bidirectional": True}
+    model = bundle.load(saved(tmp_path / "m", pooling=pooling, normalization=normalization, **more))
+    parts = [model.conform(sequences(*lengths)) for lengths in ((5,), LENGTHS, (1, 40), (3, 3))]
+    for part, together in zip(parts, model.predict_each(parts, batch_size=4), strict=True):
+        alone = model.predict(part)
+        assert isinstance(together, Predictions)
+        np.testing.assert_allclose(together.probabilities, alone.probabilities, atol=TOLERANCE)
+        assert (together.ids, together.labels.tolist()) == (alone.ids, alone.labels.tolist())
+
+
+def test_one_of_several_data_without_a_probability_is_no_error_of_the_others(tmp_path: Path) -> None:
+    model = bundle.load(saved(tmp_path / "m", normalization="sequence", epsilon=1e-5))
+    large = [np.array([[3e38, 1.0], [-3e38, 2.0], [3e38, 1.0]], np.float32)]
+    parts = [model.conform(sequences(4)), model.conform(large)]
+    fine, error = model.predict_each(parts)
+    assert isinstance(fine, Predictions)
+    assert str(error).startswith("sequence '0': the model gives it no probability")
+    with pytest.raises(DataError, match="no probability"):
+        model.predict(large)

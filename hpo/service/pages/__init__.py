@@ -1,0 +1,1 @@
+"""Pages for people: server-rendered, usable without JavaScript, which only keeps them up to date."""

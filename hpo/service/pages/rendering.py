@@ -1,0 +1,157 @@
+"""From a template and what it shows to an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine, Mapping
+from datetime import UTC, datetime
+from http import HTTPStatus
+from typing import Any
+from urllib.parse import quote
+
+from anyio.to_thread import run_sync
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, RedirectResponse
+from fastapi.routing import APIRoute
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from starlette.exceptions import HTTPException
+
+from hpo.errors import HpoError
+from hpo.service.pages.visitor import LOGIN, Visitor, visitor_of
+from hpo.service.problems import Problem, told
+from hpo.storage.masking import mask
+
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self'; "
+    "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-store",
+}
+_ENVIRONMENT = Environment(
+    loader=PackageLoader("hpo.service.pages"),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+
+
+def page(
+    request: Request, template: str, status: int = HTTPStatus.OK, headers: Mapping[str, str] | None = None, **shown: Any
+) -> HTMLResponse:
+    """The answer with a template's page, for the visitor of the request."""
+    visitor: Visitor | None = getattr(request.state, "visitor", None)
+    text = _ENVIRONMENT.get_template(template).render(visitor=visitor, path=request.url.path, **shown)
+    return HTMLResponse(text, int(status), {**HEADERS, **(headers or {})})
+
+
+def go(path: str) -> RedirectResponse:
+    """After a form was taken: the page to see next, so that a reload does not send the form again."""
+    return RedirectResponse(path, HTTPStatus.SEE_OTHER, {"Cache-Control": "no-store"})
+
+
+class PageRoute(APIRoute):
+    """A route whose errors are pages; one that needs a visitor leads to the log-in."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler = super().get_route_handler()
+
+        async def answered(request: Request) -> Response:
+            try:
+                return await handler(request)
+            except Problem as error:
+                if error.status is HTTPStatus.UNAUTHORIZED and request.method == "GET":
+                    return go(f"{LOGIN}?next={quote(request.url.path)}")
+                return await failure(request, error.status, str(error), error.headers)
+            except HpoError as error:
+                return await failure(request, *told(request, error))
+            except RequestValidationError as error:
+                first = error.errors()[0]
+                return await failure(request, HTTPStatus.UNPROCESSABLE_ENTITY, f"{first['loc'][-1]}: {first['msg']}")
+            except HTTPException as error:
+                return await failure(request, HTTPStatus(error.status_code), str(error.detail))
+
+        return answered
+
+
+def answers_with_pages(app: FastAPI) -> None:
+    """A browser that asks for what is not there, and is no program that asks for the API, is answered by a page."""
+    told_otherwise: Any = app.exception_handlers[HTTPException]
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> Response:
+        if request.url.path.startswith("/v1/") or "text/html" not in request.headers.get("accept", ""):
+            answer: Response = told_otherwise(request, error)
+            return answer
+        missing = error.status_code == HTTPStatus.NOT_FOUND
+        return await failure(
+            request, HTTPStatus(error.status_code), "there is no such page" if missing else str(error.detail)
+        )
+
+
+async def failure(
+    request: Request, status: HTTPStatus, reason: str, headers: Mapping[str, str] | None = None
+) -> HTMLResponse:
+    """The page for a request that is not served."""
+    if not hasattr(request.state, "visitor"):
+        request.state.visitor = await run_sync(lambda: visitor_of(request, quiet=True))
+    kept = {name: value for name, value in (headers or {}).items() if name != "WWW-Authenticate"}
+    return page(request, "error.html", status, kept, code=status, reason=mask(reason))
+
+
+# ----------------------------------------------------------------------------------------------------------- filters
+
+
+def number(value: float | None) -> str:
+    """As people read it: four digits that count."""
+    if value is None:
+        return "–"
+    return f"{value:.4f}" if 1e-3 <= abs(value) < 1e3 or value == 0 else f"{value:.4g}"
+
+
+def plain(value: Any) -> str:
+    """A parameter's value."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def lasted(seconds: float | None) -> str:
+    """A duration, in its two largest units."""
+    if seconds is None:
+        return "–"
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, hours, days = int(seconds // 60), int(seconds // 3600), int(seconds // 86400)
+    if days:
+        return f"{days} d {hours % 24} h"
+    return f"{hours} h {minutes % 60} min" if hours else f"{minutes} min {int(seconds) % 60} s"
+
+
+def moment(at: datetime | None) -> str:
+    """A time, in UTC."""
+    return "–" if at is None else f"{at.astimezone(UTC):%Y-%m-%d %H:%M} UTC"
+
+
+def counted(count: int, noun: str, many: str | None = None) -> str:
+    """A number of things."""
+    return f"{count:,} {noun if count == 1 else many or noun + 's'}"
+
+
+def words(name: str) -> Markup:
+    """A name that may be broken after its underscores."""
+    return Markup("_<wbr>").join(name.split("_"))
+
+
+_ENVIRONMENT.filters.update(
+    words=words,
+    number=number,
+    plain=plain,
+    lasted=lasted,
+    moment=moment,
+    counted=counted,
+    quoted=lambda text: quote(text, safe=""),
+)

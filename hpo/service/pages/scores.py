@@ -1,0 +1,85 @@
+"""A version's scores, as a page shows them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import groupby
+
+from hpo.models.config import METRICS
+from hpo.service.schemas import Model
+
+
+@dataclass(frozen=True)
+class Score:
+    """One metric on one part; those of the test part have a 95 % interval."""
+
+    metric: str
+    validation: float | None
+    test: float | None
+    interval: tuple[float, float] | None
+    undefined: bool  # the test part has no such value
+
+    @property
+    def range(self) -> tuple[float, float] | None:
+        """The interval in percent of 0 to 1, begin and width; None for a metric without such bounds."""
+        if self.interval is None or self.metric == "log_loss":
+            return None
+        low, high = self.interval
+        return 100 * low, max(1.0, 100 * (high - low))
+
+
+@dataclass(frozen=True)
+class Version:
+    """A model's version with its scores."""
+
+    model: Model
+    main: Score  # by the metric that it was tuned for
+    scores: tuple[Score, ...]
+
+    @property
+    def sequences(self) -> dict[str, int]:
+        """How many sequences each part has; nothing of versions that do not say."""
+        return dict(self.model.scores.get("sequences") or {})
+
+
+@dataclass(frozen=True)
+class Named:
+    """All versions of a name, the newest first."""
+
+    name: str
+    versions: tuple[Version, ...]
+
+    @property
+    def shown(self) -> Version:
+        """What the name alone means."""
+        return next((each for each in self.versions if "latest" in each.model.aliases), self.versions[0])
+
+
+def by_name(models: Iterable[Model]) -> list[Named]:
+    """The versions that `GET /v1/models` gives, by name."""
+    return [
+        Named(name, tuple(sorted(map(scored, group), key=lambda each: -each.model.version)))
+        for name, group in groupby(models, key=lambda model: model.name)
+    ]
+
+
+def scored(model: Model) -> Version:
+    """A version with its scores, the metric that it was tuned for first."""
+    scores = model.scores
+    main = scores["metric"]
+    rest = [name for name in METRICS if name != main and name in scores["validation"]]
+    found = tuple(_score(model, name) for name in (main, *rest))
+    return Version(model, found[0], found)
+
+
+def _score(model: Model, metric: str) -> Score:
+    scores = model.scores
+    interval = (scores.get("intervals") or {}).get(metric)
+    return Score(
+        metric=metric,
+        validation=scores["validation"].get(metric),
+        test=(scores.get("test") or {}).get(metric),
+        interval=None if interval is None else (interval[0], interval[1]),
+        undefined=metric in (scores.get("undefined") or {}),
+    )
