@@ -478,9 +478,7 @@ def predict(
     _check_out(out)
     columns = _named(id=id_, step=step, label=label, group=group)
     if not Path(model).is_dir() and (client := _client()) is not None:
-        from hpo.service.schemas import predictions_of
-
-        found = predictions_of(client.predict(model, data, version or "latest", **columns))
+        found = client.predict(model, data, version or "latest", **columns).predictions()
         if out is None:
             show_predictions(found)
         else:

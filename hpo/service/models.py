@@ -77,7 +77,7 @@ def set_alias(name: str, alias: str, to: Alias, token: Submitter, backend: Uses)
 @router.delete("/{name}/aliases/{alias}", status_code=HTTPStatus.NO_CONTENT)
 def drop_alias(name: str, alias: str, token: Submitter, backend: Uses) -> None:
     """Let an alias name nothing any more."""
-    with backend.database() as database:
+    with exclusively(backend.url, f"model {name}"), backend.database() as database:
         _check_owner(database, token, database.registry.get(name, alias))
         database.registry.drop_alias(name, alias)
         database.access.note(token, "model.alias", name, {"alias": alias})

@@ -6,7 +6,7 @@ import math
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 if TYPE_CHECKING:
     from hpo.models.bundle.predictions import Predictions
@@ -123,6 +123,8 @@ class Notice(BaseModel):
 class Budget(BaseModel):
     """What a study may go on with."""
 
+    model_config = ConfigDict(extra="forbid")
+
     trials: int | None = Field(default=None, strict=True, ge=1, le=2**31 - 1, examples=[80])  # None: as many as it had
 
 
@@ -149,22 +151,23 @@ class Prediction(BaseModel):
     labels: list[str]
     probabilities: list[list[float]]
 
+    def predictions(self) -> Predictions:
+        """What displays and `to_csv` take."""
+        import numpy as np
+
+        from hpo.models.bundle.predictions import Predictions
+
+        return Predictions(
+            classes=tuple(self.classes),
+            probabilities=np.array(self.probabilities, np.float32),
+            labels=np.array(self.labels),
+            ids=tuple(self.ids),
+        )
+
 
 class Alias(BaseModel):
     """The version that an alias is to name."""
 
+    model_config = ConfigDict(extra="forbid")
+
     version: int = Field(strict=True, ge=1, le=10**9, examples=[3])
-
-
-def predictions_of(prediction: Prediction) -> Predictions:
-    """What displays and `to_csv` take."""
-    import numpy as np
-
-    from hpo.models.bundle.predictions import Predictions
-
-    return Predictions(
-        classes=tuple(prediction.classes),
-        probabilities=np.array(prediction.probabilities, np.float32),
-        labels=np.array(prediction.labels),
-        ids=tuple(prediction.ids),
-    )

@@ -247,7 +247,11 @@ def resume(name: str, token: Submitter, backend: Uses, budget: Budget | None = N
 
 @router.post("/{name}/promote", status_code=HTTPStatus.CREATED)
 def promote(
-    name: str, token: Submitter, backend: Uses, trial: Annotated[int | None, Query(ge=0)] = None, default: bool = False
+    name: str,
+    token: Submitter,
+    backend: Uses,
+    trial: Annotated[int | None, Query(ge=0, le=10**9)] = None,
+    default: bool = False,
 ) -> Model:
     """Make a trial's model a new version: the best one's without `trial`. `default`: the name alone means it."""
     with backend.database() as database:

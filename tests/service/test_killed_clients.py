@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import json
 import random
+import signal
 import socket
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from pathlib import Path
@@ -21,7 +24,6 @@ from hpo.storage.keys import KEY, UPLOAD, UPLOADS
 from tests.conftest import wait_for
 from tests.service.conftest import Service, upload
 from tests.service.processes import RESET, files_below
-from tests.service.submitting import submit
 
 pytestmark = pytest.mark.xdist_group("service-killed")
 
@@ -29,62 +31,75 @@ PROCESSES, SOCKETS = 80, 20
 AT_ONCE = 8
 BOUNDARY = "a-boundary-between-parts"
 
-Kill = Callable[[int, Path], None]
-
 
 def test_one_study_each(service: Service, task: Callable[..., str], tmp_path: Path) -> None:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.service.submitting"])
-    token = service.token()
-    for i in range(PROCESSES + SOCKETS):
-        data = tmp_path / f"data{i}.csv"
-        values = np.random.default_rng(i).normal(size=(40, 6)).round(3).tolist()
-        rows = [",".join(map(str, [*row, "ab"[n % 2]])) for n, row in enumerate(values)]
-        data.write_text("\n".join(["t0,t1,t2,t3,t4,t5,label", *rows]))
-        data.with_suffix(".toml").write_text(task(f"study{i}", data.name))
-
-    def client(study: Path) -> multiprocessing.process.BaseProcess:
-        process = context.Process(target=submit, args=(service.url, token, study))
-        process.start()
-        return process
-
-    began = time.monotonic()
-    first = client(tmp_path / "data0.toml")
-    first.join(60)
-    whole_s = time.monotonic() - began
-
-    def killed_processes(i: int) -> None:
-        """Killed up to three times, then left alone."""
-        moments = random.Random(i)
-        for _ in range(moments.randint(1, 3)):
-            process = client(tmp_path / f"data{i}.toml")
-            process.join(moments.uniform(0, whole_s))
-            process.kill()
-            process.join()
-        process = client(tmp_path / f"data{i}.toml")
-        process.join(120)
-        assert process.exitcode == 0
-
-    def cut_connections(i: int) -> None:
-        """The same over sockets that are reset, or closed, at a random byte; then with another client."""
-        moments = random.Random(i)
-        data = tmp_path / f"data{i}.csv"
-        for _ in range(moments.randint(1, 3)):
-            content = _upload_request(token, data)
-            _send(service.url, content[: moments.randrange(len(content))], moments.random() < 0.5)
-        with service.with_token(token) as http:
-            tables = {"study": {"name": f"study{i}", "trials": 2}, "data": {"train": upload(http, data)}}
-            request = http.build_request("POST", "/v1/studies", json=tables, headers={"Idempotency-Key": f"key{i}"})
-            content = _raw(request)
-            for _ in range(moments.randint(1, 3)):
-                _send(service.url, content[: moments.randint(len(content) // 2, len(content))], moments.random() < 0.5)
-            assert http.send(request).status_code in (200, 201)
-
+    token, count = service.token(), PROCESSES + SOCKETS
+    for i in range(count):
+        _write_study(tmp_path, i, task)
+    *_, (_, whole_s) = _submit_with_kills(service, token, tmp_path, [0, 0], None)  # what one takes that is left alone
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        done = list(pool.map(killed_processes, range(PROCESSES)))
-        done += pool.map(cut_connections, range(PROCESSES, PROCESSES + SOCKETS))
-    assert len(done) == PROCESSES + SOCKETS
+        processes = [
+            pool.submit(_submit_with_kills, service, token, tmp_path, range(first, PROCESSES, AT_ONCE), 2 * whole_s)
+            for first in range(AT_ONCE)  # several at once take longer
+        ]
+        sockets = [pool.submit(_submit_with_cuts, service, token, tmp_path, i) for i in range(PROCESSES, count)]
+    killed = [status == -signal.SIGKILL for each in processes for status, _ in each.result()]
+    assert PROCESSES // 2 < sum(killed) < len(killed) - PROCESSES // 2
+    for cut in sockets:
+        cut.result()
     _check_what_is_there(service)
+
+
+def _write_study(folder: Path, i: int, task: Callable[..., str]) -> None:
+    values = np.random.default_rng(i).normal(size=(40, 6)).round(3).tolist()
+    rows = [",".join(map(str, [*row, "ab"[n % 2]])) for n, row in enumerate(values)]
+    (folder / f"data{i}.csv").write_text("\n".join(["t0,t1,t2,t3,t4,t5,label", *rows]))
+    (folder / f"data{i}.toml").write_text(task(f"study{i}", f"data{i}.csv"))
+
+
+def _submit_with_kills(
+    service: Service, token: str, folder: Path, numbers: Iterable[int], longest_s: float | None
+) -> list[tuple[int, float]]:
+    """Each study by clients that are killed up to three times, within `longest_s`, then by one that is left alone.
+
+    Returns the exit status of each client, and the seconds that it took.
+    """
+    done = []
+    command = [sys.executable, "-m", "tests.service.submitting"]
+    root = Path(__file__).resolve().parents[2]
+    with subprocess.Popen(
+        command, cwd=root, env=service.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as clients:
+        assert clients.stdin is not None
+        assert clients.stdout is not None
+        for i in numbers:
+            moments = random.Random(i)
+            kills = [] if longest_s is None else [moments.uniform(0, longest_s) for _ in range(moments.randint(1, 3))]
+            for kill_after_s in (*kills, None):
+                began = time.monotonic()
+                line = json.dumps([service.url, token, str(folder / f"data{i}.toml"), kill_after_s])
+                clients.stdin.write(f"{line}\n")
+                clients.stdin.flush()
+                status = int(clients.stdout.readline())
+                assert status in ((0,) if kill_after_s is None else (0, -signal.SIGKILL))
+                done.append((status, time.monotonic() - began))
+        clients.stdin.close()
+    return done
+
+
+def _submit_with_cuts(service: Service, token: str, folder: Path, i: int) -> None:
+    """A study over connections that are reset, or closed, at a random byte; then over one that is not."""
+    moments, data = random.Random(i), folder / f"data{i}.csv"
+    for _ in range(moments.randint(1, 3)):
+        content = _upload_request(token, data)
+        _send(service.url, content[: moments.randrange(len(content))], moments.random() < 0.5)
+    with service.with_token(token) as http:
+        tables = {"study": {"name": f"study{i}", "trials": 2}, "data": {"train": upload(http, data)}}
+        request = http.build_request("POST", "/v1/studies", json=tables, headers={"Idempotency-Key": f"key{i}"})
+        content = _raw(request)
+        for _ in range(moments.randint(1, 3)):
+            _send(service.url, content[: moments.randint(len(content) // 2, len(content))], moments.random() < 0.5)
+        assert http.send(request).status_code in (200, 201)
 
 
 def _check_what_is_there(service: Service) -> None:

@@ -86,7 +86,7 @@ def answers_with_pages(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
         if request.url.path.startswith("/v1/") or "text/html" not in request.headers.get("accept", ""):
-            answer: Response = told_otherwise(request, error)
+            answer: Response = await told_otherwise(request, error)
             return answer
         missing = error.status_code == HTTPStatus.NOT_FOUND
         return await failure(
