@@ -21,6 +21,7 @@ SECRETS = (
     "HPO_DB_PASSWORD",
     "HPO_DASHBOARD_PASSWORD",
     "HPO_TOKEN",
+    "HPO_NOTIFY_SECRET",
     "AWS_SECRET_ACCESS_KEY",
     "AWS_SESSION_TOKEN",
     "RAY_AUTH_TOKEN",
@@ -130,6 +131,11 @@ class MaskedStream:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+def unmasked(stream: TextIO) -> TextIO:
+    """The stream below a MaskedStream, for what masks by itself; any other stream as it is."""
+    return stream._stream if isinstance(stream, MaskedStream) else stream
 
 
 def mask_errors() -> None:

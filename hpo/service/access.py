@@ -39,7 +39,9 @@ def signed_in(request: Request) -> Token | None:
     hosts_of(request).check(request.headers.get("host", ""))
     backend: Backend = request.app.state.backend
     with backend.database() as database:
-        return database.sessions.holder(cookie)
+        found = database.sessions.holder(cookie)
+    request.state.token = found  # for the log
+    return found
 
 
 def _token(
@@ -52,7 +54,9 @@ def _token(
         backend: Backend = request.app.state.backend
         with backend.database() as database:
             token = database.access.holder(given.credentials)
-    return opened(token, shown=given is not None)
+    request.state.token = opened(token, shown=given is not None)  # for the log
+    found: Token = request.state.token
+    return found
 
 
 def opened(token: Token | None, *, shown: bool = True) -> Token:

@@ -23,7 +23,7 @@ from hpo.storage.artifacts import FolderStore
 from tests.service.conftest import Service, serving
 
 OPEN = {"/healthz"}
-NEAR = {"/readyz", "/openapi.json", "/docs"}  # from this machine, with a token, or signed in
+NEAR = {"/readyz", "/metrics", "/openapi.json", "/docs"}  # from this machine, with a token, or signed in
 
 
 @pytest.fixture(scope="module")
