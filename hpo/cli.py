@@ -570,6 +570,7 @@ def serve(
     allowed_host: Annotated[
         list[str] | None, typer.Option(help="A name by which browsers ask for pages, as of a proxy; may be repeated.")
     ] = None,
+    max_writes: Annotated[int, typer.Option(help="Changes a minute that one owner may make.", min=1)] = 600,
     stall: Annotated[str, typer.Option(help="Without a byte for so long, a body is given up.")] = "30s",
     keep_uploads: Annotated[str, typer.Option(help="Data files that nobody has used for so long are removed.")] = "7d",
     log_format: LogLines = None,
@@ -593,6 +594,7 @@ def serve(
         rows=max_rows,
         steps=max_steps,
         waiting=max_waiting,
+        writes=max_writes,
         stall_s=_duration("stall", stall),
         keep_s=_duration("keep-uploads", keep_uploads),
         log_requests=json_lines if log_requests is None else log_requests,

@@ -74,12 +74,22 @@ async def bearer(request: Request) -> str | None:
     return None if given is None else given.credentials
 
 
-def _needs(role: str) -> Callable[[Token], Awaitable[Token]]:
-    async def allowed(token: Annotated[Token, Depends(_token)]) -> Token:  # no thread: it waits for nothing
+def _needs(role: str) -> Callable[[Request, Token], Awaitable[Token]]:
+    async def allowed(request: Request, token: Annotated[Token, Depends(_token)]) -> Token:  # waits for nothing
         check_role(token, role)
+        if role != "read":  # these routes change something
+            check_rate(request, token)
         return token
 
     return allowed
+
+
+def check_rate(request: Request, token: Token) -> None:
+    """Raise Problem (429) where the owner has changed too much in the last minute."""
+    backend: Backend = request.app.state.backend
+    if wait_s := backend.writes.wait_s(token.owner):
+        reason = f"{token.owner} may change something {backend.writes.most} times a minute: try again in {wait_s} s"
+        raise Problem(HTTPStatus.TOO_MANY_REQUESTS, reason, {"Retry-After": str(wait_s)})
 
 
 def check_role(token: Token, role: str) -> None:

@@ -14,6 +14,7 @@ from http import HTTPStatus
 from pathlib import Path
 
 from hpo.service.problems import Problem
+from hpo.service.rate import Rate
 from hpo.storage.access import Access
 from hpo.storage.artifacts import ArtifactStore
 from hpo.storage.connection import Connection
@@ -45,6 +46,7 @@ class Limits:
     waiting: int = 256  # predictions that none is computed with yet
     connection_s: float = 5.0  # how long a request waits for a connection to the database
     page: int = 1000  # entries of a list
+    writes: int = 600  # requests a minute of one owner that change something
     stall_s: float = 30.0  # without a byte, after which a body is given up
     keep_s: float = 7 * 86400.0  # a data file that nobody has sent, asked for or submitted for so long is removed
     log_requests: bool = False
@@ -80,9 +82,11 @@ class Backend:
     url: str
     store: ArtifactStore
     limits: Limits = Limits()
+    writes: Rate = field(init=False)
     _idle: queue.LifoQueue[Database | None] = field(default_factory=queue.LifoQueue)
 
     def __post_init__(self) -> None:
+        self.writes = Rate(self.limits.writes)
         for _ in range(CONNECTIONS):
             self._idle.put(None)
 

@@ -319,8 +319,9 @@ def _config(backend: Backend, tables: dict[str, Any]) -> StudyConfig:
             continue
         if not isinstance(key, str) or not UPLOAD.fullmatch(key) or not backend.store.renew(key):
             rule = "must be a key that POST /v1/data gave, and whose file is there"
-            way = f"send one that nobody has used for {backend.limits.keep_s / 86400:g} days again"
-            raise Problem(HTTPStatus.UNPROCESSABLE_ENTITY, f"data.{name} {rule}, got {str(key)[:200]!r}; {way}")
+            way = "one that nobody has used for a while (--keep-uploads of the service) is removed: send it again"
+            reason = f"data.{name} {rule}, got {str(key)[:200]!r}; {way}"
+            raise Problem(HTTPStatus.UNPROCESSABLE_ENTITY, reason)
         folder = backend.upload(key).parent
     study = tables.get("study", {})
     if isinstance(study, dict):
