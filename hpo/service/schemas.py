@@ -107,6 +107,19 @@ class Trials(BaseModel):
     trials: list[Trial]
 
 
+class Notice(BaseModel):
+    """What a study's [notify] url is told, and how that went."""
+
+    notice: int
+    event: str  # study.end | study.failure | model.promotion
+    state: str  # delivered | waiting | given up
+    attempts: int
+    fault: str | None  # of the last attempt that failed
+    created: datetime
+    next: datetime | None  # attempt
+    delivered: datetime | None
+
+
 class Budget(BaseModel):
     """What a study may go on with."""
 

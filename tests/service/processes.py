@@ -8,12 +8,13 @@ import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+import psutil
 
 from tests.conftest import wait_for
 
@@ -135,3 +136,23 @@ class Relay:
 def files_below(folder: Path) -> set[str]:
     """The names of all files, hidden ones too."""
     return {name for _, _, names in os.walk(folder) for name in names}
+
+
+@contextmanager
+def command_lines() -> Iterator[set[str]]:
+    """What `ps` shows of all processes while the block runs."""
+    seen: set[str] = set()
+    over = threading.Event()
+
+    def look() -> None:
+        while not over.wait(0.02):
+            for process in psutil.process_iter(["cmdline"]):
+                seen.add(" ".join(process.info["cmdline"] or ()))
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    try:
+        yield seen
+    finally:
+        over.set()
+        looking.join()

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -19,10 +20,10 @@ from hpo.service.app import make_app
 from hpo.service.backend import Backend
 from hpo.storage.access import ROLES, Access
 from hpo.storage.artifacts import FolderStore
-from tests.service.conftest import Service
+from tests.service.conftest import Service, serving
 
 OPEN = {"/healthz"}
-NEAR = {"/readyz", "/openapi.json", "/docs"}  # from this machine, with a token, or signed in
+NEAR = {"/readyz", "/metrics", "/openapi.json", "/docs"}  # from this machine, with a token, or signed in
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +116,39 @@ def test_from_another_machine_a_token_is_needed_for_all_but_health(service: Serv
         assert asyncio.run(ask(path, token)) == 200
     assert asyncio.run(ask("/healthz", {})) == 200
     app.state.backend.close()
+
+
+def test_an_owner_who_changes_too_much_waits(service: Service) -> None:
+    """Others do not, nor whoever reads."""
+    with serving(service.environment, "--max-writes", "2") as address:
+        other = Service(address, service.database_url, service.environment)
+        with other.client(owner="hasty") as client, other.client(owner="calm") as calm:
+            assert [client.post("/v1/studies/none/stop").status_code for _ in range(3)] == [404, 404, 429]
+            refused = client.delete("/v1/studies/none")
+            assert (refused.status_code, refused.headers["Retry-After"]) == (429, "30")
+            assert refused.json()["detail"].startswith("hasty may change something 2 times a minute: try again in ")
+            assert client.get("/v1/studies").status_code == 200
+            assert calm.post("/v1/studies/none/stop").status_code == 404
+
+
+OTHER = ("GET", "HEAD", "OPTIONS", "TRACE", "PATCH", "PUT", "POST", "DELETE", "CONNECT", "BREW")
+
+
+def test_no_other_method_and_no_other_spelling_opens_a_route(app: FastAPI, service: Service) -> None:
+    """Of the pages' routes too."""
+    served = set()
+    for route in leaves(app.routes):
+        served |= {(method, re.sub(r"\{[^}]*\}", "1", route.path)) for method in route.methods or ()}
+    paths = sorted({path for _, path in served} - OPEN - NEAR)
+    asked = [(method, path) for path in paths for method in OTHER if (method, path) not in served]
+    for path in set(paths) - {"/", "/login"}:
+        spelled = (f"/{path}", path.upper(), f"{path}%2f", f"{path};x", f"{path}%20", f"{path}%00")
+        around = (f"/healthz/..{path}", f"/assets/..{path}", f"/assets/%2e%2e{path}")
+        asked += [("GET", other) for other in (*spelled, *around)]
+    assert len(asked) > 200
+    with service.with_token(None) as client:
+        for method, path in asked:
+            answer = client.request(method, path)
+            assert answer.status_code in (303, 307, 400, 401, 404, 405), (method, path, answer.status_code)
+            to = urlsplit(answer.headers.get("location", "/login")).path
+            assert to == "/login" or (to in paths and answer.status_code == 307), (method, path, to)  # asks there

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from hpo.storage.access import TOKEN
 from tests.service.conftest import environment_of
+from tests.service.processes import command_lines
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
@@ -34,8 +36,12 @@ def test_from_data_to_predictions_with_curl(tmp_path: Path, database_url: str, f
     script = script.replace("hpo serve &", f"hpo serve --port {free_port} > serve.log &")
     script = script.replace("hpo worker &", "hpo worker 2> worker.log &").replace(":8000", f":{free_port}")
     command = ["bash", "-euo", "pipefail", "-c", script]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    with command_lines() as seen:
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+    assert any("curl -sNH @ada.token" in line for line in seen)
+    (token,) = TOKEN.finditer((tmp_path / "ada.token").read_text())
+    assert not any(token[0] in line for line in seen)  # `ps` shows it to nobody
     assert "event: end" in done.stdout
     last = json.loads(done.stdout.strip().splitlines()[-1])
     assert (last["model"], last["version"], len(last["labels"])) == ("demand", 1, 1029)

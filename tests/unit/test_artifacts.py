@@ -89,6 +89,21 @@ def test_a_missing_artifact_is_named_and_is_optunas_own_error(store: ArtifactSto
     assert list(tmp_path.glob(".*")) == []
 
 
+def test_a_renewed_artifact_is_as_young_as_a_new_one(store: ArtifactStore) -> None:
+    for key in ("upload-1", "upload-2", "data-1"):
+        store.put(key, b"x")
+    assert store.ages("upload-").keys() == {"upload-1", "upload-2"}
+    time.sleep(1.1)  # a bucket's times are whole seconds
+    before = store.ages("upload-")
+    assert store.renew("upload-2")
+    after = store.ages("upload-")
+    assert after["upload-1"] >= before["upload-1"] > 0.1
+    assert after["upload-2"] < before["upload-2"]
+    assert store.get("upload-2") == b"x"
+    assert not store.renew("upload-3")
+    assert store.keys() == ["data-1", "upload-1", "upload-2"]
+
+
 def test_deleting_twice_is_fine(store: ArtifactStore) -> None:
     store.put("key", b"abc")
     assert store.exists("key")
