@@ -102,7 +102,8 @@ def main() -> int:
     with filled(args.studies, args.trials) as url, serving(url) as address:
         token = Access(url).create("admin", "ada")[1]
         with httpx.Client(base_url=address, headers={"Authorization": f"Bearer {token}"}, trust_env=False) as client:
-            client.post("/login", data={"token": token})
+            signed_in = client.post("/login", data={"token": token}, headers={"Origin": address})
+            assert signed_in.has_redirect_location, signed_in.text
             for path in (
                 "/v1/studies",
                 "/v1/studies?offset=500",

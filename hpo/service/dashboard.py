@@ -150,4 +150,6 @@ class _Writers:
             if owner != visitor.owner and not visitor.may("admin"):
                 whose = "nobody's of this service" if owner is None else f"{owner}'s"
                 raise HTTPError(403, f"study {name!r} is {whose}: only its owner or an admin may write to it")
+            if wait_s := self._backend.writes.wait_s(visitor.owner):
+                raise HTTPError(429, f"{visitor.owner} has changed too much in this minute: try again in {wait_s} s")
             database.access.note(visitor, "study.annotate", name, {"path": request.path})

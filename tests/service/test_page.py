@@ -29,6 +29,9 @@ from hpo.service.pages.rendering import HEADERS
 from hpo.service.pages.visitor import FORM_TOKEN
 from hpo.storage.access import ROLES, Access
 from hpo.storage.artifacts import FolderStore
+from hpo.storage.leases import Leases
+from hpo.storage.registry import Registry
+from hpo.storage.terms import Terms
 from hpo.storage.trials import trial_storage
 from tests.service.conftest import Service, serving, upload
 from tests.service.test_access import NEAR, OPEN, leaves
@@ -438,6 +441,33 @@ def test_a_trials_page_has_its_curve_its_parameters_and_its_log(ada: Browser, se
     assert all(name.replace("_", " ").capitalize() in page for name in trial["params"])
     assert trial["log"].splitlines()[-1].split(",", 2)[2][:20].strip('"') in page
     assert ada.get("/studies/waves/trials/9").status_code == 404
+
+
+def test_many_studies_and_models_are_shown_by_page(database_url: str, tmp_path: Path) -> None:
+    """What was made last comes first; each list goes on by itself."""
+    with closing(trial_storage(database_url)) as storage:
+        leases, registry = Leases(storage), Registry(storage.connection)
+        for number in range(25):
+            study_id = storage.create_new_study([optuna.study.StudyDirection.MAXIMIZE], f"s{number:02}")
+            leases.open_study(study_id, Terms(budget=9), {"config": {"study": {"metric": "auroc"}}})
+            scores = {"metric": "auroc", "value": 0.5, "validation": {"auroc": 0.5}}
+            found: dict[str, Any] = {"trial_number": 0, "scores": scores, "config": {"params": {}}, "artifacts": {}}
+            registry.promote(f"m{number:02}", study_id=study_id, study_name=f"s{number:02}", **found)
+    app = make_app(Backend(database_url, FolderStore(tmp_path)))
+    token = Access(database_url).create("read", "ada")[1]
+
+    async def shown() -> list[list[str]]:
+        headers = {"Origin": "http://localhost"}
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost", headers=headers) as client:
+            await client.post(LOGIN, data={"token": token})
+            pages = [(await client.get(path)).text for path in ("/", "/?page=2", "/?models=2", "/?page=2&models=2")]
+            return [re.findall(r'href="/(?:studies|models)/([sm]\d\d)"', each) for each in pages]
+
+    names = [[f"{kind}{number:02}" for number in reversed(range(25))] for kind in "sm"]
+    (s1, s2), (m1, m2) = ((each[:20], each[20:]) for each in names)
+    assert asyncio.run(shown()) == [s1 + m1, s2 + m1, s1 + m2, s2 + m2]
+    app.state.backend.close()
 
 
 def test_what_is_not_there_is_a_page_that_says_so(ada: Browser) -> None:

@@ -48,27 +48,33 @@ class Named:
     """All versions of a name, the newest first."""
 
     name: str
-    versions: tuple[Version, ...]
+    models: tuple[Model, ...]
+
+    @property
+    def versions(self) -> list[Version]:
+        """With their scores."""
+        return [scored(model) for model in self.models]
 
     @property
     def shown(self) -> Version:
         """What the name alone means."""
-        return next((each for each in self.versions if "latest" in each.model.aliases), self.versions[0])
+        return scored(next((model for model in self.models if "latest" in model.aliases), self.models[0]))
 
 
 def by_name(models: Iterable[Model]) -> list[Named]:
-    """The versions that `GET /v1/models` gives, by name."""
-    return [
-        Named(name, tuple(sorted(map(scored, group), key=lambda each: -each.model.version)))
+    """The versions that `GET /v1/models` gives, by name; what was made last comes first."""
+    found = [
+        Named(name, tuple(sorted(group, key=lambda model: -model.version)))
         for name, group in groupby(models, key=lambda model: model.name)
     ]
+    return sorted(found, key=lambda named: named.models[0].created, reverse=True)
 
 
 def scored(model: Model) -> Version:
     """A version with its scores, the metric that it was tuned for first."""
     scores = model.scores
     main = scores["metric"]
-    rest = [name for name in METRICS if name != main and name in scores["validation"]]
+    rest = [name for name in METRICS if name != main and name in (scores.get("validation") or {})]
     found = tuple(_score(model, name) for name in (main, *rest))
     return Version(model, found[0], found)
 
@@ -78,7 +84,7 @@ def _score(model: Model, metric: str) -> Score:
     interval = (scores.get("intervals") or {}).get(metric)
     return Score(
         metric=metric,
-        validation=scores["validation"].get(metric),
+        validation=(scores.get("validation") or {}).get(metric),
         test=(scores.get("test") or {}).get(metric),
         interval=None if interval is None else (interval[0], interval[1]),
         undefined=metric in (scores.get("undefined") or {}),

@@ -27,7 +27,7 @@ from hpo.storage.registry import MissingModel
 from hpo.study.lifecycle import study_id_of
 
 router = APIRouter(route_class=PageRoute, include_in_schema=False)
-STUDIES = 20  # of a page
+STUDIES = MODELS = 20  # of a page
 TRIALS = 25
 # What was done, as the page says it after the form was taken.
 DONE = {
@@ -45,16 +45,26 @@ Done = Annotated[str | None, Query(max_length=20)]
 
 
 @router.get("/")
-def home(request: Request, visitor: Looks, backend: Uses, page_number: Page = 1, done: Done = None) -> Response:
+def home(
+    request: Request,
+    visitor: Looks,
+    backend: Uses,
+    page_number: Page = 1,
+    models_page: Annotated[int, Query(alias="models", ge=1, le=10**6)] = 1,
+    done: Done = None,
+) -> Response:
     """Studies with their progress, the newest first; models with their scores."""
     found = studies.studies(visitor.token, backend, (page_number - 1) * STUDIES, STUDIES + 1)
+    named = by_name(models.models(visitor.token, backend))
     return page(
         request,
         "home.html",
         studies=found[:STUDIES],
         page_number=page_number,
         more=len(found) > STUDIES,
-        models=by_name(models.models(visitor.token, backend)),
+        models=named[(models_page - 1) * MODELS : models_page * MODELS],
+        models_page=models_page,
+        more_models=len(named) > models_page * MODELS,
         done=DONE.get(done or ""),
         idle=any(study.status == "open" and not study.workers for study in found),
     )
