@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import gc
 import json
+import logging
 import os
 import signal
 import sys
@@ -26,6 +27,7 @@ from hpo.doctor import NO, diagnose
 from hpo.errors import HpoError
 from hpo.launcher.launch import launch as launch_study
 from hpo.launcher.ray_import import ClusterError
+from hpo.logs import say_error, set_up, wanted_format
 from hpo.models.machine import prepare_process
 from hpo.storage.interrupts import calls_end_with_a_signal
 from hpo.storage.masking import mask, mask_errors
@@ -52,6 +54,12 @@ app.add_typer(token, name="token")
 models_app = typer.Typer(help="Promoted versions with their scores.")
 app.add_typer(models_app, name="models")
 
+
+class LogFormat(StrEnum):
+    text = "text"
+    json = "json"
+
+
 StudyName = Annotated[str, typer.Argument(help="Name of a study.")]
 Slots = Annotated[str, typer.Option(help="Trials at once in one worker: a number, or auto (by the GPU's memory).")]
 Address = Annotated[
@@ -62,6 +70,9 @@ Step = Annotated[str | None, typer.Option(help="Column that orders a sequence's 
 Label = Annotated[str | None, typer.Option(help="Column of the class; as in training without it.")]
 Group = Annotated[str | None, typer.Option(help="Column of what belongs together; as in training without it.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON as the last line.")]
+LogLines = Annotated[
+    LogFormat | None, typer.Option("--log-format", help="Lines of the log: text or json; HPO_LOG_FORMAT without it.")
+]
 
 
 class Format(StrEnum):
@@ -90,10 +101,10 @@ def main() -> None:
             app()
     except OSError as error:
         names = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
-        typer.echo(f"hpo: {names or 'the operating system refuses'}: {error.strerror or error}", err=True)
+        say_error(f"{names or 'the operating system refuses'}: {error.strerror or error}")
         sys.exit(1)
     except HpoError as error:
-        typer.echo(f"hpo: {error}", err=True)
+        say_error(str(error))
         sys.exit(error.exit_status)
 
 
@@ -126,6 +137,7 @@ def launch(
     trials: Annotated[int | None, typer.Option(help="The budget, also of a study that exists.", min=1)] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
     as_json: Json = False,
+    log_format: LogLines = None,
 ) -> None:
     """Create or resume a study, run workers, show progress, promote the best model.
 
@@ -137,6 +149,7 @@ def launch(
         overrides = [*(set_ or ()), *([f"study.trials={trials}"] if trials else ())]
         _launch_there(client, study, overrides, detach=detach, quiet=quiet, as_json=as_json)
         return
+    _log_as(log_format)  # the workers do
     count, at_once = _number("workers", workers), _number("slots", slots)
     cluster = _cluster(address, cpus, gpus) if on is Backend.ray else None
     if cluster is None and (address, cpus, gpus) != (None, 1.0, None):
@@ -167,9 +180,12 @@ def launch(
 def worker(
     study: Annotated[str | None, typer.Option(help="Serve this study only, until it is over.")] = None,
     slots: Slots = "auto",
+    log_format: LogLines = None,
 ) -> None:
     """One standing worker: take trials of that study, or of any open study, until asked to stop."""
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # while it imports: it holds nothing yet
+    _log_as(log_format)
+    set_up()
     from hpo.worker.worker import work
 
     work(study, _number("slots", slots))
@@ -260,10 +276,13 @@ def stop(name: StudyName) -> None:
         client.stop(name)
         typer.echo(f"study {name} is stopped: its workers end within an epoch")
         return
+    from hpo.notify import send_last
     from hpo.study.lifecycle import study_id_of
 
     with _database() as (storage, leases):
-        leases.stop(study_id_of(storage, name))
+        study_id = study_id_of(storage, name)
+        leases.stop(study_id)
+        send_last(storage.connection, study_id)
     typer.echo(f"study {name} is stopped: its workers end within an epoch")
 
 
@@ -322,11 +341,14 @@ def promote(
 
         show_models([version_of(client.promote(name, trial, default=default))])
         return
+    from hpo.notify import send_last
     from hpo.promote.promotion import promote_trial
 
     prepare_process()
     with _database() as (storage, _):
         model = promote_trial(storage, name, trial, as_default=default)
+        if model.study_id is not None:
+            send_last(storage.connection, model.study_id)
     show_models([model])
 
 
@@ -456,9 +478,7 @@ def predict(
     _check_out(out)
     columns = _named(id=id_, step=step, label=label, group=group)
     if not Path(model).is_dir() and (client := _client()) is not None:
-        from hpo.service.schemas import predictions_of
-
-        found = predictions_of(client.predict(model, data, version or "latest", **columns))
+        found = client.predict(model, data, version or "latest", **columns).predictions()
         if out is None:
             show_predictions(found)
         else:
@@ -550,8 +570,13 @@ def serve(
     allowed_host: Annotated[
         list[str] | None, typer.Option(help="A name by which browsers ask for pages, as of a proxy; may be repeated.")
     ] = None,
+    max_writes: Annotated[int, typer.Option(help="Changes a minute that one owner may make.", min=1)] = 600,
     stall: Annotated[str, typer.Option(help="Without a byte for so long, a body is given up.")] = "30s",
     keep_uploads: Annotated[str, typer.Option(help="Data files that nobody has used for so long are removed.")] = "7d",
+    log_format: LogLines = None,
+    log_requests: Annotated[
+        bool | None, typer.Option("--log-requests/--no-log-requests", help="A line a request; with json by default.")
+    ] = None,
 ) -> None:
     """The service: pages for people, and data, studies, models and predictions over HTTP for holders of a token."""
     from hpo.service.backend import MIB, Limits
@@ -560,15 +585,19 @@ def serve(
     def ready(url: str, anybody: bool) -> None:
         typer.echo(f"service at {url}, its routes at {url}docs (Ctrl-C ends it)")
         if not anybody:
-            typer.echo("nobody has a token yet: hpo token create --role admin --owner NAME", err=True)
+            logging.getLogger("hpo").warning("nobody has a token yet: hpo token create --role admin --owner NAME")
 
+    json_lines = _log_as(log_format) is LogFormat.json
+    set_up()
     limits = Limits(
         body=max_body * MIB,
         rows=max_rows,
         steps=max_steps,
         waiting=max_waiting,
+        writes=max_writes,
         stall_s=_duration("stall", stall),
         keep_s=_duration("keep-uploads", keep_uploads),
+        log_requests=json_lines if log_requests is None else log_requests,
     )
     listen(host, port, limits, ready, allowed_host or ())
 
@@ -624,6 +653,24 @@ def audit(
         typer.echo(json.dumps([action_row(each) for each in found]))
     else:
         show_actions(found)
+
+
+@app.command()
+def notices(
+    name: Annotated[str | None, typer.Argument(help="Name of a study; all without it.")] = None,
+    lines: Annotated[int, typer.Option("--lines", "-n", help="The last so many.", min=1)] = 50,
+    as_json: Json = False,
+) -> None:
+    """What was sent to the addresses of [notify], what waits, and why an attempt failed; the newest first."""
+    from hpo.storage.notices import Notices
+    from hpo.terminal import notice_row, show_notices
+
+    with _database() as (storage, _):
+        found = Notices(storage.connection).last(name, lines)
+    if as_json:
+        typer.echo(json.dumps([notice_row(each) for each in found]))
+    else:
+        show_notices(found)
 
 
 @db.command("url")
@@ -691,6 +738,13 @@ def _cluster(address: str | None, cpus: float, gpus: float | None) -> Cluster:
     if find_spec("ray") is None:
         raise ClusterError("--on ray needs Ray: pip install 'hpo[ray]', on every node of the cluster")
     return Cluster(address, cpus, gpus)
+
+
+def _log_as(given: LogFormat | None) -> LogFormat:
+    """The format of the log, also of the processes that this one starts. Raises LogError for what is none."""
+    if given is not None:
+        os.environ["HPO_LOG_FORMAT"] = given.value
+    return LogFormat(wanted_format())
 
 
 def _number(option: str, text: str) -> int | None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from hpo.models.bundle.evaluation import Evaluation
     from hpo.models.bundle.predictions import Predictions
     from hpo.storage.access import Action, Token
+    from hpo.storage.notices import Notice
     from hpo.storage.registry import ModelVersion
     from hpo.storage.snapshot import InFlight, Snapshot, WorkerGroup
 
@@ -343,6 +345,33 @@ def show_actions(found: Sequence[Action]) -> None:
         detail = ", ".join(f"{name} {value}" for name, value in action.detail.items() if value is not None)
         told = f"{action.happened_at:%Y-%m-%d %H:%M:%S} {action.owner} ({action.token_id}): {action.action}"
         console.print(f"{told} {action.subject}" + (f" ({detail})" if detail else ""), highlight=False, markup=False)
+
+
+def notice_row(notice: Notice) -> dict[str, Any]:
+    """A notice, JSON-able; of its address the host alone, as the rest may be secret."""
+    times = {name: getattr(notice, name) for name in ("created_at", "next_at", "delivered_at")}
+    return {
+        "notice": notice.notice,
+        "study": notice.study_name,
+        "event": notice.event,
+        "host": urlsplit(notice.url).hostname,
+        "state": notice.state,
+        "attempts": notice.attempts,
+        "fault": notice.fault,
+        **{name: None if time is None else time.isoformat() for name, time in times.items()},
+    }
+
+
+def show_notices(found: Sequence[Notice]) -> None:
+    """What was sent and what was not, a line each."""
+    console = _console()
+    if not found:
+        console.print("no notices yet; [notify] url in a study file asks for some", markup=False)
+    for notice in found:
+        told = f"{notice.created_at:%Y-%m-%d %H:%M:%S} {notice.event} of {notice.study_name}: {notice.state}"
+        tried = f", {notice.attempts} attempts" if notice.attempts > 1 else ""
+        fault = f" ({notice.fault})" if notice.fault else ""
+        console.print(f"{told}{tried}{fault}", highlight=False, markup=False)
 
 
 def show_models(found: Sequence[ModelVersion]) -> None:

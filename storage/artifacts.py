@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 from urllib.parse import unquote, urlsplit
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 
 _S3_ATTEMPTS = 6
+_CHECK_S = 2.0  # that the question may take whether a bucket is there
 _PART_LIFE_S = 24 * 3600.0  # an earlier version's part file older than this was left by a process that died
 _BLOCK = 2**20  # bytes read at once
 _UNREADABLE = (errno.EIO, errno.EBADMSG, getattr(errno, "EUCLEAN", errno.EIO))  # what is stored, not who may read it
@@ -87,6 +89,10 @@ class ArtifactStore:
 
     def exists(self, key: str) -> bool:
         """Whether there is something under the key."""
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """Raise ArtifactError where the store is away. It is soon known."""
         raise NotImplementedError
 
     def keys(self, prefix: str = "") -> list[str]:
@@ -220,6 +226,10 @@ class FolderStore(ArtifactStore):
     def exists(self, key: str) -> bool:
         return (self.folder / _checked(key)).is_file()
 
+    def check(self) -> None:
+        if not os.access(self.folder, os.R_OK | os.W_OK | os.X_OK):
+            raise ArtifactError(f"the artifact folder {self.place} is not there, or not ours to write to")
+
     def keys(self, prefix: str = "") -> list[str]:
         self._make_folder()
         with os.scandir(self.folder) as entries:
@@ -286,6 +296,20 @@ class BucketStore(ArtifactStore):
         except MissingArtifactError:
             return False
         return True
+
+    def check(self) -> None:
+        try:
+            with self._calling("the bucket"):
+                self._impatient.head_bucket(Bucket=self.bucket)
+        except MissingArtifactError:
+            raise ArtifactError(f"{self.place} is not there") from None
+
+    @cached_property
+    def _impatient(self) -> Any:
+        """A client that does not repeat what failed."""
+        import boto3
+
+        return boto3.client("s3", config=_s3_config(attempts=1, timeout_s=_CHECK_S), endpoint_url=_s3_endpoint())
 
     def keys(self, prefix: str = "") -> list[str]:
         return sorted(self._stored(prefix))
@@ -393,14 +417,14 @@ def _s3_endpoint() -> str | None:
     return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
 
 
-def _s3_config() -> Any:
-    """Patient retries; for a store that is not Amazon's the bucket in the path and no extra checksums."""
+def _s3_config(attempts: int = _S3_ATTEMPTS, timeout_s: float = 60.0) -> Any:
+    """For a store that is not Amazon's the bucket in the path and no extra checksums."""
     from botocore.config import Config
 
     options: dict[str, Any] = {
-        "connect_timeout": 10,
-        "read_timeout": 60,
-        "retries": {"mode": "standard", "total_max_attempts": _S3_ATTEMPTS},
+        "connect_timeout": min(10.0, timeout_s),
+        "read_timeout": timeout_s,
+        "retries": {"mode": "standard", "total_max_attempts": attempts},
     }
     if _s3_endpoint():
         options["s3"] = {"addressing_style": "path"}

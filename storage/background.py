@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import logging
 import threading
 import time
@@ -33,7 +34,8 @@ class BackgroundLoop:
         self._stopped = threading.Event()
         self._ended = threading.Condition()  # notified after each round
         self._rounds = 0
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        context = contextvars.copy_context()  # what the log says of its maker, it says of the loop
+        self._thread = threading.Thread(target=context.run, args=(self._run,), name=name, daemon=True)
 
     def start(self) -> None:
         """Begin; once only. Raises WorkerFault where the process can have no thread more."""
@@ -45,11 +47,11 @@ class BackgroundLoop:
                 f"or the number of processes that it may have (ulimit -v, ulimit -u); fewer slots or workers need less"
             ) from error
 
-    def stop(self) -> None:
-        """End the loop, and wait for the round that it is in."""
+    def stop(self, timeout_s: float | None = None) -> None:
+        """End the loop, and wait for the round that it is in; no longer than `timeout_s`."""
         self._stopped.set()
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(timeout_s)
 
     def wait_for_rounds(self, count: int, timeout_s: float) -> bool:
         """Wait until `count` rounds more have ended, failed ones too; False when that takes longer than `timeout_s`."""

@@ -29,11 +29,11 @@ from hpo.storage.liveness import Fate, fate, process_start, this_machine
 from hpo.storage.masking import mask
 from hpo.storage.snapshot import RECENT, Snapshot, WorkerRow, read_snapshot
 from hpo.storage.statements import statement
-from hpo.storage.terms import StudyRow, Terms
+from hpo.storage.terms import NOBODY, Notify, StudyRow, Terms
 from hpo.storage.trials import TrialStorage
 from hpo.storage.writes import Fence
 
-_OPEN_STUDY = statement("open_study")
+_OPEN_STUDY, _SET_NOTIFY = statement("open_study"), statement("set_notify")
 _STUDY_TERMS, _STUDY_IDS = statement("study_terms"), statement("study_ids")
 _REOPEN_STUDY = statement("reopen_study")
 _SET_STATUS = statement("set_status")
@@ -105,18 +105,29 @@ class Leases:
 
     # ------------------------------------------------------------------------------------------------------ studies
 
-    def open_study(self, study_id: int, terms: Terms, config: dict[str, Any], owner: str | None = None) -> StudyRow:
+    def open_study(
+        self,
+        study_id: int,
+        terms: Terms,
+        config: dict[str, Any],
+        owner: str | None = None,
+        notify: Notify = NOBODY,
+    ) -> StudyRow:
         """Store terms and configuration with the study, or leave what an earlier caller stored; what is stored.
 
-        owner: who submitted it through the service.
+        owner: who submitted it through the service. notify: who is told of it from now on.
         """
         if terms.budget < 0 or terms.max_attempts < 1 or terms.lease_s <= 0:
             raise ValueError(f"budget must be at least 0, max_attempts 1 and lease_s above 0, got {terms}")
-        given = {**vars(terms), "study": study_id, "config": json.dumps(config), "owner": owner}
-        rows = self._session.execute(_OPEN_STUDY, _STUDY_TERMS, given=given, durable=True)
+        given = {**vars(terms), "study": study_id, "config": json.dumps(config), "owner": owner, **_told(notify)}
+        rows = self._session.execute(_OPEN_STUDY, _SET_NOTIFY, _STUDY_TERMS, given=given, durable=True)
         if not rows:
             raise _not_opened(study_id)
         return StudyRow(*rows[0])
+
+    def set_notify(self, study_id: int, notify: Notify) -> None:
+        """Who is told of the study from now on."""
+        self._session.execute(_SET_NOTIFY, given={"study": study_id, **_told(notify)}, durable=True)
 
     def study(self, study_id: int) -> StudyRow | None:
         """The stored terms; None for a study without any."""
@@ -449,6 +460,10 @@ class Leases:
     def workers(self, study_id: int) -> list[WorkerRow]:
         """Those that were started for the study or hold one of its trials, oldest first."""
         return [WorkerRow(*row) for row in self._session.execute(_WORKERS, given={"study": study_id})]
+
+
+def _told(notify: Notify) -> dict[str, Any]:
+    return {"url": notify.url, "events": list(notify.on)}
 
 
 def _fence(lease: Lease) -> dict[str, Any]:

@@ -21,6 +21,7 @@ SECRETS = (
     "HPO_DB_PASSWORD",
     "HPO_DASHBOARD_PASSWORD",
     "HPO_TOKEN",
+    "HPO_NOTIFY_SECRET",
     "AWS_SECRET_ACCESS_KEY",
     "AWS_SESSION_TOKEN",
     "RAY_AUTH_TOKEN",
@@ -30,8 +31,9 @@ LEAST = 6  # characters of a secret that is looked for everywhere: a shorter one
 _remembered: set[str] = set()
 
 _START = r"(\b[\w+.-]{2,30}://(?!\[[0-9A-Fa-f:.]*\])"
-# scheme://user: … @, to the last @ before the next address: a password may hold spaces, quotes, ends of lines.
-_URL = re.compile(_START + r"[^:/@\n]*:)(?!\*\*\*@)((?:(?!\w://).){0,3000})@", re.DOTALL)
+# scheme://user: … @, to the last @ before the next address: a password may hold spaces, quotes, ends of lines. What
+# follows an @ is a host, and begins no address.
+_URL = re.compile(_START + r"[^:/@\n]*:)(?!\*\*\*@)((?:(?!(?<![@\w+.-])[\w+.-]+://).){0,3000})@", re.DOTALL)
 # An @ behind an address without a password: postgresql://db:5432/x fails for me@example.org.
 _NOT_ITS_OWN = re.compile(r"\d{1,5}([/?,][^\s@]*)?\W?\s")
 # Without an @: what follows the colon is no port.
@@ -130,6 +132,11 @@ class MaskedStream:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+def unmasked(stream: TextIO) -> TextIO:
+    """The stream below a MaskedStream, for what masks by itself; any other stream as it is."""
+    return stream._stream if isinstance(stream, MaskedStream) else stream
 
 
 def mask_errors() -> None:

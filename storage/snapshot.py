@@ -9,7 +9,7 @@ from hpo.storage.connection import Row
 from hpo.storage.records import read_float
 
 RECENT = 50  # ended trials that tell how fast a study goes: it may have rested for a night before
-_STATES = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": "running", "WAITING": "waiting"}
+STATES = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": "running", "WAITING": "waiting"}
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Snapshot:
 def read_snapshot(row: Row) -> Snapshot:
     """A snapshot from the row of the statement `snapshot`."""
     known, (counts, best, in_flight, groups, *rest) = row[:7], row[7:]
-    named = {name: (counts or {}).get(state, 0) for state, name in _STATES.items()}
+    named = {name: (counts or {}).get(state, 0) for state, name in STATES.items()}
     trials = tuple(InFlight(*trial) for trial in in_flight or ())
     orphans = sum(not trial.alive for trial in trials)
     named |= {"running": named["running"] - orphans, "waiting": named["waiting"] + orphans}

@@ -22,6 +22,17 @@ class Terms:
 
 
 @dataclass(frozen=True)
+class Notify:
+    """Who is told of a study."""
+
+    url: str | None  # where notices are sent; None: nowhere
+    on: tuple[str, ...]  # of end, failure, promotion
+
+
+NOBODY = Notify(None, ())
+
+
+@dataclass(frozen=True)
 class StudyRow:
     """A study's terms and state, as stored."""
 

@@ -20,6 +20,7 @@ from contextlib import suppress
 from typing import Any, NoReturn
 
 from hpo.errors import HpoError
+from hpo.logs import say_defect, say_error
 from hpo.models.machine import tune_allocator
 from hpo.storage.masking import mask_errors
 
@@ -115,9 +116,9 @@ def _be_worker(order: dict[str, Any], server: int, pipes: tuple[int, ...]) -> No
         importlib.import_module(WORKER).work(**order["arguments"])
         status = 0
     except HpoError as error:
-        sys.stderr.write(f"hpo: {error}\n")  # masked like all that goes there
-    except BaseException:
-        traceback.print_exc()
+        say_error(str(error))
+    except BaseException as error:
+        say_defect(error)
     finally:
         with suppress(BaseException):
             logging.shutdown()

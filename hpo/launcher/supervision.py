@@ -19,6 +19,7 @@ from hpo.launcher.forkserver import ForkServer
 from hpo.launcher.local import LocalWorkers
 from hpo.launcher.logs import log_folder
 from hpo.launcher.workers import Interrupted, LaunchError, Workers
+from hpo.notify import Settings, send_last
 from hpo.promote.summary import NoModel, summary_of
 from hpo.promote.versions import materialise_model
 from hpo.storage.artifacts import artifact_store
@@ -68,6 +69,7 @@ def run_here(
             count = most
         folder = log_folder(study.name, watched.store_key())
         with (
+            _told(study),
             _noted_signals() as stop,
             _server_kept_up(),
             LocalWorkers(study.name, count, slots, forkserver, folder, study.leases) as group,
@@ -87,6 +89,7 @@ def run_on_ray(
         watched = WatchedStudy(study.leases, study.study_id, study.name)
         most = min(watched.state().budget, config.study.max_workers or sys.maxsize)
         with (
+            _told(study),
             connected(cluster, study.name),
             _noted_signals() as stop,
             _server_kept_up(),
@@ -119,9 +122,23 @@ def _study_of(config: StudyConfig) -> Iterator[OpenStudy]:
     storage = trial_storage(database_url())
     try:
         storage.keep_deadlines(config.study.lease_s)
+        if config.notify.url is not None and Settings.of_environment().secret is None:
+            text = (
+                "study %s: HPO_NOTIFY_SECRET is not set here, so `hpo serve` or a standing worker must send its notices"
+            )
+            log.warning(text, config.study.name)
         yield create_or_open(config, storage, artifact_store())
     finally:
         storage.close()
+
+
+@contextmanager
+def _told(study: OpenStudy) -> Iterator[None]:
+    """Send the study's notices at the end of the block, whatever that is."""
+    try:
+        yield
+    finally:
+        send_last(study.storage.connection, study.study_id)
 
 
 class WatchedStudy:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from hpo.datasets import fetch_sequences
-from hpo.errors import StudyFault
+from hpo.errors import StudyFault, legible
 from hpo.models.bundle.bundle import assemble, load, save, unpack
 from hpo.models.bundle.config import BundleConfig, BundleError
 from hpo.models.classifier import Weights
@@ -27,6 +27,7 @@ from hpo.storage.artifacts import ArtifactStore, DamagedArtifactError, MissingAr
 from hpo.storage.errors import LeaseLost
 from hpo.storage.keys import content_hash, model_prefix
 from hpo.storage.leases import Leases
+from hpo.storage.notices import Notices
 from hpo.storage.registry import ModelVersion, Registry, publish
 from hpo.storage.scratch import scratch_folder
 from hpo.storage.trials import TrialStorage
@@ -66,8 +67,9 @@ def promote_when_over(study: OpenStudy, resources: WorkerResources, leases: Leas
             return False
         version = None
         if best := study.best_first():
-            sequences = resources.datasets.get(study.plan.train)
-            version = promote(study, resources.store, best[0], sequences).version
+            with _failure_told(study):
+                sequences = resources.datasets.get(study.plan.train)
+                version = promote(study, resources.store, best[0], sequences).version
         drop_all_checkpoints(resources.store, row.store_key)
     try:
         leases.finish_promotion(study.study_id, resources.worker, version)
@@ -75,6 +77,17 @@ def promote_when_over(study: OpenStudy, resources: WorkerResources, leases: Leas
         log.warning("%s", lost)
         return False
     return True
+
+
+@contextmanager
+def _failure_told(study: OpenStudy) -> Iterator[None]:
+    """A fault in the block is told to whom the study names, and goes on."""
+    try:
+        yield
+    except StudyFault as fault:
+        reason = f"its promotion failed: {legible(str(fault))}"
+        Notices(study.storage.connection).note_failure(study.study_id, reason)
+        raise
 
 
 def promote_trial(storage: TrialStorage, name: str, number: int | None, *, as_default: bool = False) -> ModelVersion:

@@ -39,7 +39,9 @@ def signed_in(request: Request) -> Token | None:
     hosts_of(request).check(request.headers.get("host", ""))
     backend: Backend = request.app.state.backend
     with backend.database() as database:
-        return database.sessions.holder(cookie)
+        found = database.sessions.holder(cookie)
+    request.state.token = found  # for the log
+    return found
 
 
 def _token(
@@ -52,7 +54,9 @@ def _token(
         backend: Backend = request.app.state.backend
         with backend.database() as database:
             token = database.access.holder(given.credentials)
-    return opened(token, shown=given is not None)
+    request.state.token = opened(token, shown=given is not None)  # for the log
+    found: Token = request.state.token
+    return found
 
 
 def opened(token: Token | None, *, shown: bool = True) -> Token:
@@ -70,12 +74,22 @@ async def bearer(request: Request) -> str | None:
     return None if given is None else given.credentials
 
 
-def _needs(role: str) -> Callable[[Token], Awaitable[Token]]:
-    async def allowed(token: Annotated[Token, Depends(_token)]) -> Token:  # no thread: it waits for nothing
+def _needs(role: str) -> Callable[[Request, Token], Awaitable[Token]]:
+    async def allowed(request: Request, token: Annotated[Token, Depends(_token)]) -> Token:  # waits for nothing
         check_role(token, role)
+        if role != "read":  # these routes change something
+            check_rate(request, token)
         return token
 
     return allowed
+
+
+def check_rate(request: Request, token: Token) -> None:
+    """Raise Problem (429) where the owner has changed too much in the last minute."""
+    backend: Backend = request.app.state.backend
+    if wait_s := backend.writes.wait_s(token.owner):
+        reason = f"{token.owner} may change something {backend.writes.most} times a minute: try again in {wait_s} s"
+        raise Problem(HTTPStatus.TOO_MANY_REQUESTS, reason, {"Retry-After": str(wait_s)})
 
 
 def check_role(token: Token, role: str) -> None:

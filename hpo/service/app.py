@@ -8,8 +8,8 @@ from http import HTTPStatus
 from importlib.metadata import version
 from typing import Any
 
-from fastapi import APIRouter, FastAPI
-from fastapi.responses import JSONResponse
+from fastapi import APIRouter, FastAPI, Response
+from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import BaseModel
 from starlette.staticfiles import StaticFiles
 
@@ -21,12 +21,16 @@ from hpo.service.backend import Backend
 from hpo.service.body import BodyLimit, PlainAddress
 from hpo.service.dashboard import mount_dashboard
 from hpo.service.hosts import Hosts
+from hpo.service.metrics import MEDIA_TYPE as METRICS
+from hpo.service.metrics import metrics_of
+from hpo.service.observed import Observed
 from hpo.service.pages import docs, new, signing
 from hpo.service.pages import models as model_pages
 from hpo.service.pages import studies as study_pages
 from hpo.service.pages.rendering import answers_with_pages
 from hpo.service.predictions import Predictor
 from hpo.service.problems import MEDIA_TYPE, Problem, answers_with_problems
+from hpo.storage.tables import ensure
 
 health = APIRouter(tags=["health"])
 # What every route may answer, beside its own.
@@ -60,6 +64,7 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
         HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
         HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
         HTTPStatus.UNPROCESSABLE_ENTITY,
+        HTTPStatus.TOO_MANY_REQUESTS,
         HTTPStatus.SERVICE_UNAVAILABLE,
     )
 }
@@ -81,12 +86,22 @@ async def healthz() -> Health:
 def readyz(backend: Uses) -> Health:
     """Database and artifact store answer, too."""
     try:
-        with backend.database() as database:
-            database.access.holder("hpo_000000000000_" + 43 * "0")
-        backend.store.exists("hpo-readyz")
+        ensure(backend.probe)
+        backend.store.check()
     except HpoError as error:
         raise Problem(HTTPStatus.SERVICE_UNAVAILABLE, f"not ready: {error}", {"Retry-After": "5"}) from None
     return Health(status="ok")
+
+
+@health.get(
+    "/metrics",
+    dependencies=[Near],
+    response_class=PlainTextResponse,
+    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+)
+def metrics(backend: Uses) -> Response:
+    """Studies, trials, workers, requests and predictions, for Prometheus."""
+    return Response(metrics_of(backend), media_type=METRICS)
 
 
 def make_app(backend: Backend, hosts: Hosts = Hosts()) -> FastAPI:
@@ -114,6 +129,7 @@ def make_app(backend: Backend, hosts: Hosts = Hosts()) -> FastAPI:
     app.state.hosts, app.state.guesses = hosts, Guesses()
     app.add_middleware(BodyLimit, limits=backend.limits)
     app.add_middleware(PlainAddress)
+    app.add_middleware(Observed, log_requests=backend.limits.log_requests)  # the last one sees all
     answers_with_problems(app)
     answers_with_pages(app)
     for part in (predict, data, studies, models):

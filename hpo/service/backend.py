@@ -14,8 +14,10 @@ from http import HTTPStatus
 from pathlib import Path
 
 from hpo.service.problems import Problem
+from hpo.service.rate import Rate
 from hpo.storage.access import Access
 from hpo.storage.artifacts import ArtifactStore
+from hpo.storage.connection import Connection
 from hpo.storage.home import own_folder
 from hpo.storage.keys import UPLOADS
 from hpo.storage.leases import Leases
@@ -28,6 +30,7 @@ log = logging.getLogger("hpo")
 MIB = 2**20
 CONNECTIONS = 8  # to the database, each for one request at a time
 RETRY_S = 5.0  # how long a request waits for a database that is out of reach
+PROBE_S = 2.0  # … and how long the question does whether we are ready
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,10 @@ class Limits:
     waiting: int = 256  # predictions that none is computed with yet
     connection_s: float = 5.0  # how long a request waits for a connection to the database
     page: int = 1000  # entries of a list
+    writes: int = 600  # requests a minute of one owner that change something
     stall_s: float = 30.0  # without a byte, after which a body is given up
     keep_s: float = 7 * 86400.0  # a data file that nobody has sent, asked for or submitted for so long is removed
+    log_requests: bool = False
 
 
 class Database:
@@ -77,9 +82,11 @@ class Backend:
     url: str
     store: ArtifactStore
     limits: Limits = Limits()
+    writes: Rate = field(init=False)
     _idle: queue.LifoQueue[Database | None] = field(default_factory=queue.LifoQueue)
 
     def __post_init__(self) -> None:
+        self.writes = Rate(self.limits.writes)
         for _ in range(CONNECTIONS):
             self._idle.put(None)
 
@@ -97,8 +104,17 @@ class Backend:
         finally:
             self._idle.put(found)
 
+    @cached_property
+    def probe(self) -> Connection:
+        """For the question whether we are ready, which waits neither for requests nor long for the database."""
+        connection = Connection(self.url)
+        connection.hurry(PROBE_S)
+        return connection
+
     def close(self) -> None:
         """Close the connections that no request uses."""
+        if "probe" in vars(self):
+            self.probe.close()
         for _ in range(self._idle.qsize()):
             if (found := self._idle.get_nowait()) is not None:
                 found.storage.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from http import HTTPStatus
 
 from hpo.dashboard.origins import host_name, is_address, is_loopback_name
@@ -23,12 +24,18 @@ class Hosts:
         name = host_name(header)
         if is_loopback_name(header) or any(_fits(name, pattern.lower()) for pattern in self.allowed):
             return True
-        return self.reachable and (is_address(name) or name in (socket.gethostname().lower(), socket.getfqdn().lower()))
+        return self.reachable and (is_address(name) or name in _own_names())
 
     def check(self, header: str) -> None:
         """Raise Problem (403) for another name."""
         if not self.admits(header):
             raise Problem(HTTPStatus.FORBIDDEN, refusal(header))
+
+
+@cache
+def _own_names() -> frozenset[str]:
+    """This machine's name, short and whole: asked once, as a name server may take its time."""
+    return frozenset((socket.gethostname().lower(), socket.getfqdn().lower()))
 
 
 def refusal(header: str) -> str:

@@ -34,6 +34,7 @@ from hpo.service.access import check_role, opened
 from hpo.service.backend import MIB, RETRY_S, Backend, Limits
 from hpo.service.batches import Batches
 from hpo.service.body import Received
+from hpo.service.metrics import predicting
 from hpo.service.problems import Problem
 from hpo.service.schemas import Prediction
 from hpo.storage.access import Access, Admission, Asked
@@ -76,14 +77,17 @@ class ServedModel:
 
     def predict(self, body: bytes) -> Predictions:
         """The same by itself, in the calling thread. Raises Problem and DataError."""
-        return self._bundle.predict(self._sequences(body, self._limits.numbers))
+        given = self._sequences(body, self._limits.numbers)
+        with predicting(given.n):
+            return self._bundle.predict(given)
 
     def predict_file(self, file: Received, columns: Mapping[str, str]) -> Predictions:
         """What the model says to a data file. Raises Problem and DataError."""
         try:
             given = self._bundle.read(file.path, labeled=False, **columns)
             _check_sizes(self._limits, given.n, given.steps, given.n_features)
-            return self._bundle.predict(given)
+            with predicting(given.n):
+                return self._bundle.predict(given)
         except DataError as error:
             raise DataError(str(error).replace(str(file.path), file.name)) from None
 
@@ -111,7 +115,8 @@ class ServedModel:
         """What the model says to each."""
         found: dict[int, Predictions | DataError] = {}
         for places in _alike(given):
-            answers = self._bundle.predict_each([given[place] for place in places])
+            with predicting(sum(given[place].n for place in places)):
+                answers = self._bundle.predict_each([given[place] for place in places])
             found.update(zip(places, answers, strict=True))
         return [found[place] for place in range(len(given))]
 
@@ -159,7 +164,8 @@ class Predictor:
         """
         name, wanted = request.path_params["name"], request.path_params["version"]
         admission = await self._admissions.ask(Asked(token, name, wanted))
-        check_role(opened(admission.token), "read")
+        request.state.token = opened(admission.token)  # for the log
+        check_role(request.state.token, "read")
         if admission.version is None or admission.made_at is None:
             model = await self.model(name, wanted)  # says which there are
         else:

@@ -130,7 +130,8 @@ def answers_with_problems(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def unforeseen(request: Request, error: Exception) -> JSONResponse:
         log.error("%s %s", request.method, request.url.path, exc_info=error)
-        return answer(HTTPStatus.INTERNAL_SERVER_ERROR, "internal server error; the service's log has it")
+        headers = {"X-Request-Id": request.state.request_id}  # by which the log is searched
+        return answer(HTTPStatus.INTERNAL_SERVER_ERROR, "internal server error; the service's log has it", headers)
 
 
 def _methods(app: FastAPI, request: Request) -> list[str]:

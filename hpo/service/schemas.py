@@ -107,6 +107,19 @@ class Trials(BaseModel):
     trials: list[Trial]
 
 
+class Notice(BaseModel):
+    """What a study's [notify] url is told, and how that went."""
+
+    notice: int
+    event: str  # study.end | study.failure | model.promotion
+    state: str  # delivered | waiting | given up
+    attempts: int
+    fault: str | None  # of the last attempt that failed
+    created: datetime
+    next: datetime | None  # attempt
+    delivered: datetime | None
+
+
 class Budget(BaseModel):
     """What a study may go on with."""
 
@@ -138,6 +151,19 @@ class Prediction(BaseModel):
     labels: list[str]
     probabilities: list[list[float]]
 
+    def predictions(self) -> Predictions:
+        """What displays and `to_csv` take."""
+        import numpy as np
+
+        from hpo.models.bundle.predictions import Predictions
+
+        return Predictions(
+            classes=tuple(self.classes),
+            probabilities=np.array(self.probabilities, np.float32),
+            labels=np.array(self.labels),
+            ids=tuple(self.ids),
+        )
+
 
 class Alias(BaseModel):
     """The version that an alias is to name."""
@@ -145,17 +171,3 @@ class Alias(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     version: int = Field(strict=True, ge=1, le=10**9, examples=[3])
-
-
-def predictions_of(prediction: Prediction) -> Predictions:
-    """What displays and `to_csv` take."""
-    import numpy as np
-
-    from hpo.models.bundle.predictions import Predictions
-
-    return Predictions(
-        classes=tuple(prediction.classes),
-        probabilities=np.array(prediction.probabilities, np.float32),
-        labels=np.array(prediction.labels),
-        ids=tuple(prediction.ids),
-    )

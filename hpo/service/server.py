@@ -8,18 +8,20 @@ import os
 import signal
 import socket
 import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 import uvicorn
 
 from hpo.errors import HpoError
 from hpo.models.machine import prepare_process
+from hpo.notify import Settings, sending
 from hpo.service.app import make_app
 from hpo.service.backend import Backend, Limits
 from hpo.service.hosts import Hosts, names
 from hpo.storage.artifacts import artifact_store
 from hpo.storage.background import BackgroundLoop
+from hpo.storage.connection import Connection
 from hpo.storage.database import database_url
 from hpo.storage.errors import PostgresError
 from hpo.storage.home import own_folder
@@ -47,6 +49,7 @@ def serve(
     """
     prepare_process()
     gc.freeze()  # what the imports made stays: looking through it for garbage again and again takes 0.1 s each time
+    notices = Settings.of_environment()
     backend = Backend(database_url(), artifact_store(), limits)
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
@@ -66,9 +69,16 @@ def serve(
         anybody = True
         with suppress(PostgresError), backend.database() as database:  # which may come later than the service
             anybody = database.access.any()
-        config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE_S)
+        config = uvicorn.Config(
+            app,
+            log_config=None,  # its lines go where ours do
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=GRACE_S,
+        )
         ready(f"http://{f'[{address}]' if ':' in address else address}:{bound}/", anybody)
-        uvicorn.Server(config).run(sockets=[listener])
+        with _sending(backend.url, notices):
+            uvicorn.Server(config).run(sockets=[listener])
 
 
 def _housekeeping(backend: Backend) -> BackgroundLoop:
@@ -80,3 +90,15 @@ def _housekeeping(backend: Backend) -> BackgroundLoop:
         failure="data files that nobody uses could not be removed",
         expected=(HpoError, OSError),
     )
+
+
+@contextmanager
+def _sending(url: str, notices: Settings) -> Iterator[None]:
+    """Send the notices of the database over a connection of its own while the block runs."""
+    connection = Connection(url)
+    try:
+        with sending(connection, notices):
+            yield
+    finally:
+        connection.hurry(1.0)  # in the midst of an attempt to reach a database that is away
+        connection.close()

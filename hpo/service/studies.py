@@ -26,12 +26,13 @@ from hpo.service.backend import Backend, Database
 from hpo.service.body import as_sent, json_of
 from hpo.service.models import model_of
 from hpo.service.problems import Problem
-from hpo.service.schemas import Best, Budget, Log, Model, Study, Trial, TrialDetails, Trials
+from hpo.service.schemas import Best, Budget, Log, Model, Notice, Study, Trial, TrialDetails, Trials
 from hpo.storage.access import Token
 from hpo.storage.errors import MissingRecord
 from hpo.storage.home import own_folder
 from hpo.storage.keys import UPLOAD, uploaded_name
 from hpo.storage.masking import mask
+from hpo.storage.notices import Notices
 from hpo.storage.snapshot import Snapshot
 from hpo.study.checks import NAME
 from hpo.study.config import StudyConfig, config_of, default_name
@@ -133,6 +134,27 @@ def summary(name: str, token: Reader, backend: Uses) -> dict[str, Any]:
     """What a study that is over has brought: its best trial, the promoted model and its scores (409 before)."""
     with backend.database() as database:
         return summary_of(open_study(name, database.storage))
+
+
+@router.get("/{name}/notices")
+def notices(name: str, token: Reader, backend: Uses, limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> list[Notice]:
+    """What was sent to the study's [notify] url, what waits, and why an attempt failed; the newest first."""
+    with backend.database() as database:
+        study_id_of(database.storage, name)  # 404 for one that there is not
+        found = Notices(database.storage.connection).last(name, limit)
+    return [
+        Notice(
+            notice=each.notice,
+            event=each.event,
+            state=each.state,
+            attempts=each.attempts,
+            fault=each.fault,
+            created=each.created_at,
+            next=each.next_at,
+            delivered=each.delivered_at,
+        )
+        for each in found
+    ]
 
 
 @router.get("/{name}/trials")

@@ -10,6 +10,11 @@ from hpo.errors import StudyFault
 from hpo.study.entries import show
 
 SHARE_LEAST = 1e-9  # one sequence of more than any file holds
+LONGEST_URL = 2_000  # characters
+_URL = re.compile(
+    r"https?://([a-z0-9]([a-z0-9_.-]*[a-z0-9])?|\[[0-9a-f:.]+\])(:[0-9]{1,5})?([/?][\w.~:/?@!$&'()*+,;=%\[\]-]*)?",
+    re.IGNORECASE | re.ASCII,
+)
 
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # of a study
@@ -50,6 +55,28 @@ def text(value: Any) -> str:
     """A string that is not empty."""
     if not isinstance(value, str) or not value.strip() or "\0" in value:
         raise CheckError("must be a string in quotes that is not empty")
+    return value
+
+
+def some_of(names: Sequence[str]) -> Check:
+    """A check for lists of at least one of these strings, each once."""
+
+    def check(value: Any) -> tuple[str, ...]:
+        listed = value if isinstance(value, list) and value and all(isinstance(each, str) for each in value) else [""]
+        if not set(listed) <= set(names) or len(set(listed)) < len(listed):
+            raise CheckError("must be a list of at least one of " + ", ".join(map(show, names)) + ", each once")
+        return tuple(listed)
+
+    return check
+
+
+def web_address(value: Any) -> str:
+    """An address that is sent to. One with a user or a password is none: it would be shown wherever the study is."""
+    if not isinstance(value, str) or len(value) > LONGEST_URL or not _URL.fullmatch(value):
+        raise CheckError(
+            f"must be an http:// or https:// URL of at most {LONGEST_URL} letters of ASCII, "
+            "without user, password, fragment and spaces"
+        )
     return value
 
 

@@ -19,11 +19,24 @@ from hpo.errors import StudyFault
 from hpo.models.config import METRICS, PRECISIONS, TrainingConfig
 from hpo.models.fields import Value, default, rules
 from hpo.study import space as spaces
-from hpo.study.checks import Check, CheckError, duration, lease, one_of, share, study_name, text, whole
+from hpo.study.checks import (
+    Check,
+    CheckError,
+    duration,
+    lease,
+    one_of,
+    share,
+    some_of,
+    study_name,
+    text,
+    web_address,
+    whole,
+)
 from hpo.study.entries import Entry, SpaceError, show, unknown, unparse
 
 SAMPLERS = ("tpe", "gp", "cmaes", "random", "qmc", "grid")
 PRUNERS = ("hyperband", "halving", "median", "none")
+EVENTS = ("end", "failure", "promotion")  # that an address may be told of
 DEEPEST = 50  # lists and tables within one another
 FOLDS = 5  # default where a share would validate on few sequences
 VALIDATION_SHARE = 0.2  # default else, share of the training part
@@ -118,6 +131,16 @@ class TrainSection:
 
 
 @dataclass(frozen=True)
+class NotifySection:
+    """[notify]: who is told of the study. Kept beside the study's terms, not in its plan: it may change, and what is
+    made of a plan is given to others."""
+
+    url: str | None = field(default=None, metadata=checked(web_address))  # where notices are sent; None: nowhere
+    # end: over or stopped. failure: ended without a model, or its promotion failed. promotion: a new version
+    on: tuple[str, ...] = field(default=EVENTS, metadata=checked(some_of(EVENTS)))
+
+
+@dataclass(frozen=True)
 class StudyConfig:
     """A whole study file."""
 
@@ -126,6 +149,7 @@ class StudyConfig:
     train: TrainSection = TrainSection()
     space: Mapping[str, Entry] = field(default_factory=dict)  # as written; `complete` fills in the defaults
     enqueue: tuple[Mapping[str, Value], ...] = ()  # configurations to try first, parts of one or whole
+    notify: NotifySection = NotifySection()
 
 
 @dataclass(frozen=True)
@@ -140,7 +164,9 @@ def _keys(section: type) -> dict[str, _Key]:
     return {item.metadata["key"] or item.name: _Key(item.name, item.metadata["check"]) for item in fields(section)}
 
 
-KEYS = {"study": _keys(StudySection), "data": _keys(DataSection), "train": _keys(TrainSection)}  # section -> key
+SECTIONS = {"study": StudySection, "data": DataSection, "train": TrainSection, "notify": NotifySection}
+KEYS = {name: _keys(section) for name, section in SECTIONS.items()}  # section -> key
+STORED = ("study", "data", "train")  # the sections of a plan
 TABLES = (*KEYS, "space", "enqueue")
 # What may change in an existing study; data files are compared by their content.
 CHANGEABLE = {f"study.{key}" for key in ("name", "trials", "timeout", "priority", "max_workers")} | {
@@ -297,6 +323,7 @@ def _parse(tables: Mapping[str, Any], source: _Source) -> StudyConfig:
         train=replace(train, patience=train.patience or None),
         space=space,
         enqueue=_enqueue(tables.get("enqueue", []), space, source),
+        notify=_notify(_table(tables, "notify", source), source),
     )
 
 
@@ -307,7 +334,7 @@ def _table(tables: Mapping[str, Any], name: str, source: _Source) -> dict[str, A
     return table
 
 
-S = TypeVar("S", StudySection, DataSection, TrainSection)
+S = TypeVar("S", StudySection, DataSection, TrainSection, NotifySection)
 
 
 def _section(kind: type[S], name: str, table: Mapping[str, Any], source: _Source) -> S:
@@ -343,6 +370,14 @@ def _data(table: Mapping[str, Any], source: _Source) -> DataSection:
         rule = "data.label, id, step and group must be different columns, but that group may be id"
         raise source.error("data.label", f"{rule}, got {show(columns)}")
     return data
+
+
+def _notify(table: Mapping[str, Any], source: _Source) -> NotifySection:
+    if table and "url" not in table:
+        raise source.error(
+            "notify.url", "notify.url must name the address that is told, such as https://example.org/hpo"
+        )
+    return _section(NotifySection, "notify", table, source)
 
 
 def _space(table: Mapping[str, Any], source: _Source) -> dict[str, Entry]:
@@ -411,8 +446,9 @@ def complete(
 
 
 def to_dict(config: StudyConfig) -> dict[str, Any]:
-    """The study file's tables with every default written out, for JSON; `from_dict` gives the same config."""
-    tables: dict[str, Any] = {name: _section_dict(name, getattr(config, name)) for name in KEYS}
+    """The study file's tables with every default written out, for JSON; `from_dict` gives the same config, but for
+    [notify]."""
+    tables: dict[str, Any] = {name: _section_dict(name, getattr(config, name)) for name in STORED}
     tables["space"] = {name: unparse(entry) for name, entry in config.space.items()}
     tables["enqueue"] = [dict(params) for params in config.enqueue]
     return tables
@@ -430,7 +466,7 @@ def _section_dict(name: str, section: StudySection | DataSection | TrainSection)
 def differences(old: StudyConfig, new: StudyConfig) -> list[str]:
     """Where a new configuration contradicts a stored one, a line each; empty: the study can go on.
 
-    Both must be as written, or both completed. What is CHANGEABLE may change. Data files are not
+    Both must be as written, or both completed. What is CHANGEABLE may change, and [notify]. Data files are not
     compared: that is for their content.
     """
     stored, file = _flat(old), _flat(new)

@@ -22,7 +22,7 @@ from hpo.storage.leases import Leases
 from hpo.storage.locks import exclusively
 from hpo.storage.scratch import scratch_folder
 from hpo.storage.snapshot import Snapshot
-from hpo.storage.terms import StudyRow, Terms
+from hpo.storage.terms import Notify, StudyRow, Terms
 from hpo.storage.trials import TrialStorage
 from hpo.study.config import ConfigError, StudyConfig
 from hpo.study.entries import distribution
@@ -99,6 +99,8 @@ def create_or_open(
             _publish(store, key, part)  # also where the artifact store was emptied or damaged
         if stored is None:
             _begin(storage, leases, study_id, plan, owner)
+        else:
+            leases.set_notify(study_id, _notify(config))
     for line in readout(plan, train, test):
         log.info("%s: %s", name, line)
     for line in suspicions(train, test):
@@ -242,7 +244,11 @@ def _begin(storage: TrialStorage, leases: Leases, study_id: int, plan: Plan, own
         priority=study.priority,
         max_workers=study.max_workers,
     )
-    leases.open_study(study_id, terms, plan.to_json(), owner)
+    leases.open_study(study_id, terms, plan.to_json(), owner, _notify(plan.written))
+
+
+def _notify(config: StudyConfig) -> Notify:
+    return Notify(config.notify.url, config.notify.on)
 
 
 def _publish(store: ArtifactStore, key: str | None, part: Sequences | None) -> None:

@@ -14,9 +14,11 @@ from contextlib import contextmanager, nullcontext
 import optuna
 
 from hpo.datasets import Datasets
+from hpo.logs import about, set_up
 from hpo.models.data.sequences import Sequences
 from hpo.models.machine import one_thread, prepare_process
 from hpo.models.training.training import TrainingInterrupted
+from hpo.notify import Settings, send_last, sending
 from hpo.promote.promotion import promote_when_over
 from hpo.storage.artifacts import artifact_store
 from hpo.storage.database import database_url
@@ -57,6 +59,7 @@ class Worker:
         end.
         """
         native_wanted()  # or it would fail trial after trial
+        self.notices = Settings.of_environment()
         self.only = study
         self.url = database_url()
         self.storage = trial_storage(self.url)
@@ -92,9 +95,21 @@ class Worker:
         self.leases.register(self.name, study_id, socket.gethostname(), os.getpid(), named, log_path)
         self.free_dead()  # what they held goes on first
         try:
-            self._run_slots()
+            with self._telling(study_id):
+                self._run_slots()
         finally:
             self._leave()
+
+    @contextmanager
+    def _telling(self, study_id: int | None) -> Iterator[None]:
+        """Send notices while the block runs, where a secret is set; a launch sends those of its own study by itself."""
+        if self.notices.secret is None or "HPO_WORKER_INDEX" in os.environ:
+            yield
+            return
+        with sending(self.storage.connection, self.notices):
+            yield
+        if study_id is not None and not self.stop_requested.is_set():
+            send_last(self.storage.connection, study_id)
 
     def _leave(self) -> None:
         try:
@@ -250,7 +265,7 @@ class Slot:
         names, aside = worker.offers()
         over, self.crowded = 0, False
         for name in names:
-            with worker.guard(name):
+            with about(study=name), worker.guard(name):
                 study = self._open(name)
                 try:
                     with worker.places.place(study.study_id) as free:
@@ -292,7 +307,7 @@ class Slot:
 
     def _run_trial(self, study: OpenStudy, lease: Lease, sequences: Sequences) -> None:
         self.worker.add_slot(study.study_id)
-        with self.worker.holding(lease):
+        with self.worker.holding(lease), about(trial=lease.number):
             state = run_trial(TrialContext(study, lease, self.worker.resources, sequences))
         log.info("study %s, trial %d: %s", study.name, lease.number, "left" if state is None else state.name.lower())
 
@@ -318,11 +333,7 @@ class Slot:
 
 def work(study: str | None, slots: int | None = 1) -> None:
     """The `hpo worker` command: one thread a slot, logging to the standard error. slots: None chooses."""
-    logging.basicConfig(
-        level=logging.INFO,
-        format="%(asctime)s %(process)d %(levelname)s %(message)s",
-        datefmt="%Y-%m-%d %H:%M:%S",
-    )
+    set_up()
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # samplers comment on conditional parameters at each trial
     started = time.monotonic()
     signals = StopSignals()

@@ -10,18 +10,51 @@ import psycopg2
 import pytest
 from optuna.study import StudyDirection
 
-from hpo.storage.access import ROLES, TOKEN, Access, AccessError, SubmissionConflict
+from hpo.storage.access import ROLES, TOKEN, Access, AccessError, Asked, SubmissionConflict
 from hpo.storage.connection import Connection
 from hpo.storage.leases import Leases
 from hpo.storage.masking import mask
+from hpo.storage.registry import Registry
 from hpo.storage.sessions import LIFETIME_S, Sessions
 from hpo.storage.terms import Terms
 from hpo.storage.trials import TrialStorage
+from tests.postgres.test_registry import promote
 
 
 @pytest.fixture
 def access(database_url: str) -> Access:
     return Access(database_url)
+
+
+class TestAdmissions:
+    def test_say_what_holder_and_registry_say_of_each_request(self, access: Access, database_url: str) -> None:
+        registry = Registry(database_url)
+        made = [promote(registry, "power", trial) for trial in (1, 2, 3)]
+        registry.set_alias("power", "production", 2)
+        token, text = access.create("read", "ada")
+        revoked, gone = access.create("admin", "ada")
+        access.revoke(revoked.token_id)
+        wanted: dict[str, int | None] = {"1": 1, "2": 2, "latest": 3, "production": 2}
+        unknown = ("01", "0", "4", "-1", "1.0", "99999999999", "1\0", "", "\ud800", "é", "'; --", "%s")
+        wanted |= dict.fromkeys(unknown)
+        asked = [Asked(text, "power", each) for each in wanted]
+        found = access.admissions(asked)
+        assert [each.version for each in found] == list(wanted.values())
+        assert {each.token for each in found} == {token}
+        for each in found:
+            assert each.made_at == (each.version and made[each.version - 1].created_at)
+        others = [Asked(each, "power", "1") for each in (gone, "", f"{text}x", "hpo_" + 12 * "0" + text[16:])]
+        assert [(each.token, each.version) for each in access.admissions(others)] == [(None, 1)] * 4
+        elsewhere = access.admissions([Asked(text, "nobody", "1"), Asked(text, "po\0wer", "1")])
+        assert [(each.token, each.version) for each in elsewhere] == [(token, None)] * 2
+
+    def test_are_one_round_trip(self, database_url: str) -> None:
+        connection = Connection(database_url)
+        access = Access(connection)
+        _, text = access.create("read", "ada")
+        before = connection.trips
+        assert len(access.admissions([Asked(text, "power", "latest")] * 50)) == 50
+        assert connection.trips == before + 1
 
 
 class TestTokens:

@@ -25,7 +25,7 @@ from hpo.storage.artifacts import artifact_store
 from hpo.storage.errors import StudyOver
 from hpo.storage.leases import Lease
 from hpo.storage.trials import TrialStorage, trial_storage
-from hpo.study.config import KEYS, SAMPLERS, StudyConfig, load
+from hpo.study.config import EVENTS, KEYS, SAMPLERS, StudyConfig, load
 from hpo.study.lifecycle import BEGUN, OpenStudy, create_or_open, open_study
 from hpo.study.plan import Plan, StudyError, make_plan
 from hpo.study.pruning import make_pruner
@@ -199,6 +199,8 @@ OTHER = {  # another value for each key of a study file
     "train.patience": "7",
     "train.precision": '"bfloat16"',
     "train.keep_best": "7",
+    "notify.url": '"https://example.org/other"',
+    "notify.on": '["end"]',
     "space.layers": "2",
     "enqueue": "[{ layers = 1 }]",
 }
@@ -225,8 +227,13 @@ def test_a_changed_setting_of_a_study_that_exists_is_obeyed_or_refused(
     assert before is not None
     optuna.create_study(study_name="before", storage=storage)
     shutil.copy(tmp_path / "waves.npz", tmp_path / "copy.npz")
-    changed = load(tmp_path / "waves.toml", [f"{key}={OTHER[key]}"])
-    if key == "data.train":  # the same content
+    given = ["notify.url=https://example.org"] if key == "notify.on" else []
+    changed = load(tmp_path / "waves.toml", [*given, f"{key}={OTHER[key]}"])
+    if key.startswith("notify."):
+        create_or_open(changed, storage, store)
+        (found,) = storage.connection.execute("SELECT notify_url, notify_on FROM hpo.terms")
+        assert found == (changed.notify.url, list(changed.notify.on)) != ("https://example.org", list(EVENTS))
+    elif key == "data.train":  # the same content
         assert create_or_open(changed, storage, store).plan == study.plan
     elif key in OBEYED:
         row = create_or_open(changed, storage, store).leases.study(study.study_id)

@@ -20,10 +20,10 @@ from hpo.service.app import make_app
 from hpo.service.backend import Backend
 from hpo.storage.access import ROLES, Access
 from hpo.storage.artifacts import FolderStore
-from tests.service.conftest import Service
+from tests.service.conftest import Service, serving
 
 OPEN = {"/healthz"}
-NEAR = {"/readyz", "/openapi.json", "/docs"}  # from this machine, with a token, or signed in
+NEAR = {"/readyz", "/metrics", "/openapi.json", "/docs"}  # from this machine, with a token, or signed in
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +116,19 @@ def test_from_another_machine_a_token_is_needed_for_all_but_health(service: Serv
         assert asyncio.run(ask(path, token)) == 200
     assert asyncio.run(ask("/healthz", {})) == 200
     app.state.backend.close()
+
+
+def test_an_owner_who_changes_too_much_waits(service: Service) -> None:
+    """Others do not, nor whoever reads."""
+    with serving(service.environment, "--max-writes", "2") as address:
+        other = Service(address, service.database_url, service.environment)
+        with other.client(owner="hasty") as client, other.client(owner="calm") as calm:
+            assert [client.post("/v1/studies/none/stop").status_code for _ in range(3)] == [404, 404, 429]
+            refused = client.delete("/v1/studies/none")
+            assert (refused.status_code, refused.headers["Retry-After"]) == (429, "30")
+            assert refused.json()["detail"].startswith("hasty may change something 2 times a minute: try again in ")
+            assert client.get("/v1/studies").status_code == 200
+            assert calm.post("/v1/studies/none/stop").status_code == 404
 
 
 OTHER = ("GET", "HEAD", "OPTIONS", "TRACE", "PATCH", "PUT", "POST", "DELETE", "CONNECT", "BREW")

@@ -40,7 +40,8 @@ def test_from_data_to_predictions_with_curl(tmp_path: Path, database_url: str, f
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert any("curl -sNH @ada.token" in line for line in seen)
-    assert not any(TOKEN.search(line) for line in seen)  # `ps` shows no token
+    (token,) = TOKEN.finditer((tmp_path / "ada.token").read_text())
+    assert not any(token[0] in line for line in seen)  # `ps` shows it to nobody
     assert "event: end" in done.stdout
     last = json.loads(done.stdout.strip().splitlines()[-1])
     assert (last["model"], last["version"], len(last["labels"])) == ("demand", 1, 1029)

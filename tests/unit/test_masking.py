@@ -13,7 +13,7 @@ from urllib.parse import quote, quote_plus
 import psycopg2
 import pytest
 import sqlalchemy
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from psycopg2.extensions import make_dsn, parse_dsn
 
@@ -58,6 +58,7 @@ AROUND = [
 
 
 @given(PASSWORDS, USERS, HOSTS, SCHEMES, st.sampled_from(list(FORMS)), st.sampled_from(AROUND))
+@example("XQZ@XQZ://XQZ", "me", "db", "postgresql", "as it is", "{}")
 def test_no_part_of_a_password_in_a_url_is_shown(
     password: str, user: str, host: str, scheme: str, form: str, around: str
 ) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -33,9 +32,11 @@ def docs(request: Request) -> Response:
     """Every route: what it does, takes and answers."""
     request.state.visitor = visitor_of(request)
     description = request.app.openapi()
-    found = [(tag, list(operations)) for tag, operations in groupby(_operations(description), key=lambda each: each[0])]
+    groups: dict[str, list[Operation]] = {}
+    for tag, operation in _operations(description):
+        groups.setdefault(tag, []).append(operation)
     schemas = {name: _text(schema) for name, schema in description["components"]["schemas"].items()}
-    return page(request, "docs.html", groups=found, about=description["info"], schemas=schemas)
+    return page(request, "docs.html", groups=groups, about=description["info"], schemas=schemas)
 
 
 def _operations(description: dict[str, Any]) -> list[tuple[str, Operation]]:

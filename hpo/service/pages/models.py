@@ -21,7 +21,7 @@ from hpo.service.pages.scores import by_name, scored
 from hpo.service.pages.visitor import FromReader, FromSubmitter, Looks
 from hpo.service.predict import predictor_of
 from hpo.service.problems import Problem, told
-from hpo.service.schemas import Alias, Prediction, predictions_of
+from hpo.service.schemas import Alias, Prediction
 from hpo.storage.access import Token
 from hpo.storage.registry import MissingModel
 
@@ -102,7 +102,7 @@ async def predict(name: str, version: str, request: Request, backend: Uses, form
         )
     if form.text("as") == "csv":
         headers = {**HEADERS, "Content-Disposition": f'attachment; filename="{found.model}-v{found.version}.csv"'}
-        return Response(predictions_of(found).as_csv(), media_type="text/csv; charset=utf-8", headers=headers)
+        return Response(found.predictions().as_csv(), media_type="text/csv; charset=utf-8", headers=headers)
     return page(
         request,
         "predictions.html",
