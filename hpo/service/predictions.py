@@ -23,6 +23,7 @@ import numpy as np
 from anyio.to_thread import run_sync
 from fastapi import Request, Response
 from numpy.typing import NDArray
+from starlette.requests import ClientDisconnect
 
 from hpo.models.bundle.bundle import Bundle, load
 from hpo.models.bundle.predictions import Predictions
@@ -244,7 +245,7 @@ def _response(prediction: Prediction) -> Response:
 
 
 async def _while_there(request: Request, answer: asyncio.Future[Predictions]) -> Predictions:
-    """The answer, or Problem once the client has gone, whose request then is not computed if that has not begun.
+    """The answer. Raises ClientDisconnect once nobody waits for it, which then is not computed unless that has begun.
 
     The request's body must have been read.
     """
@@ -257,7 +258,7 @@ async def _while_there(request: Request, answer: asyncio.Future[Predictions]) ->
             gone.cancel()
         if not answer.done():
             answer.cancel()
-            raise Problem(HTTPStatus.SERVICE_UNAVAILABLE, "the client has gone")  # nobody reads it
+            raise ClientDisconnect
     return answer.result()
 
 
