@@ -5,7 +5,7 @@
 # for Linux on x86-64: name one that has, and the image is a fifth of the size:
 #   docker build --build-arg PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu .
 # For a driver older than 580 or a card older than Turing, the same with …/whl/cu126 and TORCH=cuda.
-# The base is any Debian 12 with Python 3.11 to 3.13 and its venv module: tools/image.sh makes one of Debian's packages.
+# The base is any Debian 12 with Python 3.11 to 3.13 and its venv module: tools/image.py makes one of Debian's packages.
 ARG PYTHON_IMAGE=python:3.13.7-slim-bookworm
 FROM ${PYTHON_IMAGE}
 

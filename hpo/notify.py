@@ -65,7 +65,7 @@ class Settings:
 
         Raises NotifyError.
         """
-        private = os.environ.get("HPO_NOTIFY_PRIVATE", "0")
+        private = os.environ.get("HPO_NOTIFY_PRIVATE") or "0"
         if private not in ("0", "1"):
             raise NotifyError(
                 f"HPO_NOTIFY_PRIVATE must be 1, to send notices to private addresses, or 0, got {private!r}"

@@ -31,9 +31,10 @@ LEAST = 6  # characters of a secret that is looked for everywhere: a shorter one
 _remembered: set[str] = set()
 
 _START = r"(\b[\w+.-]{2,30}://(?!\[[0-9A-Fa-f:.]*\])"
-# scheme://user: … @, to the last @ before the next address: a password may hold spaces, quotes, ends of lines. What
-# follows an @ is a host, and begins no address.
-_URL = re.compile(_START + r"[^:/@\n]*:)(?!\*\*\*@)((?:(?!(?<![@\w+.-])[\w+.-]+://).){0,3000})@", re.DOTALL)
+# scheme://user: … @, to the last @ before the next address: a password may hold spaces, quotes, ends of lines, and what
+# looks like an address, but for a scheme of small letters that begins a word.
+_NEXT = r"(?<![@:\w+.-])[a-z][a-z0-9+.-]+://"
+_URL = re.compile(_START + r"[^:/@\n]*:)(?!\*\*\*@)((?:(?!" + _NEXT + r").){0,3000})@", re.DOTALL)
 # An @ behind an address without a password: postgresql://db:5432/x fails for me@example.org.
 _NOT_ITS_OWN = re.compile(r"\d{1,5}([/?,][^\s@]*)?\W?\s")
 # Without an @: what follows the colon is no port.

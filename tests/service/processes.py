@@ -73,6 +73,7 @@ class Relay:
         self._ports, self._next, self._lock = ports, 0, threading.Lock()
         self._requests: _Watch | None = None
         self._answers: _Watch | None = None
+        self._refusals: list[bytes] = []
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         threading.Thread(target=self._accept, daemon=True).start()
@@ -85,10 +86,14 @@ class Relay:
         """Once, when a server answers with this text, of which the client gets nothing."""
         self._answers = _Watch(text, 0, action)
 
+    def refuse(self, *answers: bytes) -> None:
+        """Answer the next connections with these, as a load balancer does of which no server is ready."""
+        self._refusals = list(answers)
+
     @property
     def done(self) -> bool:
         """Whether all has happened that was to."""
-        return self._requests is None and self._answers is None
+        return self._requests is None and self._answers is None and not self._refusals
 
     def close(self) -> None:
         self._listener.close()
@@ -99,6 +104,11 @@ class Relay:
                 client, _ = self._listener.accept()
             except OSError:
                 return
+            if self._refusals:
+                with client:
+                    client.recv(65536)
+                    client.sendall(self._refusals.pop(0))
+                continue
             index, server = self._connect()
             if server is None:
                 client.close()

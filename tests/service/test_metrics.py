@@ -83,11 +83,13 @@ def test_nothing_that_clients_make_up_becomes_a_label(client: httpx.Client) -> N
         assert client.get(f"/{word}/{word}").status_code == 404
         assert client.get(f"/v1/studies/{word}").status_code == 404
         assert client.request(word.upper(), "/healthz").status_code == 405
+        assert client.get(f"/assets/{word}.css").status_code == 404
     after = read(client)
     new = {key: after[key] for key in after.keys() - before.keys() if key[0] == "hpo_http_request_seconds_count"}
     assert new == {
         requests("GET", "none", 404): 3,
         requests("GET", "/v1/studies/{name}", 404): 3,
+        requests("GET", "/assets", 404): 3,
         requests("other", "/healthz", 405): 3,
     }
     assert not any(word in str(new) for word in ("one/", "two", "three"))

@@ -121,7 +121,7 @@ def _check_it_would_be_found(token: str, seen: set[str], texts: dict[str, str], 
     assert any("worker --study waves" in line for line in seen)
     assert any(token.split("_")[1] in text for where, text in texts.items() if where.startswith("row"))
     assert {"server.log", "worker.log", "model.safetensors", "PG_VERSION"} <= {path.name for path in files}
-    assert any(token.split("_")[1].encode() in content(path) for path in files if "base" in path.parts)
+    assert any(token.split("_")[1].encode() in content(path) for path in files if "pg_wal" in path.parts)
 
 
 def content(path: Path) -> bytes:

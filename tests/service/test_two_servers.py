@@ -210,6 +210,27 @@ def test_a_launch_outlives_a_restart_of_the_only_server(
     assert (summary["study"], summary["trials"]["complete"], summary["model"]["version"]) == ("restart", 2, 1)
 
 
+@pytest.mark.parametrize("status", ["502 Bad Gateway", "503 Service Unavailable", "504 Gateway Timeout"])
+def test_an_answer_that_passes_is_waited_out_as_long_as_it_says(pair: Pair, model: str, status: str) -> None:
+    def refusal(after_s: int) -> bytes:
+        return f"HTTP/1.1 {status}\r\nRetry-After: {after_s}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode()
+
+    def connect(retry_s: float) -> Client:
+        return Client(pair.relay.url, pair.service.token(), retry_s)
+
+    pair.relay.refuse(refusal(1), refusal(0))
+    with connect(30) as patient:
+        assert patient.study(model).name == model
+    pair.relay.refuse(refusal(0))
+    with connect(30) as patient:
+        assert [each.status for each in patient.follow(model)] == ["finished"]
+    pair.relay.refuse(refusal(60))
+    with connect(30) as impatient, pytest.raises(hpo.ServiceError, match=status.split()[0]) as error:
+        impatient.study(model)
+    assert error.value.retry_after_s == 60
+    assert pair.relay.done
+
+
 def test_a_service_that_stays_away_is_given_up(pair: Pair, client: Client, model: str) -> None:
     with Client(pair.relay.url, pair.service.token(), retry_s=1.0) as impatient:
         for each in pair.servers:

@@ -17,7 +17,7 @@ import optuna
 import pytest
 from optuna.artifacts.exceptions import ArtifactNotFound
 
-from hpo.storage.artifacts import ArtifactError, ArtifactStore, MissingArtifactError, artifact_store
+from hpo.storage.artifacts import ArtifactError, ArtifactStore, FolderStore, MissingArtifactError, artifact_store
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +154,22 @@ def test_an_unreachable_bucket_is_an_artifact_error(s3_client: Any, monkeypatch:
     monkeypatch.setattr("hpo.storage.artifacts._S3_ATTEMPTS", 1)
     with pytest.raises(ArtifactError, match=r"s3://studies \(.*\) cannot be used"):
         artifact_store("s3://studies").get("key")
+
+
+def test_a_store_that_is_there_says_so_and_one_that_is_away_does_not(store: ArtifactStore) -> None:
+    store.check()
+    if isinstance(store, FolderStore):
+        store.folder.rename(store.folder.with_name("elsewhere"))
+        with pytest.raises(ArtifactError, match=r"the artifact folder .* is not there, or not ours to write to"):
+            store.check()
+
+
+def test_a_bucket_that_is_away_is_soon_known(s3_client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ArtifactError, match=r"s3://no-such-bucket \(.*\) is not there"):
+        artifact_store("s3://no-such-bucket").check()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    with pytest.raises(ArtifactError, match=r"s3://studies \(.*\) cannot be used"):
+        artifact_store("s3://studies").check()
 
 
 def test_the_url_chooses_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

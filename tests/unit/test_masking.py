@@ -59,6 +59,8 @@ AROUND = [
 
 @given(PASSWORDS, USERS, HOSTS, SCHEMES, st.sampled_from(list(FORMS)), st.sampled_from(AROUND))
 @example("XQZ@XQZ://XQZ", "me", "db", "postgresql", "as it is", "{}")
+@example("XQZ@XQZ:XQZ://XQZ", "me", "db", "postgresql", "as it is", "{}")
+@example("XQZ@ XQZ://XQZ", "me", "db", "postgresql", "as it is", "{}")
 def test_no_part_of_a_password_in_a_url_is_shown(
     password: str, user: str, host: str, scheme: str, form: str, around: str
 ) -> None:
