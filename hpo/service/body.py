@@ -196,4 +196,4 @@ def json_of(body: bytes, what: str = "the body") -> Any:
 
 
 def _no_number(text: str) -> Any:
-    raise ValueError(f"{text} is no number in JSON; a value that is missing is null")
+    raise ValueError(f"{text} is no number in JSON")

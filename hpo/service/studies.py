@@ -38,7 +38,7 @@ from hpo.study.checks import NAME
 from hpo.study.config import StudyConfig, config_of, default_name
 from hpo.study.lifecycle import create_or_open, delete_study, open_study, snapshots, study_id_of, trial_of
 from hpo.study.notes import log_of
-from hpo.study.plan import StudyConflict
+from hpo.study.plan import MissingStudy, StudyConflict
 from hpo.study.record import FAILURE
 
 router = APIRouter(prefix="/v1/studies", tags=["studies"])
@@ -345,10 +345,12 @@ def _known(database: Database, name: str) -> int | None:
 
 def _check_clash(database: Database, token: Token, study_id: int, name: str) -> None:
     """Raise StudyConflict where the study of that name is another owner's: names are of the database, as workers,
-    models and displays know a study by its name alone."""
-    owner = database.access.owner_of(study_id)
-    if owner != token.owner and not token.may("admin"):
-        whose = "was not submitted through the service" if owner is None else f"is {owner}'s"
+    models and displays know a study by its name alone. Raises MissingStudy where it has been deleted meanwhile."""
+    row = database.leases.study(study_id)
+    if row is None:
+        raise MissingStudy(f"study {name!r} was deleted while it was submitted: submit it again")
+    if row.owner != token.owner and not token.may("admin"):
+        whose = "was not submitted through the service" if row.owner is None else f"is {row.owner}'s"
         raise StudyConflict(f"a study named {name!r} is there already and {whose}; choose another [study] name")
 
 
@@ -358,7 +360,10 @@ def _check_clash(database: Database, token: Token, study_id: int, name: str) -> 
 def _owned(database: Database, token: Token, name: str) -> int:
     """The id of a study that the token's holder may change. Raises MissingStudy, and Problem for another's."""
     study_id = study_id_of(database.storage, name)
-    check_owner(token, database.access.owner_of(study_id), f"study {name!r}")
+    owner = database.access.owner_of(study_id)
+    if owner is None:
+        study_id_of(database.storage, name)  # it may have been deleted a moment ago
+    check_owner(token, owner, f"study {name!r}")
     return study_id
 
 

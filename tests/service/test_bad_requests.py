@@ -340,7 +340,7 @@ def test_a_study_is_deleted_while_it_is_submitted(
     client: httpx.Client, service: Service, key: str, task: Callable[..., str]
 ) -> None:
     content = task("contested", key)
-    for _ in range(15):
+    for _ in range(25):
         submitted, repeated, deleted = at_once(
             lambda: client.post("/v1/studies", content=content),
             lambda: client.post("/v1/studies", content=content),
