@@ -84,7 +84,7 @@ def create_or_open(
         grid(plan.config.space)
     leases = Leases(storage)
     name = config.study.name
-    with exclusively(storage.url, f"study {name}"):  # launches of one file at once: the first one's is the study
+    with exclusively(storage.url, f"study {name}"):  # who else launches it finds it, who deletes it waits
         stored = _stored(storage, leases, name)
         if stored is None:
             _check_warm_start(storage, config)
@@ -101,16 +101,16 @@ def create_or_open(
             _begin(storage, leases, study_id, plan, owner)
         else:
             leases.set_notify(study_id, _notify(config))
-    for line in readout(plan, train, test):
-        log.info("%s: %s", name, line)
-    for line in suspicions(train, test):
-        log.warning("%s: %s", name, line)
-    leases.share(study_id, priority=config.study.priority, max_workers=config.study.max_workers)
-    row = leases.reopen(study_id, trials=config.study.trials, timeout_s=config.study.timeout_s)
-    if row.budget > config.study.trials:
-        text = "study %s: %d trials have begun, more than the %d that are asked for; no more are started"
-        log.warning(text, name, row.started, config.study.trials)
-    return open_study(name, storage)
+            leases.share(study_id, priority=config.study.priority, max_workers=config.study.max_workers)
+        for line in readout(plan, train, test):
+            log.info("%s: %s", name, line)
+        for line in suspicions(train, test):
+            log.warning("%s: %s", name, line)
+        row = leases.reopen(study_id, trials=config.study.trials, timeout_s=config.study.timeout_s)
+        if row.budget > config.study.trials:
+            text = "study %s: %d trials have begun, more than the %d that are asked for; no more are started"
+            log.warning(text, name, row.started, config.study.trials)
+        return open_study(name, storage)
 
 
 def open_study(name: str, storage: TrialStorage) -> OpenStudy:
