@@ -20,10 +20,8 @@ from hpo.storage.statements import statement
 FIRST_S, LONGEST_S = 20.0, 3600.0  # between two attempts at first, and at most
 ATTEMPTS = 30  # in about a day, where somebody sends all the time
 _CLAIM, _COMPLETE, _ONE = statement("claim_notices"), statement("complete_notice"), statement("one_notice")
-_DELIVERED, _FAILED = (
-    [statement(name) for name in ("notice_delivered", "forget_old_notices")],
-    statement("notice_failed"),
-)
+_DELIVERED = [statement(name) for name in ("notice_delivered", "forget_old_notices")]
+_FAILED = statement("notice_failed")
 _NOTE_FAILURE, _NOTICES, _DUE = statement("note_failure"), statement("notices"), statement("notices_due")
 _SNAPSHOTS = statement("snapshots")
 

@@ -78,15 +78,14 @@ def _needs(role: str) -> Callable[[Request, Token], Awaitable[Token]]:
     async def allowed(request: Request, token: Annotated[Token, Depends(_token)]) -> Token:  # waits for nothing
         check_role(token, role)
         if role != "read":  # these routes change something
-            check_rate(request, token)
+            check_rate(request.app.state.backend, token)
         return token
 
     return allowed
 
 
-def check_rate(request: Request, token: Token) -> None:
+def check_rate(backend: Backend, token: Token) -> None:
     """Raise Problem (429) where the owner has changed too much in the last minute."""
-    backend: Backend = request.app.state.backend
     if wait_s := backend.writes.wait_s(token.owner):
         reason = f"{token.owner} may change something {backend.writes.most} times a minute: try again in {wait_s} s"
         raise Problem(HTTPStatus.TOO_MANY_REQUESTS, reason, {"Retry-After": str(wait_s)})

@@ -1,4 +1,4 @@
-"""What the routes share: the database, the artifact store, promoted models in memory, and the service's limits."""
+"""What the routes share: the database, the artifact store, and the service's settings."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PROBE_S = 2.0  # … and how long the question does whether we are ready
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may ask for."""
+    """What requests may ask for, and how they are treated."""
 
     body: int = 1024 * MIB  # bytes of an upload
     text: int = MIB  # bytes of a study file, or of another small body

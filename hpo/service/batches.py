@@ -44,14 +44,14 @@ class Batches(Generic[Q, A]):
 
     def ask(self, question: Q) -> asyncio.Future[A]:
         """The answer to come; cancelled before its call begins it is not computed. Raises Problem (503) when full."""
-        self.check_room()
+        self._check_room()
         answer: asyncio.Future[A] = asyncio.get_running_loop().create_future()
         self._waiting.append((question, answer))
         if len(self._running) < self._calls:
             self._running.add(asyncio.create_task(self._run()))
         return answer
 
-    def check_room(self) -> None:
+    def _check_room(self) -> None:
         """Raise Problem (503) where as many wait as may."""
         if len(self._waiting) < self._most:
             return

@@ -17,10 +17,10 @@ from starlette.types import Receive, Scope, Send
 from hpo.dashboard.origins import same_origin
 from hpo.dashboard.routes import DELETIONS, READS, STUDY, STUDY_FILES, TRIAL_FILES, Arguments, GuardedRoutes
 from hpo.dashboard.server import Rejection, guarded_app, is_page
-from hpo.service.access import COOKIE
+from hpo.service.access import COOKIE, check_owner, check_rate, check_role
 from hpo.service.backend import Backend
 from hpo.service.hosts import Hosts, refusal
-from hpo.service.problems import answer
+from hpo.service.problems import Problem, answer
 from hpo.storage.access import Token
 from hpo.storage.trials import TrialStorage, trial_storage
 
@@ -145,11 +145,10 @@ class _Writers:
             if found is None:
                 raise HTTPError(404, "there is no such study or trial")
             name, owner = found
-            if not visitor.may("submit"):
-                raise HTTPError(403, f"this needs the role 'submit', yours is {visitor.role!r}")
-            if owner != visitor.owner and not visitor.may("admin"):
-                whose = "nobody's of this service" if owner is None else f"{owner}'s"
-                raise HTTPError(403, f"study {name!r} is {whose}: only its owner or an admin may write to it")
-            if wait_s := self._backend.writes.wait_s(visitor.owner):
-                raise HTTPError(429, f"{visitor.owner} has changed too much in this minute: try again in {wait_s} s")
+            try:
+                check_role(visitor, "submit")
+                check_owner(visitor, owner, f"study {name!r}")
+                check_rate(self._backend, visitor)
+            except Problem as problem:
+                raise HTTPError(int(problem.status), str(problem)) from None
             database.access.note(visitor, "study.annotate", name, {"path": request.path})

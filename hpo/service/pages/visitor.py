@@ -13,7 +13,7 @@ from fastapi import Depends, Request
 
 from hpo.dashboard.origins import same_origin
 from hpo.errors import HpoError
-from hpo.service.access import COOKIE, check_rate, hosts_of, signed_in
+from hpo.service.access import COOKIE, check_rate, check_role, hosts_of, signed_in
 from hpo.service.body import Received, received_form
 from hpo.service.problems import Problem
 from hpo.storage.access import Token
@@ -95,8 +95,7 @@ def _known(request: Request) -> Visitor:
 
 def _needs(role: str) -> Callable[[Visitor], Visitor]:
     def allowed(visitor: Annotated[Visitor, Depends(_known)]) -> Visitor:
-        if not visitor.may(role):
-            raise Problem(HTTPStatus.FORBIDDEN, f"this needs the role {role!r}, yours is {visitor.token.role!r}")
+        check_role(visitor.token, role)
         return visitor
 
     return allowed
@@ -106,7 +105,7 @@ def _form_for(role: str) -> Callable[..., AsyncIterator[Posted]]:
     async def posted(request: Request, visitor: Visitor = Depends(_needs(role))) -> AsyncIterator[Posted]:
         check_origin(request)
         if role != "read":
-            check_rate(request, visitor.token)
+            check_rate(request.app.state.backend, visitor.token)
         async with received_form(request, FILES) as (fields, files):
             if not hmac.compare_digest(fields.get(FORM_TOKEN, "").encode(), visitor.form_token.encode()):
                 raise Problem(HTTPStatus.FORBIDDEN, "this form is of an earlier session: reload its page and try again")
