@@ -55,6 +55,7 @@ SELECT trial_id, study_id, 'w' || trial_id % 50, 1, now(), now(), now(), now() F
 INSERT INTO hpo.models (name, version, study_id, study_name, trial_number, scores, config, artifacts)
 SELECT study_name, 1, study_id, study_name, 0, '{{"metric": "auroc", "value": 0.9, "test": {{"auroc": 0.9}}}}',
     '{{"params": {{}}}}', '{{}}' FROM studies WHERE study_id % 5 > 0;
+INSERT INTO hpo.aliases (name, alias, version) SELECT name, 'latest', 1 FROM hpo.models;
 VACUUM ANALYZE
 """
 

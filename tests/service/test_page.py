@@ -470,6 +470,26 @@ def test_many_studies_and_models_are_shown_by_page(database_url: str, tmp_path: 
     app.state.backend.close()
 
 
+def test_a_model_of_an_earlier_release_has_its_page(ada: Browser, service: Service) -> None:
+    """Which said neither how many sequences its scores are of nor how often the test part was looked at."""
+    found = {"auroc": 0.5677, "log_loss": 0.6888}
+    scores = {
+        "metric": "auroc",
+        "value": 0.5677,
+        "validation": found,
+        "test": found,
+        "intervals": {"auroc": [0.4, 0.7]},
+    }
+    with closing(trial_storage(service.database_url)) as storage:
+        study_id = storage.create_new_study([optuna.study.StudyDirection.MAXIMIZE], "earlier")
+        given: dict[str, Any] = {"trial_number": 0, "config": {"params": {"layers": 1}}, "artifacts": {}}
+        for name, known in {"earlier": scores, "no-test": {**scores, "test": None, "intervals": None}}.items():
+            Registry(storage.connection).promote(name, study_id=study_id, study_name="earlier", scores=known, **given)
+    assert "0.4000 to 0.7000" in ada.get("/models/earlier").text
+    assert "no test part" in ada.get("/models/no-test").text
+    assert 'href="/models/earlier"' in ada.get("/").text
+
+
 def test_what_is_not_there_is_a_page_that_says_so(ada: Browser) -> None:
     for path, reason in {
         "/studies/none": "there is no study named 'none'",

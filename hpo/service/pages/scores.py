@@ -38,9 +38,10 @@ class Version:
     scores: tuple[Score, ...]
 
     @property
-    def sequences(self) -> dict[str, int]:
-        """How many sequences each part has; nothing of versions that do not say."""
-        return dict(self.model.scores.get("sequences") or {})
+    def sequences(self) -> dict[str, int | None]:
+        """How many sequences each part has; None where an earlier version of hpo has not said, or there is no part."""
+        said = self.model.scores.get("sequences") or {}
+        return {part: said.get(part) for part in ("validation", "test")}
 
 
 @dataclass(frozen=True)
