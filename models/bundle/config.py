@@ -66,7 +66,8 @@ class BundleConfig:
                 raise BundleError(f"a classifier of {self.classifier.features} features needs as many {what}")
         for what, scores in (("validation", self.validation), ("test", self.test)):
             if scores is not None and len(scores.confusion) != self.classifier.classes:
-                raise BundleError(f"{what}: a classifier of {self.classifier.classes} classes has counts of as many")
+                expected, got = self.classifier.classes, len(scores.confusion)
+                raise BundleError(f"{what}: a classifier of {expected} classes needs the counts of as many, got {got}")
 
     @property
     def has_names(self) -> bool:
