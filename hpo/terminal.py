@@ -220,7 +220,7 @@ def show_weak(state: Snapshot, scores: ModelScores) -> None:
 def _weak_lines(study: str, version: int | None, weak: Mapping[str, Any]) -> list[str]:
     """A `Weak` in words, a line a class or group."""
     count = f"{weak['sequences']:,} {'sequence' if weak['sequences'] == 1 else 'sequences'}"
-    lines = [f"version {version}, {weak['part']} part ({count}, accuracy {weak['accuracy']:.4f}), is weaker in:"]
+    lines = [f"version {version} on the {weak['part']} part: accuracy {weak['accuracy']:.4f} of {count}, weaker on"]
     for each in weak["classes"][:WEAK_SHOWN]:
         taken = each["mistaken_for"]
         other = f", {taken['sequences']:,} taken for {taken['name']}" if taken else ""

@@ -164,9 +164,10 @@ def measure(
 def count_groups(right: NDArray[np.bool_], groups: Labels | None, names: Sequence[str]) -> Groups | None:
     """The groups of a part by how many of their sequences are right.
 
-    right (N,): whether each sequence gets its class; groups (N,): codes, into `names`. In order of the upper end of the
-    accuracy's interval, so that one wrong sequence of one does not come before 30 of 100; of equal ones by accuracy,
-    then by name. None without groups, and where each group is one sequence: the wrong sequences say the same then.
+    right (N,): whether each sequence gets its class; groups (N,): codes, into `names` where these are known. In order
+    of the upper end of the accuracy's interval, so that one wrong sequence of one does not come before 30 right of 100;
+    of equal ones by accuracy, then by code. None without groups, and where each group is one sequence: the wrong
+    sequences say the same then.
     """
     if groups is None:
         return None
@@ -176,7 +177,7 @@ def count_groups(right: NDArray[np.bool_], groups: Labels | None, names: Sequenc
     sizes, hits = np.bincount(at), np.bincount(at, right).astype(np.int64)
     order = np.lexsort((codes, hits / sizes, _upper_ends(hits, sizes)))[:GROUPS_KEPT]
     counts = zip(sizes[order].tolist(), hits[order].tolist(), strict=True)
-    return Groups(len(codes), tuple(counts), tuple(names[code] for code in codes[order].tolist()))
+    return Groups(len(codes), tuple(counts), tuple(names[code] for code in codes[order].tolist()) if names else ())
 
 
 def _upper_ends(hits: NDArray[np.int64], sizes: NDArray[np.int64]) -> Floats:

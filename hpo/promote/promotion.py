@@ -146,7 +146,7 @@ def promote(
         },
         latest=as_default or earlier is None or is_better(study, record, earlier),
         config={"params": record.params},
-        group_names={part: groups.names for part, groups in grouped.items() if groups is not None},
+        group_names={part: groups.names for part, groups in grouped.items() if groups and groups.names},
         artifacts=artifacts,
     )
     if as_default and not model.default:  # it was a version already
