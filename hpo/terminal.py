@@ -223,11 +223,11 @@ def _weak_lines(study: str, version: int | None, weak: Mapping[str, Any]) -> lis
     lines = [f"version {version} on the {weak['part']} part: accuracy {weak['accuracy']:.4f} of {count}, weaker on"]
     for each in weak["classes"][:WEAK_SHOWN]:
         taken = each["mistaken_for"]
-        other = f", {taken['sequences']:,} taken for {taken['name']}" if taken else ""
+        other = f", {taken['sequences']:,} taken for {taken['name']!r}" if taken else ""
         recall = _ranged(each["recall"], each["recall_interval"])
-        lines.append(f"  class {each['name']}: recall {recall} of {each['sequences']:,}{other}")
+        lines.append(f"  class {each['name']!r}: recall {recall} of {each['sequences']:,}{other}")
     for each in weak["groups"][:WEAK_SHOWN]:
-        name = "a group" if each["name"] is None else f"group {each['name']}"
+        name = "a group" if each["name"] is None else f"group {each['name']!r}"
         lines.append(f"  {name}: accuracy {_ranged(each['accuracy'], each['interval'])} of {each['sequences']:,}")
     more = [(len(weak[what]) - WEAK_SHOWN, what) for what in ("classes", "groups")]
     if left := " and ".join(f"{count:,} {what}" for count, what in more if count > 0):

@@ -107,8 +107,8 @@ def test_the_models_page_shows_classes_and_groups(service: Service) -> None:
     found = scores_for(service, "submit", "ada")
     with Browser(service.url, service.token("submit", "ada")) as browser:
         shown = browser.get("/models/gait/1").text
-    table = shown[shown.index('<table class="classes">') :]
-    order = re.findall(r'<tr><th scope="row">(\w+)<span class="muted">(\d+ sequences?)</span>', table)
+    table = shown[shown.index('<table class="weakest classes">') :]
+    order = re.findall(r'<tr><th scope="row">(\w+)<span class="muted nowrap">(\d+ sequences?)</span>', table)
     with hpo.connect(service.url, service.token("read", "ada")) as client:
         parts = client.scores("gait")
     assert parts.test is not None
@@ -118,7 +118,7 @@ def test_the_models_page_shows_classes_and_groups(service: Service) -> None:
     with Browser(service.url, service.token("read", "bob")) as browser:
         other = browser.get("/models/gait/1").text
     assert "What they are called, only the study’s owner and admins are told." in other
-    assert '<th scope="col">Group</th>' not in other
+    assert '<th scope="row"><span class="muted nowrap">' in other
 
 
 def test_a_client_reads_the_same(service: Service) -> None:
@@ -147,7 +147,7 @@ def status(service: Service, tmp_path: Path, *options: str, owner: str = "ada", 
 
 
 def test_status_is_alike_there_and_here(service: Service, tmp_path: Path) -> None:
-    weak = r"version 1 on the test part: accuracy 0\.\d+ of \d+ sequences, weaker on\n  class (walk|limp): recall 0\.\d"
+    weak = r"version 1 on the test part: accuracy 0\.\d+ of \d+ sequences, weaker on\n  class '(walk|limp)': recall 0\.\d"
     for there in (True, False):
         assert re.search(weak, status(service, tmp_path, there=there))
         (row,) = json.loads(status(service, tmp_path, "--json", there=there))
@@ -186,7 +186,7 @@ def test_models_of_earlier_releases_have_what_can_be_counted_and_a_page(service:
         for name, shown in (("bare", False), ("earlier", True), ("lost", False)):
             page = browser.get(f"/models/{name}/1")
             assert page.status_code == 200
-            assert ('<table class="classes">' in page.text) == shown
+            assert ('<table class="weakest classes">' in page.text) == shown
             assert "0.7500" in page.text
 
 
