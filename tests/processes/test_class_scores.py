@@ -10,9 +10,6 @@ import numpy as np
 
 import hpo
 from tests.conftest import Cli
-from tests.processes.test_stored_by_earlier_versions import stored
-
-__all__ = ["stored"]  # a fixture
 
 STUDY = """
 [study]
@@ -82,20 +79,3 @@ def test_a_launch_says_where_its_model_is_weak_and_the_folder_tells_no_group(cli
     assert config.test is not None
     assert config.test.groups is not None
     assert config.test.groups.counts == tuple((each["sequences"], each["right"]) for each in test["by_group"])
-
-
-def test_status_of_a_study_whose_model_is_of_an_earlier_version(stored: dict[str, str], cli: Cli) -> None:
-    (row,) = json.loads(cli("status", "done", "--json", env=stored).stdout)
-    (model,) = json.loads(cli("models", "--json", env=stored).stdout)
-    for part in ("validation", "test"):
-        found = row["scores"][part]
-        assert (found is None) == (model[part] is None)
-        assert found is None or [each["name"] for each in found["by_class"]] == ["fast", "slow"]
-        assert found is None or (found["groups"], found["by_group"]) == (None, [])
-    for file in Path(stored["HPO_ARTIFACTS"]).glob("model-*-config.json"):
-        file.unlink()
-    shown = cli("status", "done", env=stored)
-    assert shown.returncode == 0
-    assert "done version 1 has no scores by class here: the file config.json of a promoted" in shown.stderr
-    (row,) = json.loads(cli("status", "done", "--json", env=stored).stdout)
-    assert row["scores"] is None

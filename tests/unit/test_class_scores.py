@@ -38,7 +38,8 @@ from hpo.terminal import evaluation_row, show_evaluation
 from tests.unit.test_bundle import CURVE, make
 
 STORED = Path(__file__).with_name("stored")
-EARLIER = Path(__file__).parents[1] / "fixtures" / "before_the_redesign"
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+EARLIER = [STORED / "model", *(FIXTURES / version / "model" for version in ("before_the_redesign", "before_the_stem"))]
 # Of 10 walks 4 are taken for runs and 1 for sitting; sitting is found always; nothing is predicted as lying.
 COUNTS = ((5, 4, 1, 0), (1, 9, 0, 0), (0, 0, 5, 0), (0, 0, 2, 0))
 NAMES = ("walk", "run", "sit", "lie")
@@ -280,7 +281,7 @@ def test_counts_of_other_classes_than_the_models_are_refused() -> None:
         from_json(json.dumps(content).encode(), "config.json")
 
 
-@pytest.mark.parametrize("folder", [STORED / "model", EARLIER / "model"])
+@pytest.mark.parametrize("folder", EARLIER)
 def test_a_model_of_an_earlier_version_is_scored_by_class_from_its_counts(folder: Path, tmp_path: Path) -> None:
     config = bundle.load(folder).config
     found = model_scores(config.classes, config.validation, config.test)
