@@ -111,12 +111,15 @@ def promote(
     """Make a complete trial's model a version of the registry.
 
     It becomes the one that the name alone means if it is better on validation than that one, or `as_default`. The
-    members are evaluated on validation, which must give the recorded score, and then, together, once on the test part.
+    members are evaluated on validation, which must give the recorded score, and then, together, once on the test part;
+    of rolling folds the last member is the model.
     Raises PromotionError.
     """
     device = choose_device()
     try:
         members, validation = _trained(study.plan, store, record, sequences, device)
+        if study.plan.config.data.time is not None:
+            members = members[-1:]  # of rolling folds the last one alone has trained on all but the latest sequences
         config = _bundle_config(study, record, len(members))
         test = _test_scores(study.plan, store, config, members, device)
     except OutOfMemory as error:
@@ -283,7 +286,6 @@ def _places(record: TrialRecord) -> str:
 def _bundle_config(study: OpenStudy, record: TrialRecord, members: int) -> BundleConfig:
     plan = study.plan
     classifier, _ = configurations(plan, record.params, record.seed)
-    data = plan.config.data
     return BundleConfig(
         classifier=classifier,
         classes=plan.classes,
@@ -295,7 +297,7 @@ def _bundle_config(study: OpenStudy, record: TrialRecord, members: int) -> Bundl
         members=members,
         threshold=record.threshold,
         best_epoch=record.best_epoch,
-        columns={"label": data.label, "id": data.id, "step": data.step, "group": data.group},
+        columns=plan.config.data.columns,
         provenance={
             "study": study.name,
             "trial": record.number,
