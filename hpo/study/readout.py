@@ -33,8 +33,15 @@ def _validation(data: DataSection) -> str:
         parts = f"{data.validation.folds} {'rolling ' * ordered}folds"
     else:
         parts = f"{'the latest' if ordered else 'a'} share of {data.validation:g}"
-    gap = "" if not data.gap else f"{data.gap} sequences" if isinstance(data.gap, int) else f"{data.gap:g} s"
+    gap = "" if not data.gap else f"{data.gap} sequences" if isinstance(data.gap, int) else _duration(data.gap)
     return parts + f" by {data.time!r}" * ordered + f", {gap} before it left out" * bool(gap)
+
+
+def _duration(seconds: float) -> str:
+    """As in a study file: 604800 s are 7d."""
+    sizes = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+    unit = next((unit for unit, size in sizes.items() if seconds % size == 0), "s")
+    return f"{seconds / sizes[unit]:g}{unit}"
 
 
 def suspicions(train: Sequences, test: Sequences | None) -> list[str]:
