@@ -85,8 +85,8 @@ def read(data: Any, **columns: Any) -> Sequences:
     """The sequences of a npz, csv, parquet or .ts file, a data frame of pandas or polars, a dict of arrays or an array.
 
     It is `hpo.models.data.readers.read`, with its keywords: `label`, `id`, `step` and `group` name the columns of a
-    table that are called otherwise (group may be the id), `time` the one that orders the sequences, so that it is no
-    feature; `labeled=False` reads data without labels.
+    table that are called otherwise (group may be the id), `time` the one that orders the sequences and `weight` the
+    one that says how much they count, so that neither is a feature; `labeled=False` reads data without labels.
 
     Raises DataError, which names the file, the row and the way out.
     """

@@ -254,7 +254,7 @@ class Client:
     ) -> Prediction:
         """Class and probabilities of the sequences of a data file, or of lists of steps of values.
 
-        columns: label, id, step, group and time, where those of the file are not called as in training.
+        columns: label, id, step, group, time and weight, where those of the file are not called as in training.
         """
         path = f"/v1/models/{name}/{version}/predict"
         if isinstance(data, str | Path):

@@ -249,10 +249,11 @@ def _check_score(metric: str, record: TrialRecord, training: Training, sequences
 
     Another machine's rounding may turn the class or the rank of a sequence, so that a metric moves by a step.
     """
-    probabilities = training.validate()
-    scores = measure(probabilities, training.labels, record.threshold, record.seed)
+    probabilities, labels, weights = training.validate(), training.labels, training.row_weights
+    scores = measure(probabilities, labels, record.threshold, record.seed, weights=weights)
     value = scores.metrics[metric]
-    near = math.isclose(value, record.value, abs_tol=max(TOLERANCE, 1 / len(training.labels)))
+    step = 1 / len(labels) if weights is None else float(weights.max() / weights.sum())
+    near = math.isclose(value, record.value, abs_tol=max(TOLERANCE, step))
     if value != record.value and (exact or not near):
         raise PromotionError(
             f"the promoted weights must give the recorded validation {metric} {record.value!r}, they "
@@ -325,7 +326,7 @@ def _test_scores(
     test = fetch_sequences(store, plan.test)
     assert test.labels is not None
     probabilities = assemble(config, members, device).predict(test).probabilities
-    scores = measure(probabilities, test.labels, config.threshold, plan.config.study.seed, plan.classes)
+    scores = measure(probabilities, test.labels, config.threshold, plan.config.study.seed, plan.classes, test.weights)
     if scores.undefined:
         reason = next(iter(scores.undefined.values()))
         log.warning("the test part holds %s: %s have no value on it", reason, ", ".join(scores.undefined))

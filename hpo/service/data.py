@@ -13,7 +13,8 @@ import numpy as np
 from anyio.to_thread import run_sync
 from fastapi import APIRouter, Query, Request
 
-from hpo.models.data.readers import BESIDE, read
+from hpo.models.data.columns import BESIDE
+from hpo.models.data.readers import read
 from hpo.models.data.sequences import Sequences
 from hpo.service.access import Column, Reader, Submitter, Uses
 from hpo.service.backend import Backend
@@ -37,15 +38,16 @@ async def upload(
     step: Column = "step",
     group: Column = "group",
     time: Column | None = None,
+    weight: Column | None = None,
 ) -> DataFile:
-    """Store a data file of any format that is read: npz, csv, tsv, parquet, ts; label, id, step, group and time
-    name columns.
+    """Store a data file of any format that is read: npz, csv, tsv, parquet, ts; label, id, step, group, time
+    and weight name columns.
 
     The same content under the same name has the same key, however often it is sent. What nobody has sent, asked for or
     submitted for a week (--keep-uploads of the service) is removed; studies keep their data.
     """
     async with received_file(request) as file:
-        given = {"label": label, "id": id, "step": step, "group": group, "time": time}
+        given = {"label": label, "id": id, "step": step, "group": group, "time": time, "weight": weight}
         columns = {role: column for role, column in given.items() if column is not None}
         return await run_sync(keep, backend, token, file, columns)
 

@@ -115,6 +115,8 @@ class DataSection:
     group: str = field(default="group", metadata=checked(text))  # column of what a split must not separate
     # column that orders the sequences: the latest test, those before them validate; None: parts are drawn
     time: str | None = field(default=None, metadata=checked(text))
+    # column that says how much each sequence counts, in training and in scores; None: all alike
+    weight: str | None = field(default=None, metadata=checked(text))
     # left out between training and validation, and between these and the test: sequences (int) or seconds (float)
     gap: int | float | None = field(default=None, metadata=checked(gap))
     # of two classes the one that f1, average_precision and the threshold are of; None: the last by name

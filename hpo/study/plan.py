@@ -18,7 +18,17 @@ from hpo.models.data.canonical import fingerprint
 from hpo.models.data.order import in_order
 from hpo.models.data.readers import read
 from hpo.models.data.sequences import DataError, Sequences
-from hpo.models.data.splits import RULES, Split, check_trainable, holdout, lacking, split_folds, split_share, units
+from hpo.models.data.splits import (
+    RULES,
+    Split,
+    check_trainable,
+    counting,
+    holdout,
+    lacking,
+    split_folds,
+    split_share,
+    units,
+)
 from hpo.models.data.time_order import Cut, check_gap, distinct, latest, length, rolling, shown
 from hpo.models.metrics import BY_RANK
 from hpo.models.seeds import derive
@@ -139,6 +149,7 @@ def make_plan(config: StudyConfig, rules: int = RULES) -> tuple[Plan, Sequences,
         train, test = train.filled_with(fill), test and test.filled_with(fill)
     completed = complete_from(config, train)
     splits = _checked_splits(config, completed, train, rules)
+    _check_weights(config, train, splits, test)
     _check_scorable(config, completed, train, splits)
     _check_flatten(completed, train, test)
     _say_what_is_lacking(train, splits, test)
@@ -287,10 +298,23 @@ def _named_validation(written: StudyConfig, completed: StudyConfig) -> str:
     return f"{written.data.train}: data.validation = {shown}{by}"
 
 
+def _check_weights(written: StudyConfig, train: Sequences, splits: list[Split], test: Sequences | None) -> None:
+    """Raise DataError where no sequence of a part has a weight above 0."""
+    data = written.data
+    parts = [("a training part", train, rows) for rows, _ in splits]
+    parts.append(("the validation part", train, np.concatenate([rows for _, rows in splits])))
+    if test is not None:
+        parts.append(("the test part", test, np.arange(test.n)))
+    for what, sequences, rows in parts:
+        if not len(counting(sequences, rows)):
+            way_out = "set more aside, split by another study.seed, or give some of them a weight above 0"
+            raise DataError(f"{data.train}: data.weight is 0 for all {len(rows)} sequences of {what}: {way_out}")
+
+
 def _check_scorable(written: StudyConfig, completed: StudyConfig, train: Sequences, splits: list[Split]) -> None:
     """Raise DataError where the validation part, of all folds, has one class and what is chosen by it needs two."""
     assert train.labels is not None
-    validated = train.labels[np.concatenate([rows for _, rows in splits])]
+    validated = train.labels[counting(train, np.concatenate([rows for _, rows in splits]))]
     if (validated != validated[0]).any():
         return
     metric = completed.study.metric

@@ -79,6 +79,8 @@ def _sizes(part: Sequences) -> str:
         text.append(f"{len(np.unique(part.groups))} groups")
     if part.moments is not None:
         text.append(f"from {span(part)}")
+    if part.weights is not None:
+        text.append(f"weights from {part.weights.min():g} to {part.weights.max():g}")
     text.append(f"{part.filled if part.missing is None else part.missing.sum()} missing values filled")
     return "; ".join(text)
 

@@ -127,6 +127,8 @@ def _scores(config: BundleConfig) -> str:
             "validation scores are those of a network for each block, trained on what was before it; the last one is "
             "this model."
         )
+    if any(scores.weighted for scores in known.values()):
+        text += f" Sequences count by their weights, {_name(config.columns.get('weight', 'weight'))}."
     if len(config.classes) == 2:
         text += f" F1 and average precision are those of class {_escaped(config.classes[1])}."
     return "## Scores\n\n" + "\n".join(rows) + f"\n\n{text}\n\n![confusion](confusion.png)"

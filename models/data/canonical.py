@@ -24,11 +24,12 @@ def to_bytes(sequences: Sequences, *, group_names: bool = True) -> bytes:
     Whether the features have names of their own is no part of it, so that npz and csv are alike: `load` takes x0, x1, …
     for numbers. The study's plan keeps it, and what follows from the values that were missing.
 
-    Data without times get the bytes that earlier versions gave them.
+    Data without times and weights get the bytes that earlier versions gave them.
     """
     from safetensors.numpy import save as serialize
 
     optional = {"labels": sequences.labels, "groups": sequences.groups, "moments": sequences.moments}
+    optional["weights"] = sequences.weights
     arrays: dict[str, NDArray[Any]] = {"values": sequences.values, "lengths": sequences.lengths}
     arrays |= {name: array for name, array in optional.items() if array is not None}
     about: dict[str, Any] = {name: getattr(sequences, name) for name in (*NAMES, "filled")}

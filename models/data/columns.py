@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-ROLES = ("label", "id", "step", "group", "time")
+ROLES = ("label", "id", "step", "group", "time", "weight")
+BESIDE = ("time", "weight")  # those that have no column unless one is named; new data need none
 MAY_SHARE = {"group": {"id"}, "time": {"id", "step", "group"}}  # of a role those whose column may be its own, too
-RULE = "label, id, step, group and time must be different columns, but that group may be id, and time id, step or group"
+RULE = (
+    "label, id, step, group, time and weight must be different columns, but that group may be id, and time id, step or "
+    "group"
+)
 
 
 def clash(columns: Mapping[str, str]) -> str | None:

@@ -16,8 +16,8 @@ FEW = 8  # columns
 
 
 def in_order(sequences: Sequences) -> Sequences:
-    """The same sequences, ordered by what they hold: the shorter first, then by values, step by step, by labels and by
-    times, if any.
+    """The same sequences, ordered by what they hold: the shorter first, then by values, step by step, by labels and, if
+    any, by times and weights.
 
     Values are compared feature by feature in the order of `ranks`. The order is the same in another unit, and with an
     offset; for that a feature that a sequence lacks throughout counts as its mean. Groups are numbered in this order.
@@ -60,14 +60,12 @@ def _by_content(sequences: Sequences) -> Indices:
 
 
 def _beside(sequences: Sequences) -> list[NDArray[Any]]:
-    """(N,) each: what tells sequences apart that are alike in values and label, where they have times: those, and the
-    names of their groups."""
-    if sequences.moments is None:
-        return []
-    if sequences.groups is None:
-        return [sequences.moments]
-    names = np.unique(sequences.group_names, return_inverse=True)[1] if sequences.group_names else np.arange(0)
-    return [sequences.moments, names[sequences.groups] if len(names) else sequences.groups]
+    """(N,) each: what tells sequences of equal values and labels apart where they have times or weights: those, and the
+    names of groups."""
+    keys = [key for key in (sequences.moments, sequences.weights) if key is not None]
+    if keys and sequences.groups is not None:
+        keys.append(np.array(sequences.group_names)[sequences.groups] if sequences.group_names else sequences.groups)
+    return keys
 
 
 def _whole(values: NDArray[np.float32]) -> Indices:

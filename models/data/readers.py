@@ -20,22 +20,25 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
+from hpo.models.data.columns import BESIDE
 from hpo.models.data.sequences import DataError, Raw, Sequences, column, raw_arrays, to_sequences
 from hpo.models.data.sizes import check_content
 from hpo.models.data.steps import moments
 from hpo.models.data.tables import Columns, is_frame, read_csv, read_frame, read_parquet
 from hpo.models.data.ts import ARFF, read_ts
+from hpo.models.data.weights import weights
 
 BLOCK = 2**18  # bytes read at once
-BESIDE = ("time",)  # roles that an npz file has an array of, which is read if somebody names it
 ARRAYS = ("X", "y", "lengths", "groups", *BESIDE)  # of an npz file
 _KNOWN = f"known are {', '.join(ARRAYS)}; lengths say how many steps are valid"
-# their names, and others by which they often go
-_OFTEN = {"x": "X", "y": "y", "label": "y", "target": "y", "lengths": "lengths", "groups": "groups", "time": "time"}
+_OFTEN = {  # their names, and others by which they often go
+    **{name: name for name in ("lengths", "groups", *BESIDE)},
+    **{"x": "X", "y": "y", "label": "y", "target": "y"},
+}
 
 
 def _read_npz(path: Path, columns: Columns) -> Raw:
-    """npz: X (N, T, F) or (N, T); optional y, lengths, groups and time, each (N,). No other array."""
+    """npz: X (N, T, F) or (N, T); optional y, lengths, groups, time and weight, each (N,). No other array."""
     if not zipfile.is_zipfile(path):
         raise DataError(f"{path} is empty or not an npz file: write it with numpy.savez")
     try:
@@ -120,8 +123,15 @@ def _of_arrays(source: str, arrays: Mapping[str, Any], columns: Columns) -> Raw:
             raise DataError(
                 f"{source} has no array {role!r} (N,), which is named; it has {', '.join(map(str, arrays))}"
             )
-    if "time" in arrays and columns.timed:
-        raw = replace(raw, moments=moments(column(source, "time", arrays["time"], len(raw.values)), raw.at))
+    beside = {
+        role: column(source, role, arrays[role], len(raw.values))
+        for role in BESIDE
+        if role in arrays and columns.reads(role)
+    }
+    if "time" in beside:
+        raw = replace(raw, moments=moments(beside["time"], raw.at))
+    if "weight" in beside:
+        raw = replace(raw, weights=weights(beside["weight"].tolist(), raw.at))
     return raw
 
 
@@ -173,6 +183,7 @@ def read(
     step: str = "step",
     group: str = "group",
     time: str | None = None,
+    weight: str | None = None,
     classes: tuple[str, ...] | None = None,
     labeled: bool | None = None,
     features: tuple[str, ...] | None = None,
@@ -185,17 +196,20 @@ def read(
     or an array, or a list of arrays, which is X of `from_arrays`.
 
     `label`, `id`, `step` and `group` name columns of csv and parquet files and of data frames; group may be id. `time`
-    names the one that orders the sequences, and may be id, step or group; of npz files and dicts, whatever the name, it
-    is the array `time`, numbers or times (N,). Those in `needed` must be there. A table with both an id
-    and a step column is in long form (one row a step), else in wide form (one univariate sequence a row; the names of
-    the step columns are one prefix and a number, as in t0, t1). Rows of the long form, and columns of the wide form,
-    may stand in any order.
+    names the one that orders the sequences, numbers or times, and may be id, step or group; `weight` the one that says
+    how much each counts in training and scores, in long form the same in all rows of a sequence. In npz files and dicts
+    these are, whatever they are called, the arrays `time` and `weight` (N,). Those in `needed` must be there.
+
+    A table with both an id and a step column is in long form (one row a step), else in wide form (one univariate
+    sequence a row; the names of the step columns are one prefix and a number, as in t0, t1). Rows of the long form, and
+    columns of the wide form, may stand in any order.
 
     `classes` and `features` are those of the training data: labels are encoded with these classes, and the
     columns of these features are read in this order (npz, .ts and wide csv name none: only their number is
-    checked). `named` False: these are no names, and a file without such columns is read by place. `labeled`: True
-    demands labels, and the columns of group and time if they are named; False ignores labels and times; None takes all
-    of them where they are.
+    checked). `named` False: these are no names, and a file without such columns is read by place.
+
+    `labeled`: True demands labels, and the columns of group, time and weight if they are named; False ignores labels,
+    times and weights; None takes all of them where they are.
 
     A feature that a sequence lacks throughout has values of 0 here, until a study or a model fills it with the mean of
     the training part.
@@ -205,7 +219,7 @@ def read(
 
     Raises DataError, whose message is one line.
     """
-    columns = Columns(label, id, step, group, features, named, labeled, needed, time)
+    columns = Columns(label, id, step, group, features, named, labeled, needed, time, weight)
     table = is_frame(source) or (isinstance(source, str | Path) and suffix_of(Path(source)) in TABLES)
     unfit = [role for role in needed if role not in BESIDE]
     if unfit and not table:

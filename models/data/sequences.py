@@ -81,6 +81,7 @@ class Sequences:
     group_names: tuple[str, ...] = ()  # what the groups' codes stand for
     missing: NDArray[np.int32] | None = None  # (N, F) values that were missing in the source; None: not known
     moments: NDArray[Any] | None = None  # (N,) int64, float64 or datetime64: what orders them in time; None: nothing
+    weights: NDArray[np.float64] | None = None  # (N,) how much each counts, at least 0; None: all alike
 
     @property
     def n(self) -> int:
@@ -116,6 +117,7 @@ class Sequences:
             ids=tuple(self.ids[i] for i in at),
             missing=None if self.missing is None else self.missing[at],
             moments=None if self.moments is None else self.moments[at],
+            weights=None if self.weights is None else self.weights[at],
         )
 
     @property
@@ -149,7 +151,7 @@ class Sequences:
 
 
 def joined(parts: Sequence[Sequences]) -> Sequences:
-    """The sequences of several with the same features, one after another, without labels, groups and times."""
+    """The sequences of several with the same features, one after another, without labels, groups, times and weights."""
     lengths = np.concatenate([part.lengths for part in parts])
     values = np.zeros((len(lengths), max(part.steps for part in parts), parts[0].n_features), np.float32)
     end = 0
@@ -168,6 +170,7 @@ def joined(parts: Sequence[Sequences]) -> Sequences:
         filled=filled,
         missing=None,
         moments=None,
+        weights=None,
     )
 
 
@@ -233,6 +236,7 @@ class Raw:
     lengths: Indices | None = None  # None: up to the last step that has a value
     times: NDArray[np.float64] | None = None  # (N, T) where the steps are, rising; None: at equal distances
     moments: NDArray[Any] | None = None  # (N,) as `steps.moments` gives them; None: not asked for
+    weights: NDArray[np.float64] | None = None  # (N,) finite, at least 0; None: not asked for
 
     def at(self, i: int) -> str:
         """Where sequence i stands, for error messages."""
@@ -290,7 +294,17 @@ def to_sequences(
         group_names=group_names,
         missing=counts,
         moments=raw.moments,
+        weights=_weights(raw),
     )
+
+
+def _weights(raw: Raw) -> NDArray[np.float64] | None:
+    """Those that differ: equal ones are none."""
+    if raw.weights is None or (raw.weights == raw.weights[0]).all():
+        if raw.weights is not None and not raw.weights[0]:
+            raise DataError(f"{raw.source}: the weight of every sequence is 0: give those that count more")
+        return None
+    return raw.weights
 
 
 def _check_lengths(raw: Raw, lengths: Indices, steps: int) -> None:

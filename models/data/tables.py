@@ -2,9 +2,9 @@
 
 They are csv and parquet files, or data frames. A table's columns are known by name:
 
-- The columns of label, id, step, group and time are named by the caller; group may be id, and time id, step or group. A
-  table with both an id and a step column is in long form, and every other column is a feature. There the time of a
-  sequence is that of its last step.
+- The columns of label, id, step, group, time and weight are named by the caller; group may be id, and time id, step or
+  group. A table with both an id and a step column is in long form, and every other column is a feature. There the time
+  of a sequence is that of its last step.
 - Without them it is in wide form, and every other column is a step. The steps' names are one prefix and a number, as in
   t0, t1, or times (`steps.py`); the columns are put in their order. Names of two kinds are refused.
 - A column that pandas writes for its index (`Unnamed: 0`, `__index_level_0__`, one without a name) holds the place of
@@ -29,7 +29,7 @@ from typing import Any, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
-from hpo.models.data.columns import ROLES, clash
+from hpo.models.data.columns import BESIDE, ROLES, clash
 from hpo.models.data.sequences import (
     MISSING,
     DataError,
@@ -47,6 +47,7 @@ from hpo.models.data.sequences import (
 from hpo.models.data.sizes import check_content, check_padding
 from hpo.models.data.steps import in_order, is_time, moments, positions
 from hpo.models.data.text import open_text
+from hpo.models.data.weights import weights
 
 _INDEX = re.compile(r"(Unnamed: \d+(_level_\d+)?|__index_level_\d+__)?")  # how pandas names its index, or does not
 _STEP = re.compile(r"(.*?)(\d+(?:\.\d+)?)")  # prefix and number
@@ -67,6 +68,7 @@ class Columns:
     labeled: bool | None  # True: the label column must be there
     needed: Collection[str] = ()  # of the roles those that must be there, whatever `labeled`
     time: str | None = None  # None: no column orders the sequences
+    weight: str | None = None  # None: all sequences count alike
 
     @property
     def roles(self) -> dict[str, str]:
@@ -77,10 +79,9 @@ class Columns:
             raise DataError(f"{rule}, got {', '.join(f'{role} = {name!r}' for role, name in found.items())}")
         return found
 
-    @property
-    def timed(self) -> bool:
-        """Whether the times of sequences are read where there are some."""
-        return self.time is not None and self.labeled is not False
+    def reads(self, role: str) -> bool:
+        """Whether a column of that role is read where there is one; else it is only no feature."""
+        return role not in BESIDE or self.labeled is not False
 
     def demands(self, role: str) -> bool:
         """Whether there must be a column of that role."""
@@ -104,7 +105,6 @@ class _Table:
     layout: _Layout
     values: NDArray[np.float64]  # (R, F)
     roles: dict[str, Any]  # (R,) each: those there are
-    timed: bool  # the times of sequences are read
     path: Path | None = None  # the file; None: the table was in memory
 
     def at(self, row: int) -> str:
@@ -138,7 +138,8 @@ def read_csv(path: Path, columns: Columns) -> Raw:
             rows += lines
             values.append(numbers.of(lines, {name: table[name] for name in layout.features}))
             for role, name in layout.roles.items():
-                texts.setdefault(role, []).extend(table[name])
+                if columns.reads(role):
+                    texts.setdefault(role, []).extend(table[name])
     if not rows:
         raise DataError(f"{path} is empty: it has a header only")
     numbers.check()
@@ -147,7 +148,9 @@ def read_csv(path: Path, columns: Columns) -> Raw:
     if numbers.comma:
         for role in texts.keys() & {"step", "time"}:
             texts[role] = [_COMMA.sub(".", text) for text in texts[role]]
-    return _Table(str(path), rows, layout, np.concatenate(values), texts, columns.timed, path).raw()
+        if "weight" in texts:
+            texts["weight"] = [text.replace(",", ".") for text in texts["weight"]]
+    return _Table(str(path), rows, layout, np.concatenate(values), texts, path).raw()
 
 
 def _separator(file: TextIO) -> str:
@@ -393,11 +396,13 @@ def _frame(source: str, frame: Any, columns: Columns, path: Path | None = None) 
         values[:, j] = _column_numbers(f"{source}, column {name!r}", frame[by_name[name]])
     roles = {}
     for role, name in layout.roles.items():
+        if not columns.reads(role):
+            continue
         try:
             roles[role] = _column_values(frame[by_name[name]], role)
         except (OverflowError, ValueError) as error:  # a day beyond the year 9999, bytes that are no text
             raise DataError(f"{source}, column {name!r} holds a value that cannot be read: {error}") from None
-    return _Table(source, rows, layout, values, roles, columns.timed, path).raw()
+    return _Table(source, rows, layout, values, roles, path).raw()
 
 
 def _column_values(column: Any, role: str) -> Any:
@@ -464,17 +469,36 @@ def _long(table: _Table) -> Raw:
         times = pad(positions(steps)[order][:, None], lengths)[:, :, 0]
     labels, groups = (_constant(table, role, ids, codes) for role in ("label", "group"))
     features, last = table.layout.features, order[np.cumsum(lengths) - 1]
-    found = _moments(table, last)
-    return Raw(table.source, values, labels, groups, "sequence", names, names, features, times=times, moments=found)
+    counted = _weights(table)
+    if counted is not None:
+        counted = counted[_first(table, "weight", counted, table.roles["weight"], ids, codes)]
+    return Raw(
+        table.source,
+        values,
+        labels,
+        groups,
+        "sequence",
+        names,
+        names,
+        features,
+        times=times,
+        moments=_moments(table, last),
+        weights=counted,
+    )
 
 
 def _moments(table: _Table, rows: Indices) -> NDArray[Any] | None:
     """(N,) the times in these rows (N,)."""
-    if not table.timed or "time" not in table.roles:
+    if "time" not in table.roles:
         return None
     found = table.roles["time"]
     some = found[rows] if isinstance(found, np.ndarray) else [found[row] for row in rows.tolist()]
     return moments(some, lambda i: table.at(int(rows[i])))
+
+
+def _weights(table: _Table) -> NDArray[np.float64] | None:
+    """(R,) the weight in each row."""
+    return None if "weight" not in table.roles else weights(table.roles["weight"], table.at)
 
 
 def _constant(table: _Table, role: str, ids: Sequence[str], codes: Indices) -> list[object] | None:
@@ -482,12 +506,19 @@ def _constant(table: _Table, role: str, ids: Sequence[str], codes: Indices) -> l
     if role not in table.roles:
         return None
     names = names_of(table.roles[role], table.at)
-    found = codes_of(names)[0]
+    first = _first(table, role, codes_of(names)[0], names, ids, codes)
+    return [table.roles[role][i] for i in first]
+
+
+def _first(
+    table: _Table, role: str, found: NDArray[Any], shown: Sequence[object], ids: Sequence[str], codes: Indices
+) -> Indices:
+    """(N,) the first row of each sequence, once its others hold the same of `found` (R,)."""
     first = np.unique(codes, return_index=True)[1]
     for row in np.flatnonzero(found != found[first][codes]).tolist():
-        change = f"{role} of sequence {ids[row]!r} changes to {names[row]!r}"
+        change = f"{role} of sequence {ids[row]!r} changes to {shown[row]!r}"
         raise DataError(f"{table.at(row)}: {change}; a sequence has one {role}")
-    return [table.roles[role][i] for i in first]
+    return first
 
 
 def _wide(table: _Table) -> Raw:
@@ -510,4 +541,5 @@ def _wide(table: _Table) -> Raw:
         ids,
         times=times,
         moments=_moments(table, np.arange(len(values))),
+        weights=_weights(table),
     )

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpo.models.data.sequences import DataError, Indices, Mask, Sequences
+from hpo.models.data.splits import counting
 
 Gap = int | float | None  # a number of sequences, seconds, or nothing
 
@@ -135,8 +136,9 @@ def _near(moments: NDArray[Any], earlier: Mask, start: Any, gap: Gap) -> Mask:
 
 def _check(sequences: Sequences, cut: Cut, what: str) -> None:
     """Raise DataError where nothing, or one class only, is left to train on."""
-    n = len(cut.train)
-    labels = None if sequences.labels is None else sequences.labels[cut.train]
+    rows = counting(sequences, cut.train)
+    n = len(rows)
+    labels = None if sequences.labels is None else sequences.labels[rows]
     if n and (labels is None or (labels != labels[0]).any()):
         return
     left = "nothing" if labels is None or not n else f"only class {sequences.classes[labels[0]]!r}"
@@ -144,5 +146,5 @@ def _check(sequences: Sequences, cut: Cut, what: str) -> None:
         f"{cut.in_gap} lie in the gap: shorten data.gap" * bool(cut.in_gap),
         f"{cut.in_groups} are of groups that have sequences in it: leave the group column out" * bool(cut.in_groups),
     ]
-    before = f"{n + cut.in_gap + cut.in_groups} sequences are earlier"
+    before = f"{len(cut.train) + cut.in_gap + cut.in_groups} sequences are earlier"
     raise DataError(f"{left} is left to train on before {what}: {', '.join([before, *filter(None, out)])}")

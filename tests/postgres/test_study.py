@@ -200,6 +200,7 @@ OTHER = {  # another value for each key of a study file
     "data.group": '"patient"',
     "data.time": '"time"',
     "data.gap": "3",
+    "data.weight": '"weight"',
     "data.positive": '"0"',
     "train.epochs": "7",
     "train.patience": "7",
@@ -233,8 +234,9 @@ def test_a_changed_setting_of_a_study_that_exists_is_obeyed_or_refused(
     assert before is not None
     optuna.create_study(study_name="before", storage=storage)
     shutil.copy(tmp_path / "waves.npz", tmp_path / "copy.npz")
-    if key in ("data.time", "data.gap"):
-        np.savez(tmp_path / "waves.npz", **np.load(tmp_path / "waves.npz"), time=np.arange(60))
+    if key in ("data.time", "data.gap", "data.weight"):
+        beside = {"weight" if key == "data.weight" else "time": np.arange(60)}
+        np.savez(tmp_path / "waves.npz", **np.load(tmp_path / "waves.npz"), **beside)  # type: ignore[arg-type]
     given = {"notify.on": ["notify.url=https://example.org"], "data.gap": ["data.time=time"]}.get(key, [])
     changed = load(tmp_path / "waves.toml", [*given, f"{key}={OTHER[key]}"])
     if key.startswith("notify."):

@@ -317,7 +317,7 @@ class TestPlan:
     @pytest.mark.parametrize(
         ("override", "expected"),
         [
-            ("data.time=label", "data.label, id, step, group and time must be different columns"),
+            ("data.time=label", "data.label, id, step, group, time and weight must be different columns"),
             ("data.gap=-1", "data.gap must be a number of sequences, such as 20, or a duration"),
             ("data.gap=soon", "data.gap must be a number of sequences, such as 20, or a duration"),
             ("data.gap=true", "data.gap must be a number of sequences, such as 20, or a duration"),
