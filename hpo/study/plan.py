@@ -102,7 +102,8 @@ class Plan:
 
     @property
     def resolution(self) -> float:
-        """Half of one validation sequence's share: metrics closer than this are equal. Log-loss is never rounded."""
+        """Half of the share of one validation sequence, of mean weight: metrics closer than this are equal. Log-loss is
+        never rounded."""
         if self.metric == "log_loss":
             return 0.0
         if self.validation_sizes is not None:
