@@ -1,4 +1,4 @@
-"""The configurations that a study tries first, where its file names none in [[enqueue]].
+"""The configurations that a study's first trials have, where its file names none in [[enqueue]].
 
 Chosen over the development sets (benchmarks/LOG.md): each is the best for some kind of sequences, so that a search of
 some dozens of trials begins where good networks are.
@@ -10,9 +10,12 @@ import math
 from collections.abc import Mapping
 
 from hpo.models.fields import Value
-from hpo.study.entries import Entry, Range, contains, values
+from hpo.study.entries import Entry, Range, contains, largest, values
+from hpo.study.plan import Plan
 from hpo.study.space import is_active
 
+SINCE = 4  # of RULES
+LEARNING = ("tpe", "gp")  # samplers that go on from what was tried; of others the user wants their own draws
 SHARE = 4  # of a study's trials at most every fourth is one of these
 
 _CONVOLUTIONS: dict[str, Value] = {
@@ -27,6 +30,18 @@ PORTFOLIO: tuple[Mapping[str, Value], ...] = (
     {**_CONVOLUTIONS, "stem_layers": 1, "stem_kernel": 9, "batch_size": 8},
     {**_CONVOLUTIONS, "stem": "patch", "label_smoothing": 0.0, "jitter": 0.1},
 )
+
+
+def portfolio_of(plan: Plan) -> tuple[dict[str, Value], ...]:
+    """What the first trials of a study are, by their numbers; none where the file says how to begin, or the study began
+    before there was a portfolio."""
+    study, space = plan.config.study, plan.config.space
+    own = plan.config.enqueue or study.warm_start is not None or study.sampler not in LEARNING
+    if own or plan.rules < SINCE:
+        return ()
+    crop = space["sequence_length"]
+    kept = plan.steps if contains(crop, 0) else min(plan.steps, int(largest(crop)))
+    return first_configurations(space, kept, study.trials)
 
 
 def first_configurations(space: Mapping[str, Entry], steps: int, trials: int) -> tuple[dict[str, Value], ...]:

@@ -17,6 +17,7 @@ from hpo.models.seeds import derive
 from hpo.storage.trials import TrialStorage
 from hpo.study.entries import Entry, distribution, values
 from hpo.study.plan import Plan, StudyError
+from hpo.study.portfolio import portfolio_of
 from hpo.study.space import NEUTRAL, cardinality, distributions, walk
 
 Drawn = dict[str, tuple[Value, BaseDistribution]]  # a value by name, and what it was drawn from
@@ -32,6 +33,7 @@ class ConfigurationSampler:
 
     def __init__(self, plan: Plan, study: optuna.Study, storage: TrialStorage) -> None:
         self._plan, self._study, self._storage = plan, study, storage
+        self._first = portfolio_of(plan)
         self._signatures: dict[int, str] = {}  # of the configurations that the study has had, by trial number
 
     def parameters(self, trial_id: int) -> dict[str, Value]:
@@ -47,6 +49,8 @@ class ConfigurationSampler:
         if recorded:
             return walk(space, lambda name, _: recorded[name])
         fixed = trial.system_attrs.get("fixed_params", {})
+        if not fixed and trial.number < len(self._first):
+            fixed = self._first[trial.number]
         if (drawn := self._enqueued(fixed)) is None:
             drawn = self._new(trial, fixed)
         self._storage.set_trial_params(

@@ -180,7 +180,7 @@ def complete(
     fold leaves means all of it. Lengths are `variable` or all alike. A default follows from the steps that
     `sequence_length` keeps. Raises SpaceError where an entry cannot work with these data.
     """
-    kept = steps_kept(space.get("sequence_length", 0), steps)
+    kept = _steps_kept(space.get("sequence_length", 0), steps)
     defaults = default_space(n=n, steps=kept, features=features)
     full = {name: space.get(name, defaults[name]) for name in PARAMETERS}
     _check_sizes(full, n, kept)
@@ -214,7 +214,7 @@ def _check_sizes(full: Mapping[str, Entry], n: int, kept: int) -> None:
         )
 
 
-def steps_kept(entry: Entry, steps: int) -> int:
+def _steps_kept(entry: Entry, steps: int) -> int:
     """Steps of the longest sequence that the longest crop of `sequence_length` keeps."""
     if largest(entry) > steps:
         raise SpaceError(

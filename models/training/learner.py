@@ -44,6 +44,8 @@ class Learner:
         self.device = labels.device
         self.parameters = ParameterBuffers(model)
         self.generator = torch.Generator(self.device)
+        if model.stem is not None:
+            model.stem.begin_epoch()  # what a step counts in must be there before it is captured
         self.class_weight = None
         if config.class_weight == "balanced":
             self.class_weight = _class_weight(labels, weights, model.config.classes)

@@ -56,7 +56,11 @@ bidirectional = false
 pooling = "mean"
 normalization = "none"
 head_size = 0
-patch_length = 1
+difference = false
+stem = "none"
+label_smoothing = 0.0
+mixup = 0.0
+jitter = 0.0
 batch_size = 16
 """
 PAIRS = [*((sampler, "hyperband") for sampler in SAMPLERS), *(("random", pruner) for pruner in PRUNERS[1:])]

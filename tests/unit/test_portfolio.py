@@ -8,17 +8,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hpo.models.data.splits import RULES
 from hpo.study import space as spaces
 from hpo.study.config import complete, from_dict
 from hpo.study.entries import contains
-from hpo.study.portfolio import PORTFOLIO, first_configurations
+from hpo.study.plan import Plan
+from hpo.study.portfolio import PORTFOLIO, first_configurations, portfolio_of
 
 FACTS: dict[str, Any] = {"n": 400, "steps": 100, "features": 3, "classes": 3, "variable": False}
 
 
-def first(space: dict[str, Any] | None = None, trials: int = 60, **study: Any) -> tuple[Any, ...]:
+def first(
+    space: dict[str, Any] | None = None, trials: int = 60, rules: int = RULES, enqueue: Any = (), **study: Any
+) -> tuple[Any, ...]:
+    """What a study of this file begins with."""
     tables: dict[str, Any] = {"study": {"name": "a", "trials": trials, **study}, "data": {"train": "a.npz"}}
-    return complete(from_dict(tables | {"space": space or {}}), **FACTS).enqueue
+    written = from_dict(tables | {"space": space or {}, "enqueue": list(enqueue)})
+    names = {"classes": ("a", "b", "c"), "features": ("x", "y", "z"), "steps": 100, "sequences": 400}
+    plan = Plan(complete(written, **FACTS), written, "data-a", None, rules=rules, **names)  # type: ignore[arg-type]
+    return portfolio_of(plan)
 
 
 def test_a_default_study_begins_with_the_portfolio() -> None:
@@ -43,8 +51,11 @@ def test_a_study_with_draws_of_its_own_begins_with_these(study: dict[str, Any]) 
 
 
 def test_what_a_file_enqueues_takes_its_place() -> None:
-    tables: dict[str, Any] = {"study": {"name": "a"}, "data": {"train": "a.npz"}, "enqueue": [{"layers": 1}]}
-    assert complete(from_dict(tables), **FACTS).enqueue == ({"layers": 1},)
+    assert first(enqueue=[{"layers": 1}]) == ()
+
+
+def test_a_study_of_an_earlier_version_goes_on_without_it() -> None:
+    assert first(rules=3) == ()
 
 
 def test_numbers_move_into_the_space_and_other_choices_leave_it_out() -> None:
