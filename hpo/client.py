@@ -210,6 +210,15 @@ class Client:
         wanted = {"default": default} | ({} if trial is None else {"trial": trial})
         return Model.model_validate(self._ask("POST", f"/v1/studies/{name}/promote", params=wanted).json())
 
+    def drop(self, name: str, number: int, reason: str) -> Trial:
+        """Let a finished trial count no more, for sampler, pruner, ranking and promotion; its record stays."""
+        answer = self._ask("POST", f"/v1/studies/{name}/trials/{number}/drop", json={"reason": reason})
+        return Trial.model_validate(answer.json())
+
+    def restore(self, name: str, number: int) -> Trial:
+        """Let a trial that was dropped count again."""
+        return Trial.model_validate(self._ask("POST", f"/v1/studies/{name}/trials/{number}/restore").json())
+
     def delete(self, name: str) -> None:
         """Remove a study with its trials; promoted models stay."""
         self._ask("DELETE", f"/v1/studies/{name}")
@@ -323,7 +332,7 @@ class Client:
 
 def snapshot_of(study: Study) -> Snapshot:
     """What displays take; of its workers it knows the number alone."""
-    from hpo.storage.snapshot import BestTrial, Snapshot, WorkerGroup
+    from hpo.storage.snapshot import BestTrial, Dropped, Snapshot, WorkerGroup
 
     best = None
     if study.best is not None and study.best.value is not None:
@@ -348,6 +357,8 @@ def snapshot_of(study: Study) -> Snapshot:
         owner=study.owner,
         priority=study.priority,
         max_workers=study.max_workers,
+        dropped=tuple(Dropped(each.number, each.reason, each.by, each.when) for each in study.dropped),
+        dropped_winner=study.dropped_winner,
     )
 
 

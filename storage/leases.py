@@ -52,7 +52,9 @@ _CHECKPOINT = statement("checkpoint")
 _DROP_CHECKPOINT = [statement(name) for name in ("drop_checkpoint", "drop_reports", "last_checkpoint")]
 _SPENT_CHECKPOINTS, _FORGET_CHECKPOINTS = statement("spent_checkpoints"), statement("forget_checkpoints")
 _ACQUIRE_PROMOTION = statement("acquire_promotion")
-_RELEASE_PROMOTIONS, _FINISH_PROMOTION = statement("release_promotions"), statement("finish_promotion")
+_RELEASE_PROMOTIONS = statement("release_promotions")
+_FINISH_PROMOTION = [statement(name) for name in ("lock_study", "finish_promotion")]
+_PROMOTE_AGAIN = [statement(name) for name in ("lock_study", "promote_again")]
 
 
 class Unchanged:
@@ -437,11 +439,19 @@ class Leases:
     def finish_promotion(self, study_id: int, worker: str, version: int | None) -> None:
         """Record the promoted version, None where no trial completed, and with it that the study is finished.
 
-        Raises LeaseLost where the promotion has passed to another worker.
+        Raises LeaseLost where the promotion has passed to another worker, or the version's trial was dropped meanwhile:
+        whoever promotes next finds another best one.
         """
         given = {"study": study_id, "worker": worker, "version": version}
-        if not self._session.execute(_FINISH_PROMOTION, given=given, durable=True):
-            raise LeaseLost(f"the promotion of study {study_id} has left worker {worker}")
+        if not self._session.execute(*_FINISH_PROMOTION, given=given, durable=True):
+            raise LeaseLost(
+                f"the promotion of study {study_id} has left worker {worker}, or its trial was dropped meanwhile"
+            )
+
+    def promote_again(self, study_id: int, version: int) -> None:
+        """Record that version as what the study has brought, if it is over and its own is of a trial that was dropped
+        since, or it has none."""
+        self._session.execute(*_PROMOTE_AGAIN, given={"study": study_id, "version": version}, durable=True)
 
     # ----------------------------------------------------------------------------------------------------- displaying
 

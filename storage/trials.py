@@ -344,6 +344,10 @@ class TrialStorage(BaseStorage):
             trials = sorted(trials + running, key=number_of)
         return copy.deepcopy(trials) if deepcopy else trials
 
+    def dropped(self, study_id: int) -> frozenset[int]:
+        """The ids of the trials that do not count any more, as of the last `get_all_trials`."""
+        return self._study(study_id).dropped
+
     def page(self, study_id: int, first: int, most: int) -> tuple[list[FrozenTrial], int]:
         """At most so many trials from that number on, and how many the study has; nothing is cached.
 
@@ -381,9 +385,11 @@ class TrialStorage(BaseStorage):
         if study_id not in self._studies or study.directions is None:
             self.get_study_directions(study_id)
             study = self._study(study_id)
+        dropped = frozenset(rows[0][6] or ())
         rows = [row for row in rows if row[0] is not None]
         study.next = max([study.next, *(row[1] + 1 for row in rows), *(n + 1 for n in study.ahead.values())])
         study.ahead = {}
+        study.dropped = dropped
         study.unfinished.update(row[0] for row in rows)
         trials = [frozen_trial(row) for row in rows if row[5] is not None]
         self._cache(study_id, [trial for trial in trials if trial.state.is_finished()])

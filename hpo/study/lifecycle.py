@@ -25,6 +25,7 @@ from hpo.storage.snapshot import Snapshot
 from hpo.storage.terms import Notify, StudyRow, Terms
 from hpo.storage.trials import TrialStorage
 from hpo.study.config import ConfigError, StudyConfig
+from hpo.study.counted import CountedTrials
 from hpo.study.entries import distribution
 from hpo.study.notes import METRIC_NAMES, describe_study
 from hpo.study.plan import MissingStudy, MissingTrial, Plan, StudyConflict, StudyError, check_same, make_plan
@@ -48,7 +49,7 @@ class OpenStudy:
     plan: Plan
     storage: TrialStorage
     sampler: ConfigurationSampler
-    optuna_study: optuna.Study
+    optuna_study: optuna.Study  # its trials are those that count
 
     @property
     def leases(self) -> Leases:
@@ -56,8 +57,9 @@ class OpenStudy:
         return Leases(self.storage)
 
     def best_first(self) -> list[TrialRecord]:
-        """The complete trials that our workers have trained, neither copied ones nor another program's."""
-        trials = self.storage.get_all_trials(self.study_id, deepcopy=False, states=(TrialState.COMPLETE,))
+        """The complete trials that our workers have trained, neither copied ones nor another program's; without those
+        that were dropped."""
+        trials = self.optuna_study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         return best_first(filter(None, map(TrialRecord.of, trials)), self.plan)
 
     def should_prune(self, trial_id: int) -> bool:
@@ -121,7 +123,10 @@ def open_study(name: str, storage: TrialStorage) -> OpenStudy:
         raise StudyError(f"study {name!r} was not made by `hpo launch`, so it has no plan to work from")
     plan = _plan_of(row, storage)
     study = optuna.load_study(
-        study_name=name, storage=storage, sampler=optuna.samplers.RandomSampler(), pruner=make_pruner(plan)
+        study_name=name,
+        storage=CountedTrials(storage),
+        sampler=optuna.samplers.RandomSampler(),
+        pruner=make_pruner(plan, lambda: storage.dropped(study_id)),
     )
     return OpenStudy(study_id, name, plan, storage, ConfigurationSampler(plan, study, storage), study)
 
@@ -283,12 +288,12 @@ def _check_warm_start(storage: TrialStorage, config: StudyConfig) -> None:
 
 
 def _warm_trials(storage: TrialStorage, plan: Plan) -> list[FrozenTrial]:
-    """The other study's complete trials whose every parameter lies in this study's space."""
+    """The other study's complete trials whose every parameter lies in this study's space, but for dropped ones."""
     name = plan.config.study.warm_start
     assert name is not None
     other = storage.get_study_id_from_name(name)
     kept = []
-    for trial in storage.get_all_trials(other, deepcopy=True, states=(TrialState.COMPLETE,)):
+    for trial in CountedTrials(storage).get_all_trials(other, deepcopy=True, states=(TrialState.COMPLETE,)):
         spaces = {key: distribution(plan.config.space[key]) for key in trial.params if key in plan.config.space}
         fitting = {key: item for key, item in spaces.items() if item is not None}
         if fitting.keys() == trial.params.keys() and all(

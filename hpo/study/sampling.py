@@ -32,7 +32,7 @@ class ConfigurationSampler:
 
     def __init__(self, plan: Plan, study: optuna.Study, storage: TrialStorage) -> None:
         self._plan, self._study, self._storage = plan, study, storage
-        self._signatures: dict[int, str] = {}  # of the configurations that the study has had, by trial number
+        self._signatures: dict[int, str] = {}  # of configurations, by trial number
 
     def parameters(self, trial_id: int) -> dict[str, Value]:
         """Draw and record the parameters of a new trial, or read those of an adopted one.
@@ -123,12 +123,14 @@ class ConfigurationSampler:
         return {name: found[name] for name in sorted(found.keys() - NEUTRAL.keys())}
 
     def _had(self) -> set[str]:
-        """The signatures of all configurations that the study has had. A trial's parameters never change."""
+        """The signatures of the configurations that the study has had, but for those of trials that were dropped: these
+        may be drawn again. A trial's parameters never change."""
         self._study._thread_local.cached_all_trials = None  # what samplers read; only Study.ask and tell empty it
-        for trial in self._study._get_trials(deepcopy=False, use_cache=True):
-            if trial.params and trial.number not in self._signatures:
+        drawn = [trial for trial in self._study._get_trials(deepcopy=False, use_cache=True) if trial.params]
+        for trial in drawn:
+            if trial.number not in self._signatures:
                 self._signatures[trial.number] = _signature(trial.params)
-        return set(self._signatures.values())
+        return {self._signatures[trial.number] for trial in drawn}
 
 
 def make_sampler(plan: Plan, *seed_parts: int) -> optuna.samplers.BaseSampler:
