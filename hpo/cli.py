@@ -377,6 +377,26 @@ def trials_restore(name: StudyName, numbers: TrialNumbers) -> None:
 
 
 @app.command()
+def changes(name: StudyName, as_json: Json = False) -> None:
+    """What was changed of a study after it began: trials dropped and restored, a wider space; by whom and when."""
+    from hpo.storage.snapshot import Change
+    from hpo.terminal import change_row, show_changes
+
+    if (client := _client()) is not None:
+        found = [Change(**vars(each)) for each in client.changes(name)]
+    else:
+        from hpo.storage.changes import history
+        from hpo.study.lifecycle import study_id_of
+
+        with _database() as (storage, _):
+            found = history(storage, study_id_of(storage, name))
+    if as_json:
+        typer.echo(json.dumps([change_row(each) for each in found]))
+    else:
+        show_changes(found)
+
+
+@app.command()
 def dashboard(
     host: Annotated[str, typer.Option(help="Address to listen on; off loopback a password is required.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 8080,

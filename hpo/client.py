@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import httpx
 
 from hpo.errors import HpoError
-from hpo.service.schemas import DataFile, Log, Model, Notice, Prediction, Study, Trial, TrialDetails
+from hpo.service.schemas import Change, DataFile, Log, Model, Notice, Prediction, Study, Trial, TrialDetails
 from hpo.study.config import ConfigError, default_name, tables_of
 from hpo.temporary import temporary_folder
 
@@ -196,6 +196,10 @@ class Client:
     def notices(self, name: str) -> list[Notice]:
         """What was sent to the study's [notify] url, the newest first."""
         return [Notice.model_validate(each) for each in self._ask("GET", f"/v1/studies/{name}/notices").json()]
+
+    def changes(self, name: str) -> list[Change]:
+        """What was changed of a study after it began, oldest first."""
+        return [Change.model_validate(each) for each in self._ask("GET", f"/v1/studies/{name}/changes").json()]
 
     def stop(self, name: str) -> Study:
         """End a study for all its workers."""

@@ -23,7 +23,8 @@ from rich.text import Text
 from hpo.errors import legible
 from hpo.models.config import METRICS
 from hpo.storage.masking import mask
-from hpo.storage.snapshot import Dropped
+from hpo.storage.snapshot import Change, Dropped
+from hpo.study.entries import show
 
 if TYPE_CHECKING:
     from hpo.models.bundle.evaluation import Evaluation
@@ -280,10 +281,8 @@ def show_dropped(state: Snapshot, numbers: Sequence[int]) -> None:
     for number in numbers:
         _say(console, f"trial {number} of {state.name} does not count: {_why(few[number])}")
     _say(console, f"the best is {_best(state)}" if state.best else "no trial that counts has completed")
-    _say(
-        console,
-        f"the budget of {state.budget} trials stays as it is spent: `hpo launch STUDY.toml --trials N` with more gives more",
-    )
+    more = "`hpo launch STUDY.toml --trials N` gives more"
+    _say(console, f"the budget of {state.budget} trials stays as it is spent: {more}")
     for line in _superseded(state):
         _say(console, line)
 
@@ -450,6 +449,30 @@ def show_notices(found: Sequence[Notice]) -> None:
         tried = f", {notice.attempts} attempts" if notice.attempts > 1 else ""
         fault = f" ({notice.fault})" if notice.fault else ""
         console.print(f"{told}{tried}{fault}", highlight=False, markup=False)
+
+
+def change_row(change: Change) -> dict[str, Any]:
+    """A change of a study, JSON-able."""
+    return {**vars(change), "when": change.when.isoformat()}
+
+
+def show_changes(found: Sequence[Change]) -> None:
+    """What was changed of a study, a line each."""
+    console = _console()
+    if not found:
+        console.print("nothing was changed since it began")
+    for change in found:
+        told = f"{change.when.astimezone():%Y-%m-%d %H:%M} {legible(change.by)}: {change.what}"
+        _say(console, f"{told} {_detail(change)}")
+
+
+def _detail(change: Change) -> str:
+    """What a change was, in words."""
+    if change.what == "widen":
+        entries = change.detail["space"].items()
+        return "; ".join(f"space.{name} from {show(each['from'])} to {show(each['to'])}" for name, each in entries)
+    reason = f", {legible(change.detail['reason'])}" if "reason" in change.detail else ""
+    return f"trials {', '.join(map(str, change.detail['trials']))}{reason}"
 
 
 def show_models(found: Sequence[ModelVersion]) -> None:

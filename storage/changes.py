@@ -1,4 +1,4 @@
-"""What people change of a study that exists: trials that no longer count, and the record of all changes.
+"""What people change of a study that exists: trials that no longer count, a wider space, and the record of all changes.
 
 A trial that was dropped keeps its number, its place in the budget and all that is recorded of it. Who draws, prunes,
 ranks or promotes leaves it out; see `TrialStorage.dropped` and the statement `snapshots`.
@@ -7,19 +7,24 @@ ranks or promotes leaves it out; see `TrialStorage.dropped` and the statement `s
 from __future__ import annotations
 
 import getpass
+import json
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from hpo.errors import HpoError, legible
 from hpo.storage.errors import MissingRecord
-from hpo.storage.snapshot import Dropped
+from hpo.storage.snapshot import Change, Dropped
 from hpo.storage.statements import statement
+from hpo.storage.terms import StudyRow
 from hpo.storage.trials import TrialStorage
 
 LONGEST_REASON = 500  # characters
 FINISHED = ("COMPLETE", "PRUNED", "FAIL")
 _LOCK_STUDY, _AS_THEY_ARE = statement("lock_study"), statement("trials_as_they_are")
+_WIDEN, _CHANGES = statement("widen_study"), statement("changes")
+_REOPEN, _TERMS = statement("reopen_study"), statement("study_terms")
 _DROP, _RESTORE, _DROPPED = statement("drop_trials"), statement("restore_trials"), statement("dropped_trials")
 
 
@@ -64,6 +69,40 @@ def dropped(storage: TrialStorage, study_id: int) -> dict[int, Dropped]:
     """The study's trials that do not count, by number."""
     rows = storage.session.execute(_DROPPED, given={"study": study_id})
     return {number: Dropped(number, reason, by, when) for number, reason, by, when in rows}
+
+
+def widen(
+    storage: TrialStorage,
+    study_id: int,
+    config: Mapping[str, Any],
+    detail: Mapping[str, Any],
+    by: str,
+    *,
+    revision: int,
+    trials: int,
+    timeout_s: float | None,
+) -> bool:
+    """Store a plan whose space is wider than that of the `revision` before it, and the study's budget, in one
+    transaction. detail: the entries as they were and are, for the record. Whether it is what is stored now.
+    """
+    stored = json.dumps(config)
+    given = {
+        "study": study_id,
+        "revision": revision,
+        "config": stored,
+        "detail": json.dumps(detail),
+        "who": by,
+        "trials": trials,
+        "timed": True,
+        "timeout_s": timeout_s,
+    }
+    rows = storage.session.execute(_LOCK_STUDY, _WIDEN, _REOPEN, _TERMS, given=given, durable=True)
+    return bool(rows) and StudyRow(*rows[0]).config == json.loads(stored)
+
+
+def history(storage: TrialStorage, study_id: int) -> list[Change]:
+    """What was changed of a study after it began, oldest first."""
+    return [Change(*row) for row in storage.session.execute(_CHANGES, given={"study": study_id})]
 
 
 def _check(rows: list[tuple[int | None, str | None, int]], study_id: int, wanted: Sequence[int]) -> None:

@@ -36,7 +36,7 @@ from hpo.storage.writes import Fence
 _OPEN_STUDY, _SET_NOTIFY = statement("open_study"), statement("set_notify")
 _STUDY_TERMS, _STUDY_IDS = statement("study_terms"), statement("study_ids")
 _REOPEN_STUDY = statement("reopen_study")
-_SET_STATUS = statement("set_status")
+_SET_STATUS, _EXHAUST = statement("set_status"), statement("exhaust_study")
 _REGISTER_WORKER = [
     statement(name) for name in ("forget_old_calls", "forget_old_workers", "lapse_workers", "register_worker")
 ]
@@ -79,6 +79,7 @@ class Lease:
     lease_s: float  # seconds that the lease lasts after a renewal
     store_key: str  # what stands for the study in the keys of artifacts
     lost: int = 0  # attempts in a row that were lost without getting further
+    revision: int = 0  # of the study's plan when it was taken
     heartbeat: Heartbeat = field(default_factory=Heartbeat, compare=False, repr=False)
 
     @property
@@ -177,15 +178,12 @@ class Leases:
 
     def stop(self, study_id: int) -> None:
         """Nothing more is taken; workers learn of it when they renew. `reopen` goes on."""
-        self._set_status(study_id, "stopped", ["open", "exhausted"])
-
-    def exhaust(self, study_id: int) -> None:
-        """No configuration is left to try: nothing new is started."""
-        self._set_status(study_id, "exhausted", ["open"])
-
-    def _set_status(self, study_id: int, status: str, earlier: list[str]) -> None:
-        given = {"status": status, "study": study_id, "earlier": earlier}
+        given = {"status": "stopped", "study": study_id, "earlier": ["open", "exhausted"]}
         self._session.execute(_SET_STATUS, given=given, durable=True)
+
+    def exhaust(self, study_id: int, revision: int = 0) -> None:
+        """No configuration is left to try in the space of that revision: nothing new is started."""
+        self._session.execute(_EXHAUST, given={"study": study_id, "revision": revision}, durable=True)
 
     # ------------------------------------------------------------------------------------------------------ workers
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 from hpo.storage.connection import Row
 from hpo.storage.records import read_float
@@ -75,6 +76,16 @@ class Dropped:
     reason: str
     by: str  # a token's owner, or USER@HOST
     when: datetime  # by the database's clock, with a time zone
+
+
+@dataclass(frozen=True)
+class Change:
+    """That a study was changed after it began."""
+
+    when: datetime  # by the database's clock, with a time zone
+    by: str  # a token's owner, or USER@HOST
+    what: str  # drop | restore | widen
+    detail: dict[str, Any]  # trials and reason; or the entries of the space as they were and are, and the trials begun
 
 
 @dataclass(frozen=True)

@@ -112,6 +112,15 @@ class Log(BaseModel):
     text: str  # or where it can be read
 
 
+class Change(BaseModel):
+    """That a study was changed after it began."""
+
+    when: datetime
+    by: str
+    what: str  # drop | restore | widen
+    detail: dict[str, Any]  # trials and reason; or the entries of the space as they were and are
+
+
 class Trials(BaseModel):
     """A page of a study's trials, by number."""
 

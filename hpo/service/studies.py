@@ -28,6 +28,7 @@ from hpo.service.problems import Problem
 from hpo.service.schemas import (
     Best,
     Budget,
+    Change,
     Dropped,
     Log,
     Model,
@@ -168,6 +169,14 @@ def notices(name: str, token: Reader, backend: Uses, limit: Annotated[int, Query
         )
         for each in found
     ]
+
+
+@router.get("/{name}/changes")
+def changed(name: str, token: Reader, backend: Uses) -> list[Change]:
+    """What was changed of a study after it began, oldest first: trials dropped and restored, a wider space."""
+    with backend.database() as database:
+        found = changes.history(database.storage, study_id_of(database.storage, name))
+    return [Change(**vars(each)) for each in found]
 
 
 @router.get("/{name}/trials")

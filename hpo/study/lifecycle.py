@@ -16,6 +16,7 @@ from hpo.models.data.canonical import save
 from hpo.models.data.sequences import Sequences
 from hpo.models.metrics import direction
 from hpo.storage.artifacts import ArtifactStore
+from hpo.storage.changes import somebody, widen
 from hpo.storage.errors import MissingRecord
 from hpo.storage.keys import study_prefixes
 from hpo.storage.leases import Leases
@@ -26,14 +27,15 @@ from hpo.storage.terms import Notify, StudyRow, Terms
 from hpo.storage.trials import TrialStorage
 from hpo.study.config import ConfigError, StudyConfig
 from hpo.study.counted import CountedTrials
-from hpo.study.entries import distribution
-from hpo.study.notes import METRIC_NAMES, describe_study
-from hpo.study.plan import MissingStudy, MissingTrial, Plan, StudyConflict, StudyError, check_same, make_plan
+from hpo.study.entries import distribution, unparse
+from hpo.study.notes import METRIC_NAMES, announce_widening, describe_study
+from hpo.study.plan import MissingStudy, MissingTrial, Plan, StudyConflict, StudyError, make_plan
 from hpo.study.pruning import make_pruner
 from hpo.study.ranking import best_first
 from hpo.study.readout import readout, suspicions
 from hpo.study.record import COPIED_FROM, TrialRecord
 from hpo.study.sampling import ConfigurationSampler, grid
+from hpo.study.widening import changes, continued, shown
 
 log = logging.getLogger("hpo")
 
@@ -77,7 +79,8 @@ def create_or_open(
 ) -> OpenStudy:
     """The study of this file: a new one, or the one of that name if nothing contradicts it.
 
-    An existing study goes on under the file's trials, timeout, priority and max_workers; a new one belongs to `owner`.
+    An existing study goes on under the file's trials, timeout, priority and max_workers, and in its space where that is
+    a wider one; a new study belongs to `owner`.
     Raises StudyError with the differences, before anything is changed, and DataError for data that cannot be trained
     on.
     """
@@ -96,12 +99,15 @@ def create_or_open(
             begun = _plan_of(stored, storage)
             if begun.rules != plan.rules:
                 plan, train, test = make_plan(config, begun.rules)
-            check_same(begun, plan)
+            wider = continued(begun, plan)
+            if wider.config.study.sampler == "grid":
+                grid(wider.config.space)
         for key, part in ((plan.train, train), (plan.test, test)):
             _publish(store, key, part)  # also where the artifact store was emptied or damaged
         if stored is None:
             _begin(storage, leases, study_id, plan, owner)
         else:
+            _widen(storage, study_id, begun, wider, config, owner or somebody())
             leases.set_notify(study_id, _notify(config))
             leases.share(study_id, priority=config.study.priority, max_workers=config.study.max_workers)
         for line in readout(plan, train, test):
@@ -124,7 +130,7 @@ def open_study(name: str, storage: TrialStorage) -> OpenStudy:
     plan = _plan_of(row, storage)
     study = optuna.load_study(
         study_name=name,
-        storage=CountedTrials(storage),
+        storage=CountedTrials(storage, plan),
         sampler=optuna.samplers.RandomSampler(),
         pruner=make_pruner(plan, lambda: storage.dropped(study_id)),
     )
@@ -250,6 +256,20 @@ def _begin(storage: TrialStorage, leases: Leases, study_id: int, plan: Plan, own
         max_workers=study.max_workers,
     )
     leases.open_study(study_id, terms, plan.to_json(), owner, _notify(plan.written))
+
+
+def _widen(storage: TrialStorage, study_id: int, begun: Plan, wider: Plan, config: StudyConfig, by: str) -> None:
+    """Store the plan with the wider space, from which all later trials are drawn."""
+    if wider is begun:
+        return
+    changed = changes(begun, wider)
+    detail = {name: {"from": unparse(old), "to": unparse(new)} for name, (old, new) in changed.items()}
+    name, terms = begun.config.study.name, config.study
+    given: dict[str, Any] = {"trials": terms.trials, "timeout_s": terms.timeout_s, "revision": begun.revision}
+    if not widen(storage, study_id, wider.to_json(), detail, by, **given):
+        raise StudyConflict(f"the study {name!r} was changed by somebody else at this moment: launch it again")
+    announce_widening(storage, study_id, shown(changed))
+    log.info("study %s: wider for all trials that begin from now on: %s", name, shown(changed))
 
 
 def _notify(config: StudyConfig) -> Notify:

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,11 @@ from hpo.models.data.order import in_order
 from hpo.models.data.readers import read
 from hpo.models.data.sequences import DataError, Sequences
 from hpo.models.data.splits import RULES, Split, check_trainable, holdout, lacking, split_folds, split_share, units
+from hpo.models.fields import Value
 from hpo.models.metrics import BY_RANK
 from hpo.models.seeds import derive
 from hpo.storage.keys import data_key
-from hpo.study.config import FOLDS, Folds, StudyConfig, complete, differences, from_dict, to_dict
+from hpo.study.config import FOLDS, Folds, StudyConfig, complete, from_dict, to_dict
 from hpo.study.entries import contains, largest, show
 
 log = logging.getLogger("hpo")
@@ -46,7 +47,7 @@ class StudyConflict(StudyError):
 
 @dataclass(frozen=True)
 class Plan:
-    """All that a worker must know of a study. Written once, when the study is created."""
+    """All that a worker must know of a study. Written when the study is created, and where its space is widened."""
 
     config: StudyConfig  # with metric, validation and every entry of the search space filled in from the data
     written: StudyConfig  # as in the file: what a later file is compared with
@@ -60,6 +61,8 @@ class Plan:
     rules: int = 1  # see RULES; plans of earlier versions do not say
     fill: tuple[float, ...] | None = None  # (F,) what a sequence is given that lacks the feature; None: 0
     gaps: tuple[float, ...] | None = None  # (F,) share of missing values in the training part; None: not recorded
+    fixed: Mapping[str, Value] = field(default_factory=dict)  # values of entries that had one each and now have more
+    revision: int = 0  # how often the space was widened
 
     @property
     def epsilon(self) -> float:
@@ -280,17 +283,3 @@ def validation_parts(config: StudyConfig, sequences: Sequences, rules: int) -> l
         return split_folds(sequences, validation.folds, seed, rules)
     assert validation is not None
     return split_share(sequences, validation, seed, rules)
-
-
-def check_same(stored: Plan, plan: Plan) -> None:
-    """Raise StudyError, with the differences, where a study file contradicts the stored study."""
-    lines = differences(stored.written, plan.written)
-    for name in ("train", "test"):
-        if getattr(stored, name) != getattr(plan, name):
-            lines.append(f"data.{name}: the content of the file differs from the one that the study began with")
-    if lines:
-        raise StudyConflict(
-            f"the study file contradicts the study {stored.config.study.name!r} in the database:\n  "
-            + "\n  ".join(lines)
-            + "\nchange it back, choose another [study] name, or `hpo delete` the study"
-        )

@@ -37,6 +37,35 @@ changed AS (SELECT number, 'restore' AS what, NULL::text AS reason FROM restored
 noted AS ({note_trials})
 INSERT INTO hpo.calls (client, call, result) SELECT %(client)s, %(call)s, count(*) FROM restored {claim}
 
+-- name: widen_study
+-- Store a plan with a wider space in place of the one of that revision, with the record of it. A study that had no
+-- configuration left to try, but trials, is open again.
+-- types: study int, revision int, config jsonb, detail jsonb, who text
+WITH wider AS (UPDATE hpo.terms s SET config = %(config)s, status = CASE WHEN o.goes_on THEN 'open' ELSE status END,
+        promoter = CASE WHEN NOT o.goes_on THEN promoter END,
+        promoter_expires_at = CASE WHEN NOT o.goes_on THEN promoter_expires_at END,
+        promoted_version = CASE WHEN NOT o.goes_on THEN promoted_version END
+    FROM (SELECT study_id, status = 'exhausted' OR status = 'finished' AND started < budget AND NOT {out_of_time}
+        AS goes_on FROM hpo.terms WHERE study_id = %(study)s FOR NO KEY UPDATE) o
+    WHERE s.study_id = o.study_id AND {revision} = %(revision)s RETURNING s.study_id, started)
+INSERT INTO hpo.changes (study_id, changed_by, what, detail)
+SELECT study_id, %(who)s, 'widen', jsonb_build_object('space', %(detail)s::jsonb, 'started', started) FROM wider
+
+-- fragment: revision
+-- How often the space of a study was widened.
+coalesce((s.config ->> 'revision')::int, 0)
+
+-- name: exhaust_study
+-- Note that no configuration is left to try in the space of that revision.
+-- types: study int, revision int
+UPDATE hpo.terms s SET status = 'exhausted'
+WHERE study_id = %(study)s AND status = 'open' AND {revision} = %(revision)s
+
+-- name: changes
+-- What was changed of a study, oldest first.
+-- types: study int
+SELECT changed_at, changed_by, what, detail FROM hpo.changes WHERE study_id = %(study)s ORDER BY change
+
 -- name: trials_as_they_are
 -- Number and state of the wanted trials, and how many trials the study has.
 -- types: study int, numbers int[]

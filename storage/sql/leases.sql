@@ -155,7 +155,7 @@ INSERT INTO hpo.calls (client, call, result) SELECT %(client)s, %(call)s, trial_
 -- flight: the rest is kept. In one that is open something is to come as long as it has a trial to start.
 -- prepared: study int, client uuid, call bigint
 SELECT l.study_id, l.trial_id, t.number, l.worker, l.attempt, l.attempt > 1, l.checkpoint_key, l.checkpoint_epoch,
-    s.lease_s, s.store_key, l.lost, s.status, coalesce(elapsed_s >= timeout_s, false), started >= budget,
+    s.lease_s, s.store_key, l.lost, {revision}, s.status, coalesce(elapsed_s >= timeout_s, false), started >= budget,
     EXISTS (SELECT FROM hpo.leases l WHERE l.study_id = %(study)s AND l.ended_at IS NULL
         AND (s.status IN ('open', 'exhausted') OR NOT {free} AND {waited_for} > hpo.moment()))
     OR s.status = 'open' AND started < budget AND NOT coalesce(elapsed_s >= timeout_s, false)
