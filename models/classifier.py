@@ -1,6 +1,6 @@
-"""The network: preprocessing, LSTM, pooling and head, as one module that maps padded sequences to logits.
+"""The network: preprocessing, stem, LSTM, pooling and head, as one module that maps padded sequences to logits.
 
-Letters: B sequences in a batch, T steps, F features, P patch length, S = ceil(T / P) patches, H hidden size,
+Letters: B sequences in a batch, T steps, F features, C channels, P patch length, S steps of the LSTM, H hidden size,
 D directions (1 or 2), K classes.
 """
 
@@ -14,50 +14,31 @@ from torch import Tensor, nn
 from hpo.models.config import ClassifierConfig
 from hpo.models.device import is_gpu
 from hpo.models.kernel.native import Kernel
+from hpo.models.preprocessing import (
+    ROUNDING,
+    by_channel,
+    by_sequence,
+    channel_statistics,
+    crop_last,
+    fold_patches,
+    valid,
+    with_differences,
+)
+from hpo.models.stem import Stem
 
 Weights = dict[str, Tensor]  # a classifier's state by parameter name
-ROUNDING = 2.0**-23
-"""Of float32, relative to a value. A feature whose deviation is no larger than this part of its mean does not vary:
-what it seems to is rounding. Compared with its mean, not with a number, so that its unit does not matter."""
-
-
-def valid(lengths: Tensor, steps: int) -> Tensor:
-    """(steps, B) bool: whether step t lies inside sequence b."""
-    return torch.arange(steps, device=lengths.device)[:, None] < lengths[None, :]
-
-
-def crop_last(values: Tensor, lengths: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-    """The last `keep` valid steps of each sequence, moved to the front: (B, min(T, keep), F) and lengths."""
-    start = (lengths - keep).clamp(min=0)
-    steps = torch.arange(values.shape[1], device=values.device)[:keep]
-    index = (start[:, None] + steps[None, :]).clamp(max=values.shape[1] - 1)
-    cropped = values.gather(1, index[:, :, None].expand(-1, -1, values.shape[2]))
-    return cropped, lengths.clamp(max=keep)
-
-
-def fold_patches(values: Tensor, lengths: Tensor, patch: int) -> tuple[Tensor, Tensor]:
-    """(B, T, F) to (B, S, P*F); the last, partial patch is filled with zeros and counts as valid."""
-    patches = (values.shape[1] + patch - 1) // patch
-    padded = nn.functional.pad(values, (0, 0, 0, patches * patch - values.shape[1]))
-    folded = padded.reshape(values.shape[0], patches, patch * values.shape[2])
-    return folded, (lengths + patch - 1) // patch
-
-
-def channel_statistics(values: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (F,) of each channel over all valid steps of (B, T, F)."""
-    inside = valid(lengths, values.shape[1]).T[:, :, None]
-    flat = values[inside.expand_as(values)].reshape(-1, values.shape[2]).double()
-    return flat.mean(0).float(), flat.std(0, correction=0).float()
 
 
 def weights_of(config: ClassifierConfig) -> tuple[int, int]:
     """How many numbers the state of a `Classifier` holds, and how many tensors, without making one."""
-    F, H, D, L = config.features, config.hidden_size, 1 + config.bidirectional, config.layers
-    inputs = F * config.patch_length + (L - 1) * D * H  # of all layers
-    numbers, tensors = 4 * D * H * (inputs + L * (H + 2)) + 2 * F, 4 * D * L + 2
+    H, D, L, C = config.hidden_size, 1 + config.bidirectional, config.layers, config.channels
+    inputs = config.inputs + (L - 1) * D * H  # of all layers
+    numbers, tensors = 4 * D * H * (inputs + L * (H + 2)) + 2 * C, 4 * D * L + 2
+    for channels, kernel, _ in config.convolutions:
+        numbers, tensors = numbers + config.stem_width * (channels * kernel + 4), tensors + 5
     if config.pooling == "attention":
         numbers, tensors = numbers + D * H + 1, tensors + 2
-    pooled = D * H * (config.patches if config.pooling == "flatten" else 1)
+    pooled = config.pooled
     for width in (config.head_size, config.outputs) if config.head_size else (config.outputs,):
         numbers, tensors, pooled = numbers + (pooled + 1) * width, tensors + 2, width
     return numbers, tensors
@@ -77,18 +58,12 @@ class Classifier(nn.Module):
     def __init__(self, config: ClassifierConfig) -> None:
         super().__init__()
         self.config = config
-        width = config.hidden_size * (2 if config.bidirectional else 1)
-        self.lstm = nn.LSTM(
-            config.features * config.patch_length,
-            config.hidden_size,
-            config.layers,
-            bidirectional=config.bidirectional,
-        )
-        pooled = width * config.patches if config.pooling == "flatten" else width
-        self.attention = nn.Linear(width, 1) if config.pooling == "attention" else None
-        self.head = _head(pooled, config)
-        self.register_buffer("mean", torch.zeros(config.features))
-        self.register_buffer("deviation", torch.ones(config.features))
+        self.stem = Stem(config) if config.stem == "conv" else None
+        self.lstm = nn.LSTM(config.inputs, config.hidden_size, config.layers, bidirectional=config.bidirectional)
+        self.attention = nn.Linear(config.width, 1) if config.pooling == "attention" else None
+        self.head = _head(config)
+        self.register_buffer("mean", torch.zeros(config.channels))
+        self.register_buffer("deviation", torch.ones(config.channels))
 
     def place(self, device: torch.device, *, variable: bool = True) -> Classifier:
         """Move it to a device, as `to` does. On a GPU each call of cuDNN then finds its weights in one buffer, laid out
@@ -104,10 +79,12 @@ class Classifier(nn.Module):
         return self
 
     def fit_normalization(self, values: Tensor, lengths: Tensor) -> None:
-        """Take the channel statistics of the training part: values (N, T, F), lengths (N,). The deviation of a feature
+        """Take the channel statistics of the training part: values (N, T, F), lengths (N,). The deviation of a channel
         that does not vary becomes 0, and so does whatever it is later.
         """
         if self.config.normalization == "channel":
+            if self.config.difference:
+                values = with_differences(values)
             mean, deviation = channel_statistics(values, lengths)
             if not self.config.epsilon:
                 deviation[deviation <= ROUNDING * mean.abs()] = 0
@@ -123,15 +100,18 @@ class Classifier(nn.Module):
         return to_probabilities(self.forward(values, lengths))
 
     def prepare(self, values: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Crop, normalise and fold: (B, T, F) to time-major patches (S, B, P*F) and their lengths (B,).
+        """Crop, add differences, normalise and fold: (B, T, F) to time-major patches (T / P, B, P*C) and their lengths
+        (B,), zero beyond these.
 
         Nothing in it is trained, so a training run does it once for all its data.
         """
         if self.config.sequence_length:
             values, lengths = crop_last(values, lengths, self.config.sequence_length)
+        if self.config.difference:
+            values = with_differences(values)
         inside = valid(lengths, values.shape[1]).T[:, :, None]
         values = torch.where(inside, self._normalize(values, inside, lengths), 0.0)
-        patches, lengths = fold_patches(values, lengths, self.config.patch_length)
+        patches, lengths = fold_patches(values, lengths, self.config.folded)
         return patches.transpose(0, 1), lengths
 
     def unknown(self, values: Tensor, lengths: Tensor) -> Tensor:
@@ -141,14 +121,31 @@ class Classifier(nn.Module):
         inside = valid(lengths, values.shape[1]).T[:, :, None]
         return (torch.where(inside, values - values, 0.0) != 0).flatten(1).any(1)
 
-    def logits(self, patches: Tensor, lengths: Tensor | None, generator: torch.Generator | None = None) -> Tensor:
-        """Time-major patches (S, B, P*F) to logits; `lengths` None says that every sequence fills all S.
+    def logits(
+        self,
+        patches: Tensor,
+        lengths: Tensor | None,
+        generator: torch.Generator | None = None,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """Time-major patches as of `prepare` to logits; `lengths` None says that every sequence fills all steps.
 
-        generator: of dropout's random numbers in training; None: torch's own.
+        generator: of dropout's random numbers in training; None: torch's own. rows (B,): 1 for the sequences that
+        count, 0 for those that only fill the batch.
         """
+        inputs, lengths = self.embed(patches, lengths, rows)
         if self.kernel is not None and self.config.pooling == "last":
-            return self._apply_head(self.outputs(patches, lengths, generator, final=True), generator)
-        return self.classify(self.outputs(patches, lengths, generator), lengths, generator)
+            return self._apply_head(self.outputs(inputs, lengths, generator, final=True), generator)
+        return self.classify(self.outputs(inputs, lengths, generator), lengths, generator)
+
+    def embed(
+        self, patches: Tensor, lengths: Tensor | None, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Time-major patches and their lengths to what the LSTM reads, (S, B, inputs), and its lengths."""
+        if self.stem is None:
+            return patches, lengths
+        found: tuple[Tensor, Tensor | None] = self.stem(patches, lengths, rows)
+        return found
 
     def outputs(
         self,
@@ -158,7 +155,7 @@ class Classifier(nn.Module):
         *,
         final: bool = False,
     ) -> Tensor:
-        """The last layer's outputs (S, B, D*H); those beyond a sequence's length have no meaning.
+        """What `embed` gives to the last layer's outputs (S, B, D*H); those beyond a length have no meaning.
 
         final: only those that each direction ends with, (B, D*H), which cost the native kernel less.
         """
@@ -180,7 +177,7 @@ class Classifier(nn.Module):
         return self._apply_head(self._pool(outputs, lengths), generator)
 
     def _apply_head(self, pooled: Tensor, generator: torch.Generator | None) -> Tensor:
-        """The head: pooled outputs (B, D*H), or (B, S*D*H) for `flatten`, to logits."""
+        """The head: pooled outputs (B, pooled) to logits."""
         result = pooled
         for module in self.head if isinstance(self.head, nn.Sequential) else [self.head]:
             if isinstance(module, nn.Dropout):
@@ -190,18 +187,10 @@ class Classifier(nn.Module):
         return result.squeeze(-1) if self.config.classes == 2 else result
 
     def _normalize(self, values: Tensor, inside: Tensor, lengths: Tensor) -> Tensor:
-        epsilon = self.config.epsilon
         if self.config.normalization == "channel":
-            if epsilon:
-                return (values - self.mean) / (self.deviation + epsilon)
-            return torch.where(self.deviation == 0, 0.0, (values - self.mean) / self.deviation)
+            return by_channel(values, self.mean, self.deviation, self.config.epsilon)
         if self.config.normalization == "sequence":
-            count = lengths[:, None, None].to(values.dtype)
-            mean = torch.where(inside, values, 0.0).sum(1, keepdim=True) / count
-            centred = torch.where(inside, values - mean, 0.0)
-            if epsilon:
-                return centred / ((centred.square().sum(1, keepdim=True) / count).sqrt() + epsilon)
-            return _by_deviation(centred, mean, inside, count)
+            return by_sequence(values, inside, lengths, self.config.epsilon)
         return values
 
     def _layer(
@@ -243,7 +232,7 @@ class Classifier(nn.Module):
         return outputs
 
     def _pool(self, outputs: Tensor, lengths: Tensor | None) -> Tensor:
-        """(S, B, D*H) to (B, D*H), or (B, S*D*H) for `flatten`; steps outside a sequence never count."""
+        """(S, B, D*H) to (B, pooled); steps outside a sequence never count."""
         pooling = self.config.pooling
         if pooling == "last":
             return self._last(outputs, lengths)
@@ -251,11 +240,12 @@ class Classifier(nn.Module):
             return outputs.transpose(0, 1).flatten(1)
         outside = None if lengths is None else ~valid(lengths, outputs.shape[0])[:, :, None]
         if pooling == "mean":
-            if outside is None:
-                return outputs.mean(0)
-            return outputs.masked_fill(outside, 0.0).sum(0) / cast(Tensor, lengths)[:, None]
+            return _mean(outputs, outside, lengths)
         if pooling == "max":
-            return (outputs if outside is None else outputs.masked_fill(outside, -torch.inf)).amax(0)
+            return _max(outputs, outside)
+        if pooling == "concat":
+            parts = [_max(outputs, outside), _mean(outputs, outside, lengths), self._last(outputs, lengths)]
+            return torch.cat(parts, 1)
         scores = cast(nn.Linear, self.attention)(outputs)
         scores = scores if outside is None else scores.masked_fill(outside, -torch.inf)
         pooled: Tensor = (scores.softmax(0) * outputs).sum(0)
@@ -290,6 +280,16 @@ def drop(values: Tensor, probability: float, generator: torch.Generator | None) 
     return values * kept.div_(1 - probability)
 
 
+def _mean(outputs: Tensor, outside: Tensor | None, lengths: Tensor | None) -> Tensor:
+    if outside is None:
+        return outputs.mean(0)
+    return outputs.masked_fill(outside, 0.0).sum(0) / cast(Tensor, lengths)[:, None]
+
+
+def _max(outputs: Tensor, outside: Tensor | None) -> Tensor:
+    return (outputs if outside is None else outputs.masked_fill(outside, -torch.inf)).amax(0)
+
+
 def _flips(patches: Tensor, lengths: Tensor | None) -> Tensor:
     """(S, B, 1): where each step of a sequence flipped within its own length comes from."""
     steps, batch = patches.shape[:2]
@@ -297,17 +297,6 @@ def _flips(patches: Tensor, lengths: Tensor | None) -> Tensor:
     if lengths is None:
         return (steps - 1 - index).expand(steps, batch)[:, :, None]
     return torch.where(index < lengths, lengths - 1 - index, index)[:, :, None]
-
-
-def _by_deviation(centred: Tensor, mean: Tensor, inside: Tensor, count: Tensor) -> Tensor:
-    """Centred values (B, T, F) divided by their deviation in each sequence; 0 where it is only rounding."""
-    # A sum of large values is rounded: what is left of the mean is subtracted once more.
-    centred = torch.where(inside, centred - centred.sum(1, keepdim=True) / count, 0.0)
-    # The square of 1e-30 or 1e30 is no float32: the largest value becomes 1 first.
-    largest = centred.abs().amax(1, keepdim=True)
-    scaled = centred / torch.where(largest > 0, largest, 1.0)
-    deviation = (scaled.square().sum(1, keepdim=True) / count).sqrt()
-    return torch.where(deviation * largest <= ROUNDING * mean.abs(), 0.0, scaled / deviation)
 
 
 @torch.no_grad()
@@ -322,11 +311,11 @@ def _reorder(patches: Tensor, index: Tensor) -> Tensor:
     return patches.gather(0, index.expand(-1, -1, patches.shape[2]))
 
 
-def _head(inputs: int, config: ClassifierConfig) -> nn.Module:
+def _head(config: ClassifierConfig) -> nn.Module:
     if not config.head_size:
-        return nn.Linear(inputs, config.outputs)
+        return nn.Linear(config.pooled, config.outputs)
     return nn.Sequential(
-        nn.Linear(inputs, config.head_size),
+        nn.Linear(config.pooled, config.head_size),
         nn.ReLU(),
         nn.Dropout(config.dropout),
         nn.Linear(config.head_size, config.outputs),

@@ -32,11 +32,20 @@ class ClassifierConfig:
     dropout: float = field(default=0.0, metadata=allowed(float, low=0, high=1, below=True))
     bidirectional: bool = field(default=False, metadata=allowed(bool))  # D = 2
     pooling: str = field(
-        default="last", metadata=allowed(str, names=("last", "mean", "max", "attention", "flatten"))
-    )  # of the last layer's outputs over the steps
+        default="last", metadata=allowed(str, names=("last", "mean", "max", "attention", "concat", "flatten"))
+    )  # of the last layer's outputs over the steps; concat: max, mean and last, one after another
     # 0: one linear layer; else linear, ReLU, dropout, linear of this width
     head_size: int = field(default=0, metadata=allowed(int, low=0))
+    # what stands before the LSTM: nothing; steps folded into patches; convolutions (see hpo.models.stem)
+    stem: str = field(default="patch", metadata=allowed(str, names=("none", "patch", "conv")))
     patch_length: int = field(default=1, metadata=allowed(int, low=1))  # P, consecutive steps folded into the features
+    stem_layers: int = field(default=1, metadata=allowed(int, low=1, high=4))  # convolutions
+    stem_width: int = field(default=64, metadata=allowed(int, low=1))  # W, channels of each
+    # k, steps that each sees; the last one no fewer than its stride, so that no step goes unseen
+    stem_kernel: int = field(default=5, metadata=allowed(int, low=1))
+    stem_stride: int = field(default=2, metadata=allowed(int, low=1))  # R, of the last one; the others take every step
+    # each feature a second time, as what a step adds to the one before it
+    difference: bool = field(default=False, metadata=allowed(bool))
     sequence_length: int = field(default=0, metadata=allowed(int, low=0))  # keep only the last so many steps; 0: all
     # by nothing, the training part's statistics of each channel, or each sequence's own
     normalization: str = field(default="none", metadata=allowed(str, names=("none", "channel", "sequence")))
@@ -57,9 +66,48 @@ class ClassifierConfig:
         return self.pooling == "flatten" and self.kept_steps == self.steps
 
     @property
+    def channels(self) -> int:
+        """C, numbers of a step: the features and what is derived from them."""
+        return self.features * (1 + self.difference)
+
+    @property
+    def folded(self) -> int:
+        """P where steps are folded into patches, else 1."""
+        return self.patch_length if self.stem == "patch" else 1
+
+    @property
+    def reduction(self) -> int:
+        """Steps of the data that one of the LSTM's stands for."""
+        return self.stem_stride if self.stem == "conv" else self.folded
+
+    @property
+    def convolutions(self) -> list[tuple[int, int, int]]:
+        """Of each of the stem's convolutions: channels, k, stride."""
+        found: list[tuple[int, int, int]] = []
+        for layer in range(self.stem_layers if self.stem == "conv" else 0):
+            stride = self.stem_stride if layer == self.stem_layers - 1 else 1
+            found.append((self.stem_width if layer else self.channels, max(self.stem_kernel, stride), stride))
+        return found
+
+    @property
+    def inputs(self) -> int:
+        """Numbers that the LSTM reads at a step."""
+        return self.stem_width if self.stem == "conv" else self.channels * self.folded
+
+    @property
     def patches(self) -> int:
-        """S of the longest sequence: a last, partial patch counts."""
-        return -(-self.kept_steps // self.patch_length)
+        """S, the LSTM's steps of the longest sequence: a last, partial patch or stride counts."""
+        return -(-self.kept_steps // self.reduction)
+
+    @property
+    def width(self) -> int:
+        """D*H, numbers that the LSTM gives at a step."""
+        return self.hidden_size * (1 + self.bidirectional)
+
+    @property
+    def pooled(self) -> int:
+        """Numbers of a sequence that the head reads."""
+        return self.width * {"flatten": self.patches, "concat": 3}.get(self.pooling, 1)
 
     @property
     def outputs(self) -> int:
@@ -92,6 +140,14 @@ class TrainingConfig:
     class_weight: str = field(default="none", metadata=allowed(str, names=("none", "balanced")))
     # of two classes: half, 0.5; chosen, the best on validation data
     threshold: str = field(default="half", metadata=allowed(str, names=("half", "chosen")))
+    # share of a label that is spread over all classes
+    label_smoothing: float = field(default=0.0, metadata=allowed(float, low=0, high=1, below=True))
+    # a of Beta(a, a), of which the shares are in which a sequence and its label are mixed with others (Zhang et al.,
+    # 2018); 0: they are not
+    mixup: float = field(default=0.0, metadata=allowed(float, low=0, high=100))
+    # deviation of the noise that is added to a feature, and of the factor that a sequence's feature is multiplied by,
+    # both in deviations of the feature
+    jitter: float = field(default=0.0, metadata=allowed(float, low=0, high=FLOAT32_MOST))
     # bfloat16 is autocast
     precision: str = field(default="float32", metadata=allowed(str, names=("float32", "bfloat16")))
     seed: int = 0
@@ -102,4 +158,5 @@ class TrainingConfig:
 
 EARLIER_EPSILON = 1e-5  # of what earlier versions trained; signals of 1e-6 (tesla, strain) disappear in it
 METRICS = rules(TrainingConfig)["metric"].names
+STEM = ("stem", "stem_layers", "stem_width", "stem_kernel", "stem_stride")  # fields of ClassifierConfig
 PRECISIONS = rules(TrainingConfig)["precision"].names

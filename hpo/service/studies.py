@@ -113,8 +113,8 @@ async def submit(
 ) -> Study:
     """Open a study for the workers: a study file as TOML or JSON, whose [data] names keys of stored data files.
 
-    Repeated with the same Idempotency-Key, or unchanged, it is the same study (200). Another study of that name is a
-    conflict (409), with the differences.
+    Repeated with the same Idempotency-Key, or unchanged, it is the same study (200); with more trials, or a wider
+    [space], it goes on. Another study of that name is a conflict (409), with the differences.
     """
     tables = _tables(request.headers.get("content-type", ""), await request.body())
     study, created = await run_sync(submit_study, backend, token, tables, idempotency_key)

@@ -33,6 +33,7 @@ from hpo.study.checks import (
     whole,
 )
 from hpo.study.entries import Entry, SpaceError, show, unknown, unparse
+from hpo.study.portfolio import first_configurations
 
 SAMPLERS = ("tpe", "gp", "cmaes", "random", "qmc", "grid")
 PRUNERS = ("hyperband", "halving", "median", "none")
@@ -40,6 +41,7 @@ EVENTS = ("end", "failure", "promotion")  # that an address may be told of
 DEEPEST = 50  # lists and tables within one another
 FOLDS = 5  # default where a share would validate on few sequences
 VALIDATION_SHARE = 0.2  # default else, share of the training part
+LEARNING = ("tpe", "gp")  # samplers that go on from what was tried; of others the user wants their own draws
 VALIDATION_LEAST = 200  # sequences that a validation share must hold to be the default
 
 
@@ -431,6 +433,10 @@ def complete(
     try:
         space = spaces.complete(config.space, **facts, variable=variable)
         enqueue = tuple(spaces.check_params(space, params, f"enqueue[{i}]") for i, params in enumerate(config.enqueue))
+        if not enqueue and config.study.sampler in LEARNING and config.study.warm_start is None:
+            enqueue = first_configurations(
+                space, spaces.steps_kept(space["sequence_length"], steps), config.study.trials
+            )
     except SpaceError as error:
         raise ConfigError(f"{error} (study {config.study.name})") from None
     return replace(

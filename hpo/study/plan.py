@@ -6,7 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from hpo.models.seeds import derive
 from hpo.storage.keys import data_key
 from hpo.study.config import FOLDS, Folds, StudyConfig, complete, from_dict, to_dict
 from hpo.study.entries import contains, largest, show
+from hpo.study.space import EARLIER
 
 log = logging.getLogger("hpo")
 
@@ -117,6 +118,7 @@ class Plan:
         lists: dict[str, Any] = {name: tuple(content[name]) for name in ("classes", "features")}
         lists |= {name: tuple(content[name]) for name in ("fill", "gaps") if content.get(name) is not None}
         configs = {name: from_dict(content[name]) for name in ("config", "written")}
+        configs["config"] = replace(configs["config"], space={**EARLIER, **configs["config"].space})
         return cls(**{**content, **lists, **configs})
 
 

@@ -13,7 +13,7 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 from hpo.models.config import ClassifierConfig, TrainingConfig
-from hpo.models.fields import Rule, Value, rules
+from hpo.models.fields import Rule, Value, default, rules
 from hpo.study.entries import (
     Choices,
     Entry,
@@ -36,13 +36,21 @@ LARGEST = {  # of a search; a network may be larger
     "hidden_size": 4096,
     "layers": 8,
     "head_size": 65536,
-    **dict.fromkeys(("sequence_length", "patch_length", "batch_size"), 10**9),
+    "stem_width": 4096,
+    "stem_kernel": 65536,
+    **dict.fromkeys(("sequence_length", "patch_length", "stem_stride", "batch_size"), 10**9),
 }
 STEPS_MOST = 10**9  # of a range
 ORDER = (  # of drawing: what decides whether a parameter is active comes before it
     "normalization",
     "sequence_length",
+    "difference",
+    "stem",
     "patch_length",
+    "stem_layers",
+    "stem_width",
+    "stem_kernel",
+    "stem_stride",
     "hidden_size",
     "layers",
     "bidirectional",
@@ -56,21 +64,40 @@ ORDER = (  # of drawing: what decides whether a parameter is active comes before
     "gradient_clip",
     "schedule",
     "class_weight",
+    "label_smoothing",
+    "mixup",
+    "jitter",
     "threshold",
 )
 _RULES = rules(ClassifierConfig) | rules(TrainingConfig)
 PARAMETERS: dict[str, Rule] = {name: replace(_RULES[name], high=LARGEST.get(name, _RULES[name].high)) for name in ORDER}
-NEUTRAL: dict[str, Value] = {"dropout": 0.0}  # what an inactive entry is set to
+_PATCH, _CONV = ("patch_length",), ("stem_layers", "stem_width", "stem_kernel", "stem_stride")
+NEUTRAL: dict[str, Value] = {  # what an inactive entry is set to
+    "dropout": 0.0,
+    **{name: default(ClassifierConfig, name) for name in (*_PATCH, *_CONV)},
+}
+DECIDED_BY = {  # by what decides whether it is active
+    "dropout": ("layers", "head_size"),
+    **dict.fromkeys((*_PATCH, *_CONV), ("stem",)),
+}
+EARLIER: dict[str, Entry] = {  # what a study of an earlier version, whose space lacks these, trains with
+    name: default(ClassifierConfig, name) for name in ("difference", "stem", *_CONV)
+} | {name: default(TrainingConfig, name) for name in ("label_smoothing", "mixup", "jitter")}
 
 # --- defaults ---
 
 DEFAULTS: dict[str, Entry] = {  # whatever the data; patch_length and batch_size follow from it, below
     "normalization": Choices(PARAMETERS["normalization"].names),
     "sequence_length": 0,
+    "difference": Choices((False, True)),
+    "stem": Choices(("patch", "conv")),
+    "stem_layers": Range(1, 2),
+    "stem_width": Choices((32, 64, 128)),
+    "stem_kernel": Choices((3, 5, 7, 9)),
     "hidden_size": Range(16, 128, log=True),
     "layers": Range(1, 2),
     "bidirectional": Choices((False, True)),
-    "pooling": Choices(("last", "mean", "max", "attention")),
+    "pooling": Choices(("last", "mean", "max", "attention", "concat")),
     "head_size": Choices((0, 128)),
     "dropout": Range(0.0, 0.5),
     "optimizer": "adamw",
@@ -79,6 +106,9 @@ DEFAULTS: dict[str, Entry] = {  # whatever the data; patch_length and batch_size
     "gradient_clip": 1.0,
     "schedule": "cosine",
     "class_weight": "none",
+    "label_smoothing": Choices((0.0, 0.1)),
+    "mixup": Choices((0.0, 0.2)),
+    "jitter": Choices((0.0, 0.1)),
     "threshold": "half",
 }
 BATCH_SIZES = (  # training sequences up to, batch sizes
@@ -91,6 +121,7 @@ BATCH_SIZES = (  # training sequences up to, batch sizes
 PATCHES_LEAST = 6  # a default patch length leaves the LSTM at least this many steps …
 PATCHES_MOST = 64  # … and at most this many
 PATCH_CHOICES = 4  # default patch lengths at most
+STRIDE_LEAVES = 12  # a default stride leaves the LSTM at least so many
 PATCH_WIDTH = 2048  # features times patch length at most, beyond the shortest patch
 
 
@@ -102,6 +133,7 @@ def default_space(*, n: int, steps: int, features: int) -> dict[str, Entry]:
     """
     derived: dict[str, Entry] = {
         "patch_length": _one_or_more(_patch_lengths(steps, features)),
+        "stem_stride": _one_or_more(_strides(steps)),
         "batch_size": _one_or_more(_batch_sizes(n)),
     }
     if steps == 1:
@@ -111,12 +143,22 @@ def default_space(*, n: int, steps: int, features: int) -> dict[str, Entry]:
 
 def _patch_lengths(steps: int, features: int) -> list[int]:
     """Powers of two that leave a readable number of steps: T=24 -> 1, 2, 4; T=500 -> 8, 16, 32, 64."""
-    shortest = 1
-    while math.ceil(steps / shortest) > PATCHES_MOST:
-        shortest *= 2
+    shortest = _shortest(steps)
     longer = (shortest * 2**i for i in range(1, PATCH_CHOICES))
     fits = [k for k in longer if math.ceil(steps / k) >= PATCHES_LEAST and k * features <= PATCH_WIDTH]
     return [shortest, *fits]
+
+
+def _shortest(steps: int) -> int:
+    """The smallest power of two that leaves no more than PATCHES_MOST steps."""
+    return 1 << max(0, math.ceil(math.log2(steps / PATCHES_MOST)))
+
+
+def _strides(steps: int) -> list[int]:
+    """Powers of two, two or three in a row, that leave a readable number of steps: T=24 -> 1, 2; T=100 -> 2, 4."""
+    shortest = _shortest(steps)
+    fits = [k for k in (shortest, 2 * shortest, 4 * shortest) if k == 1 or math.ceil(steps / k) >= STRIDE_LEAVES]
+    return fits or [shortest]
 
 
 def _batch_sizes(n: int) -> list[int]:
@@ -138,7 +180,7 @@ def complete(
     fold leaves means all of it. Lengths are `variable` or all alike. A default follows from the steps that
     `sequence_length` keeps. Raises SpaceError where an entry cannot work with these data.
     """
-    kept = _steps_kept(space.get("sequence_length", 0), steps)
+    kept = steps_kept(space.get("sequence_length", 0), steps)
     defaults = default_space(n=n, steps=kept, features=features)
     full = {name: space.get(name, defaults[name]) for name in PARAMETERS}
     _check_sizes(full, n, kept)
@@ -155,11 +197,16 @@ def complete(
 
 
 def _check_sizes(full: Mapping[str, Entry], n: int, kept: int) -> None:
-    """Compare patch length and batch size with the `kept` steps and the n sequences. Raises SpaceError."""
+    """Compare patch length, stride and batch size with the `kept` steps and the n sequences. Raises SpaceError."""
     if largest(full["patch_length"]) > kept:
         raise SpaceError(
             f"space.patch_length must be at most {kept}, the steps of the longest sequence that "
             f"are kept, got {show(full['patch_length'])}"
+        )
+    if largest(full["stem_stride"]) > kept:
+        raise SpaceError(
+            f"space.stem_stride must be at most {kept}, the steps of the longest sequence that "
+            f"are kept, got {show(full['stem_stride'])}"
         )
     if largest(full["batch_size"]) > n:
         raise SpaceError(
@@ -167,7 +214,7 @@ def _check_sizes(full: Mapping[str, Entry], n: int, kept: int) -> None:
         )
 
 
-def _steps_kept(entry: Entry, steps: int) -> int:
+def steps_kept(entry: Entry, steps: int) -> int:
     """Steps of the longest sequence that the longest crop of `sequence_length` keeps."""
     if largest(entry) > steps:
         raise SpaceError(
@@ -279,8 +326,8 @@ def check_params(space: Mapping[str, Entry], params: Mapping[str, Any], where: s
 
 
 def _idle(name: str, value: Value, params: Mapping[str, Any]) -> bool:
-    known = {"layers", "head_size"} <= params.keys()
-    return name in NEUTRAL and value == NEUTRAL[name] and known and not is_active(name, params)
+    known = name in NEUTRAL and params.keys() >= set(DECIDED_BY[name])
+    return known and value == NEUTRAL[name] and not is_active(name, params)
 
 
 # --- drawing ---
@@ -293,11 +340,16 @@ def distributions(space: Mapping[str, Entry]) -> dict[str, BaseDistribution]:
 
 
 def is_active(name: str, params: Mapping[str, Any]) -> bool:
-    """Whether a parameter has any effect: dropout needs two LSTM layers or a hidden layer in the head.
+    """Whether a parameter has any effect: dropout needs two LSTM layers or a hidden layer in the head, what belongs to
+    a stem needs that stem.
 
-    `params` must hold `layers` and `head_size` where `name` is dropout.
+    `params` must hold what decides (see DECIDED_BY).
     """
-    return name != "dropout" or params["layers"] >= 2 or params["head_size"] > 0
+    if name == "dropout":
+        return bool(params["layers"] >= 2 or params["head_size"] > 0)
+    if name in _PATCH:
+        return bool(params["stem"] == "patch")
+    return name not in _CONV or bool(params["stem"] == "conv")
 
 
 def walk(space: Mapping[str, Entry], draw: Callable[[str, BaseDistribution], Any]) -> dict[str, Any]:
@@ -319,13 +371,20 @@ def walk(space: Mapping[str, Entry], draw: Callable[[str, BaseDistribution], Any
 def cardinality(space: Mapping[str, Entry]) -> int | None:
     """How many distinct configurations `walk` can give over a completed space; None: no end of them.
 
-    Dropout is inactive for exactly one pair, one layer and no hidden head, and counts once there.
+    Dropout is inactive for exactly one pair, one layer and no hidden head, and counts once there; what belongs to a
+    stem counts for that stem alone.
     """
     sizes = {name: size(entry) for name, entry in space.items()}
     inactive = int(contains(space["layers"], 1) and contains(space["head_size"], 0))
     active = (sizes.pop("layers") or 0) * (sizes.pop("head_size") or 0) - inactive
     dropout = sizes.pop("dropout")
     dropout = dropout if active else 1
+    own = {name: sizes.pop(name) for name in (*_PATCH, *_CONV)}
+    of_stem = {"none": (), "patch": _PATCH, "conv": _CONV}
+    stems = sum(
+        math.prod(own[each] or 0 for each in of_stem[name]) for name in of_stem if contains(space["stem"], name)
+    )
+    del sizes["stem"]
     if dropout is None or None in sizes.values():
         return None
-    return (active * dropout + inactive) * math.prod(count for count in sizes.values() if count)
+    return (active * dropout + inactive) * stems * math.prod(count for count in sizes.values() if count)

@@ -97,8 +97,10 @@ def largest(plan: Plan) -> dict[str, Any]:
 
     def most(name: str, distribution: BaseDistribution) -> Any:
         choices = getattr(distribution, "choices", None) or (distribution.low, distribution.high)  # type: ignore[attr-defined]
-        if name == "patch_length":
+        if name in ("patch_length", "stem_stride"):
             return min(choices)
+        if name == "stem":
+            return max(choices, key=lambda choice: choice == "conv")
         if name == "sequence_length":
             return 0 if 0 in choices else max(choices)
         if name == "normalization":

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from hpo.errors import legible
 from hpo.models.bundle.config import BundleConfig, preprocessing
-from hpo.models.classifier import ROUNDING
 from hpo.models.config import ClassifierConfig
+from hpo.models.preprocessing import ROUNDING
+from hpo.models.stem import EPSILON
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -88,9 +89,17 @@ def _architecture(config: ClassifierConfig) -> str:
     direction = "bidirectional " if config.bidirectional else ""
     head = f"{config.head_size} ReLU units, " if config.head_size else ""
     kind = "sigmoid" if config.classes == 2 else "softmax"
+    stem = {
+        "patch": f"patches of {config.folded} steps, " if config.folded > 1 else "",
+        "conv": " and ".join(
+            f"convolution of {kernel} steps to {config.stem_width} channels, stride {stride}"
+            for _, kernel, stride in config.convolutions
+        )
+        + ", ",
+    }.get(config.stem, "")
     return (
-        f"{config.layers}-layer {direction}LSTM of {config.hidden_size} units, {config.pooling} pooling over the valid "
-        f"steps, {head}{kind}"
+        f"{stem}{config.layers}-layer {direction}LSTM of {config.hidden_size} units, {config.pooling} pooling over the "
+        f"valid steps, {head}{kind}"
     )
 
 
@@ -152,17 +161,19 @@ def _torch_example(config: BundleConfig) -> str:
 
 def _member_code(c: ClassifierConfig) -> list[str]:
     """Lines of Python that give one member's probabilities of a sequence x, from the tensors of all members."""
-    width, inputs = c.hidden_size, c.features * c.patch_length
+    width, inputs = c.hidden_size, c.inputs
     prepare = {
         f"x = x[-{c.sequence_length}:]": c.sequence_length,
+        "x = torch.cat([x, torch.diff(x, dim=0, prepend=x[:1])], 1)": c.difference,
         **_normalization_code(c),
-        f"x = torch.nn.functional.pad(x, (0, 0, 0, -len(x) % {c.patch_length})).reshape(-1, {inputs})": (
-            c.patch_length > 1
-        ),
+        f"x = torch.nn.functional.pad(x, (0, 0, 0, -len(x) % {c.folded})).reshape(-1, {inputs})": c.folded > 1,
+        **_stem_code(c),
     }
+    last = f"torch.cat([out[-1, :{width}], out[0, {width}:]])" if c.bidirectional else "out[-1]"
     pool = {
-        "last": f"torch.cat([out[-1, :{width}], out[0, {width}:]])" if c.bidirectional else "out[-1]",
+        "last": last,
         "mean": "out.mean(0)",
+        "concat": f"torch.cat([out.amax(0), out.mean(0), {last}])",
         "max": "out.amax(0)",
         "attention": '((out @ w["attention.weight"].T + w["attention.bias"]).softmax(0) * out).sum(0)',
         "flatten": "out.flatten()",
@@ -198,6 +209,20 @@ def _normalization_code(c: ClassifierConfig) -> dict[str, bool]:
         f"varies = deviation > {ROUNDING!r} * mean.abs()": sequence,
         "x = torch.where(varies, (x - mean) / deviation, 0.0).float()": sequence,
     }
+
+
+def _stem_code(c: ClassifierConfig) -> dict[str, bool]:
+    """The lines that are the stem."""
+    lines = []
+    for i, (_, kernel, stride) in enumerate(c.convolutions):
+        left, name = max(0, (kernel - stride) // 2), f'w["stem.layers.{i}.'
+        lines += [
+            f"x = torch.nn.functional.pad(x.T, ({left}, -len(x) % {stride} + {kernel - stride - left}))",
+            f'x = torch.nn.functional.conv1d(x[None], {name}weight"], stride={stride})[0].T',
+            f'x = (x - {name}running_mean"]) / ({name}running_variance"] + {EPSILON}).sqrt()',
+            f'x = (x * {name}scale"] + {name}shift"]).relu()',
+        ]
+    return dict.fromkeys(lines, True)
 
 
 def _exported(config: BundleConfig, exported: str) -> list[str]:

@@ -8,14 +8,15 @@ from math import isfinite
 from typing import Any, TypeVar
 
 from hpo.errors import StudyFault, legible
-from hpo.models.config import EARLIER_EPSILON, FLOAT32_MOST, METRICS, ClassifierConfig, ClassifierError
+from hpo.models.config import EARLIER_EPSILON, FLOAT32_MOST, METRICS, STEM, ClassifierConfig, ClassifierError
 from hpo.models.data.sequences import UNKEPT, UNKEPT_RULE, default_names
-from hpo.models.fields import rules
+from hpo.models.fields import default, rules
 from hpo.models.metrics import Scores
 
-FORMAT = 3  # version of the folder's format; raised when an older reader would misread it
+FORMAT = 4  # version of the folder's format; raised when an older reader would misread it
 # formats that are read too, with what their classifiers do not say
-EARLIER: dict[int, dict[str, float]] = {1: {"epsilon": EARLIER_EPSILON}, 2: {}}
+_NO_STEM = {name: default(ClassifierConfig, name) for name in (*STEM, "difference")}
+EARLIER: dict[int, dict[str, Any]] = {1: {"epsilon": EARLIER_EPSILON, **_NO_STEM}, 2: _NO_STEM, 3: _NO_STEM}
 TYPES: dict[str, type] = {
     "classes": list, "features": list, "metric": str, "members": int, "threshold": float, "best_epoch": int,
     "columns": dict, "provenance": dict,
@@ -77,6 +78,10 @@ def preprocessing(model: BundleConfig) -> list[str]:
     steps = [f"missing values are filled: linearly between known steps, with the nearest at the ends, or with {none}"]
     if config.sequence_length:
         steps.append(f"only its last {config.sequence_length} steps are kept")
+    if config.difference:
+        steps.append(
+            "the differences of all features from the step before, 0 at the first, follow them as further ones"
+        )
     more = f" + {config.epsilon}" if config.epsilon else ""
     if config.normalization == "channel":
         constant = "" if more else "; 0 where that is 0, as the feature did not vary in training"
@@ -84,8 +89,8 @@ def preprocessing(model: BundleConfig) -> list[str]:
     if config.normalization == "sequence":
         constant = "" if more else "; 0 where it does not vary"
         steps.append(f"each feature: minus its mean in the sequence, divided by its deviation there{more}{constant}")
-    if config.patch_length > 1:
-        steps.append(f"{config.patch_length} consecutive steps become one; the last, partial one is filled with zeros")
+    if config.folded > 1:
+        steps.append(f"{config.folded} consecutive steps become one; the last, partial one is filled with zeros")
     return steps
 
 

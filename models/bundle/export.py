@@ -97,7 +97,7 @@ def _copy(file: Path, to: Path) -> None:
 def _check_steps(bundle: Bundle) -> None:
     """Raise ExportError for a model whose graph could be checked on sequences of unlikely length alone."""
     config = bundle.config.classifier
-    if (longest := max(config.steps, config.sequence_length, config.patch_length)) > STEPS_MOST:
+    if (longest := max(config.steps, config.sequence_length, config.reduction)) > STEPS_MOST:
         rule = f"a graph is checked on sequences as long as in training, and of at most {STEPS_MOST:,} steps"
         raise ExportError(f"{rule}, got {longest:,}; the safetensors export has no such limit")
 
@@ -152,7 +152,7 @@ def _silent_gaps(bundle: Bundle, run: Run, parts: list[Sequences]) -> str:
 def _drawn(bundle: Bundle) -> list[Sequences]:
     """Batches of normal random sequences: several and one, longer and shorter than in training, down to one step."""
     config, rng = bundle.config.classifier, np.random.default_rng(0)
-    mean, deviation = (getattr(bundle.models[0], name).numpy() for name in ("mean", "deviation"))
+    mean, deviation = (getattr(bundle.models[0], name)[: config.features].numpy() for name in ("mean", "deviation"))
     shapes = [(3, config.steps), (1, config.steps), (5, config.steps)]
     if not config.fixed_length:
         least = config.kept_steps if config.pooling == "flatten" else 1
@@ -177,7 +177,7 @@ def _real(bundle: Bundle, sequences: Sequences) -> list[Sequences]:
 def _sample(bundle: Bundle) -> tuple[Tensor, Tensor]:
     """Inputs to trace with: N and T above 1, and T so long that no step of the preparation is left out."""
     config = bundle.config.classifier
-    T = config.steps if config.fixed_length else max(config.steps, 2 * config.patch_length, config.sequence_length) + 1
+    T = config.steps if config.fixed_length else max(config.steps, 2 * config.reduction, config.sequence_length) + 1
     return torch.randn(3, T, config.features), torch.full((3,), T)
 
 
@@ -244,7 +244,7 @@ def _run_onnx(path: Path) -> Run:
 class _Scan(nn.Module):
     """The average of the members with the recurrence as a scan, all members and directions in one.
 
-    G = k members times D directions; S, B, P, H as in `hpo.models.classifier`.
+    G = k members times D directions; S, B, H as in `hpo.models.classifier`.
     """
 
     def __init__(self, members: tuple[Classifier, ...]) -> None:
@@ -256,11 +256,11 @@ class _Scan(nn.Module):
         """values (B, T, F), lengths (B,) to probabilities (B, K)."""
         members = cast(list[Classifier], list(self.members))
         # With spare steps at the end no branch on T is left: neither T < sequence_length nor a single patch.
-        spare = 0 if self.config.fixed_length else self.config.sequence_length or self.config.patch_length
+        spare = 0 if self.config.fixed_length else self.config.sequence_length or self.config.reduction
         values = nn.functional.pad(values, (0, 0, 0, spare))
-        prepared = [member.prepare(values, lengths) for member in members]
-        counts = prepared[0][1]
-        outputs = torch.stack([patches for patches, _ in prepared], 1)  # (S, k, B, P*F)
+        embedded = [member.embed(*member.prepare(values, lengths)) for member in members]
+        counts = cast(Tensor, embedded[0][1])
+        outputs = torch.stack([inputs for inputs, _ in embedded], 1)  # (S, k, B, inputs)
         for layer in range(self.config.layers):
             outputs = self._layer(outputs, counts, layer)
         logits = [member.classify(outputs[:, i], counts) for i, member in enumerate(members)]

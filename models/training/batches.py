@@ -27,6 +27,7 @@ class Batch:
     lengths: Tensor | None  # (B,); None: every sequence fills all S steps
     labels: Tensor  # (B,)
     indices: NDArray[np.int64]  # (B,) rows of the part that the batch holds
+    shares: Tensor | None = None  # (B,) of each sequence in its mixture with its partner; None: none are mixed
 
 
 class Batches:
@@ -78,12 +79,13 @@ class Batches:
         order = np.argsort(self._lengths, kind="stable")
         return (self.batch(order[i : i + batch_size]) for i in range(0, len(order), batch_size))
 
-    def batch(self, indices: NDArray[np.int64]) -> Batch:
-        """These sequences of the part, cropped to their longest."""
+    def batch(self, indices: NDArray[np.int64], shares: NDArray[np.float32] | None = None) -> Batch:
+        """These sequences of the part, cropped to their longest. shares (B,): see `Batch`."""
         lengths = self._lengths[indices]
         longest = int(lengths.max())
         rows = torch.from_numpy(self.rows[indices]).to(self.values.device)
         values = self.values[:longest].index_select(1, rows)
         uniform = int(lengths.min()) == longest
         own = None if uniform else self.lengths.index_select(0, rows)
-        return Batch(values, own, self.labels.index_select(0, rows), indices)
+        mixed = None if shares is None else torch.from_numpy(shares).to(self.values.device)
+        return Batch(values, own, self.labels.index_select(0, rows), indices, mixed)

@@ -38,14 +38,15 @@ class FixedSteps:
         self.lengths = None if train.uniform else train.lengths
         self.rows = torch.zeros(count, size, dtype=torch.long, device=device)  # of each batch of the epoch
         self.mask = torch.zeros(count, size, device=device)
+        self.shares = torch.ones(count, size, device=device) if learner.config.mixup else None
         self.next = torch.zeros(1, dtype=torch.long, device=device)  # number of the next batch
         self.reason = why_not(device) if graphs else "not asked for"
         self.replays: dict[int, Callable[[], None]] = {}  # by steps
         self._done: Counter[int] = Counter()  # by steps, one operation at a time
         self._graphs = Graphs(device) if self.reason is None else None
 
-    def prepare(self, batches: list[NDArray[np.int64]]) -> None:
-        """Lay out the epoch's batches (indices into the training part) on the device."""
+    def prepare(self, batches: list[NDArray[np.int64]], shares: list[NDArray[np.float32]] | None = None) -> None:
+        """Lay out the epoch's batches (indices into the training part) on the device, and the shares in mixtures."""
         rows, mask = np.zeros(self.rows.shape, np.int64), np.zeros(self.mask.shape, np.float32)
         for number, indices in enumerate(batches):
             rows[number] = self.train.rows[indices[0]]
@@ -53,6 +54,11 @@ class FixedSteps:
             mask[number, : len(indices)] = 1
         self.rows.copy_(torch.from_numpy(rows))
         self.mask.copy_(torch.from_numpy(mask))
+        if self.shares is not None and shares is not None:
+            mixed = np.ones(self.shares.shape, np.float32)
+            for number, share in enumerate(shares):
+                mixed[number, : len(share)] = share
+            self.shares.copy_(torch.from_numpy(mixed))
 
     def steps(self, batches: list[NDArray[np.int64]]) -> Iterator[Callable[[], None]]:
         """One call a batch of `batches`, which `prepare` has laid out."""
@@ -65,10 +71,12 @@ class FixedSteps:
         """One training step over the next batch. No operation waits for the device, so that it can be captured."""
         rows = self.rows.index_select(0, self.next)[0]
         mask = self.mask.index_select(0, self.next)[0]
+        shares = None if self.shares is None else self.shares.index_select(0, self.next)[0]
         self.next += 1
         values = self.train.values[:steps].index_select(1, rows)
         lengths = None if self.lengths is None else self.lengths.index_select(0, rows)
-        self.learner.step(Batch(values, lengths, self.train.labels.index_select(0, rows), np.empty(0, np.int64)), mask)
+        labels = self.train.labels.index_select(0, rows)
+        self.learner.step(Batch(values, lengths, labels, np.empty(0, np.int64), shares), mask)
 
     def close(self) -> None:
         """End the graphs, in the thread that captured them."""

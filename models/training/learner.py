@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hpo.models.classifier import Classifier, Weights
 from hpo.models.config import TrainingConfig
+from hpo.models.training.augmentation import augmented, partners
 from hpo.models.training.batches import Batch
 from hpo.models.training.optimizers import Optimizer
 from hpo.models.training.parameters import ParameterBuffers
@@ -22,12 +23,20 @@ class Learner:
     the device.
     """
 
-    def __init__(self, model: Classifier, config: TrainingConfig, labels: Tensor, *, waits: bool = True) -> None:
-        """labels (N,): those of the training part, on the model's device.
+    def __init__(
+        self,
+        model: Classifier,
+        config: TrainingConfig,
+        labels: Tensor,
+        *,
+        noise: Tensor | None = None,
+        waits: bool = True,
+    ) -> None:
+        """labels (N,): those of the training part, on the model's device. noise (C,): see `augmented`.
 
         waits: a step may read what it computes, and so wait for the device; else it can be captured.
         """
-        self.model, self.config, self.waits = model, config, waits
+        self.model, self.config, self.noise, self.waits = model, config, noise, waits
         self.device = labels.device
         self.parameters = ParameterBuffers(model)
         self.generator = torch.Generator(self.device)
@@ -38,9 +47,13 @@ class Learner:
     def step(self, batch: Batch, mask: Tensor | None = None) -> None:
         """One gradient step. mask (B,): 1 for the rows that count, 0 for those that only fill the batch."""
         self.parameters.zero_gradients()
+        with torch.no_grad():
+            values = augmented(
+                batch.values, batch.lengths, batch.shares, self.noise, self.config.jitter, self.generator
+            )
         with self.autocast():
-            logits = self.model.logits(batch.values, batch.lengths, self.generator)
-        loss = self._loss(logits.float(), batch.labels, mask)
+            logits = self.model.logits(values, batch.lengths, self.generator, mask)
+        loss = self._loss(logits.float(), batch, mask)
         loss.backward()  # type: ignore[no-untyped-call]
         if self.config.gradient_clip:
             self.parameters.clip(self.config.gradient_clip, waits=self.waits)
@@ -79,19 +92,27 @@ class Learner:
                 else:
                     memory[key].copy_(value)
 
-    def _loss(self, logits: Tensor, labels: Tensor, mask: Tensor | None) -> Tensor:
-        """The mean over the rows that count, each weighted by its class."""
-        reduction = "mean" if mask is None else "none"
-        weight = self.class_weight
+    def _loss(self, logits: Tensor, batch: Batch, mask: Tensor | None) -> Tensor:
+        """The mean over the rows that count, each weighted by its class; that of a mixture counts by its shares."""
+        losses, weights = self._losses(logits, batch.labels)
+        if batch.shares is not None:
+            others, other_weights = self._losses(logits, partners(batch.labels))
+            losses, weights = torch.lerp(others, losses, batch.shares), torch.lerp(other_weights, weights, batch.shares)
+        if mask is not None:
+            losses, weights = losses * mask, weights * mask
+        return losses.sum() / weights.sum()
+
+    def _losses(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Each row's loss (B,), and what it counts in the mean (B,)."""
+        weight, smoothing = self.class_weight, self.config.label_smoothing
         if self.model.config.classes == 2:
+            targets = labels * (1 - smoothing) + smoothing / 2
             losses = nn.functional.binary_cross_entropy_with_logits(
-                logits, labels.float(), pos_weight=weight, reduction=reduction
+                logits, targets, pos_weight=weight, reduction="none"
             )
-            return losses if mask is None else (losses * mask).sum() / mask.sum()
-        losses = nn.functional.cross_entropy(logits, labels, weight, reduction=reduction)
-        if mask is None:
-            return losses
-        return (losses * mask).sum() / (mask if weight is None else mask * weight[labels]).sum()
+            return losses, torch.ones_like(losses)
+        losses = nn.functional.cross_entropy(logits, labels, weight, reduction="none", label_smoothing=smoothing)
+        return losses, torch.ones_like(losses) if weight is None else weight[labels]
 
 
 def _class_weight(labels: Tensor, classes: int) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from hpo.models.classifier import Classifier, to_probabilities
 from hpo.models.config import TrainingConfig
 from hpo.models.seeds import derive
+from hpo.models.training.augmentation import deviation_of, mixing_shares
 from hpo.models.training.batches import EVALUATION_BATCH, Batches
 from hpo.models.training.fixed_steps import FixedSteps
 from hpo.models.training.learner import Learner
@@ -36,7 +37,8 @@ class Member:
     ) -> None:
         """index: of the fold, one of what its seeds are functions of. fixed_shapes and graphs as for `Training`."""
         self.train, self.validation, self.index = train, validation, index
-        self.learner = Learner(model, config, train.part_labels(), waits=not fixed_shapes)
+        noise = config.jitter * deviation_of(train.values, train.lengths, train.rows) if config.jitter else None
+        self.learner = Learner(model, config, train.part_labels(), noise=noise, waits=not fixed_shapes)
         self.fixed = FixedSteps(self.learner, train, graphs) if fixed_shapes else None
 
     def epoch(self, number: int, rate: float) -> Iterator[Callable[[], None]]:
@@ -46,17 +48,20 @@ class Member:
         """
         learner, config = self.learner, self.learner.config
         batches = self.train.epoch(config.batch_size, config.seed, self.index, number)
+        shares = mixing_shares(batches, config, self.index, number)
         learner.model.train()
+        if learner.model.stem is not None:
+            learner.model.stem.begin_epoch()
         if self.fixed is not None:
-            self.fixed.prepare(batches)
+            self.fixed.prepare(batches, shares)
         learner.generator.manual_seed(derive("dropout", config.seed, self.index, number))
         learner.optimizer.set_rate(rate)
         learner.loss_sum.zero_()
         if self.fixed is not None:
             yield from self.fixed.steps(batches)
             return
-        for indices in batches:
-            batch = self.train.batch(indices)
+        for place, indices in enumerate(batches):
+            batch = self.train.batch(indices, None if shares is None else shares[place])
             yield lambda batch=batch: learner.step(batch)  # type: ignore[misc]
 
     def close(self) -> None:

@@ -23,24 +23,29 @@ def memory_bytes(
     n, validated: sequences, and those that a member validates on; members: models in training at once; batch_size in
     sequences; device: its type, cpu or cuda.
 
-    Data; weights, gradients and optimiser; what a step or a validation takes besides. On a GPU, in units of an output
-    of one layer in one direction (steps, rows, H), as measured with cuDNN 9 (benchmarks/LOG.md): 21 of workspace in a
+    Data; weights, gradients and optimiser; what a step or a validation takes besides, with the windows, the normalised
+    and the final values of each convolution of a stem. On a GPU, in units of an output of one layer in one direction
+    (steps, rows, H), as measured with cuDNN 9 (benchmarks/LOG.md): 21 of workspace in a
     step and 9 a layer and direction, 24 and 3 in a validation; and twice a step's for the graphs of each member.
     """
-    directions = 2 if classifier.bidirectional else 1
-    width, inputs = directions * classifier.hidden_size, classifier.features * classifier.patch_length
+    width, inputs, read = classifier.width, classifier.inputs, classifier.channels * classifier.folded
     copies = members if classifier.normalization == "channel" else 1
-    weights, first, kept = 0, inputs, 0
+    weights, first, kept, stem = 0, inputs, 0, 0
+    for channels, kernel, stride in classifier.convolutions:
+        weights += classifier.stem_width * (channels * kernel + 2)
+        stem += -(-classifier.kept_steps // stride) * (channels * kernel + 6 * classifier.stem_width)
     for _ in range(classifier.layers):
         weights += 4 * width * (first + classifier.hidden_size + 2)
         kept += classifier.patches * (12 * width + first)
         first = width
-    always = 4 * (2 * copies * n * classifier.patches * inputs + members * 4 * weights)
+    data = -(-classifier.kept_steps // classifier.folded) * read  # of a sequence
+    always = 4 * (2 * copies * n * data + members * 4 * weights)
     if device == "cpu":
-        return always + 4 * max(batch_size, EVALUATION_BATCH[device] // 4) * kept
+        return always + 4 * max(batch_size, EVALUATION_BATCH[device] // 4) * (kept + stem)
     rows = min(EVALUATION_BATCH[device], validated)
-    step = LEAST + 4 * batch_size * classifier.patches * (width * (21 + 9 * classifier.layers) + 2 * inputs)
-    validation = LEAST + 4 * rows * classifier.patches * (width * (24 + 3 * classifier.layers) + 2 * inputs)
+    trained = classifier.patches * (width * (21 + 9 * classifier.layers) + 2 * inputs) + 2 * stem
+    tested = classifier.patches * (width * (24 + 3 * classifier.layers) + 2 * inputs) + stem
+    step, validation = LEAST + 4 * batch_size * trained, LEAST + 4 * rows * tested
     return always + max(step, validation) + members * (2 * LEAST + 2 * step)
 
 

@@ -253,10 +253,9 @@ class Training:
 
     def _size(self) -> str:
         shape, config = self.classifier, self.config
-        inputs = shape.features * shape.patch_length
         return (
             f"hidden_size {shape.hidden_size}, layers {shape.layers}, batch_size {config.batch_size}, up to "
-            f"{shape.patches} steps of {inputs} values, bidirectional={shape.bidirectional}: some "
+            f"{shape.patches} steps of {shape.inputs} values, bidirectional={shape.bidirectional}: some "
             f"{self.bytes / MIB:.0f} MiB; allow smaller sizes in [space], or fewer slots or workers on this device"
         )
 
@@ -355,8 +354,13 @@ def _model(config: ClassifierConfig, seed: int, columns: Sequence[int] | None) -
         model = Classifier(config)
     if columns is not None:
         with torch.no_grad():
-            for name, weight in model.lstm.named_parameters():  # (4 H, P*F), a patch step by step
+            channels = [at + column for at in range(0, config.channels, config.features) for column in columns]
+            if model.stem is not None:
+                first = next(model.stem.parameters())  # (W, C, k)
+                first.copy_(first[:, channels])
+                return model
+            for name, weight in model.lstm.named_parameters():  # (4 H, P*C), a patch step by step
                 if name.startswith("weight_ih_l0"):
-                    by_feature = weight.view(len(weight), config.patch_length, config.features)
-                    weight.copy_(by_feature[:, :, list(columns)].reshape_as(weight))
+                    by_channel = weight.view(len(weight), config.folded, config.channels)
+                    weight.copy_(by_channel[:, :, channels].reshape_as(weight))
     return model

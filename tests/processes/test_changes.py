@@ -21,7 +21,7 @@ def test_a_winner_that_is_dropped_is_replaced_and_comes_back(cli: Cli, study_fil
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    file = study_file(trials=4, epochs=2)
+    file = study_file(trials=4, epochs=2, study='pruner = "none"')
     won = json.loads(run("launch", file, "--workers", 1, "--json").splitlines()[-1])["best"]["number"]
     said = run("trials", "drop", "waves", won, "--reason", "the wrong file")
     assert f"trial {won} of waves does not count: dropped " in said

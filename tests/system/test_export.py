@@ -17,6 +17,17 @@ from tests.unit.test_classifier import POOLINGS
 VARIANTS: dict[str, dict[str, Any]] = {
     "channel": {"classes": 2, "normalization": "channel", "head_size": 4, "dropout": 0.5},
     "sequence": {"classes": 3, "normalization": "sequence", "patch_length": 4},
+    "conv": {"classes": 2, "normalization": "channel", "stem": "conv", "stem_width": 3, "stem_stride": 4},
+    "convs": {
+        "classes": 3,
+        "normalization": "sequence",
+        "stem": "conv",
+        "stem_layers": 2,
+        "stem_width": 3,
+        "stem_kernel": 3,
+        "difference": True,
+        "sequence_length": 5,
+    },
     "crop": {"classes": 2, "sequence_length": 5, "patch_length": 2},
 }
 NETWORKS = [*itertools.product(POOLINGS, (False, True), (1, 2), VARIANTS)]

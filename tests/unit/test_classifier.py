@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from hpo.models.classifier import Classifier, channel_statistics, crop_last, fold_patches
+from hpo.models.classifier import Classifier
 from hpo.models.config import EARLIER_EPSILON, ClassifierConfig, ClassifierError
 from hpo.models.fields import rules
+from hpo.models.preprocessing import channel_statistics, crop_last, fold_patches
 
 POOLINGS = rules(ClassifierConfig)["pooling"].names
 NORMALIZATIONS = rules(ClassifierConfig)["normalization"].names
 LENGTHS = torch.tensor([9, 3, 1, 5])
 VARIABLE = [name for name in POOLINGS if name != "flatten"]
+STEMS: dict[str, dict[str, Any]] = {
+    "none": {"stem": "none"},
+    "patch": {"patch_length": 4},
+    "conv": {"stem": "conv", "stem_width": 6, "stem_kernel": 4, "stem_stride": 4, "difference": True},
+    "convs": {"stem": "conv", "stem_layers": 2, "stem_width": 6, "stem_kernel": 3, "stem_stride": 2},
+}
 TOLERANCE = 2e-6  # float32 sums of some ten terms, in another order where the batch has another shape
 
 
@@ -34,16 +42,16 @@ def network(**given: object) -> tuple[Classifier, torch.Tensor]:
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("layers", [1, 3])
 class TestPaddingNeverChangesTheAnswer:
-    @pytest.fixture(params=[*itertools.product((1, 4), (0, 4), (2, 3))], ids=str)
+    @pytest.fixture(params=[*itertools.product(STEMS, (0, 4), (2, 3))], ids=str)
     def model(
         self, request: pytest.FixtureRequest, pooling: str, bidirectional: bool, layers: int
     ) -> tuple[Classifier, torch.Tensor]:
-        patch, keep, classes = request.param
+        stem, keep, classes = request.param
         return network(
             pooling=pooling,
             bidirectional=bidirectional,
             layers=layers,
-            patch_length=patch,
+            **STEMS[stem],
             sequence_length=keep,
             classes=classes,
             head_size=3,
@@ -188,7 +196,7 @@ def test_binary_probabilities_sum_to_one() -> None:
         ({"hidden_size": 0}, "hidden_size must be at least 1, got 0"),
         ({"classes": 1}, "classes must be at least 2, got 1"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
-        ({"pooling": "sum"}, "pooling must be one of last, mean, max, attention, flatten, got 'sum'"),
+        ({"pooling": "sum"}, "pooling must be one of last, mean, max, attention, concat, flatten, got 'sum'"),
     ],
 )
 def test_a_configuration_out_of_range_names_rule_and_value(given: dict[str, object], message: str) -> None:

@@ -111,7 +111,7 @@ def whole(table: dict[str, Any]) -> dict[str, Entry]:
             "must be a finite number of at least 0 and at most 3.40282e+38, got inf",
         ),
         ("bidirectional", 1, "space.bidirectional must be true or false, got 1"),
-        ("pooling", "avg", 'must be one of "last", "mean", "max", "attention", "flatten", got "avg"'),
+        ("pooling", "avg", 'must be one of "last", "mean", "max", "attention", "concat", "flatten", got "avg"'),
         ("pooling", {"low": 1, "high": 2}, '"flatten", or a list of these, got { low = 1, high = 2 }'),
         ("head_size", {"low": 0, "high": 8, "log": True}, "head_size.low must be above 0 where log = true"),
         ("head_size", {"low": 0, "high": 8, "log": 1}, "space.head_size.log must be true or false, got 1"),
@@ -203,6 +203,25 @@ def test_dropout_is_drawn_only_where_it_has_an_effect(layers: int, head_size: in
     assert drawn == [name for name in PARAMETERS if name in drawn]  # whatever the order of the file
 
 
+@pytest.mark.parametrize("stem", ["none", "patch", "conv"])
+def test_what_belongs_to_a_stem_is_drawn_for_that_stem_alone(stem: str) -> None:
+    own = {"patch_length": [2, 4], "stem_layers": [2, 3], "stem_width": [32, 48], "stem_stride": [4, 8]}
+    space = whole({"stem": stem, **own})
+    drawn: dict[str, Any] = {}
+
+    def draw(name: str, item: BaseDistribution) -> Any:
+        drawn[name] = low_or_first(name, item)
+        return drawn[name]
+
+    params = spaces.walk(space, draw)
+    active = {"none": set[str](), "patch": {"patch_length"}, "conv": own.keys() - {"patch_length"}}[stem]
+    assert drawn.keys() & own.keys() == active
+    assert {name: params[name] for name in own} == {
+        name: values[0] if name in active else spaces.NEUTRAL[name] for name, values in own.items()
+    }
+    assert spaces.check_params(space, params) == params
+
+
 def test_a_constant_dropout_without_effect_is_neutral() -> None:
     params = spaces.walk(whole({"layers": 1, "head_size": 0, "dropout": 0.3}), low_or_first)
     assert params["dropout"] == 0.0
@@ -230,7 +249,13 @@ def test_distributions_leave_out_what_has_one_value() -> None:
 
 SMALL: dict[str, Any] = {
     "normalization": "none",
+    "difference": False,
+    "stem": "patch",
     "patch_length": 1,
+    "stem_layers": 1,
+    "stem_width": 8,
+    "stem_kernel": 3,
+    "stem_stride": 1,
     "hidden_size": 8,
     "layers": 1,
     "bidirectional": False,
@@ -242,6 +267,9 @@ SMALL: dict[str, Any] = {
     "learning_rate": 0.1,
     "weight_decay": 0.1,
     "schedule": "constant",
+    "label_smoothing": 0.0,
+    "mixup": 0.0,
+    "jitter": 0.0,
 }
 
 
@@ -255,6 +283,10 @@ SMALL: dict[str, Any] = {
             "dropout": st.sampled_from([0.2, [0.0, 0.5], {"low": 0.1, "high": 0.7, "step": 0.2}]),
             "hidden_size": st.sampled_from([{"low": 8, "high": 24, "step": 8}, {"low": 1, "high": 4, "log": True}]),
             "bidirectional": st.just([False, True]),
+            "stem": st.sampled_from(["none", "conv", ["none", "patch"], ["patch", "conv"], ["none", "patch", "conv"]]),
+            "patch_length": st.sampled_from([[1, 2], {"low": 2, "high": 4}]),
+            "stem_layers": st.just([1, 2]),
+            "stem_stride": st.just([2, 4]),
         },
     )
 )
@@ -334,6 +366,14 @@ def test_defaults_fit_any_data(**facts: Any) -> None:
     assert all(left >= spaces.PATCHES_LEAST for left in remaining[1:])
     assert "flatten" not in (entries.values(space["pooling"]) or [])
     assert {name: spaces.parse(name, entries.unparse(entry)) for name, entry in space.items()} == space
+
+
+@pytest.mark.parametrize(
+    ("steps", "strides"),
+    [(1, 1), (12, 1), (24, [1, 2]), (64, [1, 2, 4]), (140, [4, 8]), (500, [8, 16, 32]), (2000, [32, 64, 128])],
+)
+def test_default_strides_follow_from_the_length(steps: int, strides: Any) -> None:
+    assert entries.unparse(default_space(POWER | {"steps": steps})["stem_stride"]) == strides
 
 
 def test_one_step_leaves_nothing_to_pool_or_to_normalize_within() -> None:

@@ -30,6 +30,10 @@ from hpo.models.training.origin import origin_of
 from hpo.models.training.schedules import learning_rate
 from hpo.models.training.training import Diverged, Training, TrainingInterrupted
 
+CONVOLUTIONS: dict[str, Any] = {
+    "stem": "conv", "stem_layers": 2, "stem_width": 5, "stem_kernel": 3, "stem_stride": 2, "difference": True,
+}  # fmt: skip
+AUGMENTED: dict[str, Any] = {"mixup": 0.3, "jitter": 0.1, "label_smoothing": 0.1, "normalization": "channel"}
 OPTIMIZERS = rules(TrainingConfig)["optimizer"].names
 
 
@@ -268,11 +272,12 @@ class TestTheFastPathAgainstTheSimpleOne:
     @pytest.mark.parametrize("variable", [False, True])
     @pytest.mark.parametrize("bidirectional", [False, True])
     @pytest.mark.parametrize(("classes", "class_weight"), [(2, "none"), (2, "balanced"), (3, "balanced")])
+    @pytest.mark.parametrize("more", [{}, CONVOLUTIONS, {"mixup": 0.3}])
     def test_steps_of_fixed_shape_equal_cropped_ones(
-        self, variable: bool, bidirectional: bool, classes: int, class_weight: str
+        self, variable: bool, bidirectional: bool, classes: int, class_weight: str, more: dict[str, Any]
     ) -> None:
         data = sequences(classes, variable, n=45)  # 33 or 34 in training: batches of 6 and 7, so rows are filled up
-        given: dict[str, Any] = {"class_weight": class_weight, "bidirectional": bidirectional, "layers": 2}
+        given: dict[str, Any] = {"class_weight": class_weight, "bidirectional": bidirectional, "layers": 2, **more}
         cropped, fixed = (run(training(data, 0, shapes, **given), 4) for shapes in (False, True))
         assert fixed.batches == cropped.batches
         for one, other in zip(cropped.history, fixed.history, strict=True):
@@ -304,6 +309,26 @@ class TestTheFastPathAgainstTheSimpleOne:
         whole = run(training(data, **given), 4)
         resumed = training(data, **given)
         resumed.restore(run(training(data, **given), 2).state())
+        assert_same(run(resumed, 2), whole)
+
+    @pytest.mark.parametrize("pooling", ["last", "concat"])
+    def test_the_native_kernel_runs_beneath_a_stem(self, pooling: str, kernel: Kernel) -> None:
+        given: dict[str, Any] = {**CONVOLUTIONS, "bidirectional": True, "pooling": pooling}
+        own, torchs = (run(training(sequences(), kernel=k, **given), 4) for k in (kernel, None))
+        assert own.lstm_kernel.startswith("native-")
+        for name, weight in torchs.members[0].learner.weights().items():
+            torch.testing.assert_close(own.members[0].learner.weights()[name], weight, atol=self.TOLERANCE, rtol=0)
+
+    @pytest.mark.parametrize("fixed_shapes", [False, True])
+    @pytest.mark.parametrize("given", [CONVOLUTIONS, AUGMENTED, CONVOLUTIONS | AUGMENTED])
+    def test_with_stem_and_augmentation_a_resumed_training_ends_in_the_same_bits(
+        self, given: dict[str, Any], fixed_shapes: bool, kernel: Kernel
+    ) -> None:
+        def begin() -> Training:
+            return training(sequences(), 3, fixed_shapes, kernel=kernel, **given)
+
+        whole, resumed = run(begin(), 4), begin()
+        resumed.restore(run(begin(), 2).state())
         assert_same(run(resumed, 2), whole)
 
     def test_bfloat16_runs_on_torch(self, kernel: Kernel) -> None:

@@ -1,4 +1,4 @@
-"""Trials that are not to count, through the service: its routes, the client, and the commands with HPO_SERVER."""
+"""Changing one's mind through the service: trials that are not to count, a wider space; by routes, client, commands."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import hpo
 from tests.service.conftest import Service
 
-pytestmark = pytest.mark.xdist_group("service-dropped")
+pytestmark = pytest.mark.xdist_group("service-changes")
 
 
 @pytest.fixture(scope="module")
@@ -97,3 +97,21 @@ def test_the_commands_from_another_machine(service: Service, winner: int, tmp_pa
     said = run("trials", "restore", "waves", winner)
     assert f"trial {winner} of waves counts; the best is" in said
     assert "does not count" not in run("trials", "list", "waves")
+
+
+def test_a_wider_space_is_submitted_and_a_narrower_one_is_a_conflict(
+    service: Service, waves: Path, task: Callable[..., str], tmp_path: Path
+) -> None:
+    (tmp_path / "waves.npz").write_bytes(waves.read_bytes())
+    (tmp_path / "waves.toml").write_text(task("wide", "waves.npz", 3))
+    wider = ["space.hidden_size={ low = 4, high = 20, step = 4 }", "study.trials=5"]
+    with hpo.connect(service.url, service.token()) as client:
+        client.submit(tmp_path / "waves.toml")
+        assert client.submit(tmp_path / "waves.toml", wider).budget == 5
+        (change,) = client.changes("wide")
+        entries = {"from": {"low": 4, "high": 12, "step": 4}, "to": {"low": 4, "high": 20, "step": 4}}
+        assert (change.by, change.what, change.detail["space"]) == ("ada", "widen", {"hidden_size": entries})
+        with pytest.raises(hpo.ServiceError, match="a range may be widened, not narrowed") as conflict:
+            client.submit(tmp_path / "waves.toml", ["space.hidden_size=8"])
+        assert conflict.value.status == 409
+        assert len(client.changes("wide")) == 1

@@ -1,0 +1,61 @@
+"""The configurations that a study tries first, where its file names none in [[enqueue]].
+
+Chosen over the development sets (benchmarks/LOG.md): each is the best for some kind of sequences, so that a search of
+some dozens of trials begins where good networks are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from hpo.models.fields import Value
+from hpo.study.entries import Entry, Range, contains, values
+from hpo.study.space import is_active
+
+SHARE = 4  # of a study's trials at most every fourth is one of these
+
+_CONVOLUTIONS: dict[str, Value] = {
+    "normalization": "channel", "difference": True, "stem": "conv", "stem_layers": 2, "stem_width": 64,
+    "stem_kernel": 7, "hidden_size": 64, "layers": 1, "bidirectional": True, "pooling": "concat", "head_size": 0,
+    "batch_size": 16, "learning_rate": 4e-3, "weight_decay": 1e-2, "label_smoothing": 0.1, "mixup": 0.0, "jitter": 0.0,
+}  # fmt: skip
+LEFT = {"stem_stride": 48, "patch_length": 32}  # steps that these leave the LSTM of the longest sequence, about
+PORTFOLIO: tuple[Mapping[str, Value], ...] = (
+    _CONVOLUTIONS,
+    {**_CONVOLUTIONS, "difference": False, "pooling": "max", "mixup": 0.2},
+    {**_CONVOLUTIONS, "stem_layers": 1, "stem_kernel": 9, "batch_size": 8},
+    {**_CONVOLUTIONS, "stem": "patch", "label_smoothing": 0.0, "jitter": 0.1},
+)
+
+
+def first_configurations(space: Mapping[str, Entry], steps: int, trials: int) -> tuple[dict[str, Value], ...]:
+    """Those of the portfolio that a completed space holds, at most every fourth of `trials`.
+
+    A number that the space does not hold becomes the nearest one that it does; a configuration with another choice
+    that it does not hold is left out. steps: of the longest sequence that are kept.
+    """
+    found: list[dict[str, Value]] = []
+    for configuration in PORTFOLIO:
+        own = dict(configuration) | {name: max(1, round(steps / left)) for name, left in LEFT.items()}
+        moved = {name: _nearest(space[name], value) for name, value in own.items()}
+        params = {name: value for name, value in moved.items() if value is not None}
+        if len(params) < len(moved):
+            continue
+        active = {name: value for name, value in params.items() if is_active(name, params)}
+        if active not in found:
+            found.append(active)
+    return tuple(found[: trials // SHARE])
+
+
+def _nearest(entry: Entry, value: Value) -> Value | None:
+    """The value itself if the entry holds it, else the number of the entry that is nearest, by ratio; or None."""
+    if contains(entry, value):
+        return value
+    if isinstance(value, bool | str):
+        return None
+    every = values(entry)
+    if every is None and isinstance(entry, Range):
+        return min(max(value, entry.low), entry.high)
+    numbers = [each for each in every or [] if not isinstance(each, bool | str)]
+    return min(numbers, key=lambda each: (abs(math.log1p(each) - math.log1p(value)), each))

@@ -1,0 +1,65 @@
+"""What training does to a batch so that no sequence is seen twice alike: mixing, and noise.
+
+Letters: S steps, B sequences in a batch, C numbers of a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hpo.models.config import TrainingConfig
+from hpo.models.preprocessing import valid
+from hpo.models.seeds import derive
+
+
+def partners(tensor: Tensor, dim: int = 0) -> Tensor:
+    """Each row's partner of a mixture: the next one of the batch, whose order is random; of the last, the first. Rows
+    that fill a batch repeat its first, so that they change nothing."""
+    return tensor.roll(-1, dim)
+
+
+def mixing_shares(
+    batches: Sequence[NDArray[np.int64]], config: TrainingConfig, member: int, epoch: int
+) -> list[NDArray[np.float32]] | None:
+    """Of each sequence of the epoch's batches, its own share in its mixture, in [1/2, 1], so that a mixture is as long
+    as the sequence that has the larger share; None without mixup. A function of seed, member and epoch."""
+    if not config.mixup:
+        return None
+    random = np.random.default_rng(derive("mixup", config.seed, member, epoch))
+    drawn = [random.beta(config.mixup, config.mixup, len(indices)) for indices in batches]
+    return [np.maximum(share, 1 - share).astype(np.float32) for share in drawn]
+
+
+def augmented(
+    values: Tensor,
+    lengths: Tensor | None,
+    shares: Tensor | None,
+    noise: Tensor | None,
+    jitter: float,
+    generator: torch.Generator,
+) -> Tensor:
+    """A batch (S, B, C), zero beyond each length (B,), as it is trained on.
+
+    shares (B,): each sequence's own in its mixture; None: none are mixed. noise (C,): deviation of what is added to
+    each value; None: nothing is. jitter: deviation of the factor of a channel in a sequence.
+    """
+    if shares is not None:
+        values = torch.lerp(partners(values, 1), values, shares[:, None])
+    if noise is not None:
+        factor = torch.empty_like(values[0]).normal_(1, jitter, generator=generator)
+        values = values * factor + torch.empty_like(values).normal_(generator=generator) * noise
+    if lengths is not None and (shares is not None or noise is not None):
+        values = values * valid(lengths, values.shape[0])[:, :, None]
+    return values
+
+
+def deviation_of(values: Tensor, lengths: Tensor, rows: NDArray[np.int64]) -> Tensor:
+    """The deviation (C,) of each channel over the valid steps of these rows of (S, N, C)."""
+    at = torch.from_numpy(rows).to(values.device)
+    part, inside = values.index_select(1, at), valid(lengths.index_select(0, at), values.shape[0])
+    return part[inside].double().std(0, correction=0).float()

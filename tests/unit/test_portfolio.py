@@ -1,0 +1,69 @@
+"""What a study tries first, where its file names nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hpo.study import space as spaces
+from hpo.study.config import complete, from_dict
+from hpo.study.entries import contains
+from hpo.study.portfolio import PORTFOLIO, first_configurations
+
+FACTS: dict[str, Any] = {"n": 400, "steps": 100, "features": 3, "classes": 3, "variable": False}
+
+
+def first(space: dict[str, Any] | None = None, trials: int = 60, **study: Any) -> tuple[Any, ...]:
+    tables: dict[str, Any] = {"study": {"name": "a", "trials": trials, **study}, "data": {"train": "a.npz"}}
+    return complete(from_dict(tables | {"space": space or {}}), **FACTS).enqueue
+
+
+def test_a_default_study_begins_with_the_portfolio() -> None:
+    found = first()
+    assert len(found) == len(PORTFOLIO)
+    assert found[0]["stem"] == "conv"
+    assert all(spaces.check_params(complete_space(), params) == params for params in found)
+
+
+def complete_space() -> dict[str, Any]:
+    return spaces.complete({}, **FACTS)
+
+
+@pytest.mark.parametrize(("trials", "count"), [(1, 0), (3, 0), (4, 1), (9, 2), (1000, len(PORTFOLIO))])
+def test_at_most_every_fourth_trial_is_one_of_it(trials: int, count: int) -> None:
+    assert len(first(trials=trials)) == count
+
+
+@pytest.mark.parametrize("study", [{"sampler": "random"}, {"sampler": "qmc"}, {"warm_start": "other"}])
+def test_a_study_with_draws_of_its_own_begins_with_these(study: dict[str, Any]) -> None:
+    assert first(**study) == ()
+
+
+def test_what_a_file_enqueues_takes_its_place() -> None:
+    tables: dict[str, Any] = {"study": {"name": "a"}, "data": {"train": "a.npz"}, "enqueue": [{"layers": 1}]}
+    assert complete(from_dict(tables), **FACTS).enqueue == ({"layers": 1},)
+
+
+def test_numbers_move_into_the_space_and_other_choices_leave_it_out() -> None:
+    found = first({"hidden_size": {"low": 8, "high": 48, "step": 8}, "learning_rate": 0.1})
+    assert {params["hidden_size"] for params in found} == {48}
+    assert {params["learning_rate"] for params in found} == {0.1}
+    assert first({"pooling": "last"}) == ()
+    assert {params["stem"] for params in first({"stem": "patch"})} == {"patch"}
+    assert "stem_width" not in first({"stem": "patch"})[0]
+
+
+@given(
+    n=st.integers(1, 200_000),
+    steps=st.integers(1, 20_000),
+    features=st.integers(1, 2_000),
+    classes=st.integers(2, 50),
+    variable=st.booleans(),
+)
+def test_it_fits_the_default_space_of_any_data(steps: int, **facts: Any) -> None:
+    space = spaces.complete({}, steps=steps, **facts)
+    for params in first_configurations(space, steps, 1000):
+        assert all(contains(space[name], value) for name, value in params.items())
