@@ -13,9 +13,10 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
+from http import HTTPStatus
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,6 +37,7 @@ from hpo.study.checks import CheckError, duration
 if TYPE_CHECKING:
     from hpo.client import Client
     from hpo.launcher.ray import Cluster
+    from hpo.models.class_scores import ModelScores
     from hpo.storage.access import Access
     from hpo.storage.leases import Leases
     from hpo.storage.snapshot import Snapshot
@@ -201,33 +203,61 @@ def status(
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Go on until that study is over, or Ctrl-C.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Studies with their trials by state, best value, workers, rate and time left."""
-    from hpo.terminal import show_status, status_row, watch_status
-
+    """Studies with their trials by state, best value, workers, rate and time left; of one, where its model is weak."""
     if (client := _client()) is not None:
-        from hpo.client import snapshot_of
+        from hpo.client import ServiceError, snapshot_of
 
         def look() -> list[Snapshot]:
             return [snapshot_of(each) for each in ([client.study(name)] if name else client.studies())]
 
-        if watch:
-            watch_status(look, as_json=as_json, named=name is not None)
-        elif as_json:
-            typer.echo(json.dumps([status_row(state) for state in look()]))
-        else:
-            show_status(look(), detailed=name is not None)
+        def scores_of(study: str, version: int) -> ModelScores | None:
+            try:
+                return client.scores(study, version)
+            except ServiceError as error:  # the version is gone, or the service is of an earlier version
+                if error.status != HTTPStatus.NOT_FOUND:
+                    logging.getLogger("hpo").warning("%s", error)
+                return None
+
+        _show_status(look, scores_of, named=name is not None, watch=watch, as_json=as_json)
         return
+    from hpo.promote.version_scores import scores_if_known
+    from hpo.storage.registry import Registry
     from hpo.study.lifecycle import snapshots
 
     with _database() as (storage, leases):
-        if watch:
-            watch_status(lambda: snapshots(storage, leases, name), as_json=as_json, named=name is not None)
-            return
-        states = snapshots(storage, leases, name)
+        _show_status(
+            lambda: snapshots(storage, leases, name),
+            lambda study, version: scores_if_known(Registry(storage.connection), study, version),
+            named=name is not None,
+            watch=watch,
+            as_json=as_json,
+        )
+
+
+def _show_status(
+    look: Callable[[], list[Snapshot]],
+    scores_of: Callable[[str, int], ModelScores | None],
+    *,
+    named: bool,
+    watch: bool,
+    as_json: bool,
+) -> None:
+    """What `look` sees; of one study that is `named` also the scores of its promoted version by class and by group."""
+    from hpo.terminal import show_status, show_weak, status_row, watch_status
+
+    states = watch_status(look, as_json=as_json, named=named) if watch else look()
+    if watch and as_json:
+        return
+    scores = None
+    if named and states and (version := states[0].promoted_version) is not None:
+        scores = scores_of(states[0].name, version)
     if as_json:
-        typer.echo(json.dumps([status_row(state) for state in states]))
-    else:
-        show_status(states, detailed=name is not None)
+        typer.echo(json.dumps([status_row(state, scores) for state in states]))
+        return
+    if not watch:
+        show_status(states, detailed=named)
+    if scores is not None:
+        show_weak(states[0], scores)
 
 
 @app.command()

@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import httpx
+from pydantic import TypeAdapter
 
 from hpo.errors import HpoError
+from hpo.models.class_scores import ModelScores
 from hpo.service.schemas import Change, DataFile, Log, Model, Notice, Prediction, Study, Trial, TrialDetails
 from hpo.study.config import ConfigError, default_name, tables_of
 from hpo.temporary import temporary_folder
@@ -236,6 +238,11 @@ class Client:
     def model(self, name: str, version: int | str = "latest") -> Model:
         """One version, by its number or an alias."""
         return Model.model_validate(self._ask("GET", f"/v1/models/{name}/{version}").json())
+
+    def scores(self, name: str, version: int | str = "latest") -> ModelScores:
+        """A version's parts by class and by group; what the groups are called is for the study's owner and admins."""
+        found = self._ask("GET", f"/v1/models/{name}/{version}/scores").json()
+        return TypeAdapter(ModelScores).validate_python(found)
 
     def download(self, name: str, out: str | Path, version: int | str = "latest") -> Path:
         """Write the folder of a version, which `hpo.load` reads, to `out`, a new one; it appears whole or not at all.

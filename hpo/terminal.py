@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -21,6 +22,13 @@ from rich.table import Table
 from rich.text import Text
 
 from hpo.errors import legible
+from hpo.models.class_scores import (
+    ModelScores,
+    PartScores,
+    part_scores,
+    weakest,
+    worst_first,
+)
 from hpo.models.config import METRICS
 from hpo.storage.masking import mask
 from hpo.storage.snapshot import Change, Dropped
@@ -40,6 +48,7 @@ OVER = ("finished", "stopped")  # states of a study in which nothing more happen
 SHOWN = 10  # predictions printed without an output file
 MANY = 8  # classes: of more, only the predicted one's probability is printed
 SHOWN_COUNTS = ("complete", "pruned", "failed", "running", "waiting")  # trials by state, in a table
+WEAK_SHOWN = 3  # classes, and groups, in which a model fails, below a study's table
 GROUPS_SHOWN = 3  # hosts and devices named in a row of a table
 PIPED_WIDTH = 200  # columns of a table where the output is not a terminal
 TABLE_WIDTH, MODELS_WIDTH = 110, 140  # columns that a table of studies or of models needs: narrower terminals get lines
@@ -163,8 +172,8 @@ def _seconds_left(state: Snapshot) -> int | None:
     return round(min(left)) if left else None
 
 
-def status_row(state: Snapshot) -> dict[str, Any]:
-    """A study, JSON-able."""
+def status_row(state: Snapshot, scores: ModelScores | None = None) -> dict[str, Any]:
+    """A study, JSON-able. scores: those of its promoted version, by class and by group."""
     return {
         "study": state.name,
         "status": state.status,
@@ -177,6 +186,7 @@ def status_row(state: Snapshot) -> dict[str, Any]:
         "best": None if state.best is None else {"number": state.best.number, "value": state.best.value},
         "best_why": None if state.best is None else state.best.why,
         "version": state.promoted_version,
+        "scores": None if scores is None else asdict(scores),
         "dropped": [dropped_row(each) for each in state.dropped],
         "dropped_winner": state.dropped_winner,
         "per_hour": None if state.rate_per_hour is None else round(state.rate_per_hour, 1),
@@ -209,14 +219,48 @@ def show_status(states: Sequence[Snapshot], *, detailed: bool) -> None:
     console.print(_status_view(states, console.width, detailed=detailed))
 
 
-def watch_status(look: Callable[[], list[Snapshot]], *, as_json: bool, named: bool) -> None:
+def show_weak(state: Snapshot, scores: ModelScores) -> None:
+    """The classes and groups in which the study's promoted version fails, where there are some."""
+    console = _console()
+    if (weak := weakest(scores)) is not None:
+        for line in _weak_lines(state.name, state.promoted_version, asdict(weak)):
+            _say(console, line)
+
+
+def _weak_lines(study: str, version: int | None, weak: Mapping[str, Any]) -> list[str]:
+    """A `Weak` in words, a line a class or group."""
+    count = f"{weak['sequences']:,} {'sequence' if weak['sequences'] == 1 else 'sequences'}"
+    lines = [f"version {version} on the {weak['part']} part: accuracy {weak['accuracy']:.4f} of {count}, weaker on"]
+    for each in weak["classes"][:WEAK_SHOWN]:
+        taken = each["mistaken_for"]
+        other = f", {taken['sequences']:,} taken for {taken['name']!r}" if taken else ""
+        recall = _ranged(each["recall"], each["recall_interval"])
+        lines.append(f"  class {each['name']!r}: recall {recall} of {each['sequences']:,}{other}")
+    for each in weak["groups"][:WEAK_SHOWN]:
+        name = "a group" if each["name"] is None else f"group {each['name']!r}"
+        lines.append(f"  {name}: accuracy {_ranged(each['accuracy'], each['interval'])} of {each['sequences']:,}")
+    more = [(len(weak[what]) - WEAK_SHOWN, what) for what in ("classes", "groups")]
+    if left := " and ".join(f"{count:,} {what}" for count, what in more if count > 0):
+        lines.append(f"  {left} more: hpo status {shlex.quote(study)} --json")
+    return [legible(line, len(line) + 1) for line in lines]
+
+
+def _ranged(value: float | None, interval: Sequence[float] | None) -> str:
+    """A value with its 95 % interval; nothing for none."""
+    if value is None:
+        return ""
+    return f"{value:.4f}" + (f" ({interval[0]:.4f} to {interval[1]:.4f})" if interval else "")
+
+
+def watch_status(look: Callable[[], list[Snapshot]], *, as_json: bool, named: bool) -> list[Snapshot]:
     """`look` every WATCH_S: tables in place on a terminal, else what has changed in plain lines, or in JSON.
 
-    Returns when the study that was named is over, and at a Ctrl-C.
+    Returns what it saw last when the study that was named is over, and at a Ctrl-C.
     """
     console = _console()
     in_place = console.is_terminal and not as_json
     shown: list[str] = []
+    states: list[Snapshot] = []
     with suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) if in_place else nullcontext() as live:
         while True:
             states = look()
@@ -229,8 +273,9 @@ def watch_status(look: Callable[[], list[Snapshot]], *, as_json: bool, named: bo
                         print(line, flush=True)
                 shown = lines
             if named and states[0].status in OVER:
-                return
+                break
             time.sleep(WATCH_S)
+    return states
 
 
 def _status_view(states: Sequence[Snapshot], width: int, *, detailed: bool) -> Group:
@@ -542,6 +587,8 @@ def show_summary(summary: dict[str, Any]) -> None:
         nothing = "undefined" if name in (summary["undefined"] or {}) else ""
         table.add_row(name, f"{value:.4f}", nothing if test is None else f"{test:.4f}")
     console.print(table)
+    for line in _weak_lines(summary["study"], summary["model"]["version"], summary["weak"]) if summary["weak"] else ():
+        _say(console, line)
     if summary["winner_dropped"]:
         again = f"`hpo promote {shlex.quote(summary['study'])}` makes one of the best that counts"
         _say(console, f"trial {best['number']} was dropped since and does not count: {again}")
@@ -593,10 +640,12 @@ def show_predictions(predictions: Predictions, rows: int = SHOWN) -> None:
 
 def evaluation_row(found: Evaluation) -> dict[str, Any]:
     """An evaluation, JSON-able, with the ids of the sequences that are wrong."""
-    scores = vars(found.scores)
+    part = part_scores(found.predictions.classes, found.scores)
+    by = {} if part is None else {name: asdict(part)[name] for name in ("by_class", "groups", "by_group")}
     return {
-        **scores,
+        **vars(found.scores),
         "classes": found.predictions.classes,
+        **by,
         "wrong": [found.predictions.ids[row] for row in found.wrong],
     }
 
@@ -620,6 +669,10 @@ def show_evaluation(found: Evaluation, rows: int = SHOWN) -> None:
         for name, row in zip(predictions.classes, scores.confusion, strict=True):
             counts.add_row(_name(name), *map(str, row))
         console.print(counts)
+    if (part := part_scores(predictions.classes, scores)) is not None:
+        console.print(_class_table(part, rows))
+        if part.by_group:
+            console.print(_group_table(part, rows))
     if len(found.wrong):
         wrong = Table("id", "true", "predicted", "p(predicted)", title="wrong, the surest first")
         for row in found.wrong[:rows]:
@@ -628,6 +681,40 @@ def show_evaluation(found: Evaluation, rows: int = SHOWN) -> None:
         console.print(wrong)
     if len(found.wrong) > rows:
         _say(console, f"{rows} of {len(found.wrong)} that are wrong; --out FILE.csv writes all")
+
+
+def _class_table(part: PartScores, rows: int) -> Table:
+    """The first classes, those first in which the model fails most surely."""
+    more = _more(len(part.by_class) - rows)
+    table = Table("class", title="classes, the surest failures first", caption=more)
+    table.add_column("sequences", justify="right")
+    for name in ("recall, 95 % interval", "precision, 95 % interval", "f1", "taken for"):
+        table.add_column(name)
+    for each in worst_first(part.by_class)[:rows]:
+        taken = "" if each.mistaken_for is None else f"{each.mistaken_for.name} ({each.mistaken_for.sequences:,})"
+        table.add_row(
+            _name(each.name),
+            f"{each.sequences:,}",
+            _ranged(each.recall, each.recall_interval) or "undefined",
+            _ranged(each.precision, each.precision_interval) or "undefined",
+            _ranged(each.f1, None) or "undefined",
+            _name(taken),
+        )
+    return table
+
+
+def _group_table(part: PartScores, rows: int) -> Table:
+    """The first groups, those first in which the model fails most surely."""
+    table = Table("group", title="groups, the surest failures first", caption=_more((part.groups or 0) - rows))
+    table.add_column("sequences", justify="right")
+    table.add_column("accuracy, 95 % interval")
+    for each in part.by_group[:rows]:
+        table.add_row(_name(each.name or ""), f"{each.sequences:,}", _ranged(each.accuracy, each.interval))
+    return table
+
+
+def _more(count: int) -> str | None:
+    return f"{count:,} more, see --json" if count > 0 else None
 
 
 @contextmanager

@@ -39,8 +39,23 @@ METHODS = {  # of each metric's interval
 CLIP = float(np.finfo(np.float32).eps)  # of log_loss: networks give float32, whatever type carries it here
 
 
+GROUPS_KEPT = 1_000  # of a part, the worst: data may have as many groups as sequences
+
+
 class MetricError(StudyFault):
     """A metric is unknown, or undefined for these probabilities and labels."""
+
+
+@dataclass(frozen=True)
+class Groups:
+    """How many sequences of each group of a part get the right class, the surest failures first (see `count_groups`).
+
+    The names are the data's own and may be those of people: a saved model's folder has none (`bundle.config.to_json`).
+    """
+
+    total: int  # groups of the part
+    counts: tuple[tuple[int, int], ...]  # (sequences, right) of the worst GROUPS_KEPT
+    names: tuple[str, ...] = ()  # of these; empty: not known here
 
 
 @dataclass(frozen=True)
@@ -53,6 +68,7 @@ class Scores:
     confusion: tuple[tuple[int, ...], ...]  # (K, K), row = true class
     undefined: dict[str, str] = field(default_factory=dict)  # metric -> why it has no value here
     methods: dict[str, str] = field(default_factory=dict)  # of the intervals; earlier versions: all by bootstrap
+    groups: Groups | None = None  # None: there are none, or an earlier version did not count them
 
 
 def direction(name: str) -> Literal["maximize", "minimize"]:
@@ -143,6 +159,32 @@ def measure(
         undefined=without,
         methods={name: METHODS[name] for name in found if name not in without},
     )
+
+
+def count_groups(right: NDArray[np.bool_], groups: Labels | None, names: Sequence[str]) -> Groups | None:
+    """The groups of a part by how many of their sequences are right.
+
+    right (N,): whether each sequence gets its class; groups (N,): codes, into `names` where these are known. In order
+    of the upper end of the accuracy's interval, so that one wrong sequence of one does not come before 30 right of 100;
+    of equal ones by accuracy, then by code. None without groups, and where each group is one sequence: the wrong
+    sequences say the same then.
+    """
+    if groups is None:
+        return None
+    codes, at = np.unique(groups, return_inverse=True)
+    if len(codes) == len(groups):
+        return None
+    sizes, hits = np.bincount(at), np.bincount(at, right).astype(np.int64)
+    order = np.lexsort((codes, hits / sizes, _upper_ends(hits, sizes)))[:GROUPS_KEPT]
+    counts = zip(sizes[order].tolist(), hits[order].tolist(), strict=True)
+    return Groups(len(codes), tuple(counts), tuple(names[code] for code in codes[order].tolist()) if names else ())
+
+
+def _upper_ends(hits: NDArray[np.int64], sizes: NDArray[np.int64]) -> Floats:
+    """Of `proportion_interval`, of many shares at once."""
+    from scipy.special import betaincinv  # a sixth of a second that a training does not need
+
+    return np.where(hits < sizes, betaincinv(hits + 1, np.maximum(sizes - hits, 1), 1 - TAIL), 1.0)
 
 
 def predict_labels(probabilities: NDArray[Any], threshold: float = 0.5) -> Labels:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import datetime
 from pathlib import Path
@@ -34,6 +34,7 @@ _ALL_VERSIONS, _VERSIONS_OF, _MODEL_NAMES = (
     statement("versions_of"),
     statement("model_names"),
 )
+_GROUP_NAMES = statement("group_names")
 _SET_ALIAS, _DROP_ALIAS, _ALIAS_CHANGES = (statement(name) for name in ("set_alias", "drop_alias", "alias_changes"))
 _DELETE = [statement(name) for name in ("lock_model", "delete_versions", "latest_is_newest", "kept_artifacts")]
 
@@ -100,10 +101,13 @@ class Registry:
         scores: Mapping[str, Any],
         config: Mapping[str, Any],
         artifacts: Mapping[str, str],
+        group_names: Mapping[str, Sequence[str]] | None = None,
         latest: bool = True,
     ) -> ModelVersion:
         """The trial's model as the next version of `name`; one transaction.
 
+        group_names: of each part of the data the names of the groups whose scores its files hold, in their order; only
+        `group_names` tells them again.
         latest: whether it becomes "latest", the version that the name alone means; the first one does anyway. Where
         scores name a test_part, they are stored with test_looks: how many versions were measured on that part.
         Safe with several promoters at once. The same trial with the same artifacts again is the version that
@@ -116,7 +120,7 @@ class Registry:
             "study_name": study_name,
             "trial_number": trial_number,
             "scores": _json("scores", scores),
-            "config": _json("config", config),
+            "config": _json("config", {**config, **({"group_names": group_names} if group_names else {})}),
             "artifacts": json.dumps(dict(artifacts)),
             "latest": latest,
         }
@@ -131,6 +135,11 @@ class Registry:
         """One version by its number or alias; without either the latest. RegistryError lists what there is."""
         rows = self._connection.execute(_VERSIONS_OF, given={"name": name})
         return self._chosen(rows, name, version)
+
+    def group_names(self, model: ModelVersion) -> dict[str, list[str]]:
+        """The names of the groups by part, as `promote` got them; empty for a version without, or that is gone."""
+        rows = self._connection.execute(_GROUP_NAMES, given={"name": model.name, "version": model.version})
+        return next((names for (names,) in rows if names), {})
 
     def set_alias(self, name: str, alias: str, version: int | str | None = None) -> ModelVersion:
         """Let an alias such as "champion" name a version, the latest by default; it names one at a time."""

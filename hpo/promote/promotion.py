@@ -20,7 +20,7 @@ from hpo.models.bundle.config import BundleConfig, BundleError
 from hpo.models.classifier import Weights
 from hpo.models.data.sequences import Sequences
 from hpo.models.device import OutOfMemory, device_errors
-from hpo.models.metrics import Scores, measure
+from hpo.models.metrics import Scores, count_groups, measure, predict_labels
 from hpo.models.training.memory import release_memory
 from hpo.models.training.training import StateError, Training
 from hpo.storage.artifacts import ArtifactStore, DamagedArtifactError, MissingArtifactError, artifact_store
@@ -132,6 +132,7 @@ def promote(
         folder = scratch / "model"
         save(folder, members, replace(config, validation=validation, test=test), record.curve)
         artifacts = publish(store, folder, model_prefix(_store_key(study), record.number))
+    grouped = {"validation": validation.groups, "test": None if test is None else test.groups}
     registry = Registry(study.storage.connection)
     earlier = _default(registry, study.name)
     replaces = as_default or (earlier is not None and _was_dropped(study, earlier))
@@ -153,6 +154,7 @@ def promote(
         },
         latest=replaces or earlier is None or is_better(study, record, earlier),
         config={"params": record.params},
+        group_names={part: groups.names for part, groups in grouped.items() if groups and groups.names},
         artifacts=artifacts,
     )
     if replaces and not model.default:  # it was a version already
@@ -199,7 +201,7 @@ def _trained(
     """
     if record.weights is not None:
         with _memory_for(device), rebuild(plan, record, sequences, device) as training:
-            scores = _load_kept(plan.metric, store, record, record.weights, training)
+            scores = _load_kept(plan.metric, store, record, record.weights, training, sequences)
             if scores is not None:
                 return training.weights(), scores
     with _memory_for(device), rebuild(plan, record, sequences, device) as training:  # whatever was loaded before
@@ -207,7 +209,7 @@ def _trained(
             training.advance()
         training.load(training.best_weights)
         exact = _trained_here(record, training) and set(record.origins) <= {training.origin, ""}
-        return training.weights(), _check_score(plan.metric, record, training, exact)
+        return training.weights(), _check_score(plan.metric, record, training, sequences, exact)
 
 
 @contextmanager
@@ -222,12 +224,12 @@ def _memory_for(device: str) -> Iterator[None]:
 
 
 def _load_kept(
-    metric: str, store: ArtifactStore, record: TrialRecord, weights: str, training: Training
+    metric: str, store: ArtifactStore, record: TrialRecord, weights: str, training: Training, sequences: Sequences
 ) -> Scores | None:
     """Load the weights that were kept and measure them; None where they are gone or damaged."""
     try:
         training.load(unpack(store.get(weights)))
-        scores = _check_score(metric, record, training, _trained_here(record, training))
+        scores = _check_score(metric, record, training, sequences, _trained_here(record, training))
     except MissingArtifactError:
         log.info("the weights %s were dropped for better trials': training again", weights)
         return None
@@ -252,12 +254,13 @@ def _same_log_loss(record: TrialRecord, training: Training, log_loss: float) -> 
     return not _trained_here(record, training) and math.isclose(log_loss, record.log_loss, rel_tol=1e-3)
 
 
-def _check_score(metric: str, record: TrialRecord, training: Training, exact: bool) -> Scores:
+def _check_score(metric: str, record: TrialRecord, training: Training, sequences: Sequences, exact: bool) -> Scores:
     """The scores on validation; the study's metric must be the recorded value, `exact`ly where it was computed here.
 
     Another machine's rounding may turn the class or the rank of a sequence, so that a metric moves by a step.
     """
-    scores = measure(training.validate(), training.labels, record.threshold, record.seed)
+    probabilities = training.validate()
+    scores = measure(probabilities, training.labels, record.threshold, record.seed)
     value = scores.metrics[metric]
     near = math.isclose(value, record.value, abs_tol=max(TOLERANCE, 1 / len(training.labels)))
     if value != record.value and (exact or not near):
@@ -265,7 +268,9 @@ def _check_score(metric: str, record: TrialRecord, training: Training, exact: bo
             f"the promoted weights must give the recorded validation {metric} {record.value!r}, they "
             f"give {value!r} on {training.origin}; trial {record.number} was trained on {_places(record)}"
         )
-    return scores
+    right = predict_labels(probabilities, record.threshold) == training.labels
+    groups = None if sequences.groups is None else sequences.groups[training.validated]
+    return replace(scores, groups=count_groups(right, groups, sequences.group_names))
 
 
 def _trained_here(record: TrialRecord, training: Training) -> bool:
@@ -335,7 +340,8 @@ def _test_scores(
     if scores.undefined:
         reason = next(iter(scores.undefined.values()))
         log.warning("the test part holds %s: %s have no value on it", reason, ", ".join(scores.undefined))
-    return scores
+    right = predict_labels(probabilities, config.threshold) == test.labels
+    return replace(scores, groups=count_groups(right, test.groups, test.group_names))
 
 
 def _show(storage: TrialStorage, study_id: int, record: TrialRecord, model: ModelVersion) -> None:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from hpo.errors import StudyFault
+from hpo.models.class_scores import weakest
+from hpo.promote.version_scores import scores_if_known
+from hpo.storage.artifacts import ArtifactStore
 from hpo.storage.registry import Registry
 from hpo.study.lifecycle import OpenStudy
 from hpo.study.record import failure_of
@@ -15,8 +19,11 @@ class NoModel(StudyFault):
     """The study has no model: none of its trials completed, or it is not over yet."""
 
 
-def summary_of(study: OpenStudy) -> dict[str, Any]:
-    """Its trials, its best one and the promoted model with its scores; JSON-able. Raises NoModel."""
+def summary_of(study: OpenStudy, store: ArtifactStore | None = None, *, with_names: bool = True) -> dict[str, Any]:
+    """Its trials, its best one and the promoted model with its scores, and where it is weak; JSON-able.
+
+    store: the one of HPO_ARTIFACTS without one. with_names: say what the groups of the data are called. Raises NoModel.
+    """
     state, row = study.leases.snapshot(study.study_id), study.leases.study(study.study_id)
     out_of_time = row is not None and row.out_of_time
     if state.status in ("open", "stopped"):
@@ -27,6 +34,8 @@ def summary_of(study: OpenStudy) -> dict[str, Any]:
     registry = Registry(study.storage.connection)
     model = registry.get(study.name, state.promoted_version)
     scores = model.scores
+    found = scores_if_known(registry, model.name, model.version, store, with_names=with_names)
+    weak = None if found is None else weakest(found)
     best = state.best if state.best is not None and state.best.number == model.trial_number else None
     return {
         "study": study.name,
@@ -52,6 +61,7 @@ def summary_of(study: OpenStudy) -> dict[str, Any]:
         "positive": study.plan.classes[1] if len(study.plan.classes) == 2 else None,
         "test_looks": scores.get("test_looks"),
         "undefined": scores.get("undefined"),
+        "weak": None if weak is None else asdict(weak),
     }
 
 

@@ -12,6 +12,8 @@ from typing import IO, Annotated
 from fastapi import APIRouter, Path
 from fastapi.responses import PlainTextResponse, StreamingResponse
 
+from hpo.models.class_scores import ModelScores
+from hpo.promote.version_scores import version_scores
 from hpo.service.access import Reader, Submitter, Uses, Version, check_owner
 from hpo.service.backend import MIB, Backend, Database
 from hpo.service.schemas import Alias, Model
@@ -48,6 +50,16 @@ def bundle(name: str, version: Version, token: Reader, backend: Uses) -> Streami
     archive = _zipped(backend, found)
     headers = {"Content-Disposition": f'attachment; filename="{found.name}-v{found.version}.zip"'}
     return StreamingResponse(_blocks(archive), media_type="application/zip", headers=headers)
+
+
+@router.get("/{name}/{version}/scores")
+def scores(name: str, version: Version, token: Reader, backend: Uses) -> ModelScores:
+    """The validation and the test part by class and by group, each class against the rest, with 95 % intervals. What
+    the groups are called, only the study's owner and admins are told."""
+    with backend.database() as database:
+        found = database.registry.get(name, version)
+        named = knows_groups(database, token, found.study_id)
+        return version_scores(found, backend.store, database.registry, with_names=named)
 
 
 class Markdown(PlainTextResponse):
@@ -107,6 +119,14 @@ def model_of(found: ModelVersion) -> Model:
         scores=found.scores,
         params=found.config["params"],
     )
+
+
+def knows_groups(database: Database, token: Token, study_id: int | None) -> bool:
+    """Whether the token's holder may know what the groups in a study's data are called, which may be people: its owner
+    and admins."""
+    if token.may("admin"):
+        return True
+    return study_id is not None and database.access.owner_of(study_id) == token.owner
 
 
 def _check_owner(database: Database, token: Token, found: ModelVersion) -> None:

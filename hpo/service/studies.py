@@ -23,7 +23,7 @@ from hpo.promote.summary import summary_of
 from hpo.service.access import Reader, Submitter, Uses, check_owner
 from hpo.service.backend import Backend, Database
 from hpo.service.body import as_sent, json_of
-from hpo.service.models import model_of
+from hpo.service.models import knows_groups, model_of
 from hpo.service.problems import Problem
 from hpo.service.schemas import (
     Best,
@@ -147,7 +147,9 @@ def study(name: str, token: Reader, backend: Uses) -> Study:
 def summary(name: str, token: Reader, backend: Uses) -> dict[str, Any]:
     """What a study that is over has brought: its best trial, the promoted model and its scores (409 before)."""
     with backend.database() as database:
-        return summary_of(open_study(name, database.storage))
+        study = open_study(name, database.storage)
+        with_names = knows_groups(database, token, study.study_id)
+        return summary_of(study, backend.store, with_names=with_names)
 
 
 @router.get("/{name}/notices")

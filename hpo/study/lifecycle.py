@@ -29,7 +29,7 @@ from hpo.study.config import ConfigError, StudyConfig
 from hpo.study.counted import CountedTrials
 from hpo.study.entries import distribution, unparse
 from hpo.study.notes import METRIC_NAMES, announce_widening, describe_study
-from hpo.study.plan import MissingStudy, MissingTrial, Plan, StudyConflict, StudyError, make_plan
+from hpo.study.plan import MissingStudy, MissingTrial, Plan, StudyConflict, StudyError, make_plan, names_groups
 from hpo.study.pruning import make_pruner
 from hpo.study.ranking import best_first
 from hpo.study.readout import readout, suspicions
@@ -103,7 +103,7 @@ def create_or_open(
             if wider.config.study.sampler == "grid":
                 grid(wider.config.space)
         for key, part in ((plan.train, train), (plan.test, test)):
-            _publish(store, key, part)  # also where the artifact store was emptied or damaged
+            _publish(store, key, part, plan.rules)  # also where the artifact store was emptied or damaged
         if stored is None:
             _begin(storage, leases, study_id, plan, owner)
         else:
@@ -276,12 +276,12 @@ def _notify(config: StudyConfig) -> Notify:
     return Notify(config.notify.url, config.notify.on)
 
 
-def _publish(store: ArtifactStore, key: str | None, part: Sequences | None) -> None:
+def _publish(store: ArtifactStore, key: str | None, part: Sequences | None, rules: int) -> None:
     """Store a part of the data, unless it is there, undamaged."""
     if key is None or part is None or store.holds(key):
         return
     with scratch_folder() as folder:
-        save(part, folder / "data")
+        save(part, folder / "data", group_names=names_groups(rules))
         store.put(key, folder / "data")
 
 

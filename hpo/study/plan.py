@@ -140,8 +140,8 @@ def make_plan(config: StudyConfig, rules: int = RULES) -> tuple[Plan, Sequences,
     plan = Plan(
         config=completed,
         written=config,
-        train=data_key(fingerprint(train)),
-        test=None if test is None else data_key(fingerprint(test)),
+        train=data_key(fingerprint(train, group_names=names_groups(rules))),
+        test=None if test is None else data_key(fingerprint(test, group_names=names_groups(rules))),
         classes=train.classes,
         features=train.features,
         steps=train.steps,
@@ -152,6 +152,11 @@ def make_plan(config: StudyConfig, rules: int = RULES) -> tuple[Plan, Sequences,
         gaps=train.gaps,
     )
     return plan, train, test
+
+
+def names_groups(rules: int) -> bool:
+    """Whether the stored data of a study say what their groups are called (see RULES)."""
+    return rules > 3
 
 
 def _parts(config: StudyConfig, rules: int) -> tuple[Sequences, Sequences | None]:

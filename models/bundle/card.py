@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hpo.errors import legible
 from hpo.models.bundle.config import BundleConfig, preprocessing
+from hpo.models.class_scores import ClassScore, Interval, PartScores, model_scores, worst_first
 from hpo.models.config import ClassifierConfig
 from hpo.models.preprocessing import ROUNDING
 from hpo.models.stem import EPSILON
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 SHOWN_NAME = 400  # characters of a name
 COUNTS_SHOWN = 30  # classes up to which the confusion matrix shows its numbers and every name
+CLASSES_SHOWN, GROUPS_SHOWN = 30, 10  # rows of a table, the worst
 
 
 def readme(config: BundleConfig, exported: str = "safetensors") -> str:
@@ -40,6 +42,7 @@ def readme(config: BundleConfig, exported: str = "safetensors") -> str:
         f"{config.best_epoch}.",
         "![training](curves.png)",
         _scores(config),
+        *_by_class_and_group(config),
         "## Use it",
         _code("python", f"import hpo\n\nmodel = hpo.load({'.'!r})  # this folder\nprint(model.predict(X).labels)")
         + "\n`X`: (N, T, F) numbers, or a list of (T, F); or `model.read(path)` for a npz, csv, parquet or .ts file.",
@@ -127,7 +130,67 @@ def _cell(scores: Scores, metric: str) -> str:
     value, interval = scores.metrics.get(metric), scores.intervals.get(metric)
     if value is None:
         return f"undefined: {_escaped(scores.undefined[metric])}" if metric in scores.undefined else "undefined"
+    return _valued(value, interval)
+
+
+def _by_class_and_group(config: BundleConfig) -> list[str]:
+    """Tables of each part's classes and groups, those first in which the model fails most surely."""
+    found = model_scores(config.classes, config.validation, config.test)
+    parts = {"Test part": found.test, "Validation part": found.validation}
+    tables = [table for title, part in parts.items() if part is not None for table in _part_tables(title, part)]
+    if not tables:
+        return []
+    text = (
+        "Each class against the rest, the surest failures first: in order of the upper end of the recall's interval "
+        "(in brackets: 95 %, Clopper-Pearson). The last column is the class that its sequences are most often taken "
+        "for, and how many of them."
+    )
+    return ["## Classes", text, *tables]
+
+
+def _part_tables(title: str, part: PartScores) -> list[str]:
+    rows = ["| class | sequences | recall | precision | F1 | taken for |", "|---|---|---|---|---|---|"]
+    rows += [_class_row(each) for each in worst_first(part.by_class)[:CLASSES_SHOWN]]
+    tables = [f"### {title}", "\n".join(rows)]
+    if (more := len(part.by_class) - CLASSES_SHOWN) > 0:
+        tables.append(f"And {more:,} classes more; the counts of all are in config.json.")
+    if part.groups:
+        groups = ["| sequences | accuracy |", "|---|---|"]
+        groups += [f"| {g.sequences:,} | {_valued(g.accuracy, g.interval)} |" for g in part.by_group[:GROUPS_SHOWN]]
+        tables += [_groups_text(part), "\n".join(groups)]
+    return tables
+
+
+def _groups_text(part: PartScores) -> str:
+    """What the table of groups shows. Whoever gets the model is not told what they are called."""
+    shown = min(GROUPS_SHOWN, len(part.by_group))
+    which = f"the worst {shown} of {part.groups:,} groups" if shown < (part.groups or 0) else f"{shown} groups"
+    return f"By {which} of the data (their names stay in the study's database):"
+
+
+def _class_row(found: ClassScore) -> str:
+    taken = found.mistaken_for
+    cells = (
+        _table_name(found.name),
+        f"{found.sequences:,}",
+        _valued(found.recall, found.recall_interval, found.undefined.get("recall")),
+        _valued(found.precision, found.precision_interval, found.undefined.get("precision")),
+        _valued(found.f1, None, found.undefined.get("f1")),
+        "" if taken is None else f"{_table_name(taken.name)} ({taken.sequences:,})",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def _valued(value: float | None, interval: Interval | None, reason: str | None = None) -> str:
+    """A value with its interval, or why there is none."""
+    if value is None:
+        return f"undefined: {reason}"
     return f"{value:.4f}" + (f" [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else "")
+
+
+def _table_name(name: str) -> str:
+    """A name as code within a table, whose cell a bar in it does not end."""
+    return _name(name).replace("|", "\\|")
 
 
 def _methods(parts: Sequence[Scores]) -> str:

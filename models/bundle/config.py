@@ -11,7 +11,7 @@ from hpo.errors import StudyFault, legible
 from hpo.models.config import EARLIER_EPSILON, FLOAT32_MOST, METRICS, STEM, ClassifierConfig, ClassifierError
 from hpo.models.data.sequences import UNKEPT, UNKEPT_RULE, default_names
 from hpo.models.fields import default, rules
-from hpo.models.metrics import Scores
+from hpo.models.metrics import GROUPS_KEPT, Groups, Scores
 
 FORMAT = 4  # version of the folder's format; raised when an older reader would misread it
 # formats that are read too, with what their classifiers do not say
@@ -65,6 +65,10 @@ class BundleConfig:
         for what, numbers in (("fill", self.fill), ("gaps", self.gaps)):
             if numbers is not None and len(numbers) != self.classifier.features:
                 raise BundleError(f"a classifier of {self.classifier.features} features needs as many {what}")
+        for what, scores in (("validation", self.validation), ("test", self.test)):
+            if scores is not None and len(scores.confusion) != self.classifier.classes:
+                expected, got = self.classifier.classes, len(scores.confusion)
+                raise BundleError(f"{what}: a classifier of {expected} classes needs the counts of as many, got {got}")
 
     @property
     def has_names(self) -> bool:
@@ -95,11 +99,16 @@ def preprocessing(model: BundleConfig) -> list[str]:
 
 
 def to_json(config: BundleConfig) -> str:
-    """The content of config.json. Raises ValueError for a number that is not finite, which JSON has none for."""
+    """The content of config.json, without the names of groups: they are the data's, as of patients, and a model folder
+    is passed on. Raises ValueError for a number that is not finite, which JSON has none for."""
     content = {"format": FORMAT, **asdict(config), "preprocessing": preprocessing(config)}
     for name in ("named", "fill", "gaps"):  # of an earlier version's model
         if content[name] is None:
             del content[name]
+    for scores in filter(None, (content["validation"], content["test"])):
+        groups = scores.pop("groups")
+        if groups is not None:
+            scores["groups"] = {"total": groups["total"], "counts": groups["counts"]}
     return json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
 
@@ -196,7 +205,7 @@ def _numbers(content: Any, source: str) -> tuple[float, ...] | None:
 
 def _scores(content: Any, source: str) -> Scores:
     if isinstance(content, dict):
-        content = {"undefined": {}, "methods": {}} | content  # earlier versions did not say
+        content = {"undefined": {}, "methods": {}, "groups": None} | content  # earlier versions did not say
     scores = _exactly(Scores, content, source)
     kinds = {"metrics": _is_number, "intervals": _is_interval, "undefined": _is_text, "methods": _is_text}
     for name, is_right in kinds.items():
@@ -207,8 +216,25 @@ def _scores(content: Any, source: str) -> Scores:
     square = isinstance(rows, list) and all(isinstance(row, list) and len(row) == len(rows) for row in rows)
     if not square or not all(_is_count(count) for row in rows for count in row) or not _is_count(scores.sequences):
         raise BundleError(f"{source}: sequences and confusion must be counts, the latter of each pair of classes")
-    intervals = {name: (low, high) for name, (low, high) in scores.intervals.items()}
-    return replace(scores, intervals=intervals, confusion=tuple(map(tuple, scores.confusion)))
+    return replace(
+        scores,
+        intervals={name: (low, high) for name, (low, high) in scores.intervals.items()},
+        confusion=tuple(map(tuple, scores.confusion)),
+        groups=_groups(scores.groups, source),
+    )
+
+
+def _groups(content: Any, source: str) -> Groups | None:
+    """Groups without names, as `to_json` writes them. Raises BundleError."""
+    if content is None:
+        return None
+    found: dict[str, Any] = content if isinstance(content, dict) and content.keys() == {"total", "counts"} else {}
+    total, counts = found.get("total", 0), found.get("counts", [])
+    pairs = isinstance(counts, list) and 0 < len(counts) <= GROUPS_KEPT and all(map(_is_hits, counts))
+    if not pairs or not _is_count(total) or total < len(counts):
+        rule = f"their total and, of at most {GROUPS_KEPT}, pairs of sequences and right ones"
+        raise BundleError(f"{source}: groups must be {rule}, got {str(content)[:80]!r}")
+    return Groups(total, tuple((sequences, right) for sequences, right in counts))
 
 
 def _is_number(value: object) -> bool:
@@ -217,6 +243,10 @@ def _is_number(value: object) -> bool:
 
 def _is_interval(value: object) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(map(_is_number, value))
+
+
+def _is_hits(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_count, value)) and value[1] <= value[0] > 0
 
 
 def _is_text(value: object) -> bool:

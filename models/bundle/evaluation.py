@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from hpo.models.bundle.bundle import Bundle
 from hpo.models.bundle.predictions import Predictions
 from hpo.models.data.sequences import DataError, Sequences
-from hpo.models.metrics import Scores, measure
+from hpo.models.metrics import Scores, count_groups, measure
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,4 +55,5 @@ def evaluate(
     labels = np.array([known[name] for name in names.tolist()])
     classes = bundle.config.classes
     scores = measure(predictions.probabilities, labels, bundle.config.threshold, classes=classes)
-    return Evaluation(scores, predictions, names)
+    groups = count_groups(predictions.labels == names, sequences.groups, sequences.group_names)
+    return Evaluation(replace(scores, groups=groups), predictions, names)

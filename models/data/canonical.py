@@ -14,9 +14,10 @@ from hpo.models.data.sequences import DataError, Sequences, default_names
 from hpo.models.files import whole_file
 
 
-def to_bytes(sequences: Sequences) -> bytes:
+def to_bytes(sequences: Sequences, *, group_names: bool = True) -> bytes:
     """The canonical form, a safetensors file: equal content gives equal bytes.
 
+    group_names: with what the groups are called; earlier versions kept their codes alone, and so do their studies.
     Whether the features have names of their own is no part of it, so that npz and csv are alike: `load` takes x0, x1, …
     for numbers. The study's plan keeps it, and what follows from the values that were missing.
     """
@@ -26,20 +27,23 @@ def to_bytes(sequences: Sequences) -> bytes:
     arrays = {"values": sequences.values, "lengths": sequences.lengths}
     arrays |= {name: array for name, array in optional.items() if array is not None}
     names = {"classes": sequences.classes, "ids": sequences.ids, "features": sequences.features}
-    meta = json.dumps({**names, "filled": sequences.filled}, separators=(",", ":"))
+    about = {**names, "filled": sequences.filled}
+    if group_names and sequences.group_names:
+        about["group_names"] = sequences.group_names
+    meta = json.dumps(about, separators=(",", ":"))
     # one metadata key only: safetensors writes several in any order
     return serialize({k: np.ascontiguousarray(v) for k, v in arrays.items()}, {"sequences": meta})
 
 
-def fingerprint(sequences: Sequences) -> str:
+def fingerprint(sequences: Sequences, *, group_names: bool = True) -> str:
     """SHA-256 of the canonical form, in hexadecimal: the hash of the file that `save` writes."""
-    return hashlib.sha256(to_bytes(sequences)).hexdigest()
+    return hashlib.sha256(to_bytes(sequences, group_names=group_names)).hexdigest()
 
 
-def save(sequences: Sequences, path: str | Path) -> None:
+def save(sequences: Sequences, path: str | Path, *, group_names: bool = True) -> None:
     """Write the canonical file, which appears whole or not at all. Raises OSError."""
     with whole_file(Path(path)) as beside:
-        beside.write_bytes(to_bytes(sequences))
+        beside.write_bytes(to_bytes(sequences, group_names=group_names))
 
 
 def load(path: str | Path) -> Sequences:
@@ -52,6 +56,7 @@ def load(path: str | Path) -> Sequences:
             header = json.loads(file.read(size))
         meta = json.loads(header.pop("__metadata__")["sequences"])
         named = {name: tuple(meta[name]) for name in ("classes", "ids", "features")}
+        named["group_names"] = tuple(meta.get("group_names", ()))
         mapped = {name: _mapped(path, 8 + size, entry) for name, entry in header.items()}
         own = named["features"] != default_names(len(named["features"]))
         return Sequences(**{"labels": None, "groups": None, **mapped, **named, "filled": meta["filled"], "named": own})

@@ -9,10 +9,11 @@ import numpy as np
 from hpo.models.data.sequences import DataError, Indices, Mask, Sequences
 
 Split = tuple[Indices, Indices]  # training and validation indices, ascending
-RULES = 3
-"""Of what follows from data and configuration. A study goes on by those that it began with; below 3: what a sequence
-lacks throughout is 0 (`Plan.fill`), and the order of a file's rows and columns has a say; below 2: a part may lack a
-class that it could hold, and 1e-5 is added to every deviation (`Plan.epsilon`)."""
+RULES = 4
+"""Of what follows from data and configuration. A study goes on by those that it began with; below 4: the stored data do
+not say what their groups are called; below 3: what a sequence lacks throughout is 0 (`Plan.fill`), and the order of a
+file's rows and columns has a say; below 2: a part may lack a class that it could hold, and 1e-5 is added to every
+deviation (`Plan.epsilon`)."""
 
 
 def check_trainable(sequences: Sequences, source: str = "the training data") -> None:

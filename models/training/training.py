@@ -71,9 +71,9 @@ class Epoch:
 class Training:
     """One trial in training on one device.
 
-    history: the epochs so far. best: the best of them, best_weights: its members' states. labels (n,): those of the
-    validation parts, pooled in the order of the folds. bytes: an estimate of the memory that it takes. origin: where it
-    computes.
+    history: the epochs so far. best: the best of them, best_weights: its members' states. validated (n,): the rows of
+    the validation parts, pooled in the order of the folds; labels (n,): theirs. bytes: an estimate of the memory that
+    it takes. origin: where it computes.
 
     Trainings may run beside one another in one process, each in a thread of its own: nothing random is shared, and on
     a GPU each one has a stream of its own.
@@ -105,7 +105,8 @@ class Training:
         self.device = torch.device(device)
         validated = max(len(validation) for _, validation in folds)
         self.bytes = memory_bytes(sequences.n, validated, len(folds), classifier, config.batch_size, self.device.type)
-        self.labels = np.concatenate([sequences.labels[validation] for _, validation in folds])
+        self.validated = np.concatenate([validation for _, validation in folds])
+        self.labels = sequences.labels[self.validated]
         self.history: list[Epoch] = []
         self.best: Epoch | None = None
         self.best_weights: list[Weights] = []

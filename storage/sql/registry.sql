@@ -2,7 +2,8 @@
 -- in the same round trip and transaction.
 
 -- fragment: versions
-SELECT name, version, study_id, study_name, trial_number, created_at, scores, config, artifacts,
+-- What the groups of the data are called only group_names tells: they may be people.
+SELECT name, version, study_id, study_name, trial_number, created_at, scores, config - 'group_names', artifacts,
     ARRAY(SELECT alias FROM hpo.aliases a WHERE a.name = m.name AND a.version = m.version ORDER BY alias)
 FROM hpo.models m
 
@@ -47,6 +48,11 @@ ON CONFLICT (name, alias) DO UPDATE SET version = excluded.version WHERE %(lates
 -- Every version of one name.
 -- types: name text
 {versions} WHERE name = %(name)s ORDER BY version
+
+-- name: group_names
+-- What the groups are called whose scores a version's files hold, by part of the data.
+-- types: name text, version int
+SELECT config -> 'group_names' FROM hpo.models WHERE name = %(name)s AND version = %(version)s
 
 -- name: model_names
 -- The names that there are.

@@ -108,3 +108,20 @@ def test_its_model_folder_and_registered_model_load_and_predict_alike(version: S
     registered = hpo.load(model_folder("done", 1)).predict(X)
     assert folder.classes == ("fast", "slow")
     np.testing.assert_array_equal(folder.probabilities, registered.probabilities)
+
+
+def test_its_model_is_scored_by_class_from_the_counts_that_it_has(stored: dict[str, str], cli: Cli) -> None:
+    (row,) = json.loads(cli("status", "done", "--json", env=stored).stdout)
+    (model,) = json.loads(cli("models", "--json", env=stored).stdout)
+    for part in ("validation", "test"):
+        found = row["scores"][part]
+        assert (found is None) == (model[part] is None)
+        assert found is None or [each["name"] for each in found["by_class"]] == ["fast", "slow"]
+        assert found is None or (found["groups"], found["by_group"]) == (None, [])
+    for file in Path(stored["HPO_ARTIFACTS"]).glob("model-*-config.json"):
+        file.unlink()
+    shown = cli("status", "done", env=stored)
+    assert shown.returncode == 0
+    assert "done version 1 has no scores by class here: the file config.json of a promoted" in shown.stderr
+    (row,) = json.loads(cli("status", "done", "--json", env=stored).stdout)
+    assert row["scores"] is None

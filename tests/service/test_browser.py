@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from playwright.sync_api import Browser, Locator, expect
 
@@ -218,11 +219,15 @@ def test_with_the_keys_alone(browser: Browser, service: Service, waves: Path) ->
 
 
 @pytest.fixture(scope="module")
-def paths(browser: Browser, service: Service, waves: Path) -> list[str]:
-    """Of each kind of page one, of a study that is over."""
+def paths(browser: Browser, service: Service, waves: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Of each kind of page one, of a study that is over, whose data have groups."""
+    grouped = tmp_path_factory.mktemp("grouped") / "waves.npz"
+    with np.load(waves) as arrays:
+        groups = np.array([f"a patient with quite a long name, {i // 3}" for i in range(60)])
+        np.savez(grouped, X=arrays["X"], y=arrays["y"], groups=groups)
     with tab_of(browser) as tab:
         sign_in(tab, service, service.token())
-        start(tab, service, waves, "shown", 2)
+        start(tab, service, grouped, "shown", 2)
         service.work("shown")
     shown = ["/studies/shown", "/studies/shown/trials/0", "/models/shown", "/models/shown/1/report"]
     return ["/", "/new", "/docs", "/studies/nothing", *shown]

@@ -160,7 +160,17 @@ def content_of(seed: int, features: int, n: int = 24, gaps: bool = True) -> Cont
     return Content(found, labels)
 
 
-def train(content: Content, writing: Writing, normalization: str) -> Bundle:
+NETWORKS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "patches": {"patch_length": 2, "pooling": "last", "mixup": 0.2},
+    "convolutions": {
+        "stem": "conv", "stem_layers": 2, "stem_width": 4, "stem_kernel": 3, "stem_stride": 2, "difference": True,
+        "pooling": "concat", "jitter": 0.05, "label_smoothing": 0.1, "learning_rate": 0.01,
+    },
+}  # fmt: skip
+
+
+def train(content: Content, writing: Writing, normalization: str, network: str = "plain") -> Bundle:
     """A network of ten epochs on the content, written so and read by `hpo launch`'s way."""
     with tempfile.TemporaryDirectory() as folder:
         config = load(writing.write(content, Path(folder)), ["data.validation=0.25", "data.holdout=0.2"])
@@ -171,6 +181,7 @@ def train(content: Content, writing: Writing, normalization: str) -> Bundle:
         "learning_rate": 0.05,
         "batch_size": 8,
         "pooling": "mean",
+        **NETWORKS[network],
     }
     with build(plan, params, 3, sequences, "cpu", native=False) as training:
         for _ in range(10):
@@ -186,10 +197,10 @@ def predicted(model: Bundle, content: Content, writing: Writing) -> NDArray[np.f
 
 
 @lru_cache
-def plain(seed: int, features: int, normalization: str) -> NDArray[np.float32]:
+def plain(seed: int, features: int, normalization: str, network: str = "plain") -> NDArray[np.float32]:
     """What a network predicts that was trained on the content as it is."""
     content = content_of(seed, features)
-    return predicted(train(content, Writing(), normalization), content_of(seed + 1, features), Writing())
+    return predicted(train(content, Writing(), normalization, network), content_of(seed + 1, features), Writing())
 
 
 units = st.tuples(*[st.integers(-12, 12)] * 3)
@@ -206,14 +217,20 @@ writings = st.builds(
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(writings, st.sampled_from(["channel", "sequence"]), st.integers(0, 3), st.integers(1, 3))
+@given(
+    writings,
+    st.sampled_from(["channel", "sequence"]),
+    st.sampled_from(list(NETWORKS)),
+    st.integers(0, 3),
+    st.integers(1, 3),
+)
 def test_what_is_written_otherwise_is_the_same_model(
-    writing: Writing, normalization: str, seed: int, features: int
+    writing: Writing, normalization: str, network: str, seed: int, features: int
 ) -> None:
     features = 1 if writing.form == "wide" else features
     content, other = content_of(seed, features), content_of(seed + 1, features)
-    found = predicted(train(content, writing, normalization), other, writing)
-    np.testing.assert_allclose(found, plain(seed, features, normalization), atol=CLOSE)
+    found = predicted(train(content, writing, normalization, network), other, writing)
+    np.testing.assert_allclose(found, plain(seed, features, normalization, network), atol=CLOSE)
 
 
 def test_other_data_are_another_model() -> None:

@@ -294,7 +294,7 @@ def test_no_name_is_more_than_text_in_the_card(format: str) -> None:
     del states
     nasty = ("<script>", "![x](http://x)", "\\[x](y)", "\x1b[31m", "\x9b", "\u202e", "a\n\n# b", "```\n<b>", "`<b>`")
     for name in nasty:
-        undefined = replace(metrics.Scores(1, {}, {}, ((1,),)), undefined={"f1": name}, methods={"f1": name})
+        undefined = replace(metrics.Scores(2, {}, {}, ((0, 1), (1, 0))), undefined={"f1": name}, methods={"f1": name})
         text = card.readme(
             replace(
                 config, classes=(name, "b"), features=("a", name), provenance={"study": name, name: [name]},

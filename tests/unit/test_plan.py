@@ -207,3 +207,13 @@ class TestWhatWouldFailLaterIsRefusedAtOnce:
     def test_numbers_that_float32_cannot_hold(self, tmp_path: Path, entry: str, expected: str) -> None:
         with pytest.raises(ConfigError, match=rf"space\.{expected}"):
             make_plan(load(write(tmp_path / "waves.npz"), [f"space.{entry}"]))
+
+
+def test_what_groups_are_called_is_part_of_the_stored_data_but_of_earlier_studies(tmp_path: Path) -> None:
+    """Whose data keep their hash after an update."""
+    one, other = (write(tmp_path / f"{name}.npz", groups=[f"{name} {i % 10}" for i in range(40)]) for name in "ab")
+    for rules in (RULES, 3):
+        plans = [make_plan(load(path), rules)[0] for path in (one, other)]
+        assert (plans[0].train == plans[1].train) == (rules < 4)
+    plain = write(tmp_path / "plain.npz")
+    assert make_plan(load(plain))[0].train == make_plan(load(plain), 3)[0].train

@@ -13,11 +13,12 @@ from markdown_it import MarkdownIt
 from markupsafe import Markup
 
 from hpo.errors import HpoError
+from hpo.promote.version_scores import scores_if_known
 from hpo.service import models
 from hpo.service.access import Uses
 from hpo.service.backend import Backend
 from hpo.service.pages.rendering import HEADERS, PageRoute, go, page
-from hpo.service.pages.scores import by_name, scored
+from hpo.service.pages.scores import by_name, parts_of, scored
 from hpo.service.pages.visitor import FromReader, FromSubmitter, Looks
 from hpo.service.predict import predictor_of
 from hpo.service.problems import Problem, told
@@ -160,8 +161,10 @@ def _shown(
     chosen = scored(models.model(name, wanted, token, backend))
     (named,) = by_name(model for model in models.models(token, backend) if model.name == name)
     with backend.database() as database:
-        study_id = database.registry.get(name, wanted).study_id
-        owner = None if study_id is None else database.access.owner_of(study_id)
+        version = database.registry.get(name, wanted)
+        owner = None if version.study_id is None else database.access.owner_of(version.study_id)
+        named_groups = models.knows_groups(database, token, version.study_id)
+        found = scores_if_known(database.registry, name, version.version, backend.store, with_names=named_groups)
     return page(
         request,
         "model.html",
@@ -169,6 +172,8 @@ def _shown(
         chosen=chosen,
         named=named,
         owner=owner,
+        parts=parts_of(found),
+        named_groups=named_groups,
         done=done,
         failed=failed or {},
         typed=typed or {},

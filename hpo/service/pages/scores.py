@@ -6,8 +6,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
 
+from hpo.models.class_scores import ClassScore, GroupScore, ModelScores, PartScores, worst_first
 from hpo.models.config import METRICS
 from hpo.service.schemas import Model
+
+SHOWN = 10  # classes, and groups, of a part: the worst
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,42 @@ def scored(model: Model) -> Version:
     rest = [name for name in METRICS if name != main and name in (scores.get("validation") or {})]
     found = tuple(_score(model, name) for name in (main, *rest))
     return Version(model, found[0], found)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of the data as a page shows it: the worst classes and groups."""
+
+    name: str  # Test | Validation
+    scores: PartScores
+
+    @property
+    def classes(self) -> list[ClassScore]:
+        """Those shown, the surest failures first."""
+        return worst_first(self.scores.by_class)[:SHOWN]
+
+    @property
+    def groups(self) -> tuple[GroupScore, ...]:
+        """Those shown, the surest failures first."""
+        return self.scores.by_group[:SHOWN]
+
+    @property
+    def more_classes(self) -> int:
+        """How many are not shown."""
+        return len(self.scores.by_class) - len(self.classes)
+
+    @property
+    def more_groups(self) -> int:
+        """How many are not shown."""
+        return (self.scores.groups or 0) - len(self.groups)
+
+
+def parts_of(found: ModelScores | None) -> list[Part]:
+    """What is known of the test part and the validation part, in this order."""
+    if found is None:
+        return []
+    parts = {"Test": found.test, "Validation": found.validation}
+    return [Part(name, scores) for name, scores in parts.items() if scores is not None]
 
 
 def _score(model: Model, metric: str) -> Score:

@@ -12,7 +12,9 @@ from fastapi import APIRouter, Header, Path, Query, Request, Response
 from fastapi.responses import StreamingResponse
 
 from hpo.errors import HpoError
+from hpo.models.class_scores import Weak, weakest
 from hpo.models.metrics import direction
+from hpo.promote.version_scores import scores_if_known
 from hpo.service import models, studies
 from hpo.service.access import Uses
 from hpo.service.backend import Backend
@@ -207,9 +209,11 @@ def _shown(
     with backend.database() as database:
         study_id = study_id_of(database.storage, name)
     model: Any = None
+    weak: Weak | None = None
     if found.version is not None:
         with suppress(MissingModel):  # deleted since
             model = models.model(name, str(found.version), token, backend)
+            weak = _weak(backend, token, name, found.version, study_id)
     fixed = _fixed(everything)
     maximize = found.metric is None or direction(found.metric) == "maximize"
     return page(
@@ -219,6 +223,7 @@ def _shown(
         study=found,
         study_id=study_id,
         model=model and by_name([model])[0].shown,
+        weak=weak,
         chart=chart([each for each in everything if each.dropped is None], maximize=maximize),
         maximize=maximize,
         trials=newest,
@@ -231,6 +236,14 @@ def _shown(
         failed=failed or {},
         typed=typed or {},
     )
+
+
+def _weak(backend: Backend, token: Token, name: str, version: int, study_id: int) -> Weak | None:
+    """Where a study's model fails, as far as that is known."""
+    with backend.database() as database:
+        with_names = models.knows_groups(database, token, study_id)
+        found = scores_if_known(database.registry, name, version, backend.store, with_names=with_names)
+    return None if found is None else weakest(found)
 
 
 def _fixed(trials: list[Trial]) -> dict[str, Any]:
