@@ -1,6 +1,9 @@
 """How often the 95 % intervals of hpo.models.metrics hold the truth, and how wide they are, beside other methods.
 
-    python benchmarks/intervals.py [--parts 2000] [--samples 400]
+    python benchmarks/intervals.py [--parts 2000] [--samples 400] [--weights 1]
+
+With --weights each row has a log-normal weight of that deviation, and the columns are: shown; the interval of the
+accuracy as if the rows were equal; the bootstrap of weighted rows.
 
 A simulated part has two equal classes; each row's score is normal, with a distance between the classes that gives the
 accuracy at the threshold in the middle (and by it the AUROC). The truth is that of 400,000 rows.
@@ -39,11 +42,37 @@ def wilson(hits: float, n: int) -> Interval:
     return (middle - width) / (1 + z2 / n), (middle + width) / (1 + z2 / n)
 
 
-def bootstrap(probabilities: NDArray[np.float64], labels: NDArray[np.int64], samples: int) -> dict[str, Interval]:
+def bootstrap(
+    probabilities: NDArray[np.float64],
+    labels: NDArray[np.int64],
+    samples: int,
+    weights: NDArray[np.float64] | float = 1.0,
+) -> dict[str, Interval]:
     """The percentile bootstrap within each class: what earlier versions showed."""
-    weights = metrics._resample(labels, samples, np.random.default_rng(0))
-    found = metrics._metrics(METRICS, probabilities, labels, 0.5, weights)
+    drawn_weights = metrics._resample(labels, samples, np.random.default_rng(0)) * weights
+    found = metrics._metrics(METRICS, probabilities, labels, 0.5, drawn_weights)
     return {name: metrics._middle(values) for name, values in found.items()}
+
+
+def weighted(sigma: float, samples: int) -> dict[str, Callable[[Part], dict[str, Interval]]]:
+    """Methods for rows whose weights are drawn anew for each part."""
+    rng = np.random.default_rng(1)
+    weights = np.ones(0)
+
+    def shown(part: Part) -> dict[str, Interval]:
+        nonlocal weights
+        weights = rng.lognormal(0, sigma, len(part[1]))
+        return metrics.intervals(*part, samples=samples, weights=weights)
+
+    def as_if_equal(part: Part) -> dict[str, Interval]:
+        n, accuracy = len(part[1]), metrics.score("accuracy", *part, weights=weights)
+        return {"accuracy": metrics.proportion_interval(accuracy * n, n)}
+
+    return {
+        "shown": shown,
+        "equal": as_if_equal,
+        "bootstrap": lambda part: bootstrap(*part, samples, weights),
+    }
 
 
 def simulate(
@@ -77,13 +106,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", type=int, default=2000, help="simulated parts a cell")
     parser.add_argument("--samples", type=int, default=400, help="resamples and draws an interval")
+    parser.add_argument("--weights", type=float, default=0.0, help="deviation of the logarithm of weights; 0: none")
     given = parser.parse_args()
     methods: dict[str, Callable[[Part], dict[str, Interval]]] = {
         "shown": lambda part: metrics.intervals(*part, samples=given.samples),
         "wilson": lambda part: {"accuracy": wilson(metrics.confusion(*part).trace(), len(part[1]))},
         "bootstrap": lambda part: bootstrap(*part, given.samples),
     }
-    print("| n | accuracy | metric | shown: coverage, width | Wilson | bootstrap |\n|---|---|---|---|---|---|")
+    if given.weights:
+        methods = weighted(given.weights, given.samples)
+    other = "as if equal" if given.weights else "Wilson"
+    print(f"| n | accuracy | metric | shown: coverage, width | {other} | bootstrap |\n|---|---|---|---|---|---|")
     for n in SIZES:
         for accuracy in ACCURACIES:
             found = simulate(n, accuracy, given.parts, methods)

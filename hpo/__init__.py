@@ -85,14 +85,16 @@ def read(data: Any, **columns: Any) -> Sequences:
     """The sequences of a npz, csv, parquet or .ts file, a data frame of pandas or polars, a dict of arrays or an array.
 
     It is `hpo.models.data.readers.read`, with its keywords: `label`, `id`, `step` and `group` name the columns of a
-    table that are called otherwise (group may be the id), `labeled=False` reads data without labels.
+    table that are called otherwise (group may be the id), `time` the one that orders the sequences and `weight` the
+    one that says how much they count, so that neither is a feature; `labeled=False` reads data without labels.
 
     Raises DataError, which names the file, the row and the way out.
     """
+    from hpo.models.data.columns import ROLES
     from hpo.models.data.readers import read as read_file
 
     if columns.get("labeled") is None:  # else a label or a group that is named may be missing from new data
-        columns = {"needed": [role for role in ("label", "id", "step", "group") if role in columns], **columns}
+        columns = {"needed": [role for role in ROLES if columns.get(role) is not None], **columns}
     return read_file(data, **columns)
 
 

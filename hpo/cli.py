@@ -75,6 +75,8 @@ Id = Annotated[str | None, typer.Option("--id", help="Column that tells sequence
 Step = Annotated[str | None, typer.Option(help="Column that orders a sequence's rows; as in training without it.")]
 Label = Annotated[str | None, typer.Option(help="Column of the class; as in training without it.")]
 Group = Annotated[str | None, typer.Option(help="Column of what belongs together; as in training without it.")]
+Weight = Annotated[str | None, typer.Option(help="Column of how much a sequence counts; as in training without it.")]
+Time = Annotated[str | None, typer.Option(help="Column that orders the sequences; as in training without it.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON as the last line.")]
 LogLines = Annotated[
     LogFormat | None, typer.Option("--log-format", help="Lines of the log: text or json; HPO_LOG_FORMAT without it.")
@@ -591,12 +593,14 @@ def predict(
     step: Step = None,
     label: Label = None,
     group: Group = None,
+    time: Time = None,
+    weight: Weight = None,
 ) -> None:
     """Class and probabilities of each sequence."""
     from hpo.terminal import counting, show_predictions
 
     _check_out(out)
-    columns = _named(id=id_, step=step, label=label, group=group)
+    columns = _named(id=id_, step=step, label=label, group=group, time=time, weight=weight)
     if not Path(model).is_dir() and (client := _client()) is not None:
         found = client.predict(model, data, version or "latest", **columns).predictions()
         if out is None:
@@ -631,6 +635,8 @@ def evaluate(
     step: Step = None,
     label: Label = None,
     group: Group = None,
+    time: Time = None,
+    weight: Weight = None,
     as_json: Json = False,
 ) -> None:
     """Scores with intervals on labelled data, the confusion matrix, and the sequences that are wrong."""
@@ -641,7 +647,8 @@ def evaluate(
 
     _check_out(out)
     bundle = load(model_folder(model, version))
-    sequences = bundle.read(data, labeled=True, **_named(id=id_, step=step, label=label, group=group))
+    columns = _named(id=id_, step=step, label=label, group=group, time=time, weight=weight)
+    sequences = bundle.read(data, labeled=True, **columns)
     with counting(sequences.n, "predicting") as advance:
         found = measure(bundle, sequences, batch_size, advance)
     if out is not None:

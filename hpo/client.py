@@ -21,6 +21,7 @@ from pydantic import TypeAdapter
 
 from hpo.errors import HpoError
 from hpo.models.class_scores import ModelScores
+from hpo.models.data.columns import ROLES
 from hpo.service.schemas import Change, DataFile, Log, Model, Notice, Prediction, Study, Trial, TrialDetails
 from hpo.study.config import ConfigError, default_name, tables_of
 from hpo.temporary import temporary_folder
@@ -266,7 +267,7 @@ class Client:
     ) -> Prediction:
         """Class and probabilities of the sequences of a data file, or of lists of steps of values.
 
-        columns: label, id, step and group, where those of the file are not called as in training.
+        columns: label, id, step, group, time and weight, where those of the file are not called as in training.
         """
         path = f"/v1/models/{name}/{version}/predict"
         if isinstance(data, str | Path):
@@ -283,7 +284,7 @@ class Client:
         data = tables.get("data")
         if not isinstance(data, dict) or not isinstance(data.get("train"), str):
             raise ConfigError("a study needs [data] train, the path of a data file")
-        columns = {role: data[role] for role in ("label", "id", "step", "group") if isinstance(data.get(role), str)}
+        columns = {role: data[role] for role in ROLES if isinstance(data.get(role), str)}
         keys = {
             part: self.upload((folder / data[part]).expanduser(), **columns)
             for part in ("train", "test")

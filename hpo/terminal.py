@@ -660,6 +660,8 @@ def show_evaluation(found: Evaluation, rows: int = SHOWN) -> None:
         low, high = scores.intervals.get(name, (None, None))
         table.add_row(name, f"{value:.4f}", "" if low is None or high is None else f"{low:.4f} to {high:.4f}")
     console.print(table)
+    if scores.weighted:
+        _say(console, "metrics and intervals are weighted, counts are of sequences")
     for name, reason in scores.undefined.items():
         _say(console, legible(f"{name} is undefined: {reason}"))
     if len(predictions.classes) <= MANY:

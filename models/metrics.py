@@ -4,7 +4,10 @@ Everywhere: probabilities (N, K) float, rows sum to 1; labels (N,) int, an index
 classes class 1 (the last class name) is the positive one and `threshold` decides between the two; with more
 classes the most probable one is predicted.
 
-Each metric is computed for many weightings of the rows at once, weights (S, N): ones give the score, the
+Rows may have weights (N,), at least 0: a row of weight 2 counts like two rows, one of weight 0 like none, and equal
+weights like none at all.
+
+Each metric is computed for many weightings of the rows at once, weights (S, N): ones, or those, give the score, the
 counts of a resample the bootstrap. scikit-learn's functions, with which the tests compare these, take one
 weighting a call: 5 to 10 times longer for the score of an epoch, 20 to 50 times for 1,000 resamples.
 """
@@ -20,6 +23,7 @@ from numpy.typing import NDArray
 
 from hpo.errors import StudyFault
 from hpo.models.config import METRICS
+from hpo.models.data.weights import relative
 
 Floats = NDArray[np.float64]
 Labels = NDArray[np.int64]
@@ -36,6 +40,7 @@ METHODS = {  # of each metric's interval
     "average_precision": "Clopper-Pearson over the positives",
     "log_loss": "bootstrap",
 }
+WEIGHTED = ", weighted: of the effective number of sequences (Kish)"  # how they are found where weights differ
 CLIP = float(np.finfo(np.float32).eps)  # of log_loss: networks give float32, whatever type carries it here
 
 
@@ -70,6 +75,11 @@ class Scores:
     methods: dict[str, str] = field(default_factory=dict)  # of the intervals; earlier versions: all by bootstrap
     groups: Groups | None = None  # None: there are none, or an earlier version did not count them
 
+    @property
+    def weighted(self) -> bool:
+        """Whether some sequences count more than others in metrics and intervals; counts are of sequences as ever."""
+        return any(method.endswith(WEIGHTED) for method in self.methods.values())
+
 
 def direction(name: str) -> Literal["maximize", "minimize"]:
     """ "maximize" or "minimize", as Optuna spells it."""
@@ -77,7 +87,13 @@ def direction(name: str) -> Literal["maximize", "minimize"]:
     return "minimize" if name == "log_loss" else "maximize"
 
 
-def score(name: str, probabilities: NDArray[Any], labels: Labels, threshold: float = 0.5) -> float:
+def score(
+    name: str,
+    probabilities: NDArray[Any],
+    labels: Labels,
+    threshold: float = 0.5,
+    weights: Floats | None = None,
+) -> float:
     """One metric.
 
     f1 is that of class 1 with two classes and the macro mean with more. Macro means (balanced_accuracy over
@@ -87,14 +103,16 @@ def score(name: str, probabilities: NDArray[Any], labels: Labels, threshold: flo
     finite or do not sum to 1, labels that are no class, and a ranking metric on a single class.
     """
     _known(name)
-    _check(probabilities, labels)
-    return _metrics((name,), probabilities, labels, threshold, np.ones((1, len(labels))))[name].item()
+    probabilities, labels, weights = _counting(probabilities, labels, weights)
+    return _metrics((name,), probabilities, labels, threshold, weights[None])[name].item()
 
 
-def evaluate(probabilities: NDArray[Any], labels: Labels, threshold: float = 0.5) -> dict[str, float]:
+def evaluate(
+    probabilities: NDArray[Any], labels: Labels, threshold: float = 0.5, weights: Floats | None = None
+) -> dict[str, float]:
     """Every metric; where only one class occurs auroc and average_precision are undefined and left out."""
-    _check(probabilities, labels)
-    values = _metrics(_defined(labels), probabilities, labels, threshold, np.ones((1, len(labels))))
+    probabilities, labels, weights = _counting(probabilities, labels, weights)
+    values = _metrics(_defined(labels), probabilities, labels, threshold, weights[None])
     return {name: value.item() for name, value in values.items()}
 
 
@@ -115,23 +133,32 @@ def undefined(labels: Labels, classes: Sequence[str]) -> dict[str, str]:
 
 
 def intervals(
-    probabilities: NDArray[Any], labels: Labels, threshold: float = 0.5, seed: int = 0, samples: int = 1000
+    probabilities: NDArray[Any],
+    labels: Labels,
+    threshold: float = 0.5,
+    seed: int = 0,
+    samples: int = 1000,
+    weights: Floats | None = None,
 ) -> dict[str, tuple[float, float]]:
     """95 % interval of each metric in `evaluate`, by its method in METHODS; none is without width.
 
     A bootstrap of the metrics themselves says [1, 1] of a dozen right answers. benchmarks/intervals.py compares.
+    Weighted rows are worth as many equal ones as have a weighted mean of the same variance (Kish, Survey Sampling,
+    1965), in all and of each class: the methods take these numbers, and the weighted shares, for theirs.
     """
-    _check(probabilities, labels)
-    values, rng = evaluate(probabilities, labels, threshold), np.random.default_rng(seed)
-    counts = confusion(probabilities, labels, threshold)
+    probabilities, labels, weights = _counting(probabilities, labels, weights)
+    values, rng = evaluate(probabilities, labels, threshold, weights), np.random.default_rng(seed)
+    counts = _confusion(probabilities, labels, threshold, weights[None])[0]
+    number, numbers = effective(weights), _effective_by_class(labels, weights, len(counts))
+    scaled = counts * (numbers / np.where(numbers > 0, counts.sum(axis=1), 1.0))[:, None]
     found = {
-        "accuracy": proportion_interval(counts.trace(), counts.sum()),
-        "balanced_accuracy": _recall_interval(counts),
-        **_posterior_intervals(counts, rng, samples),
-        "log_loss": _loss_interval(probabilities, labels, rng, samples),
+        "accuracy": proportion_interval(counts.trace() * (number / counts.sum()), number),
+        "balanced_accuracy": _recall_interval(scaled),
+        **_posterior_intervals(scaled, counts.sum(axis=1), rng, samples),
+        "log_loss": _loss_interval(probabilities, labels, weights, rng, samples),
     }
     if "auroc" in values:
-        found |= _rank_intervals(probabilities, labels)
+        found |= _rank_intervals(probabilities, labels, weights)
     return {name: (min(found[name][0], value), max(found[name][1], value)) for name, value in values.items()}
 
 
@@ -141,23 +168,26 @@ def measure(
     threshold: float = 0.5,
     seed: int = 0,
     classes: Sequence[str] | None = None,
+    weights: Floats | None = None,
 ) -> Scores:
-    """Every metric with its interval, and the confusion counts.
+    """Every metric with its interval, and the confusion counts, which are of rows whatever they weigh.
 
     classes: their names; metrics that say something of a class without a row are then left out, with the reason. None,
     for the part that tuning goes by: they leave that class out, as `score` does, so that there is a value to tune.
     """
     counts = confusion(probabilities, labels, threshold).tolist()
-    without = {} if classes is None else undefined(labels, classes)
-    values = evaluate(probabilities, labels, threshold)
-    found = intervals(probabilities, labels, threshold, seed)
+    kept, weighted = _counting(probabilities, labels, weights)[1:]
+    without = {} if classes is None else undefined(kept, classes)
+    values = evaluate(probabilities, labels, threshold, weights)
+    found = intervals(probabilities, labels, threshold, seed, weights=weights)
+    more = "" if (weighted == 1).all() else WEIGHTED
     return Scores(
         sequences=len(labels),
         metrics={name: value for name, value in values.items() if name not in without},
         intervals={name: interval for name, interval in found.items() if name not in without},
         confusion=tuple(tuple(row) for row in counts),
         undefined=without,
-        methods={name: METHODS[name] for name in found if name not in without},
+        methods={name: METHODS[name] + more for name in found if name not in without},
     )
 
 
@@ -201,14 +231,14 @@ def confusion(probabilities: NDArray[Any], labels: Labels, threshold: float = 0.
     return np.asarray(counts[0], np.int64)
 
 
-def choose_threshold(probabilities: NDArray[Any], labels: Labels, metric: str) -> float:
+def choose_threshold(probabilities: NDArray[Any], labels: Labels, metric: str, weights: Floats | None = None) -> float:
     """The threshold on class 1 under which `metric` is best on these rows; 0.5 with more than two classes.
 
     A metric that does not depend on the threshold is replaced by balanced accuracy (its maximum is Youden's).
     Candidates are 0.5 and the middles between neighbouring probabilities; of equal ones the nearest to 0.5.
     """
     _known(metric)
-    _check(probabilities, labels)
+    probabilities, labels, weights = _counting(probabilities, labels, weights)
     if probabilities.shape[1] != 2:
         return 0.5
     if len(np.unique(labels)) < 2:
@@ -217,11 +247,18 @@ def choose_threshold(probabilities: NDArray[Any], labels: Labels, metric: str) -
     edges = np.concatenate([[0.0], np.unique(p), [1.0]])
     thresholds = np.append((edges[1:] + edges[:-1]) / 2, 0.5)
     # Rows below the threshold are called 0: counts[c, class, predicted] for each candidate c.
-    below = np.stack([np.searchsorted(np.sort(p[labels == c]), thresholds) for c in (0, 1)], axis=1)
-    counts = np.stack([below, np.bincount(labels, minlength=2) - below], axis=2).astype(np.float64)
+    below = np.stack([_below(p[labels == c], weights[labels == c], thresholds) for c in (0, 1)], axis=1)
+    counts = np.stack([below, np.bincount(labels, weights, minlength=2) - below], axis=2)
     values = _by_confusion(metric if metric in BY_THRESHOLD else "balanced_accuracy", counts)
     best = thresholds[values >= values.max() - 1e-12]
     return float(best[np.abs(best - 0.5).argmin()])
+
+
+def _below(scores: Floats, weights: Floats, thresholds: Floats) -> Floats:
+    """What scores (n,) below each threshold weigh."""
+    order = np.argsort(scores, kind="stable")
+    sums = np.concatenate([[0.0], weights[order].cumsum()])
+    return np.asarray(sums[np.searchsorted(scores[order], thresholds)])
 
 
 def _known(name: str) -> None:
@@ -246,6 +283,31 @@ def _check(probabilities: NDArray[Any], labels: Labels) -> None:
     if labels.min() < 0 or labels.max() >= probabilities.shape[1]:
         found = f"{labels.min()} to {labels.max()}"
         raise MetricError(f"labels must lie in 0 to {probabilities.shape[1] - 1}, got {found}")
+
+
+def _counting(
+    probabilities: NDArray[Any], labels: Labels, weights: Floats | None
+) -> tuple[NDArray[Any], Labels, Floats]:
+    """The rows that count, with their weights: ones where all are equal, else 1 in the mean."""
+    _check(probabilities, labels)
+    if weights is None:
+        return probabilities, labels, np.ones(len(labels))
+    if weights.shape != labels.shape or not np.isfinite(weights).all() or weights.min() < 0 or not weights.any():
+        raise MetricError(f"weights must be finite, at least 0, not all 0 and one a row, got {weights.shape}")
+    rows = weights > 0
+    found = relative(weights[rows])
+    return probabilities[rows], labels[rows], np.ones(int(rows.sum())) if found is None else found
+
+
+def effective(weights: Floats) -> float:
+    """As many equal rows have a mean of the same variance as rows of these weights (Kish, Survey Sampling, 1965)."""
+    return float(weights.sum() ** 2 / (weights**2).sum())
+
+
+def _effective_by_class(labels: Labels, weights: Floats, K: int) -> Floats:
+    """(K,) that of each class; 0 of one without a row."""
+    sums, squares = (np.bincount(labels, values, minlength=K) for values in (weights, weights**2))
+    return np.asarray(sums**2 / np.where(squares > 0, squares, 1.0))
 
 
 def _metrics(
@@ -278,7 +340,7 @@ def proportion_interval(hits: float, n: float) -> tuple[float, float]:
     return low, high
 
 
-def auroc_interval(auroc: float, positives: int, negatives: int) -> tuple[float, float]:
+def auroc_interval(auroc: float, positives: float, negatives: float) -> tuple[float, float]:
     """Newcombe's interval of an AUROC, his method 5 (Statistics in Medicine 25, 2006, 559-573).
 
     The values that the estimate is 1.96 standard errors away from, by Hanley and McNeil's variance at the value itself,
@@ -300,10 +362,10 @@ def auroc_interval(auroc: float, positives: int, negatives: int) -> tuple[float,
     return edge(0.0), edge(1.0)
 
 
-def _recall_interval(counts: NDArray[np.int64]) -> tuple[float, float]:
+def _recall_interval(counts: Floats) -> tuple[float, float]:
     """Of the mean of the classes' recalls: the limits of each, their distances from it squared and added (Zou and
     Donner, Statistics in Medicine 27, 2008; Newcombe's hybrid score method of a difference is the same)."""
-    rows = [(int(row[c]), int(row.sum())) for c, row in enumerate(counts) if row.any()]
+    rows = [(float(row[c]), float(row.sum())) for c, row in enumerate(counts) if row.any()]
     limits = np.array([proportion_interval(hits, n) for hits, n in rows])
     recalls = np.array([hits / n for hits, n in rows])
     below, above = np.sqrt(((limits - recalls[:, None]) ** 2).sum(axis=0)) / len(rows)
@@ -311,13 +373,14 @@ def _recall_interval(counts: NDArray[np.int64]) -> tuple[float, float]:
 
 
 def _posterior_intervals(
-    counts: NDArray[np.int64], rng: np.random.Generator, samples: int
+    counts: Floats, sizes: Floats, rng: np.random.Generator, samples: int
 ) -> dict[str, tuple[float, float]]:
-    """Of f1 and macro_f1: drawn shares of each class that are predicted as which, given these counts (K, K) (Goutte and
-    Gaussier, ECIR 2005). As in Clopper and Pearson's interval one row of each class is added, a wrong one for the lower
-    limit and a right one for the upper. Of more than 245 classes fewer are drawn, as each draw takes K^2 numbers."""
+    """Of f1 and macro_f1 of classes that weigh `sizes` (K,): drawn shares of each class that are predicted as which,
+    given these counts (K, K) (Goutte and Gaussier, ECIR 2005). As in Clopper and Pearson's interval one row of each
+    class is added, a wrong one for the lower limit and a right one for the upper. Of more than 245 classes fewer are
+    drawn, as each draw takes K^2 numbers."""
     K, names = len(counts), ("f1", "macro_f1")
-    right, sizes = np.eye(K), counts.sum(axis=1)[:, None]
+    right, sizes = np.eye(K), sizes[:, None]
     samples = min(samples, max(100, 60_000_000 // K**2))
     chunk = max(1, 4_000_000 // K**2)  # draws at once: 32 MB
     drawn = []
@@ -331,32 +394,33 @@ def _posterior_intervals(
     return {name: (_middle(low)[0], _middle(high)[1]) for name, low, high in zip(names, *drawn, strict=True)}
 
 
-def _rank_intervals(probabilities: NDArray[Any], labels: Labels) -> dict[str, tuple[float, float]]:
+def _rank_intervals(probabilities: NDArray[Any], labels: Labels, weights: Floats) -> dict[str, tuple[float, float]]:
     """Of auroc and average_precision: of class 1 of two, else the mean of the classes' limits, as if they erred
     together. An average precision is taken for a share of the positives (Boyd, Eng and Page, ECML 2013)."""
     K, limits = probabilities.shape[1], []
     sizes = np.bincount(labels, minlength=K)
     for c in [1] if K == 2 else np.flatnonzero((sizes > 0) & (sizes < len(labels))):
-        auroc, precision = _rank(probabilities[:, c], labels == c, np.ones((1, len(labels))))[:, 0].tolist()
-        n = int(sizes[c])
-        limits.append([auroc_interval(auroc, n, len(labels) - n), proportion_interval(precision * n, n)])
+        positive = labels == c
+        auroc, precision = _rank(probabilities[:, c], positive, weights[None])[:, 0].tolist()
+        n, others = effective(weights[positive]), effective(weights[~positive])
+        limits.append([auroc_interval(auroc, n, others), proportion_interval(precision * n, n)])
     means = np.mean(limits, axis=0)
     return {name: (low, high) for name, (low, high) in zip(BY_RANK, means.tolist(), strict=True)}
 
 
 def _loss_interval(
-    probabilities: NDArray[Any], labels: Labels, rng: np.random.Generator, samples: int
+    probabilities: NDArray[Any], labels: Labels, weights: Floats, rng: np.random.Generator, samples: int
 ) -> tuple[float, float]:
     """Of the log-loss: a bootstrap within each class. Where all resamples are alike (one row, or equal losses) as far
     to both sides as the rows that so few may have missed would move it, each with the loss of a guess, log K."""
     losses, N = _losses(probabilities, labels), len(labels)
     chunk = max(1, 4_000_000 // N)  # resamples at once: 32 MB of weights
     sizes = np.diff([*range(0, samples, chunk), samples])
-    drawn = np.concatenate([_resample(labels, size, rng) @ losses / N for size in sizes])
+    drawn = np.concatenate([_weighted(labels, weights, size, rng) @ losses / weights.sum() for size in sizes])
     low, high = _middle(drawn)
     if high - low > 1e-9:
         return low, high
-    far = (1 - TAIL ** (1 / N)) * float(np.log(probabilities.shape[1]))
+    far = (1 - TAIL ** (1 / effective(weights))) * float(np.log(probabilities.shape[1]))
     return max(0.0, low - far), high + far
 
 
@@ -377,6 +441,18 @@ def _resample(labels: Labels, samples: int, rng: np.random.Generator) -> Floats:
         drawn = rng.integers(len(rows), size=(samples, len(rows))) + np.arange(samples)[:, None] * len(rows)
         weights[:, rows] = np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape)
     return weights
+
+
+def _weighted(labels: Labels, weights: Floats, samples: int, rng: np.random.Generator) -> Floats:
+    """What each row weighs in a resample, (S, N): as often as it is drawn, and each class as much as it does."""
+    drawn = _resample(labels, samples, rng)
+    if (weights == 1).all():
+        return drawn
+    drawn *= weights
+    for c in np.unique(labels):
+        rows = labels == c
+        drawn[:, rows] *= weights[rows].sum() / drawn[:, rows].sum(axis=1, keepdims=True)
+    return drawn
 
 
 def _confusion(probabilities: NDArray[Any], labels: Labels, threshold: float, weights: Floats) -> Floats:

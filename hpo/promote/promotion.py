@@ -119,11 +119,13 @@ def promote(
 
     It becomes the one that the name alone means if it is better on validation than that one, if that one's trial was
     dropped, or `as_default`. The members are evaluated on validation, which must give the recorded score, and then,
-    together, once on the test part. Raises PromotionError.
+    together, once on the test part; of rolling folds the last member is the model. Raises PromotionError.
     """
     device = choose_device()
     try:
         members, validation = _trained(study.plan, store, record, sequences, device)
+        if study.plan.config.data.time is not None:
+            members = members[-1:]  # of rolling folds the last one alone has trained on all but the latest sequences
         config = _bundle_config(study, record, len(members))
         test = _test_scores(study.plan, store, config, members, device)
     except OutOfMemory as error:
@@ -259,10 +261,11 @@ def _check_score(metric: str, record: TrialRecord, training: Training, sequences
 
     Another machine's rounding may turn the class or the rank of a sequence, so that a metric moves by a step.
     """
-    probabilities = training.validate()
-    scores = measure(probabilities, training.labels, record.threshold, record.seed)
+    probabilities, labels, weights = training.validate(), training.labels, training.row_weights
+    scores = measure(probabilities, labels, record.threshold, record.seed, weights=weights)
     value = scores.metrics[metric]
-    near = math.isclose(value, record.value, abs_tol=max(TOLERANCE, 1 / len(training.labels)))
+    step = 1 / len(labels) if weights is None else float(weights.max() / weights.sum())
+    near = math.isclose(value, record.value, abs_tol=max(TOLERANCE, step))
     if value != record.value and (exact or not near):
         raise PromotionError(
             f"the promoted weights must give the recorded validation {metric} {record.value!r}, they "
@@ -296,7 +299,6 @@ def _places(record: TrialRecord) -> str:
 def _bundle_config(study: OpenStudy, record: TrialRecord, members: int) -> BundleConfig:
     plan = study.plan
     classifier, _ = configurations(plan, record.params, record.seed)
-    data = plan.config.data
     return BundleConfig(
         classifier=classifier,
         classes=plan.classes,
@@ -308,7 +310,7 @@ def _bundle_config(study: OpenStudy, record: TrialRecord, members: int) -> Bundl
         members=members,
         threshold=record.threshold,
         best_epoch=record.best_epoch,
-        columns={"label": data.label, "id": data.id, "step": data.step, "group": data.group},
+        columns=plan.config.data.columns,
         provenance={
             "study": study.name,
             "trial": record.number,
@@ -336,7 +338,7 @@ def _test_scores(
     test = fetch_sequences(store, plan.test)
     assert test.labels is not None
     probabilities = assemble(config, members, device).predict(test).probabilities
-    scores = measure(probabilities, test.labels, config.threshold, plan.config.study.seed, plan.classes)
+    scores = measure(probabilities, test.labels, config.threshold, plan.config.study.seed, plan.classes, test.weights)
     if scores.undefined:
         reason = next(iter(scores.undefined.values()))
         log.warning("the test part holds %s: %s have no value on it", reason, ", ".join(scores.undefined))

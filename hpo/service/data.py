@@ -13,6 +13,7 @@ import numpy as np
 from anyio.to_thread import run_sync
 from fastapi import APIRouter, Query, Request
 
+from hpo.models.data.columns import BESIDE
 from hpo.models.data.readers import read
 from hpo.models.data.sequences import Sequences
 from hpo.service.access import Column, Reader, Submitter, Uses
@@ -36,14 +37,18 @@ async def upload(
     id: Column = "id",
     step: Column = "step",
     group: Column = "group",
+    time: Column | None = None,
+    weight: Column | None = None,
 ) -> DataFile:
-    """Store a data file of any format that is read: npz, csv, tsv, parquet, ts; label, id, step and group name columns.
+    """Store a data file of any format that is read: npz, csv, tsv, parquet, ts; label, id, step, group, time
+    and weight name columns.
 
     The same content under the same name has the same key, however often it is sent. What nobody has sent, asked for or
     submitted for a week (--keep-uploads of the service) is removed; studies keep their data.
     """
     async with received_file(request) as file:
-        columns = {"label": label, "id": id, "step": step, "group": group}
+        given = {"label": label, "id": id, "step": step, "group": group, "time": time, "weight": weight}
+        columns = {role: column for role, column in given.items() if column is not None}
         return await run_sync(keep, backend, token, file, columns)
 
 
@@ -95,7 +100,7 @@ def stored(key: str, token: Reader, backend: Uses) -> StoredData:
 def _checked(file: Received, columns: Mapping[str, Any]) -> tuple[Sequences, list[str]]:
     """What a file holds, and what its reader warns of. Raises DataError, which names the file as its sender does."""
     with _warnings() as warnings, as_sent(file.path.parent):
-        found = read(file.path, **columns)
+        found = read(file.path, needed=[role for role in BESIDE if role in columns], **columns)
     return found, [text.replace(str(file.path), file.name) for text in warnings]
 
 

@@ -63,16 +63,18 @@ async def predict(
     id: Column | None = None,
     step: Column | None = None,
     group: Column | None = None,
+    time: Column | None = None,
+    weight: Column | None = None,
 ) -> Response:
     """Class and probabilities of sequences, each a list of steps with a value for each feature, or of a data file.
 
-    label, id, step and group name columns of the file that are not called as in training.
+    label, id, step, group, time and weight name columns of the file that are not called as in training.
     """
     predictor = predictor_of(request)
     model = await predictor.model(name, version)
     if _is_json(request):
         return await predictor.answer_json(request, model)
-    given = {"label": label, "id": id, "step": step, "group": group}
+    given = {"label": label, "id": id, "step": step, "group": group, "time": time, "weight": weight}
     columns = {role: column for role, column in given.items() if column is not None}
     async with received_file(request) as file:
         return await predictor.answer_file(request, model, file, columns)

@@ -113,3 +113,13 @@ def duration(value: Any) -> float:
     if type(value) not in (int, float) or not 0 < value < 1e10:
         raise CheckError('must be above 0, such as "90s", "30m", "2h" or a number of seconds')
     return float(value)
+
+
+def gap(value: Any) -> int | float:
+    """A number of sequences, or seconds from a duration like "7d"."""
+    if type(value) is int and 0 <= value < 2**31:
+        return value
+    try:
+        return duration(value if type(value) in (str, float) else None)
+    except CheckError:
+        raise CheckError('must be a number of sequences, such as 20, or a duration, such as "7d" or "12h"') from None

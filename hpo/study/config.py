@@ -17,12 +17,14 @@ from typing import Any, TypeVar
 
 from hpo.errors import StudyFault
 from hpo.models.config import METRICS, PRECISIONS, TrainingConfig
+from hpo.models.data.columns import ROLES, clash
 from hpo.models.fields import Value, default, rules
 from hpo.study import space as spaces
 from hpo.study.checks import (
     Check,
     CheckError,
     duration,
+    gap,
     lease,
     one_of,
     share,
@@ -111,12 +113,24 @@ class DataSection:
     id: str = field(default="id", metadata=checked(text))  # column that tells sequences apart
     step: str = field(default="step", metadata=checked(text))  # column that orders a sequence's rows
     group: str = field(default="group", metadata=checked(text))  # column of what a split must not separate
+    # column that orders the sequences: the latest test, those before them validate; None: parts are drawn
+    time: str | None = field(default=None, metadata=checked(text))
+    # column that says how much each sequence counts, in training and in scores; None: all alike
+    weight: str | None = field(default=None, metadata=checked(text))
+    # left out between training and validation, and between these and the test: sequences (int) or seconds (float)
+    gap: int | float | None = field(default=None, metadata=checked(gap))
     # of two classes the one that f1, average_precision and the threshold are of; None: the last by name
     positive: str | None = field(default=None, metadata=checked(text))
 
     def __post_init__(self) -> None:
         if self.test is None and self.holdout is None:
             object.__setattr__(self, "holdout", 0.2)
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """The column of each role that has one, by the arguments of `hpo.models.data.readers.read`."""
+        given = {role: getattr(self, role) for role in ROLES}
+        return {role: name for role, name in given.items() if name is not None}
 
 
 @dataclass(frozen=True)
@@ -367,10 +381,11 @@ def _data(table: Mapping[str, Any], source: _Source) -> DataSection:
     data = _section(DataSection, "data", table, source)
     if data.test is not None and data.holdout is not None:
         raise source.error("data.holdout", "data.holdout must be left out where data.test names a file")
-    columns = [data.label, data.id, data.step, data.group]
-    if len(set(columns[:3])) < 3 or data.group in (data.label, data.step):
-        rule = "data.label, id, step and group must be different columns, but that group may be id"
-        raise source.error("data.label", f"{rule}, got {show(columns)}")
+    columns = data.columns
+    if rule := clash(columns):
+        raise source.error("data.label", f"data.{rule}, got {show(list(columns.values()))}")
+    if data.gap is not None and data.time is None:
+        raise source.error("data.gap", f"data.gap needs data.time, what orders the sequences; got {data.gap} alone")
     return data
 
 

@@ -18,12 +18,23 @@ from hpo.models.data.canonical import fingerprint
 from hpo.models.data.order import in_order
 from hpo.models.data.readers import read
 from hpo.models.data.sequences import DataError, Sequences
-from hpo.models.data.splits import RULES, Split, check_trainable, holdout, lacking, split_folds, split_share, units
+from hpo.models.data.splits import (
+    RULES,
+    Split,
+    check_trainable,
+    counting,
+    holdout,
+    lacking,
+    split_folds,
+    split_share,
+    units,
+)
+from hpo.models.data.time_order import Cut, check_gap, distinct, latest, length, rolling, shown
 from hpo.models.fields import Value
 from hpo.models.metrics import BY_RANK
 from hpo.models.seeds import derive
 from hpo.storage.keys import data_key
-from hpo.study.config import FOLDS, Folds, StudyConfig, complete, from_dict, to_dict
+from hpo.study.config import FOLDS, VALIDATION_SHARE, Folds, StudyConfig, complete, from_dict, to_dict
 from hpo.study.entries import contains, largest, show
 from hpo.study.space import EARLIER
 
@@ -62,6 +73,8 @@ class Plan:
     rules: int = 1  # see RULES; plans of earlier versions do not say
     fill: tuple[float, ...] | None = None  # (F,) what a sequence is given that lacks the feature; None: 0
     gaps: tuple[float, ...] | None = None  # (F,) share of missing values in the training part; None: not recorded
+    # sequences of each validation part, where these are in the order of time; None: they follow from share or folds
+    validation_sizes: tuple[int, ...] | None = None
     fixed: Mapping[str, Value] = field(default_factory=dict)  # values of entries that had one each and now have more
     revision: int = 0  # how often the space was widened
 
@@ -84,15 +97,20 @@ class Plan:
     @property
     def validated(self) -> int:
         """Sequences that a model is validated on, about."""
+        if self.validation_sizes is not None:
+            return max(self.validation_sizes)
         validation = self.config.data.validation
         share = validation if isinstance(validation, float) else 1 / self.members
         return math.ceil(share * self.sequences)
 
     @property
     def resolution(self) -> float:
-        """Half of one validation sequence's share: metrics closer than this are equal. Log-loss is never rounded."""
+        """Half of the share of one validation sequence, of mean weight: metrics closer than this are equal. Log-loss is
+        never rounded."""
         if self.metric == "log_loss":
             return 0.0
+        if self.validation_sizes is not None:
+            return 0.5 / sum(self.validation_sizes)
         validation = self.config.data.validation
         share = validation if isinstance(validation, float) else 1.0
         return 0.5 / (share * self.sequences)
@@ -116,7 +134,8 @@ class Plan:
     def from_json(cls, content: Mapping[str, Any]) -> Plan:
         """Raises ConfigError, TypeError and KeyError for what another version wrote."""
         lists: dict[str, Any] = {name: tuple(content[name]) for name in ("classes", "features")}
-        lists |= {name: tuple(content[name]) for name in ("fill", "gaps") if content.get(name) is not None}
+        optional = ("fill", "gaps", "validation_sizes")
+        lists |= {name: tuple(content[name]) for name in optional if content.get(name) is not None}
         configs = {name: from_dict(content[name]) for name in ("config", "written")}
         configs["config"] = replace(configs["config"], space={**EARLIER, **configs["config"].space})
         return cls(**{**content, **lists, **configs})
@@ -134,9 +153,12 @@ def make_plan(config: StudyConfig, rules: int = RULES) -> tuple[Plan, Sequences,
         train, test = train.filled_with(fill), test and test.filled_with(fill)
     completed = complete_from(config, train)
     splits = _checked_splits(config, completed, train, rules)
+    _check_weights(config, train, splits, test)
     _check_scorable(config, completed, train, splits)
     _check_flatten(completed, train, test)
     _say_what_is_lacking(train, splits, test)
+    if config.data.time is not None:
+        _say_what_is_left_out(completed, train)
     plan = Plan(
         config=completed,
         written=config,
@@ -150,6 +172,7 @@ def make_plan(config: StudyConfig, rules: int = RULES) -> tuple[Plan, Sequences,
         rules=rules,
         fill=None if fill is None else tuple(fill),
         gaps=train.gaps,
+        validation_sizes=None if config.data.time is None else tuple(len(rows) for _, rows in splits),
     )
     return plan, train, test
 
@@ -162,7 +185,7 @@ def names_groups(rules: int) -> bool:
 def _parts(config: StudyConfig, rules: int) -> tuple[Sequences, Sequences | None]:
     """The training part and the test part of the data that the file names."""
     data = config.data
-    names: dict[str, Any] = {"label": data.label, "id": data.id, "step": data.step, "group": data.group}
+    names: dict[str, Any] = data.columns
     train = read(Path(data.train), labeled=True, **names)
     check_trainable(train)
     if data.positive is not None:
@@ -172,13 +195,17 @@ def _parts(config: StudyConfig, rules: int) -> tuple[Sequences, Sequences | None
             raise DataError(f"data.positive does not fit {data.train}: {error}") from None
     if rules > 2:
         train = in_order(train)
+    if data.time is not None:
+        _check_gap(config, train)
     if data.test is not None:
         known: dict[str, Any] = {"classes": train.classes, "features": train.features, "named": train.named}
         test = read(Path(data.test), labeled=True, **known, **names)
+        if data.time is not None:
+            _compare_times(config, train, test)
         return train, in_order(test) if rules > 2 else test
     if data.holdout is not None:
         try:
-            rest, test = holdout(train, data.holdout, derive(config.study.seed, "holdout") % 2**32, rules)
+            rest, test = _set_aside(config, train, data.holdout, rules)
             check_trainable(rest, "what is left to train on")
             return rest, test
         except DataError as error:
@@ -188,6 +215,62 @@ def _parts(config: StudyConfig, rules: int) -> tuple[Sequences, Sequences | None
                 "a test file in data.test"
             ) from None
     return train, None
+
+
+def _set_aside(config: StudyConfig, train: Sequences, share: float, rules: int) -> tuple[Sequences, Sequences]:
+    """(training, test) parts: drawn, or the latest share of the sequences as the test part."""
+    if config.data.time is None:
+        return holdout(train, share, derive(config.study.seed, "holdout") % 2**32, rules)
+    cut = latest(train, share, config.data.gap)
+    _say_cut(cut, "the test part")
+    return train.take(cut.train), train.take(cut.later)
+
+
+def _say_cut(cut: Cut, later: str) -> None:
+    """Warn of sequences that no part has as their groups go on in a later one."""
+    if cut.in_groups:
+        log.warning(
+            "%d sequences are left out of training: they are earlier than %s, which has sequences of their groups",
+            cut.in_groups,
+            later,
+        )
+
+
+def _say_what_is_left_out(completed: StudyConfig, train: Sequences) -> None:
+    """Warn of what the validation parts' groups and classes leave to train on."""
+    cuts = validation_cuts(completed, train)
+    for i, cut in enumerate(cuts, 1):
+        part = f"validation block {i} of {len(cuts)}" if len(cuts) > 1 else "the validation part"
+        _say_cut(cut, part)
+        if len(cuts) > 1 and (names := set(lacking(train, cut.train)) - set(lacking(train, np.arange(train.n)))):
+            known = ", ".join(map(repr, sorted(names)))
+            log.warning("no sequence of class %s is among the %d that train for %s", known, len(cut.train), part)
+
+
+def _check_gap(config: StudyConfig, train: Sequences) -> None:
+    try:
+        check_gap(train, config.data.gap)
+    except DataError as error:
+        raise DataError(f"{config.data.train}: {error}") from None
+
+
+def _compare_times(config: StudyConfig, train: Sequences, test: Sequences) -> None:
+    """Warn of a test file that is not later than the training file, by the gap if that is a duration.
+
+    Raises DataError where one has numbers and the other times.
+    """
+    assert train.moments is not None
+    assert test.moments is not None
+    data, kinds = config.data, [part.moments.dtype.kind for part in (train, test) if part.moments is not None]
+    if kinds.count("M") == 1:
+        first, second = ("times" if kind == "M" else "numbers" for kind in kinds)
+        raise DataError(f"data.time: {data.train} has {first}, {data.test} {second}: write both alike")
+    begin, end = test.moments.min(), train.moments.max()
+    said = f"the test part begins at {shown(begin)}, the training data end at {shown(end)}"
+    if begin <= end:
+        log.warning("%s: its score says little of how the model does on later data", said)
+    elif isinstance(data.gap, float) and begin - end < length(data.gap):
+        log.warning("%s: that is less than data.gap", said)
 
 
 def _few(train: Sequences, error: DataError) -> str:
@@ -219,10 +302,23 @@ def _named_validation(written: StudyConfig, completed: StudyConfig) -> str:
     return f"{written.data.train}: data.validation = {shown}{by}"
 
 
+def _check_weights(written: StudyConfig, train: Sequences, splits: list[Split], test: Sequences | None) -> None:
+    """Raise DataError where no sequence of a part has a weight above 0."""
+    data = written.data
+    parts = [("a training part", train, rows) for rows, _ in splits]
+    parts.append(("the validation part", train, np.concatenate([rows for _, rows in splits])))
+    if test is not None:
+        parts.append(("the test part", test, np.arange(test.n)))
+    for what, sequences, rows in parts:
+        if not len(counting(sequences, rows)):
+            way_out = "set more aside, split by another study.seed, or give some of them a weight above 0"
+            raise DataError(f"{data.train}: data.weight is 0 for all {len(rows)} sequences of {what}: {way_out}")
+
+
 def _check_scorable(written: StudyConfig, completed: StudyConfig, train: Sequences, splits: list[Split]) -> None:
     """Raise DataError where the validation part, of all folds, has one class and what is chosen by it needs two."""
     assert train.labels is not None
-    validated = train.labels[np.concatenate([rows for _, rows in splits])]
+    validated = train.labels[counting(train, np.concatenate([rows for _, rows in splits]))]
     if (validated != validated[0]).any():
         return
     metric = completed.study.metric
@@ -233,7 +329,7 @@ def _check_scorable(written: StudyConfig, completed: StudyConfig, train: Sequenc
         raise DataError(
             f"{_named_validation(written, completed)} validates on {count} of class "
             f"{train.classes[validated[0]]!r}, but {needing[0]} needs others too: set more aside, as in "
-            f"data.validation = {{ folds = {min(FOLDS, units(train))} }}"
+            f"data.validation = {{ folds = {min(FOLDS, _most_folds(completed, train))} }}"
         )
 
 
@@ -268,6 +364,8 @@ def _say_what_is_lacking(train: Sequences, splits: list[Split], test: Sequences 
 
 def complete_from(config: StudyConfig, train: Sequences) -> StudyConfig:
     """The configuration with all that follows from the training part filled in."""
+    if config.data.time is not None and config.data.validation is None and _most_folds(config, train) < 2:
+        config = replace(config, data=replace(config.data, validation=VALIDATION_SHARE))
     return complete(
         config,
         n=train.n,
@@ -275,18 +373,35 @@ def complete_from(config: StudyConfig, train: Sequences) -> StudyConfig:
         features=train.n_features,
         classes=len(train.classes),
         variable=bool(train.lengths.min() < train.lengths.max()),
-        units=units(train),
+        units=_most_folds(config, train),
     )
 
 
+def _most_folds(config: StudyConfig, train: Sequences) -> int:
+    """Into how many folds the training part can be split at most."""
+    return units(train) if config.data.time is None else distinct(train) - 1
+
+
 def validation_parts(config: StudyConfig, sequences: Sequences, rules: int) -> list[Split]:
-    """The study's (training rows, validation rows): a function of its seed, the same for every trial.
+    """The study's (training rows, validation rows): a function of its seed, or of the order of time, and the same for
+    every trial. In the order of time they are not all of the rows.
 
     Raises DataError where the data cannot be split so.
     """
+    if config.data.time is not None:
+        return [(cut.train, cut.later) for cut in validation_cuts(config, sequences)]
     seed = derive(config.study.seed, "validation") % 2**32
     validation = config.data.validation
     if isinstance(validation, Folds):
         return split_folds(sequences, validation.folds, seed, rules)
     assert validation is not None
     return split_share(sequences, validation, seed, rules)
+
+
+def validation_cuts(config: StudyConfig, sequences: Sequences) -> list[Cut]:
+    """The parts of a study in the order of time: rolling folds, or the latest share. Raises DataError."""
+    validation, gap = config.data.validation, config.data.gap
+    if isinstance(validation, Folds):
+        return rolling(sequences, validation.folds, gap)
+    assert validation is not None
+    return [latest(sequences, validation, gap)]

@@ -8,7 +8,8 @@ from __future__ import annotations
 import numpy as np
 
 from hpo.models.data.sequences import Sequences
-from hpo.study.config import Folds
+from hpo.models.data.time_order import span
+from hpo.study.config import DataSection, Folds
 from hpo.study.plan import Plan
 
 MANY = 10  # names listed at most
@@ -19,12 +20,28 @@ def readout(plan: Plan, train: Sequences, test: Sequences | None) -> list[str]:
     lines = [f"training part: {'; '.join([_sizes(train), *_absent(plan, train)])}"]
     if test is not None:
         lines.append(f"test part: {'; '.join([_sizes(test), *_absent(plan, test)])}")
-    validation = plan.config.data.validation
-    parts = f"{validation.folds} folds" if isinstance(validation, Folds) else f"a share of {validation:g}"
-    about = [f"features {_listed(train.features)}", f"validation on {parts}"]
+    about = [f"features {_listed(train.features)}", f"validation on {_validation(plan.config.data)}"]
     if len(train.classes) == 2:
         about.append(f"{train.classes[1]!r} is the positive class of f1, auroc and average_precision")
     return [*lines, "; ".join(about)]
+
+
+def _validation(data: DataSection) -> str:
+    """What validates, and by which column it is later than what trains."""
+    ordered = data.time is not None
+    if isinstance(data.validation, Folds):
+        parts = f"{data.validation.folds} {'rolling ' * ordered}folds"
+    else:
+        parts = f"{'the latest' if ordered else 'a'} share of {data.validation:g}"
+    gap = "" if not data.gap else f"{data.gap} sequences" if isinstance(data.gap, int) else _duration(data.gap)
+    return parts + f" by {data.time!r}" * ordered + f", {gap} before it left out" * bool(gap)
+
+
+def _duration(seconds: float) -> str:
+    """As in a study file: 604800 s are 7d."""
+    sizes = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+    unit = next((unit for unit, size in sizes.items() if seconds % size == 0), "s")
+    return f"{seconds / sizes[unit]:g}{unit}"
 
 
 def suspicions(train: Sequences, test: Sequences | None) -> list[str]:
@@ -60,6 +77,10 @@ def _sizes(part: Sequences) -> str:
         text.append("classes " + ", ".join(names[:MANY]) + (f" and {len(names) - MANY} more" * (len(names) > MANY)))
     if part.groups is not None:
         text.append(f"{len(np.unique(part.groups))} groups")
+    if part.moments is not None:
+        text.append(f"from {span(part)}")
+    if part.weights is not None:
+        text.append(f"weights from {part.weights.min():g} to {part.weights.max():g}")
     text.append(f"{part.filled if part.missing is None else part.missing.sum()} missing values filled")
     return "; ".join(text)
 

@@ -93,8 +93,8 @@ class Bundle:
     def read(self, data: Any, *, labeled: bool = False, **columns: str) -> Sequences:
         """Sequences of a file, data frame or array for `predict`. Labels are read if `labeled`.
 
-        columns: of a table those of `label`, `id`, `step` and `group` that are called otherwise than in training.
-        Raises DataError.
+        columns: of a table those of `label`, `id`, `step`, `group`, `time` and `weight` that are called otherwise than
+        in training. Raises DataError.
         """
         wanted: dict[str, Any] = {
             **self.config.columns,

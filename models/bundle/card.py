@@ -121,6 +121,14 @@ def _scores(config: BundleConfig) -> str:
         "validation part chose the hyperparameters, so its scores flatter the model; the test part was not seen "
         "before this model was final."
     )
+    if "time" in config.columns:
+        text += (
+            f" Each part is later, by {_name(config.columns['time'])}, than what trains for it. Of rolling folds the "
+            "validation scores are those of a network for each block, trained on what was before it; the last one is "
+            "this model."
+        )
+    if any(scores.weighted for scores in known.values()):
+        text += f" Sequences count by their weights, {_name(config.columns.get('weight', 'weight'))}."
     if len(config.classes) == 2:
         text += f" F1 and average precision are those of class {_escaped(config.classes[1])}."
     return "## Scores\n\n" + "\n".join(rows) + f"\n\n{text}\n\n![confusion](confusion.png)"

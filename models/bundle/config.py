@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from hpo.errors import StudyFault, legible
 from hpo.models.config import EARLIER_EPSILON, FLOAT32_MOST, METRICS, STEM, ClassifierConfig, ClassifierError
+from hpo.models.data.columns import ROLES
 from hpo.models.data.sequences import UNKEPT, UNKEPT_RULE, default_names
 from hpo.models.fields import default, rules
 from hpo.models.metrics import GROUPS_KEPT, Groups, Scores
@@ -21,7 +22,6 @@ TYPES: dict[str, type] = {
     "classes": list, "features": list, "metric": str, "members": int, "threshold": float, "best_epoch": int,
     "columns": dict, "provenance": dict,
 }  # fmt: skip
-COLUMNS = ("label", "id", "step", "group")
 LARGEST = 2**31 - 1  # of a whole number
 DEEPEST = 50  # objects and lists within one another
 T = TypeVar("T")
@@ -45,7 +45,7 @@ class BundleConfig:
     members: int = 1  # k networks whose probabilities are averaged
     threshold: float = 0.5  # two classes: the second one is predicted from this probability up
     best_epoch: int = 1  # whose weights these are, from 1
-    # of the training files, by the arguments of hpo.models.data.readers.read: label, id, step, group
+    # of the training files, by the arguments of hpo.models.data.readers.read (ROLES)
     columns: dict[str, str] = field(default_factory=dict)
     validation: Scores | None = None  # the part that chose hyperparameters, epoch and threshold
     test: Scores | None = None  # never seen by tuning
@@ -185,8 +185,8 @@ def _check_choices(content: dict[str, Any], source: str) -> None:
     if not isinstance(content.get("named"), bool | None):
         raise BundleError(f"{source}: named must be true, false or null, got {str(content['named'])[:40]!r}")
     for role, column in content.get("columns", {}).items():
-        if role not in COLUMNS or not isinstance(column, str):
-            raise BundleError(f"{source}: columns must name those of {', '.join(COLUMNS)}, got {role!r}: {column!r}")
+        if role not in ROLES or not isinstance(column, str):
+            raise BundleError(f"{source}: columns must name those of {', '.join(ROLES)}, got {role!r}: {column!r}")
     for name in (*content.get("classes", ()), *content.get("features", ())):
         if UNKEPT.search(name):
             raise BundleError(f"{source}: the name of a class or feature {UNKEPT_RULE}, got {name!r}")

@@ -41,7 +41,8 @@ def evaluate(
 ) -> Evaluation:
     """Predict labelled sequences and compare.
 
-    data: a file, or `Sequences` with labels. Raises DataError, also for data without labels.
+    data: a file, or `Sequences` with labels, and with weights where some count more. Raises DataError, also for data
+    without labels.
     """
     sequences = data if isinstance(data, Sequences) else bundle.read(data, labeled=True)
     if sequences.labels is None:
@@ -54,6 +55,8 @@ def evaluate(
         raise DataError(f"the model knows the classes {list(known)}, the data has others: {unknown}")
     labels = np.array([known[name] for name in names.tolist()])
     classes = bundle.config.classes
-    scores = measure(predictions.probabilities, labels, bundle.config.threshold, classes=classes)
+    scores = measure(
+        predictions.probabilities, labels, bundle.config.threshold, classes=classes, weights=sequences.weights
+    )
     groups = count_groups(predictions.labels == names, sequences.groups, sequences.group_names)
     return Evaluation(replace(scores, groups=groups), predictions, names)

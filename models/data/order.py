@@ -16,7 +16,8 @@ FEW = 8  # columns
 
 
 def in_order(sequences: Sequences) -> Sequences:
-    """The same sequences, ordered by what they hold: the shorter first, then by values, step by step, and by labels.
+    """The same sequences, ordered by what they hold: the shorter first, then by values, step by step, by labels and, if
+    any, by times and weights.
 
     Values are compared feature by feature in the order of `ranks`. The order is the same in another unit, and with an
     offset; for that a feature that a sequence lacks throughout counts as its mean. Groups are numbered in this order.
@@ -47,7 +48,7 @@ def _by_content(sequences: Sequences) -> Indices:
     first = [(step, feature) for step in range(sequences.steps) for feature in features][:FEW]
     columns = (sequences.values[:, step, feature] for step, feature in first)
     labels: list[Indices] = [] if sequences.labels is None else [sequences.labels]
-    keys: Iterator[NDArray[Any] | None] = chain([sequences.lengths], columns, [None], labels)
+    keys: Iterator[NDArray[Any] | None] = chain([sequences.lengths], columns, [None], labels, _beside(sequences))
     for key in keys:
         told = _whole(sequences.values[alike][:, :, features]) if key is None else key[alike]
         place[alike] = _refined(place[alike], told)
@@ -56,6 +57,15 @@ def _by_content(sequences: Sequences) -> Indices:
         if not len(alike):
             break
     return np.argsort(place, kind="stable")
+
+
+def _beside(sequences: Sequences) -> list[NDArray[Any]]:
+    """(N,) each: what tells sequences of equal values and labels apart where they have times or weights: those, and the
+    names of groups."""
+    keys = [key for key in (sequences.moments, sequences.weights) if key is not None]
+    if keys and sequences.groups is not None:
+        keys.append(np.array(sequences.group_names)[sequences.groups] if sequences.group_names else sequences.groups)
+    return keys
 
 
 def _whole(values: NDArray[np.float32]) -> Indices:

@@ -10,6 +10,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from tokenize import TokenError
@@ -19,19 +20,25 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from hpo.models.data.sequences import DataError, Raw, Sequences, raw_arrays, to_sequences
+from hpo.models.data.columns import BESIDE
+from hpo.models.data.sequences import DataError, Raw, Sequences, column, raw_arrays, to_sequences
 from hpo.models.data.sizes import check_content
+from hpo.models.data.steps import moments
 from hpo.models.data.tables import Columns, is_frame, read_csv, read_frame, read_parquet
 from hpo.models.data.ts import ARFF, read_ts
+from hpo.models.data.weights import weights
 
 BLOCK = 2**18  # bytes read at once
-ARRAYS = ("X", "y", "lengths", "groups")  # of an npz file
-# their names, and others by which they often go
-_OFTEN = {"x": "X", "y": "y", "label": "y", "target": "y", "lengths": "lengths", "groups": "groups"}
+ARRAYS = ("X", "y", "lengths", "groups", *BESIDE)  # of an npz file
+_KNOWN = f"known are {', '.join(ARRAYS)}; lengths say how many steps are valid"
+_OFTEN = {  # their names, and others by which they often go
+    **{name: name for name in ("lengths", "groups", *BESIDE)},
+    **{"x": "X", "y": "y", "label": "y", "target": "y"},
+}
 
 
-def _read_npz(path: Path) -> Raw:
-    """npz: X (N, T, F) or (N, T); optional y, lengths and groups, each (N,). No other array."""
+def _read_npz(path: Path, columns: Columns) -> Raw:
+    """npz: X (N, T, F) or (N, T); optional y, lengths, groups, time and weight, each (N,). No other array."""
     if not zipfile.is_zipfile(path):
         raise DataError(f"{path} is empty or not an npz file: write it with numpy.savez")
     try:
@@ -42,7 +49,7 @@ def _read_npz(path: Path) -> Raw:
         raise DataError(f"{path} is damaged: {error}") from None
     except (NotImplementedError, RuntimeError) as error:  # another method; a password
         raise DataError(f"{path} is zipped in a way that is not read ({error}): write it with numpy.savez") from None
-    return _of_arrays(str(path), {name: arrays.get(name) for name in members})
+    return _of_arrays(str(path), {name: arrays.get(name) for name in members}, columns)
 
 
 def _members(path: Path, file: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
@@ -95,7 +102,7 @@ def _array(path: Path, file: zipfile.ZipFile, member: zipfile.ZipInfo) -> NDArra
     return np.frombuffer(data, dtype).reshape(shape, order="F" if by_columns else "C")
 
 
-def _of_arrays(source: str, arrays: Mapping[str, Any]) -> Raw:
+def _of_arrays(source: str, arrays: Mapping[str, Any], columns: Columns) -> Raw:
     """Of arrays by name, once there is no other among them than `ARRAYS`, and X."""
     for name in arrays:
         close = () if name in ARRAYS else get_close_matches(str(name).lower(), _OFTEN, 1)
@@ -105,21 +112,46 @@ def _of_arrays(source: str, arrays: Mapping[str, Any]) -> Raw:
     if "X" not in arrays:
         raise DataError(f"{source} has no array 'X'; it has {', '.join(map(str, arrays)) or 'none'}")
     for name in arrays:
+        if name in BESIDE and getattr(columns, name) is None:
+            way_out = f"leave it out, or name it to have it used (data.{name} of a study, {name}= in Python)"
+            raise DataError(f"{source}: unknown array {name!r}: {way_out}; {_KNOWN}")
         if name not in ARRAYS:
-            known = "known are X, y, lengths and groups; lengths say how many steps are valid"
-            raise DataError(f"{source}: unknown array {name!r}: leave it out; {known}")
-    return raw_arrays(source, arrays["X"], arrays.get("y"), arrays.get("lengths"), arrays.get("groups"))
+            raise DataError(f"{source}: unknown array {name!r}: leave it out; {_KNOWN}")
+    raw = raw_arrays(source, arrays["X"], arrays.get("y"), arrays.get("lengths"), arrays.get("groups"))
+    for role in BESIDE:
+        if role not in arrays and columns.demands(role):
+            raise DataError(
+                f"{source} has no array {role!r} (N,), which is named; it has {', '.join(map(str, arrays))}"
+            )
+    beside = {
+        role: column(source, role, arrays[role], len(raw.values))
+        for role in BESIDE
+        if role in arrays and columns.reads(role)
+    }
+    if "time" in beside:
+        raw = replace(raw, moments=moments(beside["time"], raw.at))
+    if "weight" in beside:
+        raw = replace(raw, weights=weights(beside["weight"].tolist(), raw.at))
+    return raw
 
 
-READERS: dict[str, Callable[[Path, Columns], Raw]] = {  # by suffix; the formats without columns need no names of them
-    ".npz": lambda path, _: _read_npz(path),
+def _read_ts(path: Path, columns: Columns) -> Raw:
+    for role in BESIDE:
+        if columns.demands(role):
+            way_out = f"leave {role} out, or write the sequences as npz, csv or parquet"
+            raise DataError(f"{path} is a .ts file, whose sequences have no {role}: {way_out}")
+    return read_ts(path)
+
+
+READERS: dict[str, Callable[[Path, Columns], Raw]] = {  # by suffix
+    ".npz": _read_npz,
     ".csv": read_csv,
     ".tsv": read_csv,
     ".parquet": read_parquet,
-    ".ts": lambda path, _: read_ts(path),
+    ".ts": _read_ts,
     ".csv.gz": read_csv,
     ".tsv.gz": read_csv,
-    ".ts.gz": lambda path, _: read_ts(path),
+    ".ts.gz": _read_ts,
 }
 
 TABLES = tuple(suffix for suffix in READERS if suffix.startswith((".csv", ".tsv", ".parquet")))  # have columns
@@ -150,6 +182,8 @@ def read(
     id: str = "id",
     step: str = "step",
     group: str = "group",
+    time: str | None = None,
+    weight: str | None = None,
     classes: tuple[str, ...] | None = None,
     labeled: bool | None = None,
     features: tuple[str, ...] | None = None,
@@ -161,16 +195,21 @@ def read(
     In memory: a data frame of pandas or polars or a table of Arrow, read like csv; a dict of the arrays of an npz file;
     or an array, or a list of arrays, which is X of `from_arrays`.
 
-    `label`, `id`, `step` and `group` name columns of csv and parquet files and of data frames; group may be id. Those
-    in `needed` must be there. A table with both an id
-    and a step column is in long form (one row a step), else in wide form (one univariate sequence a row; the names of
-    the step columns are one prefix and a number, as in t0, t1). Rows of the long form, and columns of the wide form,
-    may stand in any order.
+    `label`, `id`, `step` and `group` name columns of csv and parquet files and of data frames; group may be id. `time`
+    names the one that orders the sequences, numbers or times, and may be id, step or group; `weight` the one that says
+    how much each counts in training and scores, in long form the same in all rows of a sequence. In npz files and dicts
+    these are, whatever they are called, the arrays `time` and `weight` (N,). Those in `needed` must be there.
+
+    A table with both an id and a step column is in long form (one row a step), else in wide form (one univariate
+    sequence a row; the names of the step columns are one prefix and a number, as in t0, t1). Rows of the long form, and
+    columns of the wide form, may stand in any order.
 
     `classes` and `features` are those of the training data: labels are encoded with these classes, and the
     columns of these features are read in this order (npz, .ts and wide csv name none: only their number is
-    checked). `named` False: these are no names, and a file without such columns is read by place. `labeled`: True
-    demands labels, and the group column if it is named; False ignores labels; None takes both where they are.
+    checked). `named` False: these are no names, and a file without such columns is read by place.
+
+    `labeled`: True demands labels, and the columns of group, time and weight if they are named; False ignores labels,
+    times and weights; None takes all of them where they are.
 
     A feature that a sequence lacks throughout has values of 0 here, until a study or a model fills it with the mean of
     the training part.
@@ -180,9 +219,11 @@ def read(
 
     Raises DataError, whose message is one line.
     """
-    columns = Columns(label, id, step, group, features, named, labeled, needed)
-    if needed and not is_frame(source) and not (isinstance(source, str | Path) and suffix_of(Path(source)) in TABLES):
-        raise DataError(f"{_named(source)} has no columns to name, only tables have; leave out {', '.join(needed)}")
+    columns = Columns(label, id, step, group, features, named, labeled, needed, time, weight)
+    table = is_frame(source) or (isinstance(source, str | Path) and suffix_of(Path(source)) in TABLES)
+    unfit = [role for role in needed if role not in BESIDE]
+    if unfit and not table:
+        raise DataError(f"{_named(source)} has no columns to name, only tables have; leave out {', '.join(unfit)}")
     try:
         return to_sequences(_raw(source, columns), classes, labeled, features, named)
     except MemoryError:
@@ -195,8 +236,8 @@ def _raw(source: Any, columns: Columns) -> Raw:
     if is_frame(source):
         return read_frame(source, columns)
     if isinstance(source, Mapping):
-        return _of_arrays("the data", source)
-    return raw_arrays("the data", source, None, None, None)
+        return _of_arrays("the data", source, columns)
+    return _of_arrays("the data", {"X": source}, columns)
 
 
 def _named(source: Any) -> str:

@@ -80,6 +80,8 @@ class Sequences:
     named: bool  # the names of the features are the source's own; False: they only number them
     group_names: tuple[str, ...] = ()  # what the groups' codes stand for
     missing: NDArray[np.int32] | None = None  # (N, F) values that were missing in the source; None: not known
+    moments: NDArray[Any] | None = None  # (N,) int64, float64 or datetime64: what orders them in time; None: nothing
+    weights: NDArray[np.float64] | None = None  # (N,) how much each counts, at least 0; None: all alike
 
     @property
     def n(self) -> int:
@@ -114,6 +116,8 @@ class Sequences:
             groups=None if self.groups is None else self.groups[at],
             ids=tuple(self.ids[i] for i in at),
             missing=None if self.missing is None else self.missing[at],
+            moments=None if self.moments is None else self.moments[at],
+            weights=None if self.weights is None else self.weights[at],
         )
 
     @property
@@ -147,7 +151,7 @@ class Sequences:
 
 
 def joined(parts: Sequence[Sequences]) -> Sequences:
-    """The sequences of several with the same features, one after another, without labels and groups."""
+    """The sequences of several with the same features, one after another, without labels, groups, times and weights."""
     lengths = np.concatenate([part.lengths for part in parts])
     values = np.zeros((len(lengths), max(part.steps for part in parts), parts[0].n_features), np.float32)
     end = 0
@@ -157,7 +161,16 @@ def joined(parts: Sequence[Sequences]) -> Sequences:
     ids = tuple(name for part in parts for name in part.ids)
     filled = sum(part.filled for part in parts)
     return replace(
-        parts[0], values=values, lengths=lengths, labels=None, groups=None, ids=ids, filled=filled, missing=None
+        parts[0],
+        values=values,
+        lengths=lengths,
+        labels=None,
+        groups=None,
+        ids=ids,
+        filled=filled,
+        missing=None,
+        moments=None,
+        weights=None,
     )
 
 
@@ -222,6 +235,8 @@ class Raw:
     features: tuple[str, ...] | None = None  # None: not named in the file
     lengths: Indices | None = None  # None: up to the last step that has a value
     times: NDArray[np.float64] | None = None  # (N, T) where the steps are, rising; None: at equal distances
+    moments: NDArray[Any] | None = None  # (N,) as `steps.moments` gives them; None: not asked for
+    weights: NDArray[np.float64] | None = None  # (N,) finite, at least 0; None: not asked for
 
     def at(self, i: int) -> str:
         """Where sequence i stands, for error messages."""
@@ -278,7 +293,18 @@ def to_sequences(
         named=named if features else raw.features is not None,
         group_names=group_names,
         missing=counts,
+        moments=raw.moments,
+        weights=_weights(raw),
     )
+
+
+def _weights(raw: Raw) -> NDArray[np.float64] | None:
+    """Those that differ: equal ones are none."""
+    if raw.weights is None or (raw.weights == raw.weights[0]).all():
+        if raw.weights is not None and not raw.weights[0]:
+            raise DataError(f"{raw.source}: the weight of every sequence is 0: give those that count more")
+        return None
+    return raw.weights
 
 
 def _check_lengths(raw: Raw, lengths: Indices, steps: int) -> None:
@@ -505,15 +531,21 @@ def raw_arrays(source: str, X: Any, y: Any, lengths: Any, groups: Any, ids: Any 
     return raw if at["ids"] is None else replace(raw, ids=ids_of(at["ids"], raw.at))
 
 
-def _column(source: str, name: str, values: Any, n: int) -> list[Any] | None:
-    """N Python values; None where one is masked."""
-    if values is None:
-        return None
+def column(source: str, name: str, values: Any, n: int) -> NDArray[Any]:
+    """(N,) what was given as one value a sequence; masked where it was. Raises DataError for another shape."""
     listed = isinstance(values, list | tuple)
     array = np.array(values, dtype=object) if listed else _array(f"{source}: {name}", values)
     if array.shape != (n,):
         raise DataError(f"{source}: {name} must be of shape ({n},), one a sequence, got {array.shape}")
-    return [value.item() if callable(getattr(value, "item", None)) else value for value in array.tolist()]
+    return array
+
+
+def _column(source: str, name: str, values: Any, n: int) -> list[Any] | None:
+    """N Python values; None where one is masked."""
+    if values is None:
+        return None
+    found = column(source, name, values, n).tolist()
+    return [value.item() if callable(getattr(value, "item", None)) else value for value in found]
 
 
 def _array(at: str, values: Any) -> NDArray[Any]:

@@ -20,7 +20,7 @@ def check_trainable(sequences: Sequences, source: str = "the training data") -> 
     """Raise DataError unless there are labels, two classes or more, and a class of two sequences or more."""
     if sequences.labels is None:
         raise DataError(f"{source} has no labels: add them, or name their column")
-    present, counts = np.unique(sequences.labels, return_counts=True)
+    present, counts = np.unique(sequences.labels[counting(sequences)], return_counts=True)
     if len(present) < 2:
         only = sequences.classes[present[0]]
         raise DataError(f"{source} has one class only, {only!r}: a classifier needs two or more")
@@ -30,9 +30,16 @@ def check_trainable(sequences: Sequences, source: str = "the training data") -> 
 
 
 def lacking(sequences: Sequences, part: Indices) -> list[str]:
-    """The classes of which none of the sequences at `part` is."""
+    """The classes of which none of the sequences at `part` is that count."""
     assert sequences.labels is not None
-    return [name for c, name in enumerate(sequences.classes) if not (sequences.labels[part] == c).any()]
+    labels = sequences.labels[counting(sequences, part)]
+    return [name for c, name in enumerate(sequences.classes) if not (labels == c).any()]
+
+
+def counting(sequences: Sequences, part: Indices | None = None) -> Indices:
+    """Those of the rows of `part` (None: of all) whose weight is not 0."""
+    rows = np.arange(sequences.n) if part is None else part
+    return rows if sequences.weights is None else rows[sequences.weights[rows] > 0]
 
 
 def split_folds(sequences: Sequences, folds: int, seed: int, rules: int = RULES) -> list[Split]:

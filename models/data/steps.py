@@ -1,4 +1,4 @@
-"""The order of steps, and the distances between them: whole numbers of any size, numbers, or times.
+"""The order of steps and of sequences, and the distances between them: whole numbers of any size, numbers, or times.
 
 A column of steps has one form. Numbers and times are not mixed, nor two ways to write a time, nor times with and
 without an offset from UTC: what does not look like the first one is an error that names both. A time is read only where
@@ -39,26 +39,59 @@ _MONTHS = (
 )  # fmt: skip
 _WEEKDAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
 _AMBIGUOUS = re.compile(r"\d\d?([/.-])\d\d?\1\d\d(\d\d)?(\D.*)?")
-_TAKEN = (
-    "steps are numbers or times, as in 2024-01-31, 2024-01-31T09:00:00.5+01:00, 2024/01/31 09:00, 31.01.2024 09:00 "
-    "or 31 Jan 2024 09:00 UTC"
-)
+_FORMS = "2024-01-31, 2024-01-31T09:00:00.5+01:00, 2024/01/31 09:00, 31.01.2024 09:00 or 31 Jan 2024 09:00 UTC"
+_TAKEN = {"step": f"steps are numbers or times, as in {_FORMS}", "time": f"times are numbers, or as in {_FORMS}"}
+UNITS = ("us", "ns")  # of times: microseconds wherever they tell all apart
 
 
-def in_order(steps: Sequence[object] | NDArray[Any], at: Callable[[int], str]) -> NDArray[Any]:
+def in_order(steps: Sequence[object] | NDArray[Any], at: Callable[[int], str], what: str = "step") -> NDArray[Any]:
     """(R,) numbers or times that sort as the steps (R,) do, from texts or from an array of numbers or times.
 
-    `at` says where the i-th step stands. Raises DataError for one that is missing or of another form than the first.
+    `at` says where the i-th step stands, `what` they are called: "step" or "time". Raises DataError for one that is
+    missing or of another form than the first.
     """
     if not isinstance(steps, np.ndarray) or steps.dtype.kind not in "iufMm":
-        steps = _parsed(["" if step is None else step if type(step) is str else str(step) for step in steps], at)
+        steps = _parsed(["" if step is None else step if type(step) is str else str(step) for step in steps], at, what)
     missing = np.isnat(steps) if steps.dtype.kind in "Mm" else np.isnan(steps)
     for row in np.flatnonzero(missing).tolist():
-        raise DataError(f"{at(row)} has no step")
+        raise DataError(f"{at(row)} has no {what}")
     if steps.dtype.kind == "f":
         for row in np.flatnonzero(np.isinf(steps)).tolist():
-            raise DataError(f"{at(row)}: a step must be finite, got {steps[row]}")
+            raise DataError(f"{at(row)}: a {what} must be finite, got {steps[row]}")
     return steps
+
+
+def moments(values: Sequence[object] | NDArray[Any], at: Callable[[int], str]) -> NDArray[Any]:
+    """(N,) what orders sequences in time: int64, float64, or datetime64 of one of `UNITS` in UTC where there are
+    offsets.
+
+    The same times give the same array whatever form they were written in; masked ones are missing. Raises DataError
+    like `in_order`.
+    """
+    if isinstance(values, np.ma.MaskedArray) and np.ma.is_masked(values):
+        values = values.tolist()
+    if isinstance(values, np.ndarray) and values.dtype.kind == "S":
+        values = np.char.decode(values, "utf-8")
+    found = in_order(values, at, "time")
+    if found.dtype.kind == "m":  # since whatever they are counted from
+        found = found.view(found.dtype.str.replace("m8", "M8"))
+    if found.dtype.kind == "M":
+        return _timestamps(found, at)
+    if found.dtype.kind == "f" and (found == np.floor(found)).all() and np.abs(found).max(initial=0) < 2**53:
+        return found.astype(np.int64)
+    if found.dtype.kind == "u" and found.max(initial=0) < 2**63:
+        return found.astype(np.int64)
+    return found.astype(np.int64) if found.dtype.kind == "i" else found.astype(np.float64) + 0.0  # of -0.0: 0.0
+
+
+def _timestamps(times: NDArray[Any], at: Callable[[int], str]) -> NDArray[Any]:
+    """In the first of UNITS that holds them all exactly."""
+    for unit in UNITS:
+        found = times.astype(f"datetime64[{unit}]")
+        lost = np.flatnonzero(found.astype(times.dtype) != times)
+        if not len(lost):
+            return found
+    raise DataError(f"{at(int(lost[0]))}: a time must lie between 1678 and 2261 and be one of whole nanoseconds")
 
 
 def positions(steps: NDArray[Any]) -> NDArray[np.float64]:
@@ -69,7 +102,7 @@ def positions(steps: NDArray[Any]) -> NDArray[np.float64]:
     return np.asarray((steps - low).astype(np.float64))
 
 
-def _parsed(texts: list[str], at: Callable[[int], str]) -> NDArray[Any]:
+def _parsed(texts: list[str], at: Callable[[int], str], what: str) -> NDArray[Any]:
     """(R,) of texts, all of the form of the first."""
     if "_" not in "".join(texts):
         for kind in (np.int64, np.float64):
@@ -81,17 +114,17 @@ def _parsed(texts: list[str], at: Callable[[int], str]) -> NDArray[Any]:
                 return found
     texts = [text.strip() for text in texts]
     for row in (row for row, text in enumerate(texts) if text in MISSING or text.lower() in ("nan", "nat")):
-        raise DataError(f"{at(row)} has no step")
+        raise DataError(f"{at(row)} has no {what}")
     if is_number(texts[0]):
         for row in (row for row, text in enumerate(texts) if not is_number(text)):
-            raise _another(texts, row, at)
+            raise _another(texts, row, at, what)
         return _numbers(texts)
     pattern = next((pattern for pattern in _TIMES if pattern.fullmatch(texts[0])), None)
     parts = [None if pattern is None else pattern.fullmatch(text) for text in texts]
     for row, part in enumerate(parts):
         if part is None or _form(part) != _form(parts[0]):
-            raise _another(texts, row, at)
-    return _times(texts, [part for part in parts if part], at)
+            raise _another(texts, row, at, what)
+    return _times(texts, [part for part in parts if part], at, what)
 
 
 def is_time(text: str) -> bool:
@@ -106,16 +139,16 @@ def _form(found: re.Match[str] | None) -> tuple[bool, bool, str | None] | None:
     return found["offset"] is not None, found["half"] is not None, found.groupdict().get("mark")
 
 
-def _another(texts: list[str], row: int, at: Callable[[int], str]) -> DataError:
+def _another(texts: list[str], row: int, at: Callable[[int], str], what: str) -> DataError:
     """The error for a step that is none, or of another form than the first."""
     text = texts[row]
     if is_number(text) or is_time(text):
-        rule = f"is not of the form of the first step, {texts[0]!r}: one form a column"
-        return DataError(f"{at(row)}: step {text!r} {rule}")
+        rule = f"is not of the form of the first {what}, {texts[0]!r}: one form a column"
+        return DataError(f"{at(row)}: {what} {text!r} {rule}")
     if _AMBIGUOUS.fullmatch(text):
         rule = "its day or its month may come first; write the year first, as in 2024-01-31"
-        return DataError(f"{at(row)}: {text!r} is no step: {rule}")
-    return DataError(f"{at(row)}: {text!r} is no step: {_TAKEN}")
+        return DataError(f"{at(row)}: {text!r} is no {what}: {rule}")
+    return DataError(f"{at(row)}: {text!r} is no {what}: {_TAKEN[what]}")
 
 
 def _numbers(texts: list[str]) -> NDArray[Any]:
@@ -131,7 +164,7 @@ def _numbers(texts: list[str]) -> NDArray[Any]:
     return np.array([ranks[number] for number in whole], dtype=np.int64)
 
 
-def _times(texts: list[str], parts: list[re.Match[str]], at: Callable[[int], str]) -> NDArray[Any]:
+def _times(texts: list[str], parts: list[re.Match[str]], at: Callable[[int], str], what: str) -> NDArray[Any]:
     """(R,) of times, in UTC where they have an offset; to the nanosecond where one is written so finely."""
     fine = any(len(re.split("[.,]", f"{part['clock']}.")[1]) > 6 for part in parts)
     kind = f"datetime64[{'ns' if fine else 'us'}]"
@@ -140,9 +173,9 @@ def _times(texts: list[str], parts: list[re.Match[str]], at: Callable[[int], str
         found = np.array(times, dtype=kind)
     except ValueError:
         row = next(row for row, time in enumerate(times) if not _exists(time))
-        raise DataError(f"{at(row)}: {texts[row]!r} is no step: no such time; {_TAKEN}") from None
+        raise DataError(f"{at(row)}: {texts[row]!r} is no {what}: no such time; {_TAKEN[what]}") from None
     for row in (row for row, time in enumerate(times) if fine and not "1678" <= time[:4] <= "2261"):
-        raise DataError(f"{at(row)}: steps to the nanosecond must lie between 1678 and 2261, got {texts[row]!r}")
+        raise DataError(f"{at(row)}: {what}s to the nanosecond must lie between 1678 and 2261, got {texts[row]!r}")
     seconds = np.array([_offset_s(part["offset"]) for part in parts], dtype="timedelta64[s]")
     return np.asarray(found - seconds)
 

@@ -2,8 +2,9 @@
 
 They are csv and parquet files, or data frames. A table's columns are known by name:
 
-- The columns of label, id, step and group are named by the caller; group may be id. A table with both an id and a step
-  column is in long form, and every other column is a feature.
+- The columns of label, id, step, group, time and weight are named by the caller; group may be id, and time id, step or
+  group. A table with both an id and a step column is in long form, and every other column is a feature. There the time
+  of a sequence is that of its last step.
 - Without them it is in wide form, and every other column is a step. The steps' names are one prefix and a number, as in
   t0, t1, or times (`steps.py`); the columns are put in their order. Names of two kinds are refused.
 - A column that pandas writes for its index (`Unnamed: 0`, `__index_level_0__`, one without a name) holds the place of
@@ -28,6 +29,7 @@ from typing import Any, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
+from hpo.models.data.columns import BESIDE, ROLES, clash
 from hpo.models.data.sequences import (
     MISSING,
     DataError,
@@ -43,8 +45,9 @@ from hpo.models.data.sequences import (
     warn,
 )
 from hpo.models.data.sizes import check_content, check_padding
-from hpo.models.data.steps import in_order, is_time, positions
+from hpo.models.data.steps import in_order, is_time, moments, positions
 from hpo.models.data.text import open_text
+from hpo.models.data.weights import weights
 
 _INDEX = re.compile(r"(Unnamed: \d+(_level_\d+)?|__index_level_\d+__)?")  # how pandas names its index, or does not
 _STEP = re.compile(r"(.*?)(\d+(?:\.\d+)?)")  # prefix and number
@@ -63,25 +66,35 @@ class Columns:
     features: tuple[str, ...] | None  # the features to read; None: every column without another role
     named: bool  # False: `features` only numbers them, so that a table without these columns is read by place
     labeled: bool | None  # True: the label column must be there
-    needed: Collection[str] = ()  # of "label", "id", "step", "group" those that must be there, whatever `labeled`
+    needed: Collection[str] = ()  # of the roles those that must be there, whatever `labeled`
+    time: str | None = None  # None: no column orders the sequences
+    weight: str | None = None  # None: all sequences count alike
 
     @property
     def roles(self) -> dict[str, str]:
-        """The column of each role. Raises DataError where two are one."""
-        found = {"label": self.label, "id": self.id, "step": self.step, "group": self.group}
-        if len({self.label, self.id, self.step}) < 3 or self.group in (self.label, self.step):
-            named = ", ".join(f"{role} = {name!r}" for role, name in found.items())
-            raise DataError(
-                f"label, id, step and group must be different columns, but that group may be id, got {named}"
-            )
+        """The column of each role that has one. Raises DataError where two are one that must not be."""
+        given = {role: getattr(self, role) for role in ROLES}
+        found = {role: name for role, name in given.items() if name is not None}
+        if rule := clash(found):
+            raise DataError(f"{rule}, got {', '.join(f'{role} = {name!r}' for role, name in found.items())}")
         return found
+
+    def reads(self, role: str) -> bool:
+        """Whether a column of that role is read where there is one; else it is only no feature."""
+        return role not in BESIDE or self.labeled is not False
+
+    def demands(self, role: str) -> bool:
+        """Whether there must be a column of that role."""
+        name = getattr(self, role)
+        asked = bool(self.labeled) or role in self.needed or role in ("id", "step")
+        return asked and (name != role if role in ("id", "step", "group") else name is not None)
 
 
 @dataclass(frozen=True)
 class _Layout:
     long: bool
     features: tuple[str, ...]  # of the long form; the columns of the steps, in their order, of the wide one
-    roles: dict[str, str]  # the column of each role that there is: "label", "id", "step", "group"
+    roles: dict[str, str]  # the column of each role that there is
     times: NDArray[np.float64] | None = None  # (T,) where the steps of the wide form are
 
 
@@ -91,7 +104,7 @@ class _Table:
     rows: Sequence[int]  # (R,) row numbers as the file counts them
     layout: _Layout
     values: NDArray[np.float64]  # (R, F)
-    roles: dict[str, Any]  # (R,) each: those there are of "label", "id", "step", "group"
+    roles: dict[str, Any]  # (R,) each: those there are
     path: Path | None = None  # the file; None: the table was in memory
 
     def at(self, row: int) -> str:
@@ -125,14 +138,18 @@ def read_csv(path: Path, columns: Columns) -> Raw:
             rows += lines
             values.append(numbers.of(lines, {name: table[name] for name in layout.features}))
             for role, name in layout.roles.items():
-                texts.setdefault(role, []).extend(table[name])
+                if columns.reads(role):
+                    texts.setdefault(role, []).extend(table[name])
     if not rows:
         raise DataError(f"{path} is empty: it has a header only")
     numbers.check()
     if separator != ",":
         _say_form(str(path), separator, "," in numbers.marks)
-    if numbers.comma and "step" in texts:
-        texts["step"] = [_COMMA.sub(".", text) for text in texts["step"]]
+    if numbers.comma:
+        for role in texts.keys() & {"step", "time"}:
+            texts[role] = [_COMMA.sub(".", text) for text in texts[role]]
+        if "weight" in texts:
+            texts["weight"] = [text.replace(",", ".") for text in texts["weight"]]
     return _Table(str(path), rows, layout, np.concatenate(values), texts, path).raw()
 
 
@@ -268,8 +285,7 @@ def _roles(source: str, header: list[str], columns: Columns) -> dict[str, str]:
     if len(set(header)) < len(header) or (not roles and not _could_be_names(header)):
         raise DataError(f"{source}: the first row must name every column, each differently; {here}")
     for role, name in wanted.items():
-        unneeded = role in ("label", "group") and not columns.labeled and role not in columns.needed
-        if role not in roles and not unneeded and (name != role or role == "label"):
+        if role not in roles and columns.demands(role):
             way_out = f"say which is the {role} column (data.{role} of a study, {role}= in Python)"
             raise DataError(f"{source} has no {role} column {name!r}; {here}; {way_out}")
     return roles
@@ -342,7 +358,7 @@ def _bounded_table(path: Path, pa: Any, file: Any) -> Any:
 
 def _pandas_index(metadata: dict[bytes, bytes], columns: Columns) -> list[str]:
     """The columns that pandas wrote for its index and that nobody asks for. Raises ValueError."""
-    wanted = {columns.label, columns.id, columns.step, columns.group, *(columns.features or ())}
+    wanted = {*columns.roles.values(), *(columns.features or ())}
     found = json.loads(metadata.get(b"pandas", b"{}"))
     names = found.get("index_columns", []) if isinstance(found, dict) else None
     if not isinstance(names, list):
@@ -356,12 +372,12 @@ def is_frame(data: object) -> bool:
 
 
 def read_frame(data: Any, columns: Columns, source: str = "the data frame") -> Raw:
-    """A data frame in long or wide form; of its index only what is named as id, step, label or group is read.
+    """A data frame in long or wide form; of its index only what is named by a role is read.
 
     Raises DataError.
     """
-    roles = (columns.label, columns.id, columns.step, columns.group)
-    levels = [name for name in getattr(getattr(data, "index", None), "names", ()) if name in roles]
+    named = columns.roles.values()
+    levels = [name for name in getattr(getattr(data, "index", None), "names", ()) if name in named]
     return _frame(source, data.reset_index(level=levels) if levels else data, columns)
 
 
@@ -380,6 +396,8 @@ def _frame(source: str, frame: Any, columns: Columns, path: Path | None = None) 
         values[:, j] = _column_numbers(f"{source}, column {name!r}", frame[by_name[name]])
     roles = {}
     for role, name in layout.roles.items():
+        if not columns.reads(role):
+            continue
         try:
             roles[role] = _column_values(frame[by_name[name]], role)
         except (OverflowError, ValueError) as error:  # a day beyond the year 9999, bytes that are no text
@@ -388,13 +406,14 @@ def _frame(source: str, frame: Any, columns: Columns, path: Path | None = None) 
 
 
 def _column_values(column: Any, role: str) -> Any:
-    """(R,) Python values, None where one is missing; steps that are numbers or times as an array."""
-    if hasattr(column, "to_pylist") and (role != "step" or column.null_count):  # of Arrow
+    """(R,) Python values, None where one is missing; steps and times that are numbers or times as an array."""
+    ordered = role in ("step", "time")
+    if hasattr(column, "to_pylist") and (not ordered or column.null_count):  # of Arrow
         return column.to_pylist()
     array = _numpy(column)
     if array.dtype.kind in "Mm":
-        return array if role == "step" else array.astype(str).tolist()
-    if role == "step" and array.dtype.kind in "iuf":
+        return array if ordered else array.astype(str).tolist()
+    if ordered and array.dtype.kind in "iuf":
         return array
     return [None if is_missing(value) else value for value in array.tolist()]
 
@@ -449,8 +468,37 @@ def _long(table: _Table) -> Raw:
     if np.isnan(table.values).any():
         times = pad(positions(steps)[order][:, None], lengths)[:, :, 0]
     labels, groups = (_constant(table, role, ids, codes) for role in ("label", "group"))
-    features = table.layout.features
-    return Raw(table.source, values, labels, groups, "sequence", names, names, features, times=times)
+    features, last = table.layout.features, order[np.cumsum(lengths) - 1]
+    counted = _weights(table)
+    if counted is not None:
+        counted = counted[_first(table, "weight", counted, table.roles["weight"], ids, codes)]
+    return Raw(
+        table.source,
+        values,
+        labels,
+        groups,
+        "sequence",
+        names,
+        names,
+        features,
+        times=times,
+        moments=_moments(table, last),
+        weights=counted,
+    )
+
+
+def _moments(table: _Table, rows: Indices) -> NDArray[Any] | None:
+    """(N,) the times in these rows (N,)."""
+    if "time" not in table.roles:
+        return None
+    found = table.roles["time"]
+    some = found[rows] if isinstance(found, np.ndarray) else [found[row] for row in rows.tolist()]
+    return moments(some, lambda i: table.at(int(rows[i])))
+
+
+def _weights(table: _Table) -> NDArray[np.float64] | None:
+    """(R,) the weight in each row."""
+    return None if "weight" not in table.roles else weights(table.roles["weight"], table.at)
 
 
 def _constant(table: _Table, role: str, ids: Sequence[str], codes: Indices) -> list[object] | None:
@@ -458,12 +506,19 @@ def _constant(table: _Table, role: str, ids: Sequence[str], codes: Indices) -> l
     if role not in table.roles:
         return None
     names = names_of(table.roles[role], table.at)
-    found = codes_of(names)[0]
+    first = _first(table, role, codes_of(names)[0], names, ids, codes)
+    return [table.roles[role][i] for i in first]
+
+
+def _first(
+    table: _Table, role: str, found: NDArray[Any], shown: Sequence[object], ids: Sequence[str], codes: Indices
+) -> Indices:
+    """(N,) the first row of each sequence, once its others hold the same of `found` (R,)."""
     first = np.unique(codes, return_index=True)[1]
     for row in np.flatnonzero(found != found[first][codes]).tolist():
-        change = f"{role} of sequence {ids[row]!r} changes to {names[row]!r}"
+        change = f"{role} of sequence {ids[row]!r} changes to {shown[row]!r}"
         raise DataError(f"{table.at(row)}: {change}; a sequence has one {role}")
-    return [table.roles[role][i] for i in first]
+    return first
 
 
 def _wide(table: _Table) -> Raw:
@@ -476,4 +531,15 @@ def _wide(table: _Table) -> Raw:
     times = None
     if table.layout.times is not None and np.isnan(table.values).any():
         times = np.broadcast_to(table.layout.times, table.values.shape)
-    return Raw(table.source, values, roles.get("label"), roles.get("group"), "row", table.rows, ids, times=times)
+    return Raw(
+        table.source,
+        values,
+        roles.get("label"),
+        roles.get("group"),
+        "row",
+        table.rows,
+        ids,
+        times=times,
+        moments=_moments(table, np.arange(len(values))),
+        weights=_weights(table),
+    )

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hpo.models.data.weights import relative
 from hpo.models.seeds import derive
 
 EVALUATION_BATCH = {"cpu": 256, "cuda": 1024}  # sequences of a batch in validation, by type of device
@@ -28,20 +29,30 @@ class Batch:
     labels: Tensor  # (B,)
     indices: NDArray[np.int64]  # (B,) rows of the part that the batch holds
     shares: Tensor | None = None  # (B,) of each sequence in its mixture with its partner; None: none are mixed
+    weights: Tensor | None = None  # (B,) how much each counts; None: all alike
 
 
 class Batches:
     """One part of the data on the device, time-major, so that a batch is one `index_select`."""
 
-    def __init__(self, values: Tensor, lengths: Tensor, labels: Tensor, rows: NDArray[np.int64] | None = None) -> None:
+    def __init__(
+        self,
+        values: Tensor,
+        lengths: Tensor,
+        labels: Tensor,
+        rows: NDArray[np.int64] | None = None,
+        weights: NDArray[np.float64] | None = None,
+    ) -> None:
         """values (S, N, F) and lengths (N,) as `Classifier.prepare` gives them, labels (N,).
 
-        rows: the part's rows of these, all of them if None. Parts may share the tensors.
+        rows: the part's rows of these, all of them if None. Parts may share the tensors. weights (N,): how much each
+        sequence counts; None, or equal ones in the part: all alike.
         """
         self.values = values.contiguous()
         self.lengths = lengths
         self.labels = labels
         self.rows = np.arange(len(lengths)) if rows is None else rows
+        self.weights = None if weights is None else self._weights(weights)  # (N,), in the part 1 in the mean
         self._lengths = lengths.cpu().numpy()[self.rows]  # on the CPU: cutting a batch never waits for the device
 
     def __len__(self) -> int:
@@ -70,6 +81,10 @@ class Batches:
         """The labels (N,) of the part's sequences, on the device."""
         return self.labels[torch.from_numpy(self.rows).to(self.labels.device)]
 
+    def part_weights(self) -> Tensor | None:
+        """How much the part's sequences count (n,), on the device; None: all alike."""
+        return None if self.weights is None else self.weights[torch.from_numpy(self.rows).to(self.weights.device)]
+
     def longest(self, indices: NDArray[np.int64] | None = None) -> int:
         """The steps of the longest of these sequences, or of all."""
         return int((self._lengths if indices is None else self._lengths[indices]).max())
@@ -88,4 +103,14 @@ class Batches:
         uniform = int(lengths.min()) == longest
         own = None if uniform else self.lengths.index_select(0, rows)
         mixed = None if shares is None else torch.from_numpy(shares).to(self.values.device)
-        return Batch(values, own, self.labels.index_select(0, rows), indices, mixed)
+        weights = None if self.weights is None else self.weights.index_select(0, rows)
+        return Batch(values, own, self.labels.index_select(0, rows), indices, mixed, weights)
+
+    def _weights(self, weights: NDArray[np.float64]) -> Tensor | None:
+        """(N,) on the device; None where those of the part are equal."""
+        part = relative(weights[self.rows])
+        if part is None:
+            return None
+        found = np.zeros(len(weights), np.float32)
+        found[self.rows] = part
+        return torch.from_numpy(found).to(self.labels.device)

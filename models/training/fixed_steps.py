@@ -76,7 +76,8 @@ class FixedSteps:
         values = self.train.values[:steps].index_select(1, rows)
         lengths = None if self.lengths is None else self.lengths.index_select(0, rows)
         labels = self.train.labels.index_select(0, rows)
-        self.learner.step(Batch(values, lengths, labels, np.empty(0, np.int64), shares), mask)
+        weights = None if self.train.weights is None else self.train.weights.index_select(0, rows)
+        self.learner.step(Batch(values, lengths, labels, np.empty(0, np.int64), shares, weights), mask)
 
     def close(self) -> None:
         """End the graphs, in the thread that captured them."""

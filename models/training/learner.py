@@ -15,6 +15,8 @@ from hpo.models.training.batches import Batch
 from hpo.models.training.optimizers import Optimizer
 from hpo.models.training.parameters import ParameterBuffers
 
+LEAST = 1e-30  # what divides at least: a batch may hold rows of weight 0 alone
+
 
 class Learner:
     """A classifier and its optimiser on one device.
@@ -29,10 +31,12 @@ class Learner:
         config: TrainingConfig,
         labels: Tensor,
         *,
+        weights: Tensor | None = None,
         noise: Tensor | None = None,
         waits: bool = True,
     ) -> None:
-        """labels (N,): those of the training part, on the model's device. noise (C,): see `augmented`.
+        """labels (N,): those of the training part, on the model's device; weights (N,): how much each counts. noise
+        (C,): see `augmented`.
 
         waits: a step may read what it computes, and so wait for the device; else it can be captured.
         """
@@ -40,7 +44,9 @@ class Learner:
         self.device = labels.device
         self.parameters = ParameterBuffers(model)
         self.generator = torch.Generator(self.device)
-        self.class_weight = _class_weight(labels, model.config.classes) if config.class_weight == "balanced" else None
+        self.class_weight = None
+        if config.class_weight == "balanced":
+            self.class_weight = _class_weight(labels, weights, model.config.classes)
         self.optimizer = Optimizer(self.parameters.buffers, self.parameters.gradients, config, waits=waits)
         self.loss_sum = torch.zeros((), device=self.device)
 
@@ -58,7 +64,7 @@ class Learner:
         if self.config.gradient_clip:
             self.parameters.clip(self.config.gradient_clip, waits=self.waits)
         self.optimizer.step()
-        self.loss_sum += loss.detach() * (len(batch.labels) if mask is None else mask.sum())
+        self.loss_sum += loss.detach() * _rows(batch, mask)
 
     def autocast(self) -> AbstractContextManager[None]:
         """The precision in which the network runs."""
@@ -93,29 +99,46 @@ class Learner:
                     memory[key].copy_(value)
 
     def _loss(self, logits: Tensor, batch: Batch, mask: Tensor | None) -> Tensor:
-        """The mean over the rows that count, each weighted by its class; that of a mixture counts by its shares."""
-        losses, weights = self._losses(logits, batch.labels)
+        """The mean over the rows that count, each weighted by its class and its own weight, 0 where none weighs
+        anything; that of a mixture counts by its shares."""
+        losses, counts = self._losses(logits, batch.labels, batch.weights)
         if batch.shares is not None:
-            others, other_weights = self._losses(logits, partners(batch.labels))
-            losses, weights = torch.lerp(others, losses, batch.shares), torch.lerp(other_weights, weights, batch.shares)
+            others = None if batch.weights is None else partners(batch.weights)
+            other_losses, other_counts = self._losses(logits, partners(batch.labels), others)
+            losses = torch.lerp(other_losses, losses, batch.shares)
+            counts = torch.lerp(other_counts, counts, batch.shares)
         if mask is not None:
-            losses, weights = losses * mask, weights * mask
-        return losses.sum() / weights.sum()
+            losses, counts = losses * mask, counts * mask
+        total = counts.sum()
+        return losses.sum() / (total if batch.weights is None else total.clamp(min=LEAST))
 
-    def _losses(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Each row's loss (B,), and what it counts in the mean (B,)."""
-        weight, smoothing = self.class_weight, self.config.label_smoothing
+    def _losses(self, logits: Tensor, labels: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Each row's loss (B,), as often as it counts by its own weight (B,), and what it counts in the mean (B,)."""
+        by_class, smoothing = self.class_weight, self.config.label_smoothing
         if self.model.config.classes == 2:
             targets = labels * (1 - smoothing) + smoothing / 2
             losses = nn.functional.binary_cross_entropy_with_logits(
-                logits, targets, pos_weight=weight, reduction="none"
+                logits, targets, pos_weight=by_class, reduction="none"
             )
-            return losses, torch.ones_like(losses)
-        losses = nn.functional.cross_entropy(logits, labels, weight, reduction="none", label_smoothing=smoothing)
-        return losses, torch.ones_like(losses) if weight is None else weight[labels]
+        else:
+            losses = nn.functional.cross_entropy(logits, labels, by_class, reduction="none", label_smoothing=smoothing)
+        counts = torch.ones_like(losses) if by_class is None or self.model.config.classes == 2 else by_class[labels]
+        return (losses, counts) if weights is None else (losses * weights, counts * weights)
 
 
-def _class_weight(labels: Tensor, classes: int) -> Tensor:
-    """Weights that balance the classes of labels (N,). Two: that of class 1 relative to class 0; more: one a class."""
-    counts = torch.bincount(labels, minlength=classes).clamp(min=1).float()
+def _rows(batch: Batch, mask: Tensor | None) -> Tensor | int:
+    """How many rows the batch counts for."""
+    if batch.weights is None:
+        return len(batch.labels) if mask is None else mask.sum()
+    return (batch.weights if mask is None else batch.weights * mask).sum()
+
+
+def _class_weight(labels: Tensor, weights: Tensor | None, classes: int) -> Tensor:
+    """Weights that balance the classes of labels (N,) by what their rows weigh. Two classes: that of class 1 relative
+    to class 0; more: one a class."""
+    if weights is None:
+        counts = torch.bincount(labels, minlength=classes).clamp(min=1).float()
+    else:
+        sums = torch.bincount(labels.cpu(), weights.cpu().double(), minlength=classes)  # on a GPU in any order
+        counts = torch.where(sums > 0, sums, 1.0).float().to(labels.device)
     return counts[0] / counts[1] if classes == 2 else counts.sum() / (classes * counts)

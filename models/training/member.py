@@ -38,13 +38,14 @@ class Member:
         """index: of the fold, one of what its seeds are functions of. fixed_shapes and graphs as for `Training`."""
         self.train, self.validation, self.index = train, validation, index
         noise = config.jitter * deviation_of(train.values, train.lengths, train.rows) if config.jitter else None
-        self.learner = Learner(model, config, train.part_labels(), noise=noise, waits=not fixed_shapes)
+        weights = train.part_weights()
+        self.learner = Learner(model, config, train.part_labels(), weights=weights, noise=noise, waits=not fixed_shapes)
         self.fixed = FixedSteps(self.learner, train, graphs) if fixed_shapes else None
 
     def epoch(self, number: int, rate: float) -> Iterator[Callable[[], None]]:
         """The steps of epoch `number` (from 1), each a call that trains one batch.
 
-        The learner's `loss_sum` is then the sum of the rows' losses.
+        The learner's `loss_sum` is then the sum of the rows' losses, each as often as it counts.
         """
         learner, config = self.learner, self.learner.config
         batches = self.train.epoch(config.batch_size, config.seed, self.index, number)

@@ -72,8 +72,8 @@ class Training:
     """One trial in training on one device.
 
     history: the epochs so far. best: the best of them, best_weights: its members' states. validated (n,): the rows of
-    the validation parts, pooled in the order of the folds; labels (n,): theirs. bytes: an estimate of the memory that
-    it takes. origin: where it computes.
+    the validation parts, pooled in the order of the folds; labels and row_weights (n,): theirs. bytes: an estimate of
+    the memory that it takes. origin: where it computes.
 
     Trainings may run beside one another in one process, each in a thread of its own: nothing random is shared, and on
     a GPU each one has a stream of its own.
@@ -107,6 +107,7 @@ class Training:
         self.bytes = memory_bytes(sequences.n, validated, len(folds), classifier, config.batch_size, self.device.type)
         self.validated = np.concatenate([validation for _, validation in folds])
         self.labels = sequences.labels[self.validated]
+        self.row_weights = None if sequences.weights is None else sequences.weights[self.validated]
         self.history: list[Epoch] = []
         self.best: Epoch | None = None
         self.best_weights: list[Weights] = []
@@ -152,8 +153,8 @@ class Training:
         loss /= sum(len(member.train) for member in self.members)
         _check_finite(number, loss, probabilities)
         threshold = self._threshold(probabilities)
-        value = score(self.config.metric, probabilities, self.labels, threshold)
-        log_loss = score("log_loss", probabilities, self.labels)
+        value = score(self.config.metric, probabilities, self.labels, threshold, self.row_weights)
+        log_loss = score("log_loss", probabilities, self.labels, weights=self.row_weights)
         epoch = Epoch(number, loss, value, log_loss, threshold, time.perf_counter() - started, self.origin)
         self.history.append(epoch)
         if self._is_best(epoch):
@@ -282,14 +283,14 @@ class Training:
                 with torch.no_grad():
                     patches, counts = model.prepare(values.to(self.device), lengths.to(self.device))
                 whole = patches.contiguous(), counts
-            parts = Batches(*whole, labels, train), Batches(*whole, labels, validation)
+            parts = Batches(*whole, labels, train, sequences.weights), Batches(*whole, labels, validation)
             found.append(Member(model, *parts, self.config, index, fixed_shapes=fixed_shapes, graphs=graphs))
         return found
 
     def _threshold(self, probabilities: NDArray[np.float64]) -> float:
         if self.config.threshold == "half" or probabilities.shape[1] != 2:
             return 0.5
-        return choose_threshold(probabilities, self.labels, self.config.metric)
+        return choose_threshold(probabilities, self.labels, self.config.metric, self.row_weights)
 
     def _is_best(self, epoch: Epoch) -> bool:
         """Whether the latest epoch is the best so far: of those whose metric is no worse than the top by more than

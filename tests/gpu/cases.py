@@ -7,6 +7,7 @@ being named here.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -73,15 +74,21 @@ def training(
     variable: bool = True,
     n: int = N,
     steps: int = STEPS,
+    weighted: bool = False,
     **more: Any,
 ) -> Training:
-    """A training of this configuration; the rest of it is small. Fixed lengths where the network wants them."""
+    """A training of this configuration; the rest of it is small. Fixed lengths where the network wants them.
+
+    weighted: some sequences count more than others, and some not at all.
+    """
     settings: dict[str, Any] = {"hidden_size": 6, "batch_size": 8, "learning_rate": 0.02} | dict(given or {}) | more
     if settings.get("pooling") == "flatten":
         variable = False
     if settings.get("threshold") == "chosen":
         classes = 2
     data = sequences(classes, variable=variable, n=n, steps=steps)
+    if weighted:
+        data = replace(data, weights=np.random.default_rng(2).integers(0, 4, n).astype(np.float64))
     network = {name: value for name, value in settings.items() if name in ClassifierConfig.__dataclass_fields__}
     how = {name: value for name, value in settings.items() if name not in network}
     classifier = ClassifierConfig(FEATURES, classes, steps, **network)

@@ -32,6 +32,15 @@ def test_captured_steps_give_the_bits_of_uncaptured_ones(name: str, device: str)
         assert captured(slow) == 0
 
 
+@pytest.mark.parametrize("class_weight", ["none", "balanced"])
+@pytest.mark.parametrize("classes", [2, 3])
+def test_captured_steps_weigh_alike(classes: int, class_weight: str, device: str) -> None:
+    given: dict[str, Any] = {"classes": classes, "class_weight": class_weight, "weighted": True}
+    with training(None, device, **given) as captured, training(None, device, graphs=False, **given) as plain:
+        assert bits(advanced(captured)) == bits(advanced(plain))
+        assert reasons(captured) == {None}
+
+
 @pytest.mark.parametrize("variable", [False, True])
 def test_every_shape_that_comes_often_is_captured(variable: bool, device: str) -> None:
     with training(RICH, device, folds=2, variable=variable) as subject:

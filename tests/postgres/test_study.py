@@ -198,6 +198,9 @@ OTHER = {  # another value for each key of a study file
     "data.id": '"name"',
     "data.step": '"time"',
     "data.group": '"patient"',
+    "data.time": '"time"',
+    "data.gap": "3",
+    "data.weight": '"weight"',
     "data.positive": '"0"',
     "train.epochs": "7",
     "train.patience": "7",
@@ -231,7 +234,10 @@ def test_a_changed_setting_of_a_study_that_exists_is_obeyed_or_refused(
     assert before is not None
     optuna.create_study(study_name="before", storage=storage)
     shutil.copy(tmp_path / "waves.npz", tmp_path / "copy.npz")
-    given = ["notify.url=https://example.org"] if key == "notify.on" else []
+    if key in ("data.time", "data.gap", "data.weight"):
+        beside = {"weight" if key == "data.weight" else "time": np.arange(60)}
+        np.savez(tmp_path / "waves.npz", **np.load(tmp_path / "waves.npz"), **beside)  # type: ignore[arg-type]
+    given = {"notify.on": ["notify.url=https://example.org"], "data.gap": ["data.time=time"]}.get(key, [])
     changed = load(tmp_path / "waves.toml", [*given, f"{key}={OTHER[key]}"])
     if key.startswith("notify."):
         create_or_open(changed, storage, store)

@@ -498,6 +498,73 @@ def test_columns_have_any_names_in_the_study_and_in_new_data(cli: Cli, tmp_path:
     assert "has no label column 'state'; its columns are person, when, value, outcome" in refused.stderr
 
 
+def test_a_study_in_the_order_of_time_with_weights(cli: Cli, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    noise, day, trust = random.normal(size=(60, 4)), random.permutation(60), random.integers(1, 4, 60)
+    rows = [
+        (
+            f"p{i}",
+            t,
+            f"{np.datetime64('2024-01-01') + day[i]} 0{t}:30",
+            trust[i],
+            f"{noise[i, t] + i % 2:.3f}",
+            "ab"[i % 2],
+        )
+        for i in range(60)
+        for t in range(4)
+    ]
+    header = ("id", "step", "read", "trust", "value", "label")
+    for name, names, kept in (
+        ("train", header, range(6)),
+        ("renamed", ("id", "step", "when", "worth", "value", "label"), range(6)),
+        ("bare", header, (0, 1, 4, 5)),
+    ):
+        lines = [",".join(str(row[i]) for i in kept) for row in (names, *rows)]
+        (tmp_path / f"{name}.csv").write_text("\n".join(lines))
+    (tmp_path / "study.toml").write_text(
+        '[study]\nname = "ordered"\ntrials = 2\n[data]\ntrain = "train.csv"\ntime = "read"\nweight = "trust"\n'
+        f'gap = "1d"\nvalidation = {{ folds = 3 }}\n[train]\nepochs = 2\n[space]\n{SMALL}'
+    )
+    launched = cli("launch", "study.toml", "--workers", 2, "--json")
+    summary = summary_of(launched)
+    assert "test part: 12 sequences" in launched.stderr
+    assert "validation on 3 rolling folds by 'read', 1d before it left out" in launched.stderr
+    model = load(summary["model"]["path"])
+    assert model.config.columns == {
+        "label": "label", "id": "id", "step": "step", "group": "group", "time": "read", "weight": "trust",
+    }  # fmt: skip
+    assert (model.config.features, model.config.members) == (("value",), 1)
+    assert model.config.validation is not None
+    assert model.config.test is not None
+    assert model.config.validation.weighted
+    assert model.config.test.weighted
+
+    whole = read(tmp_path / "train.csv", time="read", weight="trust")
+    assert whole.moments is not None
+    test = whole.take(np.sort(np.argsort(whole.moments)[-12:]))
+    assert test.labels is not None
+    p = model.predict(test).probabilities
+    assert score("accuracy", p, test.labels, model.config.threshold, test.weights) == pytest.approx(
+        summary["test"]["accuracy"]
+    )
+
+    weighted = json.loads(cli("evaluate", "ordered", "train.csv", "--json").stdout)
+    plain = json.loads(cli("evaluate", "ordered", "bare.csv", "--json").stdout)
+    assert weighted["confusion"] == plain["confusion"]
+    assert weighted["metrics"]["log_loss"] != plain["metrics"]["log_loss"]
+    named = ("--time", "when", "--weight", "worth")
+    assert json.loads(cli("evaluate", "ordered", "renamed.csv", *named, "--json").stdout) == weighted
+    refused = cli("evaluate", "ordered", "renamed.csv", "--weight", "price")
+    assert "renamed.csv has no weight column 'price'; its columns are id, step, when, worth" in refused.stderr
+    found = {cli("predict", "ordered", f"{name}.csv").stdout for name in ("train", "bare", "renamed")}
+    assert len(found) == 1
+    assert "bit-equal" in cli("reproduce", "ordered", "--trial", 0).stdout
+    again = cli("launch", "study.toml", "--workers", 1, "--trials", 3, "--json")
+    assert sum(summary_of(again)["trials"].values()) == 3
+    changed = cli("launch", "study.toml", "--set", "data.gap=2d")
+    assert "data.gap: stored 86400.0, file 172800.0" in changed.stderr
+
+
 SHOWN = ("waves: training part: 48 sequences of ", "waves: 0/2 trials", "waves: 2/2 trials; 2 complete", "finished")
 
 

@@ -33,6 +33,7 @@ from hpo.storage.leases import Leases
 from hpo.storage.registry import Registry
 from hpo.storage.terms import Terms
 from hpo.storage.trials import trial_storage
+from hpo.study.lifecycle import open_study
 from tests.service.conftest import Service, serving, upload
 from tests.service.test_access import NEAR, OPEN, leaves
 
@@ -358,6 +359,21 @@ def test_from_a_file_to_a_study(ada: Browser, waves: Path) -> None:
     assert (much.status_code, said(much)) == (422, "trials must be a whole number, got 'many'")
     assert ada.send_form("/studies/my-waves/delete").headers["location"] == "/?done=deleted"
     assert ada.get("/studies/my-waves").status_code == 404
+
+
+def test_columns_of_time_and_weight_go_from_the_form_into_the_study(ada: Browser, service: Service) -> None:
+    rows = (f"{i % 7},{i % 5},2024-{1 + i // 28:02}-{1 + i % 28:02},{1 + i % 3},{'ab'[i % 2]}" for i in range(60))
+    files = {"train": ("days.csv", "\n".join(["t0,t1,day,trust,label", *rows]).encode())}
+    columns = {"time": "day", "weight": "trust"}
+    text = ada.send_form("/new", "/new", files=files, **columns).text
+    assert 'placeholder="none"' in ada.get("/new").text
+    form = dict(re.findall(r'name="(\w+)"[^>]* value="([^"]*)"', text))
+    assert form.items() >= columns.items()
+    started = ada.send_form("/new/start", "/new", **form)
+    assert started.headers["location"] == "/studies/days?done=started"
+    with closing(trial_storage(service.database_url)) as storage:
+        config = open_study("days", storage).plan.config.data
+    assert (config.time, config.weight, config.gap) == ("day", "trust", None)
 
 
 def test_a_file_that_cannot_be_read_is_said_beside_the_form(ada: Browser) -> None:

@@ -90,6 +90,19 @@ class TestData:
         assert any("'Unnamed: 0' is left out" in warning for warning in found["warnings"])
         assert not any("/" in warning for warning in found["warnings"])
 
+    def test_times_and_weights_are_no_features(self, client: httpx.Client) -> None:
+        content = b"t0,t1,day,trust,label\n1,2,2024-01-02,1,a\n3,4,2024-01-01,2,b\n"
+        named = {"time": "day", "weight": "trust"}
+        found = client.post("/v1/data", params=named, files={"file": ("a.csv", content)}).json()
+        assert (found["steps"], found["features"], found["warnings"]) == (2, ["x0"], [])
+        for columns, reason in (
+            (named | {"time": "week"}, "a.csv has no time column 'week'; its columns are t0, t1, day, trust, label"),
+            (named | {"weight": "day"}, "label, id, step, group, time and weight must be different columns"),
+        ):
+            answer = client.post("/v1/data", params=columns, files={"file": ("a.csv", content)})
+            assert answer.status_code == 422
+            assert answer.json()["detail"].startswith(reason)
+
     @pytest.mark.parametrize(
         ("name", "content", "expected"),
         [

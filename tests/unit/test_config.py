@@ -241,7 +241,7 @@ def test_an_error_elsewhere_is_not_blamed_on_an_override(folder: Path) -> None:
         ("validation = 0.2", "validation = { folds = 1 }", "data.validation must be at least 2, got { folds"),
         ("validation = 0.2", "validation = { fold = 5 }", "or { folds = 5 }, got { fold = 5 } (study"),
         ("validation = 0.2", "holdout = 0.2", "data.holdout must be left out where data.test"),
-        ("validation = 0.2", "label = 'id'", "data.label, id, step and group must be different"),
+        ("validation = 0.2", "label = 'id'", "data.label, id, step, group, time and weight must be different"),
         ("validation = 0.2", "label = ''", "data.label must be a string in quotes that is not"),
         ("train = ", "# train = ", 'data.train must name the training file, such as "train.npz" (study.toml)'),
         ("hidden_size = 64", "hidden_size = 65", "enqueue[0].hidden_size must lie in space.hidden_size"),

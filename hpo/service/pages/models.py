@@ -13,6 +13,7 @@ from markdown_it import MarkdownIt
 from markupsafe import Markup
 
 from hpo.errors import HpoError
+from hpo.models.data.columns import ROLES
 from hpo.promote.version_scores import scores_if_known
 from hpo.service import models
 from hpo.service.access import Uses
@@ -85,7 +86,7 @@ def picture(name: str, version: str, picture: str, visitor: Looks, backend: Uses
 @router.post("/{name}/{version}/predict")
 async def predict(name: str, version: str, request: Request, backend: Uses, form: FromReader) -> Response:
     """Predictions for a file: as a table, or as CSV."""
-    columns = {role: form.text(role) for role in ("label", "id", "step", "group") if form.text(role)}
+    columns = {role: form.text(role) for role in ROLES if form.text(role)}
     try:
         if "file" not in form.files:
             raise Problem(HTTPStatus.UNPROCESSABLE_ENTITY, "choose a file with sequences")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import fields
 from http import HTTPStatus
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 from fastapi import APIRouter, Request, Response
 
 from hpo.errors import HpoError
+from hpo.models.data.columns import ROLES
 from hpo.service.access import Uses
 from hpo.service.backend import Backend
 from hpo.service.data import describe, keep
@@ -23,8 +24,9 @@ from hpo.study.config import DataSection, StudySection, default_name
 
 router = APIRouter(route_class=PageRoute, include_in_schema=False)
 PARTS = ("train", "test")
-_DEFAULTS = {item.name: str(item.default) for item in (*fields(DataSection), *fields(StudySection))}
-COLUMNS = {role: _DEFAULTS[role] for role in ("label", "id", "step", "group")}
+T = TypeVar("T")
+_DEFAULTS = {item.name: item.default for item in (*fields(DataSection), *fields(StudySection))}
+COLUMNS = {role: str(_DEFAULTS[role] or "") for role in ROLES}  # "": no column has that role unless one is named
 SOURCE = " (the study file)"  # how the command line's errors end
 
 
@@ -48,7 +50,7 @@ def check(request: Request, backend: Uses, form: FromSubmitter) -> Response:
         return page(request, "new.html", status, typed=form.fields, columns=COLUMNS, reason=reason)
     typed = {
         "name": default_name(uploaded_name(found["train"].key)),
-        "trials": _DEFAULTS["trials"],
+        "trials": str(_DEFAULTS["trials"]),
         **{part: data.key for part, data in found.items()},
         **_columns(form),
     }
@@ -78,7 +80,7 @@ def _start_page(
 
 
 def _columns(form: Posted) -> dict[str, str]:
-    return {role: form.text(role) or usual for role, usual in COLUMNS.items()}
+    return _filled({role: form.text(role) or usual for role, usual in COLUMNS.items()})
 
 
 def _tables(form: Posted) -> dict[str, Any]:
@@ -94,7 +96,7 @@ def _tables(form: Posted) -> dict[str, Any]:
     return {"study": _filled(study), "data": {**_filled(parts), **named}}
 
 
-def _filled(table: dict[str, Any]) -> dict[str, Any]:
+def _filled(table: dict[str, T]) -> dict[str, T]:
     return {key: value for key, value in table.items() if value != ""}
 
 
