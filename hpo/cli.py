@@ -53,6 +53,8 @@ db = typer.Typer(no_args_is_help=True, help="The database: the embedded server, 
 app.add_typer(db, name="db")
 token = typer.Typer(no_args_is_help=True, help="Who may use the service of `hpo serve`.")
 app.add_typer(token, name="token")
+trials_app = typer.Typer(no_args_is_help=True, help="A study's trials; those that are not to count.")
+app.add_typer(trials_app, name="trials")
 models_app = typer.Typer(help="Promoted versions with their scores.")
 app.add_typer(models_app, name="models")
 
@@ -63,6 +65,8 @@ class LogFormat(StrEnum):
 
 
 StudyName = Annotated[str, typer.Argument(help="Name of a study.")]
+TrialNumbers = Annotated[list[int], typer.Argument(help="Numbers of trials that have ended.", min=0)]
+Reason = Annotated[str, typer.Option(help="Why, as others are to read it.")]
 Slots = Annotated[str, typer.Option(help="Trials at once in one worker: a number, or auto (by the GPU's memory).")]
 Address = Annotated[
     str | None, typer.Option(help="Ray's address, or auto; without it RAY_ADDRESS, else Ray is started here.")
@@ -336,6 +340,92 @@ def delete(
     with _database() as (storage, _):
         delete_study(storage, artifact_store(), name)
     typer.echo(f"study {name} is deleted; its promoted models stay")
+
+
+@trials_app.command("list")
+def trials_list(name: StudyName, as_json: Json = False) -> None:
+    """A study's trials by number: state, value, parameters, and whether they count."""
+    from hpo.terminal import show_trials
+
+    if (client := _client()) is not None:
+        rows = [each.model_dump(mode="json") for each in client.trials(name)]
+    else:
+        from hpo.storage.changes import dropped
+        from hpo.study.lifecycle import study_id_of
+        from hpo.study.record import trial_row
+
+        with _database() as (storage, _):
+            study_id = study_id_of(storage, name)
+            gone = dropped(storage, study_id)
+            rows = [trial_row(each, gone) for each in storage.get_all_trials(study_id, deepcopy=False)]
+    if as_json:
+        typer.echo(json.dumps(rows))
+    else:
+        show_trials(rows)
+
+
+@trials_app.command("drop")
+def trials_drop(name: StudyName, numbers: TrialNumbers, reason: Reason) -> None:
+    """Let finished trials count no more: for the sampler, the pruner, the ranking and promotion. Their records stay."""
+    from hpo.terminal import show_dropped
+
+    if (client := _client()) is not None:
+        from hpo.client import snapshot_of
+
+        for number in numbers:
+            client.drop(name, number, reason)
+        show_dropped(snapshot_of(client.study(name)), numbers)
+        return
+    from hpo.storage.changes import drop, somebody
+    from hpo.study.lifecycle import study_id_of
+
+    with _database() as (storage, leases):
+        study_id = study_id_of(storage, name)
+        drop(storage, study_id, numbers, reason, somebody())
+        state = leases.snapshot(study_id)
+    show_dropped(state, numbers)
+
+
+@trials_app.command("restore")
+def trials_restore(name: StudyName, numbers: TrialNumbers) -> None:
+    """Let trials that were dropped count again."""
+    from hpo.terminal import show_restored
+
+    if (client := _client()) is not None:
+        from hpo.client import snapshot_of
+
+        for number in numbers:
+            client.restore(name, number)
+        show_restored(snapshot_of(client.study(name)), numbers)
+        return
+    from hpo.storage.changes import restore, somebody
+    from hpo.study.lifecycle import study_id_of
+
+    with _database() as (storage, leases):
+        study_id = study_id_of(storage, name)
+        restore(storage, study_id, numbers, somebody())
+        state = leases.snapshot(study_id)
+    show_restored(state, numbers)
+
+
+@app.command()
+def changes(name: StudyName, as_json: Json = False) -> None:
+    """What was changed of a study after it began: trials dropped and restored, a wider space; by whom and when."""
+    from hpo.storage.snapshot import Change
+    from hpo.terminal import change_row, show_changes
+
+    if (client := _client()) is not None:
+        found = [Change(**vars(each)) for each in client.changes(name)]
+    else:
+        from hpo.storage.changes import history
+        from hpo.study.lifecycle import study_id_of
+
+        with _database() as (storage, _):
+            found = history(storage, study_id_of(storage, name))
+    if as_json:
+        typer.echo(json.dumps([change_row(each) for each in found]))
+    else:
+        show_changes(found)
 
 
 @app.command()

@@ -22,7 +22,7 @@ from pydantic import TypeAdapter
 from hpo.errors import HpoError
 from hpo.models.class_scores import ModelScores
 from hpo.models.data.columns import ROLES
-from hpo.service.schemas import DataFile, Log, Model, Notice, Prediction, Study, Trial, TrialDetails
+from hpo.service.schemas import Change, DataFile, Log, Model, Notice, Prediction, Study, Trial, TrialDetails
 from hpo.study.config import ConfigError, default_name, tables_of
 from hpo.temporary import temporary_folder
 
@@ -200,6 +200,10 @@ class Client:
         """What was sent to the study's [notify] url, the newest first."""
         return [Notice.model_validate(each) for each in self._ask("GET", f"/v1/studies/{name}/notices").json()]
 
+    def changes(self, name: str) -> list[Change]:
+        """What was changed of a study after it began, oldest first."""
+        return [Change.model_validate(each) for each in self._ask("GET", f"/v1/studies/{name}/changes").json()]
+
     def stop(self, name: str) -> Study:
         """End a study for all its workers."""
         return Study.model_validate(self._ask("POST", f"/v1/studies/{name}/stop").json())
@@ -212,6 +216,15 @@ class Client:
         """Make a trial's model a new version: the best one's without `trial`."""
         wanted = {"default": default} | ({} if trial is None else {"trial": trial})
         return Model.model_validate(self._ask("POST", f"/v1/studies/{name}/promote", params=wanted).json())
+
+    def drop(self, name: str, number: int, reason: str) -> Trial:
+        """Let a finished trial count no more, for sampler, pruner, ranking and promotion; its record stays."""
+        answer = self._ask("POST", f"/v1/studies/{name}/trials/{number}/drop", json={"reason": reason})
+        return Trial.model_validate(answer.json())
+
+    def restore(self, name: str, number: int) -> Trial:
+        """Let a trial that was dropped count again."""
+        return Trial.model_validate(self._ask("POST", f"/v1/studies/{name}/trials/{number}/restore").json())
 
     def delete(self, name: str) -> None:
         """Remove a study with its trials; promoted models stay."""
@@ -331,7 +344,7 @@ class Client:
 
 def snapshot_of(study: Study) -> Snapshot:
     """What displays take; of its workers it knows the number alone."""
-    from hpo.storage.snapshot import BestTrial, Snapshot, WorkerGroup
+    from hpo.storage.snapshot import BestTrial, Dropped, Snapshot, WorkerGroup
 
     best = None
     if study.best is not None and study.best.value is not None:
@@ -356,6 +369,8 @@ def snapshot_of(study: Study) -> Snapshot:
         owner=study.owner,
         priority=study.priority,
         max_workers=study.max_workers,
+        dropped=tuple(Dropped(each.number, each.reason, each.by, each.when) for each in study.dropped),
+        dropped_winner=study.dropped_winner,
     )
 
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -30,6 +31,8 @@ from hpo.models.class_scores import (
 )
 from hpo.models.config import METRICS
 from hpo.storage.masking import mask
+from hpo.storage.snapshot import Change, Dropped
+from hpo.study.entries import show
 
 if TYPE_CHECKING:
     from hpo.models.bundle.evaluation import Evaluation
@@ -184,6 +187,8 @@ def status_row(state: Snapshot, scores: ModelScores | None = None) -> dict[str, 
         "best_why": None if state.best is None else state.best.why,
         "version": state.promoted_version,
         "scores": None if scores is None else asdict(scores),
+        "dropped": [dropped_row(each) for each in state.dropped],
+        "dropped_winner": state.dropped_winner,
         "per_hour": None if state.rate_per_hour is None else round(state.rate_per_hour, 1),
         "seconds_left": _seconds_left(state),
         "workers": state.workers,
@@ -201,6 +206,11 @@ def status_row(state: Snapshot, scores: ModelScores | None = None) -> dict[str, 
             for item in state.in_flight
         ],
     }
+
+
+def dropped_row(found: Dropped) -> dict[str, Any]:
+    """A trial that does not count, JSON-able."""
+    return {"trial": found.number, "reason": found.reason, "by": found.by, "when": found.when.isoformat()}
 
 
 def show_status(states: Sequence[Snapshot], *, detailed: bool) -> None:
@@ -273,11 +283,78 @@ def _status_view(states: Sequence[Snapshot], width: int, *, detailed: bool) -> G
     if not states:
         return Group(Text("no studies yet; `hpo launch STUDY.toml` makes one"))
     reasons = [Text(f"{state.name}: {state.best.why}") for state in states if state.best and state.best.why]
+    reasons += [Text(line) for state in states for line in _dropped(state, detailed=detailed)]
     in_flight = states[0].in_flight if detailed else ()
     if width < TABLE_WIDTH:
         lines = [line for state in states for line in _study_lines(state)]
         return Group(*map(Text, lines), *reasons, *(Text(f"  {_in_flight(trial)}") for trial in in_flight))
     return Group(_study_table(states, detailed=detailed), *reasons, *([_flights(states[0])] if in_flight else []))
+
+
+def _dropped(state: Snapshot, *, detailed: bool) -> list[str]:
+    """Which trials do not count: each with its reason where `detailed`."""
+    if not state.dropped:
+        return []
+    if detailed:
+        lines = [f"{state.name}: trial {each.number} does not count: {_why(each)}" for each in state.dropped]
+    else:
+        numbers = ", ".join(str(each.number) for each in state.dropped[:SHOWN]) + ", …" * (len(state.dropped) > SHOWN)
+        lines = [f"{state.name}: dropped {'trial' if len(state.dropped) == 1 else 'trials'} {numbers}"]
+    return lines + _superseded(state)
+
+
+def _why(found: Dropped) -> str:
+    return f"dropped {found.when.astimezone():%Y-%m-%d %H:%M} by {legible(found.by)}, {legible(found.reason)}"
+
+
+def _superseded(state: Snapshot) -> list[str]:
+    """What to do about a model whose trial was dropped."""
+    if state.dropped_winner is None:
+        return []
+    name = shlex.quote(state.name)
+    promoted = (
+        f"{state.name}: version {state.promoted_version} is of trial {state.dropped_winner}, which does not count"
+    )
+    if state.best is None:
+        return [f"{promoted}, and no other trial has completed: give the study more trials, or restore it"]
+    return [f"{promoted}: `hpo promote {name}` makes one of trial {state.best.number}, which the name then means"]
+
+
+def show_dropped(state: Snapshot, numbers: Sequence[int]) -> None:
+    """What a study is like after trials were dropped."""
+    console, few = _console(), {each.number: each for each in state.dropped}
+    for number in numbers:
+        _say(console, f"trial {number} of {state.name} does not count: {_why(few[number])}")
+    _say(console, f"the best is {_best(state)}" if state.best else "no trial that counts has completed")
+    more = "`hpo launch STUDY.toml --trials N` gives more"
+    _say(console, f"the budget of {state.budget} trials stays as it is spent: {more}")
+    for line in _superseded(state):
+        _say(console, line)
+
+
+def show_restored(state: Snapshot, numbers: Sequence[int]) -> None:
+    """What a study is like after trials were restored."""
+    console = _console()
+    shown = f"{'trial' if len(numbers) == 1 else 'trials'} {', '.join(map(str, numbers))}"
+    _say(console, f"{shown} of {state.name} {'counts' if len(numbers) == 1 else 'count'}; the best is {_best(state)}")
+    if state.promoted_version is not None and state.best is not None and state.best.number in numbers:
+        name = shlex.quote(state.name)
+        _say(console, f"`hpo promote {name} --default` lets the name mean trial {state.best.number}'s model")
+
+
+def show_trials(rows: Sequence[Mapping[str, Any]]) -> None:
+    """A study's trials, as `study.record.trial_row` has them, a line each."""
+    console = _console()
+    if not rows:
+        console.print("no trials yet")
+    for row in rows:
+        value = "" if row["value"] is None else f" {row['value']:.4f}"
+        notes = [legible(row["failure"])] if row["failure"] else []
+        if gone := row["dropped"]:
+            notes += [_why(Dropped(**{**gone, "when": datetime.fromisoformat(gone["when"])}))]
+        notes += [", ".join(f"{name} {_plain(each)}" for name, each in row["params"].items())]
+        state = "failed" if row["state"] == "fail" else row["state"]
+        _say(console, f"{row['number']:>4} {state}{value}" + "".join(f"; {each}" for each in notes if each))
 
 
 def _study_lines(state: Snapshot) -> list[str]:
@@ -419,6 +496,30 @@ def show_notices(found: Sequence[Notice]) -> None:
         console.print(f"{told}{tried}{fault}", highlight=False, markup=False)
 
 
+def change_row(change: Change) -> dict[str, Any]:
+    """A change of a study, JSON-able."""
+    return {**vars(change), "when": change.when.isoformat()}
+
+
+def show_changes(found: Sequence[Change]) -> None:
+    """What was changed of a study, a line each."""
+    console = _console()
+    if not found:
+        console.print("nothing was changed since it began")
+    for change in found:
+        told = f"{change.when.astimezone():%Y-%m-%d %H:%M} {legible(change.by)}: {change.what}"
+        _say(console, f"{told} {_detail(change)}")
+
+
+def _detail(change: Change) -> str:
+    """What a change was, in words."""
+    if change.what == "widen":
+        entries = change.detail["space"].items()
+        return "; ".join(f"space.{name} from {show(each['from'])} to {show(each['to'])}" for name, each in entries)
+    reason = f", {legible(change.detail['reason'])}" if "reason" in change.detail else ""
+    return f"trials {', '.join(map(str, change.detail['trials']))}{reason}"
+
+
 def show_models(found: Sequence[ModelVersion]) -> None:
     """Promoted versions as a table, or in lines where that does not fit."""
     console = _console()
@@ -488,6 +589,9 @@ def show_summary(summary: dict[str, Any]) -> None:
     console.print(table)
     for line in _weak_lines(summary["study"], summary["model"]["version"], summary["weak"]) if summary["weak"] else ():
         _say(console, line)
+    if summary["winner_dropped"]:
+        again = f"`hpo promote {shlex.quote(summary['study'])}` makes one of the best that counts"
+        _say(console, f"trial {best['number']} was dropped since and does not count: {again}")
     if summary["positive"] is not None:
         _say(console, f"f1 and average_precision are of class {summary['positive']!r} ([data] positive chooses)")
     _say(console, f"model {model['name']} version {model['version']}: {model['path']}")

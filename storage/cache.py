@@ -19,6 +19,7 @@ class StudyCache:
         self.unfinished: set[int] = set()
         self.ahead: dict[int, int] = {}  # cached finished trials of number `next` or more: id -> number
         self.distributions: dict[str, BaseDistribution] = {}
+        self.dropped: frozenset[int] = frozenset()  # ids of trials that do not count, when it was last looked
         self.finished: dict[tuple[TrialState, ...], list[FrozenTrial]] = {FINISHED: []}
         self._copies: dict[tuple[TrialState, ...], list[FrozenTrial]] = {}
         self.best: FrozenTrial | None = None

@@ -36,7 +36,7 @@ from hpo.storage.writes import Fence
 _OPEN_STUDY, _SET_NOTIFY = statement("open_study"), statement("set_notify")
 _STUDY_TERMS, _STUDY_IDS = statement("study_terms"), statement("study_ids")
 _REOPEN_STUDY = statement("reopen_study")
-_SET_STATUS = statement("set_status")
+_SET_STATUS, _EXHAUST = statement("set_status"), statement("exhaust_study")
 _REGISTER_WORKER = [
     statement(name) for name in ("forget_old_calls", "forget_old_workers", "lapse_workers", "register_worker")
 ]
@@ -52,7 +52,9 @@ _CHECKPOINT = statement("checkpoint")
 _DROP_CHECKPOINT = [statement(name) for name in ("drop_checkpoint", "drop_reports", "last_checkpoint")]
 _SPENT_CHECKPOINTS, _FORGET_CHECKPOINTS = statement("spent_checkpoints"), statement("forget_checkpoints")
 _ACQUIRE_PROMOTION = statement("acquire_promotion")
-_RELEASE_PROMOTIONS, _FINISH_PROMOTION = statement("release_promotions"), statement("finish_promotion")
+_RELEASE_PROMOTIONS = statement("release_promotions")
+_FINISH_PROMOTION = [statement(name) for name in ("lock_study", "finish_promotion")]
+_PROMOTE_AGAIN = [statement(name) for name in ("lock_study", "promote_again")]
 
 
 class Unchanged:
@@ -77,6 +79,7 @@ class Lease:
     lease_s: float  # seconds that the lease lasts after a renewal
     store_key: str  # what stands for the study in the keys of artifacts
     lost: int = 0  # attempts in a row that were lost without getting further
+    revision: int = 0  # of the study's plan when it was taken
     heartbeat: Heartbeat = field(default_factory=Heartbeat, compare=False, repr=False)
 
     @property
@@ -175,15 +178,12 @@ class Leases:
 
     def stop(self, study_id: int) -> None:
         """Nothing more is taken; workers learn of it when they renew. `reopen` goes on."""
-        self._set_status(study_id, "stopped", ["open", "exhausted"])
-
-    def exhaust(self, study_id: int) -> None:
-        """No configuration is left to try: nothing new is started."""
-        self._set_status(study_id, "exhausted", ["open"])
-
-    def _set_status(self, study_id: int, status: str, earlier: list[str]) -> None:
-        given = {"status": status, "study": study_id, "earlier": earlier}
+        given = {"status": "stopped", "study": study_id, "earlier": ["open", "exhausted"]}
         self._session.execute(_SET_STATUS, given=given, durable=True)
+
+    def exhaust(self, study_id: int, revision: int = 0) -> None:
+        """No configuration is left to try in the space of that revision: nothing new is started."""
+        self._session.execute(_EXHAUST, given={"study": study_id, "revision": revision}, durable=True)
 
     # ------------------------------------------------------------------------------------------------------ workers
 
@@ -437,11 +437,19 @@ class Leases:
     def finish_promotion(self, study_id: int, worker: str, version: int | None) -> None:
         """Record the promoted version, None where no trial completed, and with it that the study is finished.
 
-        Raises LeaseLost where the promotion has passed to another worker.
+        Raises LeaseLost where the promotion has passed to another worker, or the version's trial was dropped meanwhile:
+        whoever promotes next finds another best one.
         """
         given = {"study": study_id, "worker": worker, "version": version}
-        if not self._session.execute(_FINISH_PROMOTION, given=given, durable=True):
-            raise LeaseLost(f"the promotion of study {study_id} has left worker {worker}")
+        if not self._session.execute(*_FINISH_PROMOTION, given=given, durable=True):
+            raise LeaseLost(
+                f"the promotion of study {study_id} has left worker {worker}, or its trial was dropped meanwhile"
+            )
+
+    def promote_again(self, study_id: int, version: int) -> None:
+        """Record that version as what the study has brought, if it is over and its own is of a trial that was dropped
+        since, or it has none."""
+        self._session.execute(*_PROMOTE_AGAIN, given={"study": study_id, "version": version}, durable=True)
 
     # ----------------------------------------------------------------------------------------------------- displaying
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 from hpo.storage.connection import Row
 from hpo.storage.records import read_float
@@ -68,6 +69,26 @@ class BestTrial:
 
 
 @dataclass(frozen=True)
+class Dropped:
+    """A trial that does not count any more."""
+
+    number: int
+    reason: str
+    by: str  # a token's owner, or USER@HOST
+    when: datetime  # by the database's clock, with a time zone
+
+
+@dataclass(frozen=True)
+class Change:
+    """That a study was changed after it began."""
+
+    when: datetime  # by the database's clock, with a time zone
+    by: str  # a token's owner, or USER@HOST
+    what: str  # drop | restore | widen
+    detail: dict[str, Any]  # trials and reason; or the entries of the space as they were and are, and the trials begun
+
+
+@dataclass(frozen=True)
 class Snapshot:
     """A study at one moment, for displays."""
 
@@ -90,6 +111,8 @@ class Snapshot:
     owner: str | None  # who submitted it through the service
     priority: int
     max_workers: int | None
+    dropped: tuple[Dropped, ...] = ()  # trials that do not count, by number; `counts` and `started` have them still
+    dropped_winner: int | None = None  # number of the trial whose model was promoted, where it does not count any more
 
     @property
     def best_value(self) -> float | None:
@@ -107,13 +130,14 @@ class Snapshot:
 
 def read_snapshot(row: Row) -> Snapshot:
     """A snapshot from the row of the statement `snapshot`."""
-    known, (counts, best, in_flight, groups, *rest) = row[:7], row[7:]
+    known, (counts, best, in_flight, groups, *rest, dropped, winner) = row[:7], row[7:]
     named = {name: (counts or {}).get(state, 0) for state, name in STATES.items()}
     trials = tuple(InFlight(*trial) for trial in in_flight or ())
     orphans = sum(not trial.alive for trial in trials)
     named |= {"running": named["running"] - orphans, "waiting": named["waiting"] + orphans}
     workers = tuple(WorkerGroup(*group) for group in groups or ())
-    fields: Row = (*known, named, _read_best(*best) if best else None, trials, workers, *rest)
+    gone = tuple(Dropped(n, reason, by, datetime.fromisoformat(when)) for n, reason, by, when in dropped or ())
+    fields: Row = (*known, named, _read_best(*best) if best else None, trials, workers, *rest, gone, winner)
     return Snapshot(*fields)
 
 

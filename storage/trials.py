@@ -14,7 +14,12 @@ from collections.abc import Container, Mapping, Sequence
 from typing import Any, ClassVar
 
 import psycopg2
-from optuna.distributions import BaseDistribution, check_distribution_compatibility, distribution_to_json
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    check_distribution_compatibility,
+    distribution_to_json,
+)
 from optuna.exceptions import DuplicatedStudyError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
@@ -273,10 +278,11 @@ class TrialStorage(BaseStorage):
             self.session.write(trial_id, Writes(params={param_name: (float(param_value_internal), text)}))
 
     def set_trial_params(self, trial_id: int, params: Parameters) -> None:
-        """All parameters of a trial, in one statement, at once. Raises as `set_trial_param` does."""
+        """All parameters of a trial, in one statement, at once. Raises as `set_trial_param` does, but that a list of
+        choices may have grown: earlier ones keep their places."""
         with self.connection.lock:
             for name, (_, distribution) in params.items():
-                self._compare(trial_id, name, distribution)
+                self._compare(trial_id, name, distribution, grows=True)
             texts = {name: (float(value), distribution_to_json(d)) for name, (value, d) in params.items()}
             self.session.write(trial_id, Writes(params=texts))
             self.session.flush()
@@ -296,7 +302,7 @@ class TrialStorage(BaseStorage):
         texts = [{key: json.dumps(value) for key, value in kind.items()} for kind in (user, system or {})]
         self.session.write(trial_id, Writes(user=texts[0], system=texts[1]))
 
-    def _compare(self, trial_id: int, name: str, distribution: BaseDistribution) -> None:
+    def _compare(self, trial_id: int, name: str, distribution: BaseDistribution, *, grows: bool = False) -> None:
         """Raise ValueError for a distribution unlike the one that the name has had in this study."""
         self.session.check(trial_id)
         study_id = self.session.study_of(trial_id)
@@ -308,7 +314,8 @@ class TrialStorage(BaseStorage):
         if name not in known:
             rows = self._query("earlier_distribution", study=study_id, name=name)
             known[name] = read_distribution(rows[0][0]) if rows else distribution
-        check_distribution_compatibility(known[name], distribution)
+        if not (grows and _has_grown(known[name], distribution)):
+            check_distribution_compatibility(known[name], distribution)
 
     # ---------------------------------------------------------------------------------------------- reading trials
 
@@ -343,6 +350,10 @@ class TrialStorage(BaseStorage):
         if running:
             trials = sorted(trials + running, key=number_of)
         return copy.deepcopy(trials) if deepcopy else trials
+
+    def dropped(self, study_id: int) -> frozenset[int]:
+        """The ids of the trials that do not count any more, as of the last `get_all_trials`."""
+        return self._study(study_id).dropped
 
     def page(self, study_id: int, first: int, most: int) -> tuple[list[FrozenTrial], int]:
         """At most so many trials from that number on, and how many the study has; nothing is cached.
@@ -381,9 +392,11 @@ class TrialStorage(BaseStorage):
         if study_id not in self._studies or study.directions is None:
             self.get_study_directions(study_id)
             study = self._study(study_id)
+        dropped = frozenset(rows[0][6] or ())
         rows = [row for row in rows if row[0] is not None]
         study.next = max([study.next, *(row[1] + 1 for row in rows), *(n + 1 for n in study.ahead.values())])
         study.ahead = {}
+        study.dropped = dropped
         study.unfinished.update(row[0] for row in rows)
         trials = [frozen_trial(row) for row in rows if row[5] is not None]
         self._cache(study_id, [trial for trial in trials if trial.state.is_finished()])
@@ -399,6 +412,14 @@ class TrialStorage(BaseStorage):
             self._finished[trial._trial_id] = trial
             if trial.number >= study.next:
                 study.ahead[trial._trial_id] = trial.number
+
+
+def _has_grown(one: BaseDistribution, other: BaseDistribution) -> bool:
+    """Whether one of two lists of choices begins with the other."""
+    if not isinstance(one, CategoricalDistribution) or not isinstance(other, CategoricalDistribution):
+        return False
+    both = min(len(one.choices), len(other.choices))
+    return CategoricalDistribution(one.choices[:both]) == CategoricalDistribution(other.choices[:both])
 
 
 def _no_study(study_id: int) -> MissingRecord:

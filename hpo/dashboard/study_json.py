@@ -12,6 +12,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import UTC
 from typing import Any
 
 from optuna.storages import BaseStorage
@@ -21,11 +22,13 @@ from optuna_dashboard._custom_plot_data import get_plotly_graph_objects
 from optuna_dashboard._inmemory_cache import _CachedExtraStudyProperty
 from optuna_dashboard._serializer import serialize_frozen_trial, serialize_study_detail
 
+from hpo.storage.changes import dropped
 from hpo.storage.leases import Leases
-from hpo.storage.snapshot import BestTrial
+from hpo.storage.snapshot import BestTrial, Dropped
 from hpo.storage.trials import TrialStorage
 from hpo.study import ranking
 
+DROPPED = "dropped: does not count"  # name of the attribute that is shown with such a trial
 OF_TRIAL = re.compile(r"dashboard:(?:artifacts:)?(\d+):")  # a study's attribute that belongs to one of its trials
 
 
@@ -61,6 +64,7 @@ class StudyJson:
             name, directions = storage.get_study_name_from_id(study_id), storage.get_study_directions(study_id)
             user, system = storage.get_study_user_attrs(study_id), storage.get_study_system_attrs(study_id)
             trials = storage.get_all_trials(study_id, deepcopy=False)
+            gone = self._dropped(study_id)
         except KeyError:
             self._caches.pop(study_id, None)
             return None
@@ -72,14 +76,22 @@ class StudyJson:
             cache.spaces.update([t for t in trials if t.state.is_finished() and t._trial_id not in cache.trials])
             if cache.resolution is None:
                 cache.resolution = self._resolution(study_id)
-            encoded = _trials(cache, study, trials)
-            chosen = _best(trials, cache.resolution, maximize=directions[0].name == "MAXIMIZE")
+            encoded = _trials(cache, study, trials, gone)
+            counted = [trial for trial in trials if trial.number not in gone]
+            chosen = _best(counted, cache.resolution, maximize=directions[0].name == "MAXIMIZE")
             if chosen is not None and chosen.why is not None:
                 study.user_attrs = {"best trial": chosen.why, **user}
             detail = _detail(study, cache, trials)
         best = b"" if chosen is None else encoded[chosen.number]
         # The object is closed again around its two lists of trials, which are encoded already.
         return b'%s, "best_trials": [%s], "trials": [%s]}' % (detail[:-1], best, b",".join(encoded[after:]))
+
+    def _dropped(self, study_id: int) -> dict[int, Dropped]:
+        """The trials that do not count, by number. Most studies have none."""
+        storage = self._storage
+        if not isinstance(storage, TrialStorage) or not storage.dropped(study_id):
+            return {}
+        return dropped(storage, study_id)
 
     def _resolution(self, study_id: int) -> float | None:
         row = Leases(self._storage).study(study_id) if isinstance(self._storage, TrialStorage) else None
@@ -105,8 +117,9 @@ def _detail(study: FrozenStudy, cache: _Cache, trials: list[FrozenTrial]) -> byt
     return json.dumps(detail).encode()
 
 
-def _trials(cache: _Cache, study: FrozenStudy, trials: list[FrozenTrial]) -> list[bytes]:
-    """The trials, each as a JSON object. A finished one is cached until the study's attributes about it change."""
+def _trials(cache: _Cache, study: FrozenStudy, trials: list[FrozenTrial], gone: Mapping[int, Dropped]) -> list[bytes]:
+    """The trials, each as a JSON object. A finished one is cached until the study's attributes about it change, or
+    whether it counts. One that does not has an attribute more than its record, which says so."""
     attrs: defaultdict[int, dict[str, Any]] = defaultdict(dict)
     for key, value in study.system_attrs.items():
         if match := OF_TRIAL.match(key):
@@ -114,6 +127,8 @@ def _trials(cache: _Cache, study: FrozenStudy, trials: list[FrozenTrial]) -> lis
     all_encoded = []
     for trial in trials:
         own = attrs.get(trial._trial_id, {})
+        if trial.number in gone:
+            own = {**own, DROPPED: _why(gone[trial.number])}
         encoded_with, encoded = cache.trials.get(trial._trial_id, (None, b""))
         if encoded_with != own:
             encoded = _trial(study._study_id, trial, own)
@@ -123,10 +138,17 @@ def _trials(cache: _Cache, study: FrozenStudy, trials: list[FrozenTrial]) -> lis
     return all_encoded
 
 
+def _why(found: Dropped) -> str:
+    return f"{found.reason} ({found.by}, {found.when.astimezone(UTC):%Y-%m-%d %H:%M} UTC)"
+
+
 def _trial(study_id: int, trial: FrozenTrial, study_attrs: dict[str, Any]) -> bytes:
     if any(map(math.isnan, trial.values or ())):  # a plain script may store it, and the page cannot show it
         trial = copy.copy(trial)
         trial._values = None
+    if DROPPED in study_attrs:
+        trial = copy.copy(trial)
+        trial.user_attrs = {DROPPED: study_attrs[DROPPED], **trial.user_attrs}
     serialized = serialize_frozen_trial(study_id, trial, study_attrs)
     # Those that Optuna 5 stores one by one too. JSON has no infinity.
     serialized["constraints"] = [

@@ -24,6 +24,7 @@ from hpo.models.metrics import Scores, count_groups, measure, predict_labels
 from hpo.models.training.memory import release_memory
 from hpo.models.training.training import StateError, Training
 from hpo.storage.artifacts import ArtifactStore, DamagedArtifactError, MissingArtifactError, artifact_store
+from hpo.storage.changes import dropped
 from hpo.storage.errors import LeaseLost
 from hpo.storage.keys import content_hash, model_prefix
 from hpo.storage.leases import Leases
@@ -96,13 +97,19 @@ def promote_trial(storage: TrialStorage, name: str, number: int | None, *, as_de
     as_default: it becomes the version that the name alone means, even if it is not better on validation.
     """
     study, store = open_study(name, storage), artifact_store()
-    complete = study.best_first()
+    complete, gone = study.best_first(), dropped(storage, study.study_id)
+    if number in gone:
+        why = f"trial {number} was dropped by {gone[number].by}: {legible(gone[number].reason)}"
+        raise PromotionError(f"{why}; `hpo trials restore {name} {number}` lets it count again")
     chosen = complete if number is None else [record for record in complete if record.number == number]
     if not chosen:
         known = ", ".join(str(record.number) for record in complete) or "none"
         wanted = "a completed trial" if number is None else f"trial {number}, completed"
-        raise PromotionError(f"study {name!r} has not {wanted}; completed trials, best first: {known}")
-    return promote(study, store, chosen[0], fetch_sequences(store, study.plan.train), as_default=as_default)
+        rest = f"; dropped: {', '.join(map(str, gone))}" if gone else ""
+        raise PromotionError(f"study {name!r} has not {wanted}; completed trials, best first: {known}{rest}")
+    model = promote(study, store, chosen[0], fetch_sequences(store, study.plan.train), as_default=as_default)
+    study.leases.promote_again(study.study_id, model.version)
+    return model
 
 
 def promote(
@@ -110,10 +117,9 @@ def promote(
 ) -> ModelVersion:
     """Make a complete trial's model a version of the registry.
 
-    It becomes the one that the name alone means if it is better on validation than that one, or `as_default`. The
-    members are evaluated on validation, which must give the recorded score, and then, together, once on the test part;
-    of rolling folds the last member is the model.
-    Raises PromotionError.
+    It becomes the one that the name alone means if it is better on validation than that one, if that one's trial was
+    dropped, or `as_default`. The members are evaluated on validation, which must give the recorded score, and then,
+    together, once on the test part; of rolling folds the last member is the model. Raises PromotionError.
     """
     device = choose_device()
     try:
@@ -131,6 +137,7 @@ def promote(
     grouped = {"validation": validation.groups, "test": None if test is None else test.groups}
     registry = Registry(study.storage.connection)
     earlier = _default(registry, study.name)
+    replaces = as_default or (earlier is not None and _was_dropped(study, earlier))
     model = registry.promote(
         name=study.name,
         study_id=study.study_id,
@@ -147,12 +154,12 @@ def promote(
             "methods": None if test is None else test.methods,
             "undefined": None if test is None else test.undefined,
         },
-        latest=as_default or earlier is None or is_better(study, record, earlier),
+        latest=replaces or earlier is None or is_better(study, record, earlier),
         config={"params": record.params},
         group_names={part: groups.names for part, groups in grouped.items() if groups and groups.names},
         artifacts=artifacts,
     )
-    if as_default and not model.default:  # it was a version already
+    if replaces and not model.default:  # it was a version already
         model = registry.make_default(study.name, model.version)
     _show(study.storage, study.study_id, record, model)
     log.info("study %s: trial %d is version %d", study.name, record.number, model.version)
@@ -170,6 +177,11 @@ def is_better(study: OpenStudy, record: TrialRecord, earlier: ModelVersion) -> b
         return True
     old = scores["value"], scores["validation"]["log_loss"]
     return rank({0: old, 1: (record.value, record.log_loss)}, plan.metric, plan.resolution)[0] == 1
+
+
+def _was_dropped(study: OpenStudy, version: ModelVersion) -> bool:
+    """Whether a version is of a trial of this study that does not count any more."""
+    return version.study_id == study.study_id and version.trial_number in dropped(study.storage, study.study_id)
 
 
 def _default(registry: Registry, name: str) -> ModelVersion | None:

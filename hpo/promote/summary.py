@@ -48,6 +48,8 @@ def summary_of(study: OpenStudy, store: ArtifactStore | None = None, *, with_nam
             "params": model.config["params"],
         },
         "best_why": None if best is None else best.why,
+        "dropped": [each.number for each in state.dropped],
+        "winner_dropped": state.dropped_winner is not None,
         "model": {
             "name": model.name,
             "version": model.version,

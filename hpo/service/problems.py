@@ -24,6 +24,7 @@ from hpo.promote.promotion import PromotionError
 from hpo.promote.summary import NoModel
 from hpo.storage.access import AccessError, SubmissionConflict
 from hpo.storage.artifacts import ArtifactError, DamagedArtifactError, MissingArtifactError
+from hpo.storage.changes import ReasonError, UnfinishedTrial
 from hpo.storage.errors import DatabaseRefusal, MissingRecord, PostgresError
 from hpo.storage.masking import mask
 from hpo.storage.registry import MissingModel, NamedModel, RegistryError
@@ -43,6 +44,7 @@ STATUS: tuple[tuple[type[Exception], HTTPStatus], ...] = (
     (LogsError, HTTPStatus.NOT_FOUND),
     (MissingTrial, HTTPStatus.NOT_FOUND),
     (StudyConflict, HTTPStatus.CONFLICT),
+    (UnfinishedTrial, HTTPStatus.CONFLICT),
     (SubmissionConflict, HTTPStatus.CONFLICT),
     (NoModel, HTTPStatus.CONFLICT),
     (PromotionError, HTTPStatus.CONFLICT),
@@ -59,6 +61,7 @@ STATUS: tuple[tuple[type[Exception], HTTPStatus], ...] = (
     (StudyError, HTTPStatus.UNPROCESSABLE_ENTITY),
     (RegistryError, HTTPStatus.UNPROCESSABLE_ENTITY),
     (AccessError, HTTPStatus.UNPROCESSABLE_ENTITY),
+    (ReasonError, HTTPStatus.UNPROCESSABLE_ENTITY),
 )
 
 

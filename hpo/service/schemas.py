@@ -48,6 +48,15 @@ class Best(BaseModel):
     value: Number
 
 
+class Dropped(BaseModel):
+    """A trial that does not count any more."""
+
+    number: int
+    reason: str
+    by: str
+    when: datetime
+
+
 class Study(BaseModel):
     """A study at one moment."""
 
@@ -64,6 +73,8 @@ class Study(BaseModel):
     workers: int
     per_hour: float | None
     seconds_left: float | None  # of its timeout
+    dropped: list[Dropped] = []  # trials that do not count; `trials` has them still
+    dropped_winner: int | None = None  # of which trial its model is, where that one does not count any more
 
 
 class Trial(BaseModel):
@@ -76,6 +87,7 @@ class Trial(BaseModel):
     started: datetime | None
     ended: datetime | None
     failure: str | None
+    dropped: Dropped | None = None  # it does not count any more
 
 
 class TrialDetails(Trial):
@@ -100,6 +112,15 @@ class Log(BaseModel):
     text: str  # or where it can be read
 
 
+class Change(BaseModel):
+    """That a study was changed after it began."""
+
+    when: datetime
+    by: str
+    what: str  # drop | restore | widen
+    detail: dict[str, Any]  # trials and reason; or the entries of the space as they were and are
+
+
 class Trials(BaseModel):
     """A page of a study's trials, by number."""
 
@@ -118,6 +139,14 @@ class Notice(BaseModel):
     created: datetime
     next: datetime | None  # attempt
     delivered: datetime | None
+
+
+class Reason(BaseModel):
+    """Why a trial is not to count."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    reason: str = Field(min_length=1, max_length=500, examples=["the sensor was wired wrongly"])
 
 
 class Budget(BaseModel):

@@ -8,7 +8,6 @@ import json
 import time
 import tomllib
 from collections.abc import AsyncIterator, Mapping
-from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import Annotated, Any
 
@@ -26,7 +25,21 @@ from hpo.service.backend import Backend, Database
 from hpo.service.body import as_sent, json_of
 from hpo.service.models import knows_groups, model_of
 from hpo.service.problems import Problem
-from hpo.service.schemas import Best, Budget, Log, Model, Notice, Study, Trial, TrialDetails, Trials
+from hpo.service.schemas import (
+    Best,
+    Budget,
+    Change,
+    Dropped,
+    Log,
+    Model,
+    Notice,
+    Reason,
+    Study,
+    Trial,
+    TrialDetails,
+    Trials,
+)
+from hpo.storage import changes, snapshot
 from hpo.storage.access import Token
 from hpo.storage.errors import MissingRecord
 from hpo.storage.home import own_folder
@@ -39,11 +52,12 @@ from hpo.study.config import StudyConfig, config_of, default_name
 from hpo.study.lifecycle import create_or_open, delete_study, open_study, snapshots, study_id_of, trial_of
 from hpo.study.notes import log_of
 from hpo.study.plan import MissingStudy, StudyConflict
-from hpo.study.record import FAILURE
+from hpo.study.record import trial_row
 
 router = APIRouter(prefix="/v1/studies", tags=["studies"])
 LOOK_S = 0.5  # between two looks at a study whose events are followed
 QUIET_S = 10.0  # after which a stream without events says that it is there
+Number = Annotated[int, Path(ge=0, le=10**9)]
 Key = Annotated[str | None, Header(alias="Idempotency-Key", min_length=1, max_length=200)]
 
 _EXAMPLE = f"upload-{64 * '0'}-demand.csv"  # what POST /v1/data answers
@@ -99,8 +113,8 @@ async def submit(
 ) -> Study:
     """Open a study for the workers: a study file as TOML or JSON, whose [data] names keys of stored data files.
 
-    Repeated with the same Idempotency-Key, or unchanged, it is the same study (200). Another study of that name is a
-    conflict (409), with the differences.
+    Repeated with the same Idempotency-Key, or unchanged, it is the same study (200); with more trials, or a wider
+    [space], it goes on. Another study of that name is a conflict (409), with the differences.
     """
     tables = _tables(request.headers.get("content-type", ""), await request.body())
     study, created = await run_sync(submit_study, backend, token, tables, idempotency_key)
@@ -159,6 +173,14 @@ def notices(name: str, token: Reader, backend: Uses, limit: Annotated[int, Query
     ]
 
 
+@router.get("/{name}/changes")
+def changed(name: str, token: Reader, backend: Uses) -> list[Change]:
+    """What was changed of a study after it began, oldest first: trials dropped and restored, a wider space."""
+    with backend.database() as database:
+        found = changes.history(database.storage, study_id_of(database.storage, name))
+    return [Change(**vars(each)) for each in found]
+
+
 @router.get("/{name}/trials")
 def trials(
     name: str,
@@ -169,17 +191,20 @@ def trials(
 ) -> Trials:
     """A study's trials, by number."""
     with backend.database() as database:
-        found, total = database.storage.page(study_id_of(database.storage, name), offset, limit)
-        return Trials(total=total, trials=[_trial(each) for each in found])
+        study_id = study_id_of(database.storage, name)
+        found, total = database.storage.page(study_id, offset, limit)
+        gone = changes.dropped(database.storage, study_id)
+        return Trials(total=total, trials=[_trial(each, gone) for each in found])
 
 
 @router.get("/{name}/trials/{number}")
-def trial(name: str, number: Annotated[int, Path(ge=0, le=10**9)], token: Reader, backend: Uses) -> TrialDetails:
+def trial(name: str, number: Number, token: Reader, backend: Uses) -> TrialDetails:
     """One trial, with its learning curve and its log."""
     with backend.database() as database:
         found = trial_of(database.storage, name, number)
+        gone = changes.dropped(database.storage, study_id_of(database.storage, name))
     return TrialDetails(
-        **vars(_trial(found)),
+        **vars(_trial(found, gone)),
         reports={str(epoch): value for epoch, value in found.intermediate_values.items()},
         curve=found.user_attrs.get("curve", {}),
         best_epoch=found.user_attrs.get("best_epoch"),
@@ -261,6 +286,27 @@ def promote(
         found = promote_trial(database.storage, name, trial, as_default=default)
         database.access.note(token, "study.promote", name, {"trial": found.trial_number, "version": found.version})
         return model_of(found)
+
+
+@router.post("/{name}/trials/{number}/drop")
+def drop(name: str, number: Number, token: Submitter, backend: Uses, why: Reason) -> Trial:
+    """Let a finished trial count no more, for sampler, pruner, ranking and promotion. Its number, its record and its
+    place in the budget stay; one that was dropped keeps its first reason."""
+    with backend.database() as database:
+        study_id = _owned(database, token, name)
+        changes.drop(database.storage, study_id, [number], why.reason, token.owner)
+        database.access.note(token, "trial.drop", name, {"trial": number, "reason": why.reason})
+        return _trial(trial_of(database.storage, name, number), changes.dropped(database.storage, study_id))
+
+
+@router.post("/{name}/trials/{number}/restore")
+def restore(name: str, number: Number, token: Submitter, backend: Uses) -> Trial:
+    """Let a trial that was dropped count again."""
+    with backend.database() as database:
+        study_id = _owned(database, token, name)
+        changes.restore(database.storage, study_id, [number], token.owner)
+        database.access.note(token, "trial.restore", name, {"trial": number})
+        return _trial(trial_of(database.storage, name, number), changes.dropped(database.storage, study_id))
 
 
 @router.delete("/{name}", status_code=HTTPStatus.NO_CONTENT)
@@ -394,24 +440,17 @@ def _study(state: Snapshot) -> Study:
         workers=state.workers,
         per_hour=state.rate_per_hour,
         seconds_left=state.seconds_left,
+        dropped=list(map(_dropped, state.dropped)),
+        dropped_winner=state.dropped_winner,
     )
 
 
-def _trial(found: FrozenTrial) -> Trial:
-    return Trial(
-        number=found.number,
-        state=found.state.name.lower(),
-        value=found.values[0] if found.values else None,
-        params=dict(found.user_attrs.get("params", found.params)),
-        started=_utc(found.datetime_start),
-        ended=_utc(found.datetime_complete),
-        failure=found.user_attrs.get(FAILURE),
-    )
+def _dropped(found: snapshot.Dropped) -> Dropped:
+    return Dropped(number=found.number, reason=found.reason, by=found.by, when=found.when)
 
 
-def _utc(moment: datetime | None) -> datetime | None:
-    """A moment with its zone, of Optuna's local one without."""
-    return None if moment is None else moment.astimezone(UTC)
+def _trial(found: FrozenTrial, gone: Mapping[int, snapshot.Dropped]) -> Trial:
+    return Trial.model_validate(trial_row(found, gone))
 
 
 # ----------------------------------------------------------------------------------------------------------- events
@@ -443,4 +482,5 @@ def _event_id(found: Study) -> str:
     counts = "-".join(
         str(found.trials.get(state, 0)) for state in ("running", "complete", "pruned", "failed", "waiting")
     )
-    return f"{found.status}-{counts}-{found.version or 0}"
+    dropped = "".join(f"-{each.number}" for each in found.dropped)
+    return f"{found.status}-{counts}-{found.version or 0}{dropped}"

@@ -16,6 +16,7 @@ from hpo.models.data.canonical import save
 from hpo.models.data.sequences import Sequences
 from hpo.models.metrics import direction
 from hpo.storage.artifacts import ArtifactStore
+from hpo.storage.changes import somebody, widen
 from hpo.storage.errors import MissingRecord
 from hpo.storage.keys import study_prefixes
 from hpo.storage.leases import Leases
@@ -25,23 +26,16 @@ from hpo.storage.snapshot import Snapshot
 from hpo.storage.terms import Notify, StudyRow, Terms
 from hpo.storage.trials import TrialStorage
 from hpo.study.config import ConfigError, StudyConfig
-from hpo.study.entries import distribution
-from hpo.study.notes import METRIC_NAMES, describe_study
-from hpo.study.plan import (
-    MissingStudy,
-    MissingTrial,
-    Plan,
-    StudyConflict,
-    StudyError,
-    check_same,
-    make_plan,
-    names_groups,
-)
+from hpo.study.counted import CountedTrials
+from hpo.study.entries import distribution, unparse
+from hpo.study.notes import METRIC_NAMES, announce_widening, describe_study
+from hpo.study.plan import MissingStudy, MissingTrial, Plan, StudyConflict, StudyError, make_plan, names_groups
 from hpo.study.pruning import make_pruner
 from hpo.study.ranking import best_first
 from hpo.study.readout import readout, suspicions
 from hpo.study.record import COPIED_FROM, TrialRecord
 from hpo.study.sampling import ConfigurationSampler, grid
+from hpo.study.widening import changes, continued, shown
 
 log = logging.getLogger("hpo")
 
@@ -57,7 +51,7 @@ class OpenStudy:
     plan: Plan
     storage: TrialStorage
     sampler: ConfigurationSampler
-    optuna_study: optuna.Study
+    optuna_study: optuna.Study  # its trials are those that count
 
     @property
     def leases(self) -> Leases:
@@ -65,8 +59,9 @@ class OpenStudy:
         return Leases(self.storage)
 
     def best_first(self) -> list[TrialRecord]:
-        """The complete trials that our workers have trained, neither copied ones nor another program's."""
-        trials = self.storage.get_all_trials(self.study_id, deepcopy=False, states=(TrialState.COMPLETE,))
+        """The complete trials that our workers have trained, neither copied ones nor another program's; without those
+        that were dropped."""
+        trials = self.optuna_study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         return best_first(filter(None, map(TrialRecord.of, trials)), self.plan)
 
     def should_prune(self, trial_id: int) -> bool:
@@ -84,7 +79,8 @@ def create_or_open(
 ) -> OpenStudy:
     """The study of this file: a new one, or the one of that name if nothing contradicts it.
 
-    An existing study goes on under the file's trials, timeout, priority and max_workers; a new one belongs to `owner`.
+    An existing study goes on under the file's trials, timeout, priority and max_workers, and in its space where that is
+    a wider one; a new study belongs to `owner`.
     Raises StudyError with the differences, before anything is changed, and DataError for data that cannot be trained
     on.
     """
@@ -103,12 +99,15 @@ def create_or_open(
             begun = _plan_of(stored, storage)
             if begun.rules != plan.rules:
                 plan, train, test = make_plan(config, begun.rules)
-            check_same(begun, plan)
+            wider = continued(begun, plan)
+            if wider.config.study.sampler == "grid":
+                grid(wider.config.space)
         for key, part in ((plan.train, train), (plan.test, test)):
             _publish(store, key, part, plan.rules)  # also where the artifact store was emptied or damaged
         if stored is None:
             _begin(storage, leases, study_id, plan, owner)
         else:
+            _widen(storage, study_id, begun, wider, config, owner or somebody())
             leases.set_notify(study_id, _notify(config))
             leases.share(study_id, priority=config.study.priority, max_workers=config.study.max_workers)
         for line in readout(plan, train, test):
@@ -130,7 +129,10 @@ def open_study(name: str, storage: TrialStorage) -> OpenStudy:
         raise StudyError(f"study {name!r} was not made by `hpo launch`, so it has no plan to work from")
     plan = _plan_of(row, storage)
     study = optuna.load_study(
-        study_name=name, storage=storage, sampler=optuna.samplers.RandomSampler(), pruner=make_pruner(plan)
+        study_name=name,
+        storage=CountedTrials(storage, plan),
+        sampler=optuna.samplers.RandomSampler(),
+        pruner=make_pruner(plan, lambda: storage.dropped(study_id)),
     )
     return OpenStudy(study_id, name, plan, storage, ConfigurationSampler(plan, study, storage), study)
 
@@ -256,6 +258,20 @@ def _begin(storage: TrialStorage, leases: Leases, study_id: int, plan: Plan, own
     leases.open_study(study_id, terms, plan.to_json(), owner, _notify(plan.written))
 
 
+def _widen(storage: TrialStorage, study_id: int, begun: Plan, wider: Plan, config: StudyConfig, by: str) -> None:
+    """Store the plan with the wider space, from which all later trials are drawn."""
+    if wider is begun:
+        return
+    changed = changes(begun, wider)
+    detail = {name: {"from": unparse(old), "to": unparse(new)} for name, (old, new) in changed.items()}
+    name, terms = begun.config.study.name, config.study
+    given: dict[str, Any] = {"trials": terms.trials, "timeout_s": terms.timeout_s, "revision": begun.revision}
+    if not widen(storage, study_id, wider.to_json(), detail, by, **given):
+        raise StudyConflict(f"the study {name!r} was changed by somebody else at this moment: launch it again")
+    announce_widening(storage, study_id, shown(changed))
+    log.info("study %s: wider for all trials that begin from now on: %s", name, shown(changed))
+
+
 def _notify(config: StudyConfig) -> Notify:
     return Notify(config.notify.url, config.notify.on)
 
@@ -292,12 +308,12 @@ def _check_warm_start(storage: TrialStorage, config: StudyConfig) -> None:
 
 
 def _warm_trials(storage: TrialStorage, plan: Plan) -> list[FrozenTrial]:
-    """The other study's complete trials whose every parameter lies in this study's space."""
+    """The other study's complete trials whose every parameter lies in this study's space, but for dropped ones."""
     name = plan.config.study.warm_start
     assert name is not None
     other = storage.get_study_id_from_name(name)
     kept = []
-    for trial in storage.get_all_trials(other, deepcopy=True, states=(TrialState.COMPLETE,)):
+    for trial in CountedTrials(storage).get_all_trials(other, deepcopy=True, states=(TrialState.COMPLETE,)):
         spaces = {key: distribution(plan.config.space[key]) for key in trial.params if key in plan.config.space}
         fitting = {key: item for key, item in spaces.items() if item is not None}
         if fitting.keys() == trial.params.keys() and all(

@@ -20,6 +20,7 @@ METRIC_NAMES = "study:metric_names"  # a study's system attribute under Optuna's
 _NOTE_PART = 2045  # characters of one piece of a note, optuna-dashboard's own limit
 _NOTE = "dashboard:note_str:"
 _PROMOTED = "**Promoted:**"  # the line of a study's note that tells the model
+_WIDENED = "**Wider:**"  # … and the one that tells how its space was widened
 
 
 def attach_artifact(storage: BaseStorage, study_id: int, trial_id: int, key: str, filename: str, mimetype: str) -> None:
@@ -59,10 +60,19 @@ def describe_study(storage: BaseStorage, study_id: int, metric_name: str, note_m
 
 def announce_model(storage: BaseStorage, study_id: int, sentence: str) -> None:
     """Begin the study's note with what is promoted, in place of what was; the rest of it stays as visitors left it."""
+    _announce(storage, study_id, _PROMOTED, sentence)
+
+
+def announce_widening(storage: BaseStorage, study_id: int, sentence: str) -> None:
+    """Begin the study's note with how its space was widened last."""
+    _announce(storage, study_id, _WIDENED, sentence)
+
+
+def _announce(storage: BaseStorage, study_id: int, what: str, sentence: str) -> None:
     attrs = storage.get_study_system_attrs(study_id)
     pieces = (str(attrs.get(f"{_NOTE}{i}", "")) for i in range(_pieces(attrs)))
-    rest = re.sub(rf"(?m)^{re.escape(_PROMOTED)}.*\n*", "", "".join(pieces))
-    _set_note(storage, study_id, attrs, f"{_PROMOTED} {sentence}\n\n{rest}")
+    rest = re.sub(rf"(?m)^{re.escape(what)}.*\n*", "", "".join(pieces))
+    _set_note(storage, study_id, attrs, f"{what} {sentence}\n\n{rest}")
 
 
 def _set_note(storage: BaseStorage, study_id: int, attrs: Mapping[str, Any], text: str) -> None:

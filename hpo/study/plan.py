@@ -6,7 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,11 @@ from hpo.models.data.splits import (
     units,
 )
 from hpo.models.data.time_order import Cut, check_gap, distinct, latest, length, rolling, shown
+from hpo.models.fields import Value
 from hpo.models.metrics import BY_RANK
 from hpo.models.seeds import derive
 from hpo.storage.keys import data_key
-from hpo.study.config import FOLDS, VALIDATION_SHARE, Folds, StudyConfig, complete, differences, from_dict, to_dict
+from hpo.study.config import FOLDS, VALIDATION_SHARE, Folds, StudyConfig, complete, from_dict, to_dict
 from hpo.study.entries import contains, largest, show
 from hpo.study.space import EARLIER
 
@@ -58,7 +59,7 @@ class StudyConflict(StudyError):
 
 @dataclass(frozen=True)
 class Plan:
-    """All that a worker must know of a study. Written once, when the study is created."""
+    """All that a worker must know of a study. Written when the study is created, and where its space is widened."""
 
     config: StudyConfig  # with metric, validation and every entry of the search space filled in from the data
     written: StudyConfig  # as in the file: what a later file is compared with
@@ -74,6 +75,8 @@ class Plan:
     gaps: tuple[float, ...] | None = None  # (F,) share of missing values in the training part; None: not recorded
     # sequences of each validation part, where these are in the order of time; None: they follow from share or folds
     validation_sizes: tuple[int, ...] | None = None
+    fixed: Mapping[str, Value] = field(default_factory=dict)  # values of entries that had one each and now have more
+    revision: int = 0  # how often the space was widened
 
     @property
     def epsilon(self) -> float:
@@ -402,17 +405,3 @@ def validation_cuts(config: StudyConfig, sequences: Sequences) -> list[Cut]:
         return rolling(sequences, validation.folds, gap)
     assert validation is not None
     return [latest(sequences, validation, gap)]
-
-
-def check_same(stored: Plan, plan: Plan) -> None:
-    """Raise StudyError, with the differences, where a study file contradicts the stored study."""
-    lines = differences(stored.written, plan.written)
-    for name in ("train", "test"):
-        if getattr(stored, name) != getattr(plan, name):
-            lines.append(f"data.{name}: the content of the file differs from the one that the study began with")
-    if lines:
-        raise StudyConflict(
-            f"the study file contradicts the study {stored.config.study.name!r} in the database:\n  "
-            + "\n  ".join(lines)
-            + "\nchange it back, choose another [study] name, or `hpo delete` the study"
-        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect, insort
 from collections import defaultdict
+from collections.abc import Callable, Set
 from itertools import accumulate
 
 import optuna
@@ -15,9 +16,15 @@ from optuna.trial import FrozenTrial, TrialState
 from hpo.models.seeds import derive
 from hpo.study.plan import Plan
 
+Ids = Callable[[], Set[int]]
 
-def make_pruner(plan: Plan) -> optuna.pruners.BasePruner:
-    """The pruner that the study file names."""
+
+def _none() -> Set[int]:
+    return frozenset()
+
+
+def make_pruner(plan: Plan, dropped: Ids = _none) -> optuna.pruners.BasePruner:
+    """The pruner that the study file names. dropped: the ids of the trials that its study does not show it any more."""
     epochs = plan.config.train.epochs
     name = plan.config.study.pruner
     least = max(1, min(epochs // 10, 5))  # epochs before a curve says anything
@@ -26,7 +33,7 @@ def make_pruner(plan: Plan) -> optuna.pruners.BasePruner:
     if name == "halving":
         return optuna.pruners.SuccessiveHalvingPruner(min_resource=least, reduction_factor=3)
     if name == "median":
-        return MedianPruner(n_warmup_steps=least)
+        return MedianPruner(n_warmup_steps=least, dropped=dropped)
     return optuna.pruners.NopPruner()
 
 
@@ -54,13 +61,20 @@ class MedianPruner(optuna.pruners.MedianPruner):
     One pruner serves one study and one thread.
     """
 
-    def __init__(self, n_startup_trials: int = 5, n_warmup_steps: int = 0, interval_steps: int = 1) -> None:
+    def __init__(
+        self, n_startup_trials: int = 5, n_warmup_steps: int = 0, interval_steps: int = 1, dropped: Ids = _none
+    ) -> None:
         super().__init__(n_startup_trials, n_warmup_steps, interval_steps)
+        self._dropped, self._without = dropped, _none()  # … and those that the lists are made without
         self._seen: set[int] = set()  # numbers of the completed trials in the lists
         self._sorted: defaultdict[int, list[float]] = defaultdict(list)  # step -> values, without NaN
 
     def prune(self, study: Study, trial: FrozenTrial) -> bool:
         completed = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        if (dropped := self._dropped()) != self._without:
+            self._without = dropped
+            self._seen.clear()
+            self._sorted.clear()
         self._add(completed)
         step = trial.last_step
         if len(completed) < max(1, self._n_startup_trials) or step is None or step < self._n_warmup_steps:

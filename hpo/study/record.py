@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from datetime import UTC, datetime
 from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
 from hpo.models.fields import Value
+from hpo.storage.snapshot import Dropped
 
 FAILURE = "failure"  # attribute of a failed trial: why it failed
 WORKER_FAULT = "worker_fault"  # attribute of a trial whose worker lost its device: what that worker said
@@ -66,6 +68,27 @@ class TrialRecord:
 ATTRIBUTES = tuple(item.name for item in fields(TrialRecord) if item.metadata != COLUMN)
 # User attributes that only our workers and launches set.
 RESERVED = frozenset((*ATTRIBUTES, FAILURE, WORKER_FAULT, COPIED_FROM))
+
+
+def trial_row(trial: FrozenTrial, dropped: Mapping[int, Dropped]) -> dict[str, Any]:
+    """What displays show of a trial, JSON-able. dropped: those of its study that do not count, by number."""
+    value = trial.values[0] if trial.values else math.nan
+    gone = dropped.get(trial.number)
+    return {
+        "number": trial.number,
+        "state": trial.state.name.lower(),
+        "value": value if math.isfinite(value) else None,
+        "params": dict(trial.user_attrs.get("params", trial.params)),
+        "started": _utc(trial.datetime_start),
+        "ended": _utc(trial.datetime_complete),
+        "failure": failure_of(trial),
+        "dropped": None if gone is None else {**vars(gone), "when": gone.when.isoformat()},
+    }
+
+
+def _utc(moment: datetime | None) -> str | None:
+    """A moment with its zone, of Optuna's local one without."""
+    return None if moment is None else moment.astimezone(UTC).isoformat()
 
 
 def trained_by_us(trial: FrozenTrial) -> bool:

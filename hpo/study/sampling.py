@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import warnings
@@ -34,7 +35,7 @@ class ConfigurationSampler:
     def __init__(self, plan: Plan, study: optuna.Study, storage: TrialStorage) -> None:
         self._plan, self._study, self._storage = plan, study, storage
         self._first = portfolio_of(plan)
-        self._signatures: dict[int, str] = {}  # of the configurations that the study has had, by trial number
+        self._signatures: dict[int, str] = {}  # of configurations, by trial number
 
     def parameters(self, trial_id: int) -> dict[str, Value]:
         """Draw and record the parameters of a new trial, or read those of an adopted one.
@@ -45,13 +46,13 @@ class ConfigurationSampler:
         """
         space = self._plan.config.space
         trial = self._storage.get_trial(trial_id)
-        recorded = trial.params
-        if recorded:
+        if trial.params or trial.intermediate_values:  # a space that has one value alone leaves no parameters
+            recorded = {**self._plan.fixed, **trial.params}
             return walk(space, lambda name, _: recorded[name])
         fixed = trial.system_attrs.get("fixed_params", {})
         if not fixed and trial.number < len(self._first):
             fixed = self._first[trial.number]
-        if (drawn := self._enqueued(fixed)) is None:
+        if (drawn := self._whole(fixed)) is None:
             drawn = self._new(trial, fixed)
         self._storage.set_trial_params(
             trial_id, {name: (item.to_internal_repr(value), item) for name, (value, item) in drawn.items()}
@@ -63,13 +64,14 @@ class ConfigurationSampler:
         size = cardinality(self._plan.config.space)
         return size is not None and len(self._had()) >= size
 
-    def _enqueued(self, fixed: Mapping[str, Value]) -> Drawn | None:
-        """The configuration of a queued trial; None where it leaves something to draw."""
+    def _whole(self, fixed: Mapping[str, Value]) -> Drawn | None:
+        """The configuration of these values; None where they leave something to draw."""
         drawn: Drawn = {}
+        given = {**self._plan.fixed, **fixed}  # what was fixed when it was queued, too
 
         def take(name: str, item: BaseDistribution) -> Value:
-            drawn[name] = (fixed[name], item)
-            return fixed[name]
+            drawn[name] = (given[name], item)
+            return given[name]
 
         try:
             walk(self._plan.config.space, take)
@@ -82,10 +84,23 @@ class ConfigurationSampler:
         had = self._had()
         for attempt in range(DRAWS + RANDOM_DRAWS):
             drawn = self._draw(trial, fixed, attempt)
-            found = {name: value for name, (value, _) in drawn.items()}
-            if fixed or _signature(found) not in had:
-                break
-        return drawn
+            if fixed or _signature(_values(drawn)) not in had:
+                return drawn
+        return self._left(had) or drawn
+
+    def _left(self, had: set[str]) -> Drawn | None:
+        """The first configuration of a space of few that the study has not had."""
+        space = self._plan.config.space
+        try:
+            points = grid(space)
+        except StudyError:
+            return None
+        for point in itertools.product(*points.values()):
+            drawn = self._whole(dict(zip(points, point, strict=True)))
+            assert drawn is not None  # a point has a value for each name
+            if _signature(_values(drawn)) not in had:
+                return drawn
+        return None
 
     def _draw(self, trial: FrozenTrial, fixed: Mapping[str, Value], attempt: int) -> Drawn:
         """One proposal. The sampler sees all trials, not only those of its Hyperband bracket: a study of some
@@ -127,12 +142,14 @@ class ConfigurationSampler:
         return {name: found[name] for name in sorted(found.keys() - NEUTRAL.keys())}
 
     def _had(self) -> set[str]:
-        """The signatures of all configurations that the study has had. A trial's parameters never change."""
+        """The signatures of the configurations that the study has had, but for those of trials that were dropped: these
+        may be drawn again. A trial's parameters never change."""
         self._study._thread_local.cached_all_trials = None  # what samplers read; only Study.ask and tell empty it
-        for trial in self._study._get_trials(deepcopy=False, use_cache=True):
-            if trial.params and trial.number not in self._signatures:
+        drawn = [trial for trial in self._study._get_trials(deepcopy=False, use_cache=True) if trial.params]
+        for trial in drawn:
+            if trial.number not in self._signatures:
                 self._signatures[trial.number] = _signature(trial.params)
-        return set(self._signatures.values())
+        return {self._signatures[trial.number] for trial in drawn}
 
 
 def make_sampler(plan: Plan, *seed_parts: int) -> optuna.samplers.BaseSampler:
@@ -183,6 +200,10 @@ def grid(space: Mapping[str, Entry]) -> dict[str, list[Any]]:
     if points > GRID_MOST:
         raise StudyError(f'sampler "grid" takes at most {GRID_MOST} points, this space has {points}; fix some entries')
     return found
+
+
+def _values(drawn: Drawn) -> dict[str, Value]:
+    return {name: value for name, (value, _) in drawn.items()}
 
 
 def _signature(params: Mapping[str, Any]) -> str:

@@ -297,10 +297,10 @@ class Slot:
         sequences = worker.resources.datasets.get(study.plan.train)  # before a trial waits for them
         with worker.resources.device_lock.shared(worker.stop_requested.is_set):
             if study.sampler.exhausted():
-                worker.leases.exhaust(study.study_id)
+                worker.leases.exhaust(study.study_id, study.plan.revision)
             with worker.leases.take(study.study_id, worker.name, worker.device, aside) as lease:
                 if lease is not None:
-                    self._run_trial(study, lease, sequences)
+                    self._run_trial(self._current(study, lease.revision), lease, sequences)
         if lease is not None:
             worker.quarantine.release(study.name)
         return lease is not None
@@ -319,8 +319,16 @@ class Slot:
             worker.over.add(study.name)
         if ended.reason == "stopped":
             return True
+        row = worker.leases.study(study.study_id)
+        study = study if row is None else self._current(study, row.config.get("revision", 0))
         with worker.promoting:  # the lease for it is the worker's, whichever slot asks
             return promote_when_over(study, worker.resources, worker.leases)
+
+    def _current(self, study: OpenStudy, revision: int) -> OpenStudy:
+        """The study with the plan of that revision: with a wider space than when it was opened."""
+        if study.plan.revision != revision:
+            del self._studies[study.name]
+        return self._open(study.name)
 
     def _open(self, name: str) -> OpenStudy:
         if name not in self._studies:

@@ -155,7 +155,7 @@ INSERT INTO hpo.calls (client, call, result) SELECT %(client)s, %(call)s, trial_
 -- flight: the rest is kept. In one that is open something is to come as long as it has a trial to start.
 -- prepared: study int, client uuid, call bigint
 SELECT l.study_id, l.trial_id, t.number, l.worker, l.attempt, l.attempt > 1, l.checkpoint_key, l.checkpoint_epoch,
-    s.lease_s, s.store_key, l.lost, s.status, coalesce(elapsed_s >= timeout_s, false), started >= budget,
+    s.lease_s, s.store_key, l.lost, {revision}, s.status, coalesce(elapsed_s >= timeout_s, false), started >= budget,
     EXISTS (SELECT FROM hpo.leases l WHERE l.study_id = %(study)s AND l.ended_at IS NULL
         AND (s.status IN ('open', 'exhausted') OR NOT {free} AND {waited_for} > hpo.moment()))
     OR s.status = 'open' AND started < budget AND NOT coalesce(elapsed_s >= timeout_s, false)
@@ -308,9 +308,23 @@ WHERE promoter = %(worker)s AND status IN ('open', 'exhausted') RETURNING study_
 
 -- name: finish_promotion
 -- Record the promoted version, and with it that the study is finished; no row where the promotion passed to another
--- worker.
+-- worker, or the version's trial was dropped meanwhile. It goes together with lock_study, as drop_trials does.
 -- types: study int, worker text, version int
-UPDATE hpo.terms SET promoted_version = %(version)s, status = 'finished', promoter_expires_at = NULL
+UPDATE hpo.terms s SET promoted_version = %(version)s, status = 'finished', promoter_expires_at = NULL
 WHERE study_id = %(study)s AND promoter = %(worker)s AND
-    (promoter_expires_at IS NOT NULL OR status = 'finished' AND promoted_version IS NOT DISTINCT FROM %(version)s)
+    (status = 'finished' AND promoted_version IS NOT DISTINCT FROM %(version)s
+    OR promoter_expires_at IS NOT NULL AND NOT EXISTS (SELECT FROM {versions_of_dropped} AND m.version = %(version)s))
 RETURNING study_id
+
+-- fragment: versions_of_dropped
+-- The study's versions whose trials were dropped.
+hpo.models m JOIN studies n ON n.study_id = m.study_id AND n.study_name = m.name
+    JOIN trials t ON t.study_id = m.study_id AND t.number = m.trial_number JOIN hpo.dropped d ON d.trial_id = t.trial_id
+    WHERE m.study_id = s.study_id
+
+-- name: promote_again
+-- Let a study that is over have brought that version, where its own is of a trial that was dropped, or it has none.
+-- types: study int, version int
+UPDATE hpo.terms s SET promoted_version = %(version)s
+WHERE study_id = %(study)s AND status = 'finished' AND (promoted_version IS NULL
+    OR EXISTS (SELECT FROM {versions_of_dropped} AND m.version = s.promoted_version))

@@ -94,7 +94,8 @@ SELECT s.study_id, n.study_name, s.status, s.budget, s.started, CASE WHEN timeou
             FROM trials t CROSS JOIN LATERAL (SELECT CASE value_type WHEN 'FINITE' THEN value
                     WHEN 'INF_POS' THEN 'Infinity' WHEN 'INF_NEG' THEN '-Infinity' ELSE 'NaN' END AS value
                 FROM trial_values v WHERE v.trial_id = t.trial_id AND v.objective = 0) v
-            WHERE t.study_id = s.study_id AND t.state = 'COMPLETE'),
+            WHERE t.study_id = s.study_id AND t.state = 'COMPLETE'
+            AND NOT EXISTS (SELECT FROM hpo.dropped x WHERE x.trial_id = t.trial_id)),
         first AS (SELECT number, value, cost FROM (SELECT * FROM costs ORDER BY cost, number OFFSET 0) c
             WHERE {trained_by_us} LIMIT 1)
         SELECT json_build_array(c.number, c.value, CASE WHEN f.cost < c.cost THEN f.number END, f.value)
@@ -115,7 +116,10 @@ SELECT s.study_id, n.study_name, s.status, s.budget, s.started, CASE WHEN timeou
         AND w.seen_at > hpo.clock() - s.lease_s * interval '1 s' GROUP BY host, device) p),
     least(r.n, %(recent)s) * 3600.0::float8
         / nullif(extract(epoch FROM r.ended - CASE WHEN r.n > %(recent)s THEN r.since ELSE e.started END)::float8, 0),
-    e.started, r.ended, s.config #>> '{config,study,metric}', s.owner, s.priority, s.max_workers
+    e.started, r.ended, s.config #>> '{config,study,metric}', s.owner, s.priority, s.max_workers,
+    (SELECT json_agg(json_build_array(t.number, d.reason, d.dropped_by, d.dropped_at) ORDER BY t.number)
+        FROM hpo.dropped d JOIN trials t USING (trial_id) WHERE d.study_id = s.study_id),
+    (SELECT t.number FROM {versions_of_dropped} AND m.version = s.promoted_version)
 FROM hpo.terms s JOIN studies n USING (study_id)
     JOIN study_directions d ON d.study_id = s.study_id AND d.objective = 0
     CROSS JOIN LATERAL (SELECT min(t.datetime_start AT TIME ZONE 'UTC') AS started

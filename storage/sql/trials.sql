@@ -25,9 +25,11 @@ json_build_array(
 SELECT {trial_columns}, {trial_details}, t.study_id FROM trials t WHERE t.trial_id = %(trial)s
 
 -- name: changed_trials
--- New trials, and those known as unfinished that now have one of the states; details for these states only.
+-- New trials, and those known as unfinished that now have one of the states; details for these states only. With each
+-- the ids of all trials that were dropped.
 -- prepared: study int, next int, unfinished int[], ahead int[], states trialstate[]
-SELECT {trial_columns}, CASE WHEN t.state = ANY(%(states)s) THEN {trial_details} END
+SELECT {trial_columns}, CASE WHEN t.state = ANY(%(states)s) THEN {trial_details} END,
+    (SELECT array_agg(trial_id) FROM hpo.dropped WHERE study_id = %(study)s)
 FROM studies s LEFT JOIN LATERAL (
     SELECT * FROM trials WHERE study_id = s.study_id AND number >= %(next)s AND trial_id <> ALL(%(ahead)s)
     UNION ALL

@@ -646,3 +646,21 @@ def test_the_events_of_a_study_are_for_whoever_is_signed_in(ada: Browser, finish
 
 def test_roles_are_those_of_the_tokens() -> None:
     assert ROLES == ("read", "submit", "admin")  # what pages ask for by name
+
+
+def test_a_trial_is_dropped_and_restored_on_its_page(ada: Browser, finished: str) -> None:
+    page = "/studies/waves/trials/0"
+    without = ada.send_form(f"{page}/drop", page, reason=" ")
+    assert (without.status_code, "say why in 1 to 500 characters" in said(without)) == (422, True)
+    assert ada.send_form(f"{page}/drop", page, reason="<b>wrong</b> file").headers["location"] == f"{page}?done=dropped"
+    shown = ada.get(f"{page}?done=dropped").text
+    assert "The trial does not count any more." in shown
+    assert "dropped by ada" in shown
+    assert "&lt;b&gt;wrong&lt;/b&gt; file" in shown
+    study = ada.get("/studies/waves").text
+    assert 'tag dropped">dropped</span>' in study
+    assert ", 1 dropped" in study
+    assert ada.send_form(f"{page}/restore", page).headers["location"] == f"{page}?done=restored"
+    assert "dropped" not in ada.get("/studies/waves").text
+    assert ada.send_form(f"{page}/forget", page).status_code == 404
+    assert ada.send_form("/studies/waves/trials/99/drop", page, reason="x").status_code == 404

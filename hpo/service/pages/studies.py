@@ -23,7 +23,7 @@ from hpo.service.pages.rendering import PageRoute, go, page
 from hpo.service.pages.scores import by_name
 from hpo.service.pages.visitor import FromSubmitter, Looks
 from hpo.service.problems import Problem, told
-from hpo.service.schemas import Budget, Trial
+from hpo.service.schemas import Budget, Reason, Trial
 from hpo.storage.access import Token
 from hpo.storage.registry import MissingModel
 from hpo.study.lifecycle import study_id_of
@@ -40,6 +40,8 @@ DONE = {
     "promoted": "The trial's model is a version now.",
     "deleted": "The study is deleted. Its promoted models stay.",
     "removed": "The model's last version is deleted.",
+    "dropped": "The trial does not count any more. Its record stays.",
+    "restored": "The trial counts again.",
 }
 Page = Annotated[int, Query(alias="page", ge=1, le=10**6)]
 Number = Annotated[int, Path(ge=0, le=10**9)]
@@ -81,21 +83,62 @@ def study(
 
 
 @router.get("/studies/{name}/trials/{number}")
-def trial(name: str, number: Number, request: Request, visitor: Looks, backend: Uses) -> Response:
-    """One trial: its curve, its parameters and its log."""
-    found = studies.trial(name, number, visitor.token, backend)
-    state = studies.study(name, visitor.token, backend)
+def trial(name: str, number: Number, request: Request, visitor: Looks, backend: Uses, done: Done = None) -> Response:
+    """One trial: its curve, its parameters and its log, and whether it counts."""
+    return _shown_trial(request, backend, visitor.token, name, number, done=DONE.get(done or ""))
+
+
+def _shown_trial(
+    request: Request,
+    backend: Backend,
+    token: Token,
+    name: str,
+    number: int,
+    status: HTTPStatus = HTTPStatus.OK,
+    *,
+    done: str | None = None,
+    failed: str | None = None,
+    reason: str = "",
+) -> Response:
+    found = studies.trial(name, number, token, backend)
+    state = studies.study(name, token, backend)
     reports = [found.reports[epoch] for epoch in sorted(found.reports, key=int)]
     curves = {state.metric or "value" if key == "value" else key: curve for key, curve in found.curve.items()}
     return page(
         request,
         "trial.html",
+        status,
+        done=done,
+        failed=failed,
+        reason=reason,
         study=state,
         trial=found,
         lines=lines(curves or {state.metric or "value": reports}),
         epochs=max(map(len, [reports, *found.curve.values()])),
         log=list(csv.reader(found.log.splitlines()[1:])) if found.log else [],
     )
+
+
+@router.post("/studies/{name}/trials/{number}/{action}")
+def act_on_trial(
+    name: str, number: Number, action: str, request: Request, backend: Uses, form: FromSubmitter
+) -> Response:
+    """Drop or restore a trial; what went wrong is said on its page."""
+    reason = form.text("reason")
+    try:
+        if action == "drop":
+            why = Reason.model_construct(reason=reason)  # checked where it is stored
+            studies.drop(name, number, form.token, backend, why)
+            return go(f"{_path(name)}/trials/{number}?done=dropped")
+        if action == "restore":
+            studies.restore(name, number, form.token, backend)
+            return go(f"{_path(name)}/trials/{number}?done=restored")
+    except HpoError as error:
+        status, text = told(request, error)
+        if status is HTTPStatus.NOT_FOUND:
+            raise
+        return _shown_trial(request, backend, form.token, name, number, status, failed=text, reason=reason)
+    raise Problem(HTTPStatus.NOT_FOUND, f"a trial is dropped or restored, not {action!r}")
 
 
 @router.get("/studies/{name}/events")
@@ -181,7 +224,7 @@ def _shown(
         study_id=study_id,
         model=model and by_name([model])[0].shown,
         weak=weak,
-        chart=chart(everything, maximize=maximize),
+        chart=chart([each for each in everything if each.dropped is None], maximize=maximize),
         maximize=maximize,
         trials=newest,
         fixed=fixed,

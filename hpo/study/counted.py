@@ -1,0 +1,88 @@
+"""The trials of a study as its sampler and its pruner see them: without those that were dropped, and as if all had been
+drawn from the space that the study has now."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Container
+from typing import Any
+
+from optuna.distributions import BaseDistribution
+from optuna.trial import FrozenTrial, TrialState
+
+from hpo.storage.trials import TrialStorage
+from hpo.study.plan import Plan
+from hpo.study.space import distributions, walk
+
+CMAES = "cma:"  # begins the system attributes in which Optuna's sampler keeps what it has learnt
+CMAES_STATE = f"{CMAES}optimizer"
+
+
+class CountedTrials(TrialStorage):
+    """A view of a storage, over the same connections and the same cache."""
+
+    def __init__(self, storage: TrialStorage, plan: Plan | None = None) -> None:
+        """plan: of the study that is looked at; without one, its trials are as they were drawn."""
+        vars(self).update(vars(storage))
+        self._plan = plan if plan is not None and plan.revision else None
+        self._wide = {} if self._plan is None else distributions(self._plan.config.space)
+        self._fitted: dict[int, FrozenTrial] = {}  # finished trials, by id
+
+    def get_all_trials(
+        self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
+    ) -> list[FrozenTrial]:
+        with self.connection.lock:
+            trials = super().get_all_trials(study_id, deepcopy=False, states=states)
+            dropped = self.dropped(study_id)
+            first = min((self._finished[i].number for i in dropped if i in self._finished), default=None)
+            if self._plan is not None:
+                trials = [self._fitting(self._plan, trial) for trial in trials]
+            if first is not None:
+                trials = [_without_state(trial, first) for trial in trials if trial._trial_id not in dropped]
+        return copy.deepcopy(trials) if deepcopy else trials
+
+    def _fitting(self, plan: Plan, trial: FrozenTrial) -> FrozenTrial:
+        """The trial as the present space would have drawn it, kept once it has ended."""
+        known = self._fitted.get(trial._trial_id)
+        if known is None:
+            known = _fitted(plan, self._wide, trial)
+            if trial.state.is_finished():
+                self._fitted[trial._trial_id] = known
+        return known
+
+
+def _fitted(plan: Plan, wide: dict[str, BaseDistribution], trial: FrozenTrial) -> FrozenTrial:
+    """With the present distributions, and what was fixed when it was drawn among its parameters.
+
+    What CMA-ES has learnt in the narrower space says nothing of the wider one: it begins anew.
+    """
+    if not trial.params:
+        return trial
+    values = {**plan.fixed, **trial.params}
+    drawn: dict[str, Any] = {}
+
+    def look_up(name: str, _: BaseDistribution) -> Any:
+        drawn[name] = values[name]
+        return values[name]
+
+    try:
+        walk(plan.config.space, look_up)
+    except KeyError:  # a copied one, or another program's, need not have all
+        drawn = dict(trial.params)
+    items = {name: wide[name] if name in wide else trial.distributions[name] for name in drawn}
+    if items == trial.distributions:
+        return trial
+    fitted = copy.copy(trial)
+    fitted.params, fitted.distributions = drawn, items
+    fitted.system_attrs = {key: value for key, value in trial.system_attrs.items() if not key.startswith(CMAES)}
+    return fitted
+
+
+def _without_state(trial: FrozenTrial, first: int) -> FrozenTrial:
+    """Without what CMA-ES has kept with it, if it may have been told the value of trial `first`: what it has learnt
+    cannot be taken apart, so it goes on from the last state that was not."""
+    if trial.number < first or not any(key.startswith(CMAES_STATE) for key in trial.system_attrs):
+        return trial
+    without = copy.copy(trial)
+    without.system_attrs = {k: v for k, v in trial.system_attrs.items() if not k.startswith(CMAES_STATE)}
+    return without
