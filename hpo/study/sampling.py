@@ -67,7 +67,7 @@ class ConfigurationSampler:
     def _whole(self, fixed: Mapping[str, Value]) -> Drawn | None:
         """The configuration of these values; None where they leave something to draw."""
         drawn: Drawn = {}
-        given = {**self._plan.fixed, **fixed}  # what was fixed when it was queued, too
+        given = {**self._plan.fixed, **fixed} if fixed else {}  # what was fixed when it was queued, too
 
         def take(name: str, item: BaseDistribution) -> Value:
             drawn[name] = (given[name], item)
