@@ -296,6 +296,13 @@ def test_what_is_queued_runs_as_it_was_queued(launched: Callable[..., OpenStudy]
     assert (first["hidden_size"], first["pooling"], first["layers"], first["learning_rate"]) == (12, "last", 1, 0.01)
 
 
+def test_a_space_that_was_fixed_is_drawn_from_once_it_is_wider(launched: Callable[..., OpenStudy]) -> None:
+    fixed = {"pooling": '"mean"', "hidden_size": "8"}
+    run(launched(**fixed))
+    later = run(launched(**{**fixed, "hidden_size": "{ low = 4, high = 64 }"}), 6)
+    assert len({params["hidden_size"] for params in later}) > 3
+
+
 def test_a_study_that_is_over_goes_on_where_trials_are_left(launched: Callable[..., OpenStudy]) -> None:
     few = {"hidden_size": "[8, 16]", "pooling": '"mean"'}
     study = launched("trials = 4", **few)

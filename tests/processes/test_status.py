@@ -243,7 +243,8 @@ def test_off_a_terminal_a_launch_prints_plain_lines_and_a_quiet_one_none(
     done = cli("launch", file, "--workers", 1)
     lines = done.stderr.splitlines()
     assert re.fullmatch(
-        r"waves: 2/2 trials; [12] complete, [01] pruned, 0 failed, 0 running; best auroc \d\.\d{4} \(trial \d\); finished",
+        r"waves: 2/2 trials; [12] complete, [01] pruned, 0 failed, 0 running; "
+        r"best auroc \d\.\d{4} \(trial \d\); finished",
         lines[-1],
     )
     assert all(line.startswith("waves: ") for line in lines)
