@@ -205,7 +205,7 @@ def test_after_an_illegal_access_every_call_says_that_the_device_is_lost() -> No
 
 
 # The epoch's rows are laid out anew by `prepare`, so the wrong ones come after it.
-LOOSE = """subject.members[0].fixed.prepare = lambda batches: None
+LOOSE = """subject.members[0].fixed.prepare = lambda *_: None
     advanced(subject, 3)"""
 
 
