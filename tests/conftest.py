@@ -61,6 +61,8 @@ hidden_size = { low = 4, high = 12, step = 4 }
 layers = 1
 head_size = 0
 batch_size = 16
+stem = "patch"
+difference = false
 """  # a search space of quick trials
 
 

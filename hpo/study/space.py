@@ -92,7 +92,7 @@ DEFAULTS: dict[str, Entry] = {  # whatever the data; patch_length and batch_size
     "difference": Choices((False, True)),
     "stem": Choices(("patch", "conv")),
     "stem_layers": Range(1, 2),
-    "stem_width": Choices((32, 64, 128)),
+    "stem_width": Choices((32, 64)),
     "stem_kernel": Choices((3, 5, 7, 9)),
     "hidden_size": Range(16, 128, log=True),
     "layers": Range(1, 2),

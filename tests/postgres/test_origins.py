@@ -105,7 +105,7 @@ def test_a_trial_whose_best_epoch_ran_on_another_host_is_promoted(
     def elsewhere(patch: pytest.MonkeyPatch) -> None:
         real = score
         patch.setattr("socket.gethostname", lambda: "host-b")
-        patch.setattr("hpo.models.training.training.score", lambda *args: float(np.nextafter(real(*args), 1.0)))
+        patch.setattr("hpo.models.training.training.score", lambda *a, **k: float(np.nextafter(real(*a, **k), 1.0)))
 
     run_in_two(monkeypatch, elsewhere)
     record = record_of(storage)
@@ -118,7 +118,7 @@ def test_the_same_bits_are_still_asked_for_where_the_best_epoch_was_computed_her
 ) -> None:
     def rounds_otherwise(patch: pytest.MonkeyPatch) -> None:
         real = score
-        patch.setattr("hpo.models.training.training.score", lambda *args: float(np.nextafter(real(*args), 1.0)))
+        patch.setattr("hpo.models.training.training.score", lambda *a, **k: float(np.nextafter(real(*a, **k), 1.0)))
 
     with pytest.raises(PromotionError, match="must give the recorded validation log_loss"):
         run_in_two(monkeypatch, rounds_otherwise)

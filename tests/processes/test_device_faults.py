@@ -92,6 +92,8 @@ layers = 1
 dropout = { low = 0.1, high = 0.5 }
 batch_size = 16
 head_size = 4
+stem = "patch"
+difference = false
 """
 Launch = Callable[..., Any]
 

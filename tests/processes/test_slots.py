@@ -32,11 +32,14 @@ dropout = { low = 0.1, high = 0.5 }
 batch_size = 16
 head_size = 4
 learning_rate = { low = 1e-3, high = 1e-1, log = true }
+stem = "patch"
+difference = false
 """
 DETACHED = ("--detach", "--set", "data.validation=0.25")  # one model a trial
 
 LONG = """
-patch_length = 1
+stem = "none"
+difference = false
 sequence_length = 0
 hidden_size = 128
 layers = 1
@@ -408,5 +411,8 @@ def test_the_largest_trial_of_a_space_takes_the_most_memory() -> None:
     plan: Any = type("OfASpace", (), {"config": type("Config", (), {"space": space})})
     found = largest(plan)
     assert (found["hidden_size"], found["layers"], found["bidirectional"]) == (128, 2, True)
-    assert found["patch_length"] == min(space["patch_length"].values)  # type: ignore[union-attr]
+    assert (found["stem"], found["stem_layers"], found["stem_width"]) == ("conv", 2, 64)
+    assert found["stem_stride"] == min(space["stem_stride"].values)  # type: ignore[union-attr]
+    plan.config.space = space | {"stem": "patch"}
+    assert largest(plan)["patch_length"] == min(space["patch_length"].values)  # type: ignore[union-attr]
     assert found["normalization"] == "channel"
