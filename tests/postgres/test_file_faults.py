@@ -31,7 +31,7 @@ from hpo.study.lifecycle import create_or_open
 from hpo.trial import checkpoints
 from hpo.worker.worker import Worker
 
-SPACE = "hidden_size = [4, 8]\nlayers = 1\nhead_size = 0\nbatch_size = 16"
+SPACE = 'hidden_size = [4, 8]\nlayers = 1\nhead_size = 0\nbatch_size = 16\nstem = "patch"\ndifference = false'
 TRIES = 5
 
 
