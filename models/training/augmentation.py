@@ -6,6 +6,7 @@ Letters: S steps, B sequences in a batch, C numbers of a step.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -35,24 +36,38 @@ def mixing_shares(
     return [np.maximum(share, 1 - share).astype(np.float32) for share in drawn]
 
 
+@dataclass(frozen=True)
+class Noise:
+    """What is added to a batch, and what it is multiplied by."""
+
+    added: Tensor  # (C,) deviation of what is added to each value
+    factor: float  # deviation of the factor of a channel in a sequence, around 1
+    # (C,) which of the drawn numbers each channel takes, so that the order of a file's columns does not matter; None:
+    # its own
+    places: Tensor | None = None
+
+    def drawn(self, like: Tensor, generator: torch.Generator) -> Tensor:
+        """Normal numbers of that shape (…, C)."""
+        found = torch.empty_like(like).normal_(generator=generator)
+        return found if self.places is None else found.index_select(-1, self.places)
+
+
 def augmented(
     values: Tensor,
     lengths: Tensor | None,
     shares: Tensor | None,
-    noise: Tensor | None,
-    jitter: float,
+    noise: Noise | None,
     generator: torch.Generator,
 ) -> Tensor:
     """A batch (S, B, C), zero beyond each length (B,), as it is trained on.
 
-    shares (B,): each sequence's own in its mixture; None: none are mixed. noise (C,): deviation of what is added to
-    each value; None: nothing is. jitter: deviation of the factor of a channel in a sequence.
+    shares (B,): each sequence's own in its mixture; None: none are mixed. noise: None: there is none.
     """
     if shares is not None:
         values = torch.lerp(partners(values, 1), values, shares[:, None])
     if noise is not None:
-        factor = torch.empty_like(values[0]).normal_(1, jitter, generator=generator)
-        values = values * factor + torch.empty_like(values).normal_(generator=generator) * noise
+        factor = 1 + noise.factor * noise.drawn(values[0], generator)
+        values = values * factor + noise.drawn(values, generator) * noise.added
     if lengths is not None and (shares is not None or noise is not None):
         values = values * valid(lengths, values.shape[0])[:, :, None]
     return values

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hpo.models.classifier import Classifier, Weights
 from hpo.models.config import TrainingConfig
-from hpo.models.training.augmentation import augmented, partners
+from hpo.models.training.augmentation import Noise, augmented, partners
 from hpo.models.training.batches import Batch
 from hpo.models.training.optimizers import Optimizer
 from hpo.models.training.parameters import ParameterBuffers
@@ -32,11 +32,11 @@ class Learner:
         labels: Tensor,
         *,
         weights: Tensor | None = None,
-        noise: Tensor | None = None,
+        noise: Noise | None = None,
         waits: bool = True,
     ) -> None:
-        """labels (N,): those of the training part, on the model's device; weights (N,): how much each counts. noise
-        (C,): see `augmented`.
+        """labels (N,): those of the training part, on the model's device; weights (N,): how much each counts. noise:
+        see `augmented`.
 
         waits: a step may read what it computes, and so wait for the device; else it can be captured.
         """
@@ -56,9 +56,7 @@ class Learner:
         """One gradient step. mask (B,): 1 for the rows that count, 0 for those that only fill the batch."""
         self.parameters.zero_gradients()
         with torch.no_grad():
-            values = augmented(
-                batch.values, batch.lengths, batch.shares, self.noise, self.config.jitter, self.generator
-            )
+            values = augmented(batch.values, batch.lengths, batch.shares, self.noise, self.generator)
         with self.autocast():
             logits = self.model.logits(values, batch.lengths, self.generator, mask)
         loss = self._loss(logits.float(), batch, mask)

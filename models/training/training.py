@@ -272,6 +272,15 @@ class Training:
         values, lengths = torch.from_numpy(sequences.values), torch.from_numpy(sequences.lengths)
         labels = torch.from_numpy(sequences.labels).to(self.device)
         variable = bool((sequences.lengths != sequences.lengths[0]).any())
+        places = None
+        if columns is not None:  # of the numbers of a patch, step by step
+            channels = _channels(self.classifier, columns)
+            steps = [
+                at + channel
+                for at in range(0, self.classifier.folded * len(channels), len(channels))
+                for channel in channels
+            ]
+            places = torch.tensor(steps, device=self.device)
         found: list[Member] = []
         whole: tuple[torch.Tensor, torch.Tensor] | None = None  # what members share that prepare their data alike
         for index, (train, validation) in enumerate(folds):
@@ -284,7 +293,8 @@ class Training:
                     patches, counts = model.prepare(values.to(self.device), lengths.to(self.device))
                 whole = patches.contiguous(), counts
             parts = Batches(*whole, labels, train, sequences.weights), Batches(*whole, labels, validation)
-            found.append(Member(model, *parts, self.config, index, fixed_shapes=fixed_shapes, graphs=graphs))
+            kinds: dict[str, Any] = {"fixed_shapes": fixed_shapes, "graphs": graphs, "places": places}
+            found.append(Member(model, *parts, self.config, index, **kinds))
         return found
 
     def _threshold(self, probabilities: NDArray[np.float64]) -> float:
@@ -346,6 +356,11 @@ def _own_stream(device: torch.device) -> torch.cuda.Stream:
     return streams[device]
 
 
+def _channels(config: ClassifierConfig, columns: Sequence[int]) -> list[int]:
+    """(C,) the place of each channel in an order by the features' places (F,)."""
+    return [at + column for at in range(0, config.channels, config.features) for column in columns]
+
+
 def _model(config: ClassifierConfig, seed: int, columns: Sequence[int] | None) -> Classifier:
     """A network whose first weights are a function of the seed; torch's own random state is left alone.
 
@@ -356,7 +371,7 @@ def _model(config: ClassifierConfig, seed: int, columns: Sequence[int] | None) -
         model = Classifier(config)
     if columns is not None:
         with torch.no_grad():
-            channels = [at + column for at in range(0, config.channels, config.features) for column in columns]
+            channels = _channels(config, columns)
             if model.stem is not None:
                 first = next(model.stem.parameters())  # (W, C, k)
                 first.copy_(first[:, channels])

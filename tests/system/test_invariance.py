@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -217,6 +217,7 @@ writings = st.builds(
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@example(Writing("long", columns=(1, 0, 2)), "channel", "convolutions", 0, 2)
 @given(
     writings,
     st.sampled_from(["channel", "sequence"]),

@@ -8,7 +8,7 @@ import torch
 
 from hpo.models.config import TrainingConfig
 from hpo.models.preprocessing import valid
-from hpo.models.training.augmentation import augmented, deviation_of, mixing_shares
+from hpo.models.training.augmentation import Noise, augmented, deviation_of, mixing_shares
 from tests.unit.test_training import run, sequences, training
 
 BATCHES = [np.arange(5), np.arange(3)]
@@ -31,7 +31,7 @@ def test_shares_are_a_function_of_the_epoch_and_no_less_than_half() -> None:
 def test_a_sequence_is_mixed_with_the_next_one_within_its_own_length() -> None:
     values = torch.ones(6, 3, 2) * torch.tensor([1.0, 10.0, 100.0])[None, :, None] * valid(LENGTHS, 6)[:, :, None]
     share = torch.tensor([0.75, 0.5, 1.0])
-    found = augmented(values, LENGTHS, share, None, 0.0, torch.Generator())
+    found = augmented(values, LENGTHS, share, None, torch.Generator())
     assert found[:, :, 0].T.tolist() == [[3.25, 3.25, 0.75, 0.75, 0, 0], [55, 55, 0, 0, 0, 0], [100] * 6]
 
 
@@ -39,13 +39,23 @@ def test_noise_has_the_deviation_that_is_asked_for_and_leaves_padding_alone() ->
     values = torch.ones(6, 3000, 2) * torch.tensor([5.0, 0.0])
     lengths = torch.arange(3000) % 6 + 1
     values = values * valid(lengths, 6)[:, :, None]
-    found = augmented(values, lengths, None, torch.tensor([0.2, 0.0]), 0.1, torch.Generator().manual_seed(0))
+    found = augmented(values, lengths, None, Noise(torch.tensor([0.2, 0.0]), 0.1), torch.Generator().manual_seed(0))
     inside = valid(lengths, 6)
     assert not found[~inside].any()
     assert not found[:, :, 1].any()  # a channel that is always zero stays so
     first = found[:, :, 0][inside]
     assert float(first.mean()) == pytest.approx(5, abs=0.03)
     assert float(first.std()) == pytest.approx((0.2**2 + (5 * 0.1) ** 2) ** 0.5, abs=0.02)
+
+
+def test_channels_in_another_order_get_the_same_noise() -> None:
+    torch.manual_seed(0)
+    values, order = torch.randn(6, 3, 4), torch.tensor([2, 0, 3, 1])
+    own = Noise(torch.tensor([0.1, 0.2, 0.3, 0.4]), 0.1)
+    found = augmented(values, LENGTHS, None, own, torch.Generator().manual_seed(0))
+    turned = Noise(own.added[order], 0.1, places=order)
+    again = augmented(values[:, :, order], LENGTHS, None, turned, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(again, found[:, :, order])
 
 
 def test_the_deviation_is_that_of_the_training_rows_within_their_lengths() -> None:
