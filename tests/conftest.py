@@ -226,11 +226,13 @@ def data(tmp_path: Path) -> Path:
 def study_file(data: Path) -> Callable[..., Path]:
     """study_file(trials=6, epochs=4, space=…, more=…) writes waves.toml beside the data."""
 
-    def write(trials: int = 6, epochs: int = 4, space: str = SMALL, more: str = "", study: str = "") -> Path:
+    def write(
+        trials: int = 6, epochs: int = 4, space: str = SMALL, more: str = "", study: str = "", train: str = ""
+    ) -> Path:
         path = data.parent / "waves.toml"
         path.write_text(
             f'[study]\nname = "waves"\ntrials = {trials}\n{study}\n[data]\ntrain = "waves.npz"\n'
-            f"[train]\nepochs = {epochs}\n[space]\n{space}\n{more}\n"
+            f"[train]\nepochs = {epochs}\n{train}\n[space]\n{space}\n{more}\n"
         )
         return path
 

@@ -90,7 +90,7 @@ def test_a_signal_ends_a_launch_whose_database_takes_everything_and_answers_noth
     trials: Trials,
     cli: Cli,
 ) -> None:
-    file = study_file(trials=2, epochs=2000, study='pruner = "none"')
+    file = study_file(trials=2, epochs=20_000, study='pruner = "none"', train="patience = 0")
     with proxied(database_url) as (proxy, url):
         running = launching(file, environment | {"HPO_DATABASE_URL": url})
         wait_for(lambda: rows(database_url, "SELECT count(*) FROM hpo.leases WHERE epoch > 1") == [(1,)])
