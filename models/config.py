@@ -145,8 +145,8 @@ class TrainingConfig:
     # a of Beta(a, a), of which the shares are in which a sequence and its label are mixed with others (Zhang et al.,
     # 2018); 0: they are not
     mixup: float = field(default=0.0, metadata=allowed(float, low=0, high=100))
-    # deviation of the noise that is added to a feature, and of the factor that a sequence's feature is multiplied by,
-    # both in deviations of the feature
+    # deviation of the noise that is added to a feature, in deviations of the feature, and of the factor, around 1, that
+    # a sequence's feature is multiplied by
     jitter: float = field(default=0.0, metadata=allowed(float, low=0, high=FLOAT32_MOST))
     # bfloat16 is autocast
     precision: str = field(default="float32", metadata=allowed(str, names=("float32", "bfloat16")))

@@ -1,7 +1,7 @@
 """The configurations that a study's first trials have, where its file names none in [[enqueue]].
 
-Chosen over the development sets (benchmarks/LOG.md): each is the best for some kind of sequences, so that a search of
-some dozens of trials begins where good networks are.
+A first choice from what fixed configurations gave on the development sets (benchmarks/LOG.md), so that a search of some
+dozens of trials begins where good networks are.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import math
 from collections.abc import Mapping
 
 from hpo.models.fields import Value
-from hpo.study.entries import Entry, Range, contains, largest, values
+from hpo.study.entries import Entry, Range, contains, values
 from hpo.study.plan import Plan
-from hpo.study.space import is_active
+from hpo.study.space import is_active, steps_kept
 
 SINCE = 4  # of RULES
 LEARNING = ("tpe", "gp")  # samplers that go on from what was tried; of others the user wants their own draws
@@ -39,9 +39,7 @@ def portfolio_of(plan: Plan) -> tuple[dict[str, Value], ...]:
     own = plan.config.enqueue or study.warm_start is not None or study.sampler not in LEARNING
     if own or plan.rules < SINCE:
         return ()
-    crop = space["sequence_length"]
-    kept = plan.steps if contains(crop, 0) else min(plan.steps, int(largest(crop)))
-    return first_configurations(space, kept, study.trials)
+    return first_configurations(space, steps_kept(space["sequence_length"], plan.steps), study.trials)
 
 
 def first_configurations(space: Mapping[str, Entry], steps: int, trials: int) -> tuple[dict[str, Value], ...]:

@@ -155,7 +155,7 @@ def _shortest(steps: int) -> int:
 
 
 def _strides(steps: int) -> list[int]:
-    """Powers of two, two or three in a row, that leave a readable number of steps: T=24 -> 1, 2; T=100 -> 2, 4."""
+    """Up to three powers of two that leave a readable number of steps: T=24 -> 1, 2; T=100 -> 2, 4, 8."""
     shortest = _shortest(steps)
     fits = [k for k in (shortest, 2 * shortest, 4 * shortest) if k == 1 or math.ceil(steps / k) >= STRIDE_LEAVES]
     return fits or [shortest]
@@ -180,7 +180,7 @@ def complete(
     fold leaves means all of it. Lengths are `variable` or all alike. A default follows from the steps that
     `sequence_length` keeps. Raises SpaceError where an entry cannot work with these data.
     """
-    kept = _steps_kept(space.get("sequence_length", 0), steps)
+    kept = steps_kept(space.get("sequence_length", 0), steps)
     defaults = default_space(n=n, steps=kept, features=features)
     full = {name: space.get(name, defaults[name]) for name in PARAMETERS}
     _check_sizes(full, n, kept)
@@ -214,8 +214,9 @@ def _check_sizes(full: Mapping[str, Entry], n: int, kept: int) -> None:
         )
 
 
-def _steps_kept(entry: Entry, steps: int) -> int:
-    """Steps of the longest sequence that the longest crop of `sequence_length` keeps."""
+def steps_kept(entry: Entry, steps: int) -> int:
+    """Steps of the longest sequence that the longest crop of `sequence_length` keeps. Raises SpaceError for one that is
+    longer."""
     if largest(entry) > steps:
         raise SpaceError(
             f"space.sequence_length must be at most {steps}, the steps of the longest sequence "
