@@ -16,6 +16,7 @@ import pytest
 from playwright.sync_api import Browser, Locator, expect
 
 from tests.browser import PATIENCE_S, Tab
+from tests.conftest import wait_for
 from tests.service.conftest import Service
 
 pytestmark = pytest.mark.xdist_group("service-browser")
@@ -133,7 +134,7 @@ def test_from_a_file_to_predictions(browser: Browser, service: Service, waves: P
         page.get_by_role("link", name="seen version 1").click()
         page.get_by_role("link", name="Report").click()
         expect(page.get_by_role("img", name="confusion")).to_be_visible()
-        page.wait_for_function("[...document.images].every((image) => image.naturalWidth > 0)")
+        wait_for(lambda: page.evaluate("[...document.images].every((image) => image.naturalWidth > 0)"))
         page.get_by_role("link", name="Dashboard").click()
         expect(page.locator("a", has_text="seen").first).to_be_visible()
         page.goto(f"{service.url}/studies/seen")

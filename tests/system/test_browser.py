@@ -18,7 +18,7 @@ from playwright.sync_api import Browser, HttpCredentials, Page, expect
 
 from hpo.storage.trials import trial_storage
 from tests.browser import PATIENCE_S, Tab
-from tests.conftest import fresh_database
+from tests.conftest import fresh_database, wait_for
 
 pytestmark = pytest.mark.xdist_group("browser")  # its tests share a study, a dashboard and a browser
 
@@ -172,7 +172,8 @@ def test_the_page_of_the_best_trial_shows_its_curve_its_log_and_its_model(tab: T
     best = min((t for t in site.trials if t.state == TrialState.COMPLETE), key=lambda t: t.value or 0.0)
     tab.page.goto(f"{site.study}/trials?numbers={best.number}")
     tab.shows(f"Trial {best.number} (trial_id=")
-    tab.page.wait_for_function("[...document.images].some(i => i.alt == 'curve.svg' && i.naturalWidth > 0)")
+    shown = "[...document.images].some(i => i.alt == 'curve.svg' && i.naturalWidth > 0)"
+    wait_for(lambda: tab.page.evaluate(shown))
     for name in ("model.safetensors", "config.json", "confusion.png", "log.csv"):
         tab.shows(name)
     tab.page.get_by_label("show artifact table").first.click()
