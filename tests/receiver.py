@@ -85,7 +85,10 @@ def receiving() -> Iterator[Receiver]:
         def log_message(self, *_: object) -> None:
             """Say nothing."""
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+    class Server(ThreadingHTTPServer):
+        request_queue_size = 128  # socketserver's 5 are fewer than what senders open at once: the rest is reset
+
+    with Server(("127.0.0.1", 0), Handler) as server:
         receiver = Receiver(server.server_address[1])
         receiver.open.set()
         thread = threading.Thread(target=server.serve_forever, args=(0.05,))
