@@ -135,8 +135,9 @@ class Classifier(nn.Module):
         """
         inputs, lengths = self.embed(patches, lengths, rows)
         if self.kernel is not None and self.config.pooling == "last":
-            return self._apply_head(self.outputs(inputs, lengths, generator, final=True), generator)
-        return self.classify(self.outputs(inputs, lengths, generator), lengths, generator)
+            pooled = self.outputs(inputs, lengths, generator, final=True)
+            return self._apply_head(self._with_skip(pooled, inputs, lengths), generator)
+        return self.classify(self.outputs(inputs, lengths, generator), inputs, lengths, generator)
 
     def embed(
         self, patches: Tensor, lengths: Tensor | None, rows: Tensor | None = None
@@ -172,9 +173,11 @@ class Classifier(nn.Module):
             patches = self._layer(patches, lengths, layer, flips, final=last)
         return patches
 
-    def classify(self, outputs: Tensor, lengths: Tensor | None, generator: torch.Generator | None = None) -> Tensor:
-        """The last layer's outputs (S, B, D*H) to logits: pooling and head."""
-        return self._apply_head(self._pool(outputs, lengths), generator)
+    def classify(
+        self, outputs: Tensor, inputs: Tensor, lengths: Tensor | None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """The last layer's outputs (S, B, D*H) to logits: pooling and head. inputs (S, B, inputs): what it all read."""
+        return self._apply_head(self._with_skip(self._pool(outputs, lengths), inputs, lengths), generator)
 
     def _apply_head(self, pooled: Tensor, generator: torch.Generator | None) -> Tensor:
         """The head: pooled outputs (B, pooled) to logits."""
@@ -231,14 +234,21 @@ class Classifier(nn.Module):
         outputs: Tensor = torch.lstm(patches, (zeros, zeros), weights, True, 1, 0.0, self.training, both, False)[0]
         return outputs
 
+    def _with_skip(self, pooled: Tensor, inputs: Tensor, lengths: Tensor | None) -> Tensor:
+        """The LSTM's pooled outputs, with the skip connection that goes to the head beside them: (B, pooled)."""
+        if not self.config.skip:
+            return pooled
+        outside = _outside(inputs, lengths)
+        return torch.cat([pooled, _max(inputs, outside), _mean(inputs, outside, lengths)], 1)
+
     def _pool(self, outputs: Tensor, lengths: Tensor | None) -> Tensor:
-        """(S, B, D*H) to (B, pooled); steps outside a sequence never count."""
+        """(S, B, D*H) to one row a sequence; steps outside a sequence never count."""
         pooling = self.config.pooling
         if pooling == "last":
             return self._last(outputs, lengths)
         if pooling == "flatten":
             return outputs.transpose(0, 1).flatten(1)
-        outside = None if lengths is None else ~valid(lengths, outputs.shape[0])[:, :, None]
+        outside = _outside(outputs, lengths)
         if pooling == "mean":
             return _mean(outputs, outside, lengths)
         if pooling == "max":
@@ -248,8 +258,8 @@ class Classifier(nn.Module):
             return torch.cat(parts, 1)
         scores = cast(nn.Linear, self.attention)(outputs)
         scores = scores if outside is None else scores.masked_fill(outside, -torch.inf)
-        pooled: Tensor = (scores.softmax(0) * outputs).sum(0)
-        return pooled
+        found: Tensor = (scores.softmax(0) * outputs).sum(0)
+        return found
 
     def _last(self, outputs: Tensor, lengths: Tensor | None) -> Tensor:
         """The forward direction's last valid step and, when there are two, the reverse one's first step."""
@@ -278,6 +288,11 @@ def drop(values: Tensor, probability: float, generator: torch.Generator | None) 
         return values
     kept = torch.empty_like(values).bernoulli_(1 - probability, generator=generator)
     return values * kept.div_(1 - probability)
+
+
+def _outside(outputs: Tensor, lengths: Tensor | None) -> Tensor | None:
+    """(S, B, 1): the steps of (S, B, …) beyond each sequence's end; None where there are none."""
+    return None if lengths is None else ~valid(lengths, outputs.shape[0])[:, :, None]
 
 
 def _mean(outputs: Tensor, outside: Tensor | None, lengths: Tensor | None) -> Tensor:

@@ -34,6 +34,8 @@ class ClassifierConfig:
     pooling: str = field(
         default="last", metadata=allowed(str, names=("last", "mean", "max", "attention", "concat", "flatten"))
     )  # of the last layer's outputs over the steps; concat: max, mean and last, one after another
+    # a skip connection around the LSTM: what it reads goes to the head, too, as maximum and mean over the steps
+    skip: bool = field(default=False, metadata=allowed(bool))
     # 0: one linear layer; else linear, ReLU, dropout, linear of this width
     head_size: int = field(default=0, metadata=allowed(int, low=0))
     # what stands before the LSTM: nothing; steps folded into patches; convolutions (see hpo.models.stem)
@@ -107,7 +109,8 @@ class ClassifierConfig:
     @property
     def pooled(self) -> int:
         """Numbers of a sequence that the head reads."""
-        return self.width * {"flatten": self.patches, "concat": 3}.get(self.pooling, 1)
+        outputs = self.width * {"flatten": self.patches, "concat": 3}.get(self.pooling, 1)
+        return outputs + 2 * self.inputs * self.skip
 
     @property
     def outputs(self) -> int:

@@ -55,6 +55,7 @@ ORDER = (  # of drawing: what decides whether a parameter is active comes before
     "layers",
     "bidirectional",
     "pooling",
+    "skip",
     "head_size",
     "dropout",
     "batch_size",
@@ -81,7 +82,7 @@ DECIDED_BY = {  # by what decides whether it is active
     **dict.fromkeys((*_PATCH, *_CONV), ("stem",)),
 }
 EARLIER: dict[str, Entry] = {  # what a study of an earlier version, whose space lacks these, trains with
-    name: default(ClassifierConfig, name) for name in ("difference", "stem", *_CONV)
+    name: default(ClassifierConfig, name) for name in ("difference", "stem", *_CONV, "skip")
 } | {name: default(TrainingConfig, name) for name in ("label_smoothing", "mixup", "jitter")}
 
 # --- defaults ---
@@ -98,6 +99,7 @@ DEFAULTS: dict[str, Entry] = {  # whatever the data; patch_length and batch_size
     "layers": Range(1, 2),
     "bidirectional": Choices((False, True)),
     "pooling": Choices(("last", "mean", "max", "attention", "concat")),
+    "skip": Choices((False, True)),
     "head_size": Choices((0, 128)),
     "dropout": Range(0.0, 0.5),
     "optimizer": "adamw",

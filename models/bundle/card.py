@@ -100,9 +100,10 @@ def _architecture(config: ClassifierConfig) -> str:
         )
         + ", ",
     }.get(config.stem, "")
+    skip = ", beside maximum and mean of what the LSTM reads" if config.skip else ""
     return (
         f"{stem}{config.layers}-layer {direction}LSTM of {config.hidden_size} units, {config.pooling} pooling over the "
-        f"valid steps, {head}{kind}"
+        f"valid steps{skip}, {head}{kind}"
     )
 
 
@@ -260,6 +261,7 @@ def _member_code(c: ClassifierConfig) -> list[str]:
         'lstm.load_state_dict({n.removeprefix("lstm."): t for n, t in w.items() if n.startswith("lstm.")})',
         "out = lstm(x)[0]",
         f"pooled = {pool}",
+        *(["pooled = torch.cat([pooled, x.amax(0), x.mean(0)])"] if c.skip else []),
         *head,
         "return torch.cat([1 - logits.sigmoid(), logits.sigmoid()])" if c.classes == 2 else "return logits.softmax(0)",
     ]

@@ -16,7 +16,7 @@ from hpo.models.metrics import GROUPS_KEPT, Groups, Scores
 
 FORMAT = 4  # version of the folder's format; raised when an older reader would misread it
 # formats that are read too, with what their classifiers do not say
-_NO_STEM = {name: default(ClassifierConfig, name) for name in (*STEM, "difference")}
+_NO_STEM = {name: default(ClassifierConfig, name) for name in (*STEM, "difference", "skip")}
 EARLIER: dict[int, dict[str, Any]] = {1: {"epsilon": EARLIER_EPSILON, **_NO_STEM}, 2: _NO_STEM, 3: _NO_STEM}
 TYPES: dict[str, type] = {
     "classes": list, "features": list, "metric": str, "members": int, "threshold": float, "best_epoch": int,

@@ -260,10 +260,11 @@ class _Scan(nn.Module):
         values = nn.functional.pad(values, (0, 0, 0, spare))
         embedded = [member.embed(*member.prepare(values, lengths)) for member in members]
         counts = cast(Tensor, embedded[0][1])
-        outputs = torch.stack([inputs for inputs, _ in embedded], 1)  # (S, k, B, inputs)
+        inputs = torch.stack([each for each, _ in embedded], 1)  # (S, k, B, inputs)
+        outputs = inputs
         for layer in range(self.config.layers):
             outputs = self._layer(outputs, counts, layer)
-        logits = [member.classify(outputs[:, i], counts) for i, member in enumerate(members)]
+        logits = [member.classify(outputs[:, i], inputs[:, i], counts) for i, member in enumerate(members)]
         probabilities = torch.stack([to_probabilities(one) for one in logits]).mean(0)
         return _known(self.members[0], values, lengths, probabilities)
 

@@ -376,8 +376,12 @@ def _model(config: ClassifierConfig, seed: int, columns: Sequence[int] | None) -
                 first = next(model.stem.parameters())  # (W, C, k)
                 first.copy_(first[:, channels])
                 return model
-            for name, weight in model.lstm.named_parameters():  # (4 H, P*C), a patch step by step
-                if name.startswith("weight_ih_l0"):
-                    by_channel = weight.view(len(weight), config.folded, config.channels)
-                    weight.copy_(by_channel[:, :, channels].reshape_as(weight))
+            reading: list[torch.Tensor] = [
+                weight for name, weight in model.lstm.named_parameters() if name.startswith("weight_ih_l0")
+            ]
+            if config.skip:
+                reading.append(next(model.head.parameters())[:, -2 * config.inputs :])
+            for weight in reading:  # (rows, P*C), a patch step by step; of the skip connection twice that
+                by_channel = weight.reshape(-1, config.channels)
+                weight.copy_(by_channel[:, channels].view(weight.shape))
     return model

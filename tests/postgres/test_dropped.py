@@ -32,6 +32,7 @@ stem = "none"
 label_smoothing = 0.0
 mixup = 0.0
 jitter = 0.0
+skip = false
 head_size = 0
 dropout = 0.0
 batch_size = 16

@@ -61,6 +61,7 @@ stem = "none"
 label_smoothing = 0.0
 mixup = 0.0
 jitter = 0.0
+skip = false
 batch_size = 16
 """
 PAIRS = [*((sampler, "hyperband") for sampler in SAMPLERS), *(("random", pruner) for pruner in PRUNERS[1:])]

@@ -45,6 +45,7 @@ head_size = 0
 label_smoothing = 0.0
 mixup = 0.0
 jitter = 0.0
+skip = false
 dropout = [0.1, 0.2]
 batch_size = 16
 optimizer = "adamw"

@@ -301,7 +301,7 @@ def test_a_finite_space_ends_the_study_early(
         [
             "layers = 1\nhead_size = 0\nbatch_size = 16\nlearning_rate = 0.01\nweight_decay = 0.0",
             'optimizer = "adamw"\nbidirectional = false\npooling = "mean"\nstem = "none"',
-            "difference = false\nlabel_smoothing = 0.0\nmixup = 0.0\njitter = 0.0",
+            "difference = false\nskip = false\nlabel_smoothing = 0.0\nmixup = 0.0\njitter = 0.0",
             'normalization = "none"\nschedule = "constant"\nhidden_size = [4, 8, 12]',
         ]
     )

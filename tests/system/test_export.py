@@ -26,6 +26,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "stem_width": 3,
         "stem_kernel": 3,
         "difference": True,
+        "skip": True,
         "sequence_length": 5,
     },
     "crop": {"classes": 2, "sequence_length": 5, "patch_length": 2},

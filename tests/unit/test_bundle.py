@@ -558,6 +558,7 @@ class TestCard:
                 "stem_width": 3,
                 "stem_kernel": 3,
                 "difference": True,
+                "skip": True,
                 "sequence_length": 5,
             },
             {"classes": 2, "normalization": "channel", "epsilon": EARLIER_EPSILON},

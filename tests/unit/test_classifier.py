@@ -22,7 +22,8 @@ STEMS: dict[str, dict[str, Any]] = {
     "none": {"stem": "none"},
     "patch": {"patch_length": 4},
     "conv": {"stem": "conv", "stem_width": 6, "stem_kernel": 4, "stem_stride": 4, "difference": True},
-    "convs": {"stem": "conv", "stem_layers": 2, "stem_width": 6, "stem_kernel": 3, "stem_stride": 2},
+    "skip": {"patch_length": 2, "skip": True},
+    "convs": {"stem": "conv", "stem_layers": 2, "stem_width": 6, "stem_kernel": 3, "stem_stride": 2, "skip": True},
 }
 TOLERANCE = 2e-6  # float32 sums of some ten terms, in another order where the batch has another shape
 

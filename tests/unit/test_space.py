@@ -270,6 +270,7 @@ SMALL: dict[str, Any] = {
     "label_smoothing": 0.0,
     "mixup": 0.0,
     "jitter": 0.0,
+    "skip": False,
 }
 
 

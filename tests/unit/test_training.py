@@ -32,6 +32,7 @@ from hpo.models.training.training import Diverged, Training, TrainingInterrupted
 
 CONVOLUTIONS: dict[str, Any] = {
     "stem": "conv", "stem_layers": 2, "stem_width": 5, "stem_kernel": 3, "stem_stride": 2, "difference": True,
+    "skip": True,
 }  # fmt: skip
 AUGMENTED: dict[str, Any] = {"mixup": 0.3, "jitter": 0.1, "label_smoothing": 0.1, "normalization": "channel"}
 OPTIMIZERS = rules(TrainingConfig)["optimizer"].names
