@@ -43,9 +43,9 @@ class ClassifierConfig:
     patch_length: int = field(default=1, metadata=allowed(int, low=1))  # P, consecutive steps folded into the features
     stem_layers: int = field(default=1, metadata=allowed(int, low=1, high=4))  # convolutions
     stem_width: int = field(default=64, metadata=allowed(int, low=1))  # W, channels of each
-    # k, steps that each sees; the last one no fewer than its stride, so that no step goes unseen
+    # k, steps that each sees; the first one no fewer than its stride, so that no step goes unseen
     stem_kernel: int = field(default=5, metadata=allowed(int, low=1))
-    stem_stride: int = field(default=2, metadata=allowed(int, low=1))  # R, of the last one; the others take every step
+    stem_stride: int = field(default=2, metadata=allowed(int, low=1))  # R, of the first one; the others take every step
     # each feature a second time, as what a step adds to the one before it
     difference: bool = field(default=False, metadata=allowed(bool))
     sequence_length: int = field(default=0, metadata=allowed(int, low=0))  # keep only the last so many steps; 0: all
@@ -87,7 +87,7 @@ class ClassifierConfig:
         """Of each of the stem's convolutions: channels, k, stride."""
         found: list[tuple[int, int, int]] = []
         for layer in range(self.stem_layers if self.stem == "conv" else 0):
-            stride = self.stem_stride if layer == self.stem_layers - 1 else 1
+            stride = 1 if layer else self.stem_stride
             found.append((self.stem_width if layer else self.channels, max(self.stem_kernel, stride), stride))
         return found
 

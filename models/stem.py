@@ -1,7 +1,7 @@
 """The convolutional stem: what an LSTM reads instead of the bare steps.
 
-One or two convolutions over the steps, each with batch normalisation (Ioffe and Szegedy, 2015) and a ReLU; the last one
-takes every R-th step, so that the LSTM has fewer of them. No convolution sees padding: beyond a sequence's end there
+A few convolutions over the steps, each with batch normalisation (Ioffe and Szegedy, 2015) and a ReLU; the first one
+takes every R-th step, so that the others and the LSTM have fewer of them. No convolution sees padding: beyond a sequence's end there
 are zeros, as before its start, whatever else is in the batch; and batch statistics count valid steps of real
 sequences only.
 

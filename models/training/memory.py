@@ -30,10 +30,11 @@ def memory_bytes(
     """
     width, inputs, read = classifier.width, classifier.inputs, classifier.channels * classifier.folded
     copies = members if classifier.normalization == "channel" else 1
-    weights, first, kept, stem = 0, inputs, 0, 0
+    weights, first, kept, stem, steps = 0, inputs, 0, 0, classifier.kept_steps
     for channels, kernel, stride in classifier.convolutions:
         weights += classifier.stem_width * (channels * kernel + 2)
-        stem += -(-classifier.kept_steps // stride) * (channels * kernel + 6 * classifier.stem_width)
+        steps = -(-steps // stride)
+        stem += steps * (channels * kernel + 6 * classifier.stem_width)
     for _ in range(classifier.layers):
         weights += 4 * width * (first + classifier.hidden_size + 2)
         kept += classifier.patches * (12 * width + first)
