@@ -1,9 +1,9 @@
 """The convolutional stem: what an LSTM reads instead of the bare steps.
 
 A few convolutions over the steps, each with batch normalisation (Ioffe and Szegedy, 2015) and a ReLU; the first one
-takes every R-th step, so that the others and the LSTM have fewer of them. No convolution sees padding: beyond a sequence's end there
-are zeros, as before its start, whatever else is in the batch; and batch statistics count valid steps of real
-sequences only.
+takes every R-th step, so that the others and the LSTM have fewer of them. No convolution sees padding: beyond a
+sequence's end there are zeros, as before its start, whatever else is in the batch; and batch statistics count valid
+steps of real sequences only.
 
 Letters: B sequences, T steps, C channels, W width, k steps that a convolution sees, R stride, S = ceil(T / R).
 """

@@ -42,7 +42,7 @@ EVENTS = ("end", "failure", "promotion")  # that an address may be told of
 DEEPEST = 50  # lists and tables within one another
 FOLDS = 5  # default where a share would validate on few sequences
 VALIDATION_SHARE = 0.2  # default else, share of the training part
-VALIDATION_LEAST = 200  # sequences that a validation share must hold to be the default
+VALIDATION_LEAST = 500  # sequences that a validation share must hold to be the default
 
 
 class ConfigError(StudyFault):

@@ -1,7 +1,7 @@
 """The configurations that a study's first trials have, where its file names none in [[enqueue]].
 
-A first choice from what fixed configurations gave on the development sets (benchmarks/LOG.md), so that a search of some
-dozens of trials begins where good networks are.
+Chosen by what fixed configurations gave on the development sets (benchmarks/LOG.md), the best in the mean first, so
+that a search of some dozens of trials begins where good networks are.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 
 from hpo.models.fields import Value
-from hpo.study.entries import Entry, Range, contains, values
+from hpo.study.entries import Entry, Range, contains, only, size, values
 from hpo.study.plan import Plan
 from hpo.study.space import is_active, steps_kept
 
@@ -19,16 +19,19 @@ LEARNING = ("tpe", "gp")  # samplers that go on from what was tried; of others t
 SHARE = 4  # of a study's trials at most every fourth is one of these
 
 _CONVOLUTIONS: dict[str, Value] = {
-    "normalization": "channel", "difference": True, "stem": "conv", "stem_layers": 2, "stem_width": 64,
-    "stem_kernel": 7, "hidden_size": 64, "layers": 1, "bidirectional": True, "pooling": "concat", "head_size": 0,
-    "batch_size": 16, "learning_rate": 4e-3, "weight_decay": 1e-2, "label_smoothing": 0.1, "mixup": 0.0, "jitter": 0.0,
+    "normalization": "channel", "difference": True, "stem": "conv", "stem_layers": 3, "stem_width": 64,
+    "stem_kernel": 5, "stem_stride": 2, "hidden_size": 64, "layers": 1, "bidirectional": True, "pooling": "max",
+    "skip": True, "head_size": 0, "batch_size": 16, "learning_rate": 4e-3, "weight_decay": 1e-2,
+    "label_smoothing": 0.1, "mixup": 0.0, "jitter": 0.0,
 }  # fmt: skip
-LEFT = {"stem_stride": 48, "patch_length": 32}  # steps that these leave the LSTM of the longest sequence, about
+PATCHES = 32  # steps that a patch length leaves the LSTM of the longest sequence, about
 PORTFOLIO: tuple[Mapping[str, Value], ...] = (
     _CONVOLUTIONS,
-    {**_CONVOLUTIONS, "difference": False, "pooling": "max", "mixup": 0.2},
-    {**_CONVOLUTIONS, "stem_layers": 1, "stem_kernel": 9, "batch_size": 8},
-    {**_CONVOLUTIONS, "stem": "patch", "label_smoothing": 0.0, "jitter": 0.1},
+    {**_CONVOLUTIONS, "stem_kernel": 7},
+    {**_CONVOLUTIONS, "stem_layers": 2, "stem_kernel": 7},
+    {**_CONVOLUTIONS, "pooling": "concat", "learning_rate": 2e-3},
+    {**_CONVOLUTIONS, "difference": False, "mixup": 0.2},
+    {**_CONVOLUTIONS, "stem": "patch"},
 )
 
 
@@ -45,12 +48,13 @@ def portfolio_of(plan: Plan) -> tuple[dict[str, Value], ...]:
 def first_configurations(space: Mapping[str, Entry], steps: int, trials: int) -> tuple[dict[str, Value], ...]:
     """Those of the portfolio that a completed space holds, at most every fourth of `trials`.
 
-    A number that the space does not hold becomes the nearest one that it does; a configuration with another choice
-    that it does not hold is left out. steps: of the longest sequence that are kept.
+    What the space has as a constant takes that value, and a number that it does not hold becomes the nearest one that
+    it does; a configuration with another choice that it does not hold is left out. steps: of the longest sequence that
+    are kept.
     """
     found: list[dict[str, Value]] = []
     for configuration in PORTFOLIO:
-        own = dict(configuration) | {name: max(1, round(steps / left)) for name, left in LEFT.items()}
+        own = dict(configuration) | {"patch_length": max(1, round(steps / PATCHES))}
         moved = {name: _nearest(space[name], value) for name, value in own.items()}
         params = {name: value for name, value in moved.items() if value is not None}
         if len(params) < len(moved):
@@ -62,9 +66,12 @@ def first_configurations(space: Mapping[str, Entry], steps: int, trials: int) ->
 
 
 def _nearest(entry: Entry, value: Value) -> Value | None:
-    """The value itself if the entry holds it, else the number of the entry that is nearest, by ratio; or None."""
+    """The value itself if the entry holds it, else the only one that it holds, or the number of it that is nearest, by
+    ratio; or None."""
     if contains(entry, value):
         return value
+    if size(entry) == 1:
+        return only(entry)
     if isinstance(value, bool | str):
         return None
     every = values(entry)

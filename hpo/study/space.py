@@ -88,17 +88,17 @@ EARLIER: dict[str, Entry] = {  # what a study of an earlier version, whose space
 # --- defaults ---
 
 DEFAULTS: dict[str, Entry] = {  # whatever the data; patch_length and batch_size follow from it, below
-    "normalization": Choices(PARAMETERS["normalization"].names),
+    "normalization": Choices(("channel", "sequence")),
     "sequence_length": 0,
     "difference": Choices((False, True)),
     "stem": Choices(("patch", "conv")),
-    "stem_layers": Range(1, 2),
+    "stem_layers": Range(1, 3),
     "stem_width": Choices((32, 64)),
     "stem_kernel": Choices((3, 5, 7, 9)),
     "hidden_size": Range(16, 128, log=True),
-    "layers": Range(1, 2),
+    "layers": 1,
     "bidirectional": Choices((False, True)),
-    "pooling": Choices(("last", "mean", "max", "attention", "concat")),
+    "pooling": Choices(("last", "mean", "max", "concat")),
     "skip": Choices((False, True)),
     "head_size": Choices((0, 128)),
     "dropout": Range(0.0, 0.5),
@@ -109,8 +109,8 @@ DEFAULTS: dict[str, Entry] = {  # whatever the data; patch_length and batch_size
     "schedule": "cosine",
     "class_weight": "none",
     "label_smoothing": Choices((0.0, 0.1)),
-    "mixup": Choices((0.0, 0.2)),
-    "jitter": Choices((0.0, 0.1)),
+    "mixup": 0.0,
+    "jitter": 0.0,
     "threshold": "half",
 }
 BATCH_SIZES = (  # training sequences up to, batch sizes
@@ -123,7 +123,8 @@ BATCH_SIZES = (  # training sequences up to, batch sizes
 PATCHES_LEAST = 6  # a default patch length leaves the LSTM at least this many steps …
 PATCHES_MOST = 64  # … and at most this many
 PATCH_CHOICES = 4  # default patch lengths at most
-STRIDE_LEAVES = 12  # a default stride leaves the LSTM at least so many
+STRIDE_LEAVES_LEAST = 12  # a default stride leaves the LSTM at least this many steps …
+STRIDE_LEAVES_MOST = 128  # … and at most this many
 PATCH_WIDTH = 2048  # features times patch length at most, beyond the shortest patch
 
 
@@ -139,27 +140,27 @@ def default_space(*, n: int, steps: int, features: int) -> dict[str, Entry]:
         "batch_size": _one_or_more(_batch_sizes(n)),
     }
     if steps == 1:
-        derived |= {"pooling": "last", "normalization": Choices(("none", "channel"))}
+        derived |= {"pooling": "last", "normalization": "channel"}
     return {name: derived[name] if name in derived else DEFAULTS[name] for name in PARAMETERS}
 
 
 def _patch_lengths(steps: int, features: int) -> list[int]:
     """Powers of two that leave a readable number of steps: T=24 -> 1, 2, 4; T=500 -> 8, 16, 32, 64."""
-    shortest = _shortest(steps)
+    shortest = _shortest(steps, PATCHES_MOST)
     longer = (shortest * 2**i for i in range(1, PATCH_CHOICES))
     fits = [k for k in longer if math.ceil(steps / k) >= PATCHES_LEAST and k * features <= PATCH_WIDTH]
     return [shortest, *fits]
 
 
-def _shortest(steps: int) -> int:
-    """The smallest power of two that leaves no more than PATCHES_MOST steps."""
-    return 1 << max(0, math.ceil(math.log2(steps / PATCHES_MOST)))
+def _shortest(steps: int, most: int) -> int:
+    """The smallest power of two that leaves no more than `most` steps."""
+    return 1 << max(0, math.ceil(math.log2(steps / most)))
 
 
 def _strides(steps: int) -> list[int]:
-    """Up to three powers of two that leave a readable number of steps: T=24 -> 1, 2; T=100 -> 2, 4, 8."""
-    shortest = _shortest(steps)
-    fits = [k for k in (shortest, 2 * shortest, 4 * shortest) if k == 1 or math.ceil(steps / k) >= STRIDE_LEAVES]
+    """Up to three powers of two that leave a readable number of steps: T=24 -> 1, 2; T=100 -> 1, 2, 4."""
+    shortest = _shortest(steps, STRIDE_LEAVES_MOST)
+    fits = [k for k in (shortest, 2 * shortest, 4 * shortest) if k == 1 or math.ceil(steps / k) >= STRIDE_LEAVES_LEAST]
     return fits or [shortest]
 
 

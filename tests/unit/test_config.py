@@ -358,12 +358,12 @@ def test_metric_validation_and_space_follow_from_the_data(folder: Path) -> None:
     assert small.study.metric == "auroc"
     assert small.data.validation == Folds(5)
     assert list(small.space) == list(PARAMETERS)
-    large = configs.complete(bare, **VOWELS | {"n": 1000})
+    large = configs.complete(bare, **VOWELS | {"n": 2500})
     assert large.study.metric == "macro_f1"
     assert large.data.validation == 0.2
-    assert configs.complete(bare, **POWER | {"n": 999}).data.validation == Folds(5)
+    assert configs.complete(bare, **POWER | {"n": 2499}).data.validation == Folds(5)
     for config in (small, large):
-        assert configs.complete(config, **POWER | {"n": 999}) == config
+        assert configs.complete(config, **POWER | {"n": 2499}) == config
         assert configs.from_dict(configs.to_dict(config)) == config
 
 

@@ -62,7 +62,8 @@ def test_numbers_move_into_the_space_and_other_choices_leave_it_out() -> None:
     found = first({"hidden_size": {"low": 8, "high": 48, "step": 8}, "learning_rate": 0.1})
     assert {params["hidden_size"] for params in found} == {48}
     assert {params["learning_rate"] for params in found} == {0.1}
-    assert first({"pooling": "last"}) == ()
+    assert {params["pooling"] for params in first({"pooling": "last"})} == {"last"}
+    assert first({"pooling": ["last", "mean"]}) == ()
     assert {params["stem"] for params in first({"stem": "patch"})} == {"patch"}
     assert "stem_width" not in first({"stem": "patch"})[0]
 
