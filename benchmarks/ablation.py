@@ -31,7 +31,7 @@ from hpo.study.config import FOLDS, VALIDATION_LEAST, VALIDATION_SHARE
 from hpo.trial.build import lstm_kernel
 
 Params = dict[str, Any]
-BASE: Params = {  # the first of the portfolio
+BASE: Params = {  # the second of the portfolio
     "normalization": "channel", "difference": True, "stem": "conv", "stem_layers": 3, "stem_width": 64,
     "stem_kernel": 5, "stem_stride": 2, "hidden_size": 64, "layers": 1, "bidirectional": True, "pooling": "max",
     "skip": True, "head_size": 0, "batch_size": 16, "learning_rate": 4e-3, "weight_decay": 1e-2, "schedule": "cosine",

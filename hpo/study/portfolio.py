@@ -19,19 +19,20 @@ LEARNING = ("tpe", "gp")  # samplers that go on from what was tried; of others t
 SHARE = 4  # of a study's trials at most every fourth is one of these
 
 _CONVOLUTIONS: dict[str, Value] = {
-    "normalization": "channel", "difference": True, "stem": "conv", "stem_layers": 3, "stem_width": 64,
+    "normalization": "channel", "difference": False, "stem": "conv", "stem_layers": 3, "stem_width": 64,
     "stem_kernel": 5, "stem_stride": 2, "hidden_size": 64, "layers": 1, "bidirectional": True, "pooling": "max",
     "skip": True, "head_size": 0, "batch_size": 16, "learning_rate": 4e-3, "weight_decay": 1e-2,
     "label_smoothing": 0.1, "mixup": 0.0, "jitter": 0.0,
 }  # fmt: skip
+_DIFFERENCES = {**_CONVOLUTIONS, "difference": True}
 PATCHES = 32  # steps that a patch length leaves the LSTM of the longest sequence, about
 PORTFOLIO: tuple[Mapping[str, Value], ...] = (
     _CONVOLUTIONS,
-    {**_CONVOLUTIONS, "stem_kernel": 7},
-    {**_CONVOLUTIONS, "stem_layers": 2, "stem_kernel": 7},
-    {**_CONVOLUTIONS, "pooling": "concat", "learning_rate": 2e-3},
-    {**_CONVOLUTIONS, "difference": False, "mixup": 0.2},
-    {**_CONVOLUTIONS, "stem": "patch"},
+    _DIFFERENCES,
+    {**_DIFFERENCES, "stem_kernel": 7},
+    {**_DIFFERENCES, "mixup": 0.2},
+    {**_DIFFERENCES, "stem_layers": 2, "stem_kernel": 7},
+    {**_DIFFERENCES, "stem": "patch"},
 )
 
 

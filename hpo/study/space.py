@@ -109,7 +109,7 @@ DEFAULTS: dict[str, Entry] = {  # whatever the data; patch_length and batch_size
     "schedule": "cosine",
     "class_weight": "none",
     "label_smoothing": Choices((0.0, 0.1)),
-    "mixup": 0.0,
+    "mixup": Choices((0.0, 0.2)),
     "jitter": 0.0,
     "threshold": "half",
 }
