@@ -31,9 +31,9 @@ Weights = dict[str, Tensor]  # a classifier's state by parameter name
 
 def weights_of(config: ClassifierConfig) -> tuple[int, int]:
     """How many numbers the state of a `Classifier` holds, and how many tensors, without making one."""
-    H, D, L, C = config.hidden_size, 1 + config.bidirectional, config.layers, config.channels
+    H, D, L = config.hidden_size, 1 + config.bidirectional, config.layers
     inputs = config.inputs + (L - 1) * D * H  # of all layers
-    numbers, tensors = 4 * D * H * (inputs + L * (H + 2)) + 2 * C, 4 * D * L + 2
+    numbers, tensors = 4 * D * H * (inputs + L * (H + 2)) + 2 * config.scaled, 4 * D * L + 2
     for channels, kernel, _ in config.convolutions:
         numbers, tensors = numbers + config.stem_width * (channels * kernel + 4), tensors + 5
     if config.pooling == "attention":
@@ -62,8 +62,8 @@ class Classifier(nn.Module):
         self.lstm = nn.LSTM(config.inputs, config.hidden_size, config.layers, bidirectional=config.bidirectional)
         self.attention = nn.Linear(config.width, 1) if config.pooling == "attention" else None
         self.head = _head(config)
-        self.register_buffer("mean", torch.zeros(config.channels))
-        self.register_buffer("deviation", torch.ones(config.channels))
+        self.register_buffer("mean", torch.zeros(config.scaled))
+        self.register_buffer("deviation", torch.ones(config.scaled))
 
     def place(self, device: torch.device, *, variable: bool = True) -> Classifier:
         """Move it to a device, as `to` does. On a GPU each call of cuDNN then finds its weights in one buffer, laid out
@@ -79,10 +79,11 @@ class Classifier(nn.Module):
         return self
 
     def fit_normalization(self, values: Tensor, lengths: Tensor) -> None:
-        """Take the channel statistics of the training part: values (N, T, F), lengths (N,). The deviation of a channel
-        that does not vary becomes 0, and so does whatever it is later.
+        """Take the channel statistics of the training part: values (N, T, F) with or without marks, lengths (N,). The
+        deviation of a channel that does not vary becomes 0, and so does whatever it is later.
         """
         if self.config.normalization == "channel":
+            values = values[:, :, : self.config.features]
             if self.config.difference:
                 values = with_differences(values)
             mean, deviation = channel_statistics(values, lengths)
@@ -92,25 +93,32 @@ class Classifier(nn.Module):
             self.deviation.copy_(deviation)
 
     def forward(self, values: Tensor, lengths: Tensor) -> Tensor:
-        """values (B, T, F) float32 and lengths (B,) int64 to logits: (B,) when binary, else (B, K)."""
+        """values (B, T, given) float32, made by `hpo.models.data.gaps.inputs`, and lengths (B,) int64 to logits: (B,)
+        when binary, else (B, K)."""
         return self.logits(*self.prepare(values, lengths))
 
     def probabilities(self, values: Tensor, lengths: Tensor) -> Tensor:
-        """values (B, T, F), lengths (B,) to class probabilities (B, K)."""
+        """values (B, T, given), lengths (B,) to class probabilities (B, K)."""
         return to_probabilities(self.forward(values, lengths))
 
     def prepare(self, values: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Crop, add differences, normalise and fold: (B, T, F) to time-major patches (T / P, B, P*C) and their lengths
-        (B,), zero beyond these.
+        """Crop, add differences, normalise and fold: (B, T, given) to time-major patches (T / P, B, P*C) and their
+        lengths (B,), zero beyond these.
 
         Nothing in it is trained, so a training run does it once for all its data.
         """
         if self.config.sequence_length:
             values, lengths = crop_last(values, lengths, self.config.sequence_length)
+        inside = valid(lengths, values.shape[1]).T[:, :, None]
+        marks = None
+        if self.config.marks:
+            values, marks = values[:, :, : self.config.features], values[:, :, self.config.features :]
         if self.config.difference:
             values = with_differences(values)
-        inside = valid(lengths, values.shape[1]).T[:, :, None]
-        values = torch.where(inside, self._normalize(values, inside, lengths), 0.0)
+        values = self._normalize(values, inside, lengths)
+        if marks is not None:
+            values = torch.cat([values, marks], 2)
+        values = torch.where(inside, values, 0.0)
         patches, lengths = fold_patches(values, lengths, self.config.folded)
         return patches.transpose(0, 1), lengths
 

@@ -46,6 +46,11 @@ class ClassifierConfig:
     # k, steps that each sees; the first one no fewer than its stride, so that no step goes unseen
     stem_kernel: int = field(default=5, metadata=allowed(int, low=1))
     stem_stride: int = field(default=2, metadata=allowed(int, low=1))  # R, of the first one; the others take every step
+    # interpolate: what is missing is filled, and that is all; mask: the network is told which values were observed, too
+    missing: str = field(default="interpolate", metadata=allowed(str, names=("interpolate", "mask")))
+    # with mask: the usual distance of two steps in training, in whose unit it is told the time since each feature was
+    # last observed; 0: it is not
+    interval: float = field(default=0.0, metadata=allowed(float, low=0))
     # each feature a second time, as what a step adds to the one before it
     difference: bool = field(default=False, metadata=allowed(bool))
     sequence_length: int = field(default=0, metadata=allowed(int, low=0))  # keep only the last so many steps; 0: all
@@ -68,9 +73,24 @@ class ClassifierConfig:
         return self.pooling == "flatten" and self.kept_steps == self.steps
 
     @property
-    def channels(self) -> int:
-        """C, numbers of a step: the features and what is derived from them."""
+    def marks(self) -> int:
+        """How many channels of each feature say what was observed, and when."""
+        return 0 if self.missing == "interpolate" else 1 + (self.interval > 0)
+
+    @property
+    def given(self) -> int:
+        """Numbers of a step that the network is given: all features, then each kind of their marks."""
+        return self.features * (1 + self.marks)
+
+    @property
+    def scaled(self) -> int:
+        """Channels that normalisation scales: the features, then their differences. Marks follow them as they are."""
         return self.features * (1 + self.difference)
+
+    @property
+    def channels(self) -> int:
+        """C, numbers of a step once differences were taken."""
+        return self.scaled + self.features * self.marks
 
     @property
     def folded(self) -> int:

@@ -429,13 +429,21 @@ def default_name(train: str) -> str:
 
 
 def complete(
-    config: StudyConfig, *, n: int, steps: int, features: int, classes: int, variable: bool, units: int | None = None
+    config: StudyConfig,
+    *,
+    n: int,
+    steps: int,
+    features: int,
+    classes: int,
+    variable: bool,
+    gaps: bool = False,
+    units: int | None = None,
 ) -> StudyConfig:
     """The configuration with metric, validation and every entry of the space filled in from the data.
 
-    `n` training sequences (without the test part) of at most `steps` and `features`, in so many `units` that a split
-    leaves whole (None: each sequence by itself); fewer than five units are as many folds. Raises ConfigError where
-    the space, or a configuration to try first, contradicts the data or the completed space.
+    `n` training sequences (without the test part) of at most `steps` and `features`, with or without `gaps`, in so many
+    `units` that a split leaves whole (None: each sequence by itself); fewer than five units are as many folds. Raises
+    ConfigError where the space, or a configuration to try first, contradicts the data or the completed space.
     """
     few = n * VALIDATION_SHARE < VALIDATION_LEAST
     validation = config.data.validation or (
@@ -444,7 +452,7 @@ def complete(
     metric = config.study.metric or ("auroc" if classes <= 2 else "macro_f1")
     facts: dict[str, Any] = {"n": n, "steps": steps, "features": features, "classes": classes}
     try:
-        space = spaces.complete(config.space, **facts, variable=variable)
+        space = spaces.complete(config.space, **facts, variable=variable, gaps=gaps)
         enqueue = tuple(spaces.check_params(space, params, f"enqueue[{i}]") for i, params in enumerate(config.enqueue))
     except SpaceError as error:
         raise ConfigError(f"{error} (study {config.study.name})") from None

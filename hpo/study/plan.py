@@ -15,6 +15,7 @@ import numpy as np
 from hpo.errors import StudyFault
 from hpo.models.config import EARLIER_EPSILON
 from hpo.models.data.canonical import fingerprint
+from hpo.models.data.gaps import has_gaps, usual_interval, without_gaps
 from hpo.models.data.order import in_order
 from hpo.models.data.readers import read
 from hpo.models.data.sequences import DataError, Sequences
@@ -73,6 +74,8 @@ class Plan:
     rules: int = 1  # see RULES; plans of earlier versions do not say
     fill: tuple[float, ...] | None = None  # (F,) what a sequence is given that lacks the feature; None: 0
     gaps: tuple[float, ...] | None = None  # (F,) share of missing values in the training part; None: not recorded
+    # the training part's usual distance of two steps, in seconds if they are dated; 0: all are alike, or not known
+    interval: float = 0.0
     # sequences of each validation part, where these are in the order of time; None: they follow from share or folds
     validation_sizes: tuple[int, ...] | None = None
     fixed: Mapping[str, Value] = field(default_factory=dict)  # values of entries that had one each and now have more
@@ -147,11 +150,11 @@ def make_plan(config: StudyConfig, rules: int = RULES) -> tuple[Plan, Sequences,
 
     Raises DataError for data that cannot be read, trained on or split, and ConfigError where the file contradicts them.
     """
-    train, test = _parts(config, rules)
+    train, test, interval = _timed(*_parts(config, rules))
     fill = train.means().tolist() if rules > 2 else None
     if fill is not None:
         train, test = train.filled_with(fill), test and test.filled_with(fill)
-    completed = complete_from(config, train)
+    completed = complete_from(config, train, gaps=has_gaps(train))
     splits = _checked_splits(config, completed, train, rules)
     _check_weights(config, train, splits, test)
     _check_scorable(config, completed, train, splits)
@@ -172,9 +175,15 @@ def make_plan(config: StudyConfig, rules: int = RULES) -> tuple[Plan, Sequences,
         rules=rules,
         fill=None if fill is None else tuple(fill),
         gaps=train.gaps,
+        interval=interval,
         validation_sizes=None if config.data.time is None else tuple(len(rows) for _, rows in splits),
     )
     return plan, train, test
+
+
+def keeps_gaps(rules: int) -> bool:
+    """Whether the stored data of a study say which values were observed, and when (see RULES)."""
+    return rules > 4
 
 
 def names_groups(rules: int) -> bool:
@@ -182,11 +191,24 @@ def names_groups(rules: int) -> bool:
     return rules > 3
 
 
+def _timed(train: Sequences, test: Sequences | None) -> tuple[Sequences, Sequences | None, float]:
+    """Both parts, and the training part's usual distance of two steps; without times and with 0 where all its distances
+    are alike, or one of the parts has no times."""
+    interval = usual_interval(train)
+    if interval is not None and test is not None and test.positions is None:
+        log.warning("the test part does not say when its steps were: no model is told the times between them")
+        interval = None
+    if interval is None:
+        train = replace(train, times=None, spacing=None)
+        return train, test and replace(test, times=None, spacing=None), 0.0
+    return train, test and replace(test, times=test.positions, spacing=None), interval
+
+
 def _parts(config: StudyConfig, rules: int) -> tuple[Sequences, Sequences | None]:
     """The training part and the test part of the data that the file names."""
     data = config.data
     names: dict[str, Any] = data.columns
-    train = read(Path(data.train), labeled=True, **names)
+    train = _read(data.train, rules, **names)
     check_trainable(train)
     if data.positive is not None:
         try:
@@ -199,7 +221,7 @@ def _parts(config: StudyConfig, rules: int) -> tuple[Sequences, Sequences | None
         _check_gap(config, train)
     if data.test is not None:
         known: dict[str, Any] = {"classes": train.classes, "features": train.features, "named": train.named}
-        test = read(Path(data.test), labeled=True, **known, **names)
+        test = _read(data.test, rules, **known, **names)
         if data.time is not None:
             _compare_times(config, train, test)
         return train, in_order(test) if rules > 2 else test
@@ -215,6 +237,12 @@ def _parts(config: StudyConfig, rules: int) -> tuple[Sequences, Sequences | None
                 "a test file in data.test"
             ) from None
     return train, None
+
+
+def _read(path: str, rules: int, **columns: Any) -> Sequences:
+    """The labelled sequences of a file, with what the study keeps of their gaps."""
+    found = read(Path(path), labeled=True, **columns)
+    return found if keeps_gaps(rules) else without_gaps(found)
 
 
 def _set_aside(config: StudyConfig, train: Sequences, share: float, rules: int) -> tuple[Sequences, Sequences]:
@@ -362,8 +390,8 @@ def _say_what_is_lacking(train: Sequences, splits: list[Split], test: Sequences 
             log.warning("no sequence of class %s is among the %d of the %s part: %s", shown, len(part), what, rest)
 
 
-def complete_from(config: StudyConfig, train: Sequences) -> StudyConfig:
-    """The configuration with all that follows from the training part filled in."""
+def complete_from(config: StudyConfig, train: Sequences, *, gaps: bool) -> StudyConfig:
+    """The configuration with all that follows from the training part filled in. gaps: whether it has some."""
     if config.data.time is not None and config.data.validation is None and _most_folds(config, train) < 2:
         config = replace(config, data=replace(config.data, validation=VALIDATION_SHARE))
     return complete(
@@ -373,6 +401,7 @@ def complete_from(config: StudyConfig, train: Sequences) -> StudyConfig:
         features=train.n_features,
         classes=len(train.classes),
         variable=bool(train.lengths.min() < train.lengths.max()),
+        gaps=gaps,
         units=_most_folds(config, train),
     )
 

@@ -42,6 +42,7 @@ LARGEST = {  # of a search; a network may be larger
 }
 STEPS_MOST = 10**9  # of a range
 ORDER = (  # of drawing: what decides whether a parameter is active comes before it
+    "missing",
     "normalization",
     "sequence_length",
     "difference",
@@ -82,12 +83,12 @@ DECIDED_BY = {  # by what decides whether it is active
     **dict.fromkeys((*_PATCH, *_CONV), ("stem",)),
 }
 EARLIER: dict[str, Entry] = {  # what a study of an earlier version, whose space lacks these, trains with
-    name: default(ClassifierConfig, name) for name in ("difference", "stem", *_CONV, "skip")
+    name: default(ClassifierConfig, name) for name in ("missing", "difference", "stem", *_CONV, "skip")
 } | {name: default(TrainingConfig, name) for name in ("label_smoothing", "mixup", "jitter")}
 
 # --- defaults ---
 
-DEFAULTS: dict[str, Entry] = {  # whatever the data; patch_length and batch_size follow from it, below
+DEFAULTS: dict[str, Entry] = {  # whatever the data; what follows from them is below
     "normalization": Choices(("channel", "sequence")),
     "sequence_length": 0,
     "difference": Choices((False, True)),
@@ -128,13 +129,14 @@ STRIDE_LEAVES_MOST = 128  # … and at most this many
 PATCH_WIDTH = 2048  # features times patch length at most, beyond the shortest patch
 
 
-def default_space(*, n: int, steps: int, features: int) -> dict[str, Entry]:
+def default_space(*, n: int, steps: int, features: int, gaps: bool = False) -> dict[str, Entry]:
     """A default for every parameter, in drawing order.
 
     `n` training sequences (N) of at most `steps` (T) and `features` (F). One step leaves nothing to pool and
-    nothing to normalize within a sequence.
+    nothing to normalize within a sequence; without `gaps` there is nothing to tell a network of them.
     """
     derived: dict[str, Entry] = {
+        "missing": Choices(PARAMETERS["missing"].names) if gaps else default(ClassifierConfig, "missing"),
         "patch_length": _one_or_more(_patch_lengths(steps, features)),
         "stem_stride": _one_or_more(_strides(steps)),
         "batch_size": _one_or_more(_batch_sizes(n)),
@@ -175,16 +177,23 @@ def _one_or_more(values: list[int]) -> Entry:
 
 
 def complete(
-    space: Mapping[str, Entry], *, n: int, steps: int, features: int, classes: int, variable: bool
+    space: Mapping[str, Entry],
+    *,
+    n: int,
+    steps: int,
+    features: int,
+    classes: int,
+    variable: bool,
+    gaps: bool = False,
 ) -> dict[str, Entry]:
     """The space with its defaults filled in, in drawing order, and checked against the training data.
 
     `n` counts the training sequences before any are set aside for validation: a batch size above what a
-    fold leaves means all of it. Lengths are `variable` or all alike. A default follows from the steps that
-    `sequence_length` keeps. Raises SpaceError where an entry cannot work with these data.
+    fold leaves means all of it. Lengths are `variable` or all alike; there are `gaps` or none. A default follows from
+    the steps that `sequence_length` keeps. Raises SpaceError where an entry cannot work with these data.
     """
     kept = steps_kept(space.get("sequence_length", 0), steps)
-    defaults = default_space(n=n, steps=kept, features=features)
+    defaults = default_space(n=n, steps=kept, features=features, gaps=gaps)
     full = {name: space.get(name, defaults[name]) for name in PARAMETERS}
     _check_sizes(full, n, kept)
     if variable and contains(full["pooling"], "flatten"):

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from hpo.study.config import StudyConfig, differences
 from hpo.study.entries import Choices, Entry, Range, contains, only, show, size
-from hpo.study.plan import Plan, StudyConflict
+from hpo.study.plan import Plan, StudyConflict, keeps_gaps
 
 Change = tuple[Entry, Entry]  # an entry as it was and is
 
@@ -35,6 +35,8 @@ def continued(stored: Plan, plan: Plan) -> Plan:
             narrower = True
             lines.append(f"space.{name}: stored {show(old)}, file {show(new)}: {fault}")
         space[name] = _wider(old, new)
+    if not keeps_gaps(stored.rules) and contains(space["missing"], "mask"):
+        lines.append("space.missing: an earlier version made the study, whose data do not say what was missing")
     for name in plan.written.space.keys() - space.keys():
         lines.append(f"space.{name}: the study was made by an earlier version, which did not have it")
     if lines:

@@ -63,6 +63,7 @@ def configurations(plan: Plan, params: Mapping[str, Any], seed: int) -> tuple[Cl
     """The network and the training that a study's plan and a trial's parameters describe."""
     classifier = ClassifierConfig(
         features=len(plan.features),
+        interval=plan.interval if params.get("missing") == "mask" else 0.0,
         classes=len(plan.classes),
         steps=plan.steps,
         epsilon=plan.epsilon,

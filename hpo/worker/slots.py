@@ -99,12 +99,10 @@ def largest(plan: Plan) -> dict[str, Any]:
         choices = getattr(distribution, "choices", None) or (distribution.low, distribution.high)  # type: ignore[attr-defined]
         if name in ("patch_length", "stem_stride"):
             return min(choices)
-        if name == "stem":
-            return max(choices, key=lambda choice: choice == "conv")
         if name == "sequence_length":
             return 0 if 0 in choices else max(choices)
-        if name == "normalization":
-            return max(choices, key=lambda choice: choice == "channel")
+        if name in ("missing", "stem", "normalization"):
+            return max(choices, key=lambda choice: choice in ("mask", "conv", "channel"))
         return choices[0] if isinstance(choices[0], str) else max(choices)
 
     return walk(plan.config.space, most)

@@ -31,8 +31,9 @@ from hpo.models.bundle.checksums import SUMS, check_folder, write_checksums
 from hpo.models.bundle.config import BundleConfig, BundleError, from_json, to_json
 from hpo.models.bundle.predictions import Predictions
 from hpo.models.classifier import Classifier, Weights, to_probabilities, weights_of
+from hpo.models.data.gaps import TIMES_NEEDED, inputs, usual_distance
 from hpo.models.data.readers import read
-from hpo.models.data.sequences import DataError, Sequences, joined, matched
+from hpo.models.data.sequences import DataError, Indices, Sequences, Values, joined, matched
 from hpo.models.device import device_errors
 from hpo.models.files import whole_folder
 from hpo.models.metrics import predict_labels
@@ -40,6 +41,7 @@ from hpo.models.metrics import predict_labels
 log = logging.getLogger("hpo")
 
 SOME = 0.01  # share of missing values that is worth no word
+APART = 100  # times the usual distance of two steps in training, or a part of it, that is worth a word
 FILES = ("model.safetensors", "config.json", "README.md", "curves.png", "confusion.png")
 TYPES = {"torch.float32", "torch.float64", "torch.float16", "torch.bfloat16"}  # of weights, which become float32
 LARGEST_OTHER = 32 * 2**20  # bytes of a file other than the weights; a thousand classes have some megabytes of counts
@@ -110,13 +112,14 @@ class Bundle:
     def conform(self, data: Any) -> Sequences:
         """`data` with the model's features in the model's order, and its means where a sequence lacks one throughout.
 
-        Warns of features that are missing more often than in training. Raises DataError where features or lengths do
-        not fit.
+        Warns of features that are missing more often than in training, and of times that seem to be in another unit.
+        Raises DataError where features or lengths do not fit, or times are needed that the data do not have.
         """
         sequences = data if isinstance(data, Sequences) else self.read(data)
         sequences = matched(sequences, self.config.features, self.config.has_names)
         self._check_lengths(sequences)
         self._compare_gaps(sequences)
+        self._compare_intervals(sequences)
         return sequences if self.config.fill is None else sequences.filled_with(self.config.fill)
 
     def _compare_gaps(self, sequences: Sequences) -> None:
@@ -130,6 +133,19 @@ class Bundle:
         if more:
             shown = ", ".join(more[:10]) + (f" and {len(more) - 10} more" if more[10:] else "")
             log.warning("more values are missing than the model met in training, and are filled: %s", shown)
+
+    def _compare_intervals(self, sequences: Sequences) -> None:
+        """Raise DataError where the networks need times that the data do not have; warn of times that seem to have
+        another unit than in training."""
+        config = self.config.classifier
+        if config.marks < 2:
+            return
+        far = usual_distance(sequences)
+        if far is None:
+            raise DataError(f"the data do not say when the steps of a sequence were: {TIMES_NEEDED}")
+        if far and not 1 / APART <= far / config.interval <= APART:
+            text = "the steps are %g apart, in training %g: times must be dates or numbers as in training, in its unit"
+            log.warning(text, far, config.interval)
 
     def _check_lengths(self, sequences: Sequences) -> None:
         """Pooling `flatten` has weights for each step, so that every sequence must have as many."""
@@ -160,10 +176,16 @@ class Bundle:
         for start in range(0, sequences.n, batch_size):
             rows = order[start : start + batch_size]
             longest = int(sequences.lengths[rows[-1]])
-            result[rows] = self._batch(sequences.values[rows, :longest], sequences.lengths[rows])
+            result[rows] = self._batch(self._inputs(sequences, rows, longest), sequences.lengths[rows])
             if progress is not None:
                 progress(len(rows))
         return result
+
+    def _inputs(self, sequences: Sequences, rows: Indices, steps: int) -> Values:
+        """What the networks are given of these rows, (B, steps, given)."""
+        if not self.config.classifier.marks:
+            return sequences.values[rows, :steps]
+        return inputs(sequences.take(rows), self.config.classifier)[:, :steps]
 
     def _batch(self, values: NDArray[np.float32], lengths: NDArray[np.int64]) -> NDArray[np.float32]:
         device = self.models[0].mean.device

@@ -52,13 +52,21 @@ def readme(config: BundleConfig, exported: str = "safetensors") -> str:
         _code("python", _torch_example(config)),
         *_exported(config, exported),
         "## What it is",
-        _list([f"input: (T, {classifier.features}) float32: {', '.join(map(_name, config.features))}"]),
+        _list(
+            [f"input: (T, {classifier.given}) float32: {', '.join(map(_name, config.features))}{_marks(classifier)}"]
+        ),
         _list(preprocessing(config)),
         _list([_architecture(classifier), *([decision] if decision else [])]),
         "## Where it comes from",
         _list([f"{_escaped(name)}: {_plain(value)}" for name, value in config.provenance.items()] or ["not recorded"]),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _marks(config: ClassifierConfig) -> str:
+    """What else a step of the input holds."""
+    kinds = ["whether each was observed (1) or filled (0)", "the times since each was observed before"][: config.marks]
+    return "".join(f"; then {kind}" for kind in kinds)
 
 
 def _name(name: str) -> str:
@@ -221,7 +229,7 @@ def _torch_example(config: BundleConfig) -> str:
             "",
             "",
             "@torch.no_grad()",
-            f"def member(i, x):  # x: (T, {config.classifier.features}) float32, one sequence without padding",
+            f"def member(i, x):  # x: (T, {config.classifier.given}) float32, one sequence without padding",
             *(f"    {line}" for line in _member_code(config.classifier)),
             "",
             "",
@@ -236,8 +244,10 @@ def _member_code(c: ClassifierConfig) -> list[str]:
     width, inputs = c.hidden_size, c.inputs
     prepare = {
         f"x = x[-{c.sequence_length}:]": c.sequence_length,
+        f"x, marks = x[:, :{c.features}], x[:, {c.features}:]": c.marks,
         "x = torch.cat([x, torch.diff(x, dim=0, prepend=x[:1])], 1)": c.difference,
         **_normalization_code(c),
+        "x = torch.cat([x, marks], 1)": c.marks,
         f"x = torch.nn.functional.pad(x, (0, 0, 0, -len(x) % {c.folded})).reshape(-1, {inputs})": c.folded > 1,
         **_stem_code(c),
     }
@@ -305,7 +315,9 @@ def _exported(config: BundleConfig, exported: str) -> list[str]:
         "It fills no missing values: a NaN or an infinity within a sequence's length gives NaN for that sequence. What "
         "lies beyond the length never counts. Fill gaps as below."
     )
-    inputs = f"values (N, {steps}, {config.classifier.features}) float32, zeros after each end; lengths (N,) int64"
+    if config.classifier.marks:
+        gaps += " It takes the marks of the features, described there, behind them."
+    inputs = f"values (N, {steps}, {config.classifier.given}) float32, zeros after each end; lengths (N,) int64"
     if exported == "onnx":
         lines = ["import numpy as np", "import onnxruntime", ""]
         lines += ['session = onnxruntime.InferenceSession("model.onnx")', "", ""]

@@ -15,8 +15,9 @@ from hpo.models.fields import default, rules
 from hpo.models.metrics import GROUPS_KEPT, Groups, Scores
 
 FORMAT = 4  # version of the folder's format; raised when an older reader would misread it
-# formats that are read too, with what their classifiers do not say
-_NO_STEM = {name: default(ClassifierConfig, name) for name in (*STEM, "difference", "skip")}
+# formats that are read too, with what their classifiers do not say; some of format 4 do not say what is LATER either
+LATER: dict[str, Any] = {name: default(ClassifierConfig, name) for name in ("skip", "missing", "interval")}
+_NO_STEM = LATER | {name: default(ClassifierConfig, name) for name in (*STEM, "difference")}
 EARLIER: dict[int, dict[str, Any]] = {1: {"epsilon": EARLIER_EPSILON, **_NO_STEM}, 2: _NO_STEM, 3: _NO_STEM}
 TYPES: dict[str, type] = {
     "classes": list, "features": list, "metric": str, "members": int, "threshold": float, "best_epoch": int,
@@ -80,11 +81,22 @@ def preprocessing(model: BundleConfig) -> list[str]:
     """What happens to a sequence (T, F) before the LSTM, step by step."""
     config, none = model.classifier, "0" if model.fill is None else "`fill`, the training part's means"
     steps = [f"missing values are filled: linearly between known steps, with the nearest at the ends, or with {none}"]
+    if config.marks:
+        steps.append(
+            "behind the features of a step come as many marks: 1 where the feature was observed, 0 where it was filled"
+        )
+    if config.marks == 2:
+        unit = "the distances of steps in training, in seconds where steps are dates, else in their unit"
+        steps.append(
+            f"and as many more: log(1 + d / {config.interval!r}), where d is the time since the feature's last "
+            f"observation before the step, since the first step where there is none, and 0 there ({unit})"
+        )
     if config.sequence_length:
         steps.append(f"only its last {config.sequence_length} steps are kept")
     if config.difference:
         steps.append(
             "the differences of all features from the step before, 0 at the first, follow them as further ones"
+            + ", before the marks" * bool(config.marks)
         )
     more = f" + {config.epsilon}" if config.epsilon else ""
     if config.normalization == "channel":
@@ -129,7 +141,7 @@ def from_json(text: bytes, source: str) -> BundleConfig:
             f"{source} has format {version}, this version of hpo reads up to {FORMAT}: install a newer hpo"
         )
     if isinstance(content.get("classifier"), dict):
-        content["classifier"] |= EARLIER.get(version, {})
+        content["classifier"] = LATER | content["classifier"] | EARLIER.get(version, {})
         _check_types(content["classifier"], {name: rule.kind for name, rule in rules(ClassifierConfig).items()}, source)
     _check_types(content, TYPES, source)
     _check_choices(content, source)

@@ -2,7 +2,8 @@
 
 The graph takes `values` (N, T, F) float32 and `lengths` (N,) int64, both of any N and T (pooling `flatten`
 without a crop: of the training length), and gives `probabilities` (N, K), averaged over the k members; NaN for a
-sequence that holds a NaN or an infinity, as a graph fills no gaps. What lies behind a sequence's end never counts.
+sequence that holds a NaN or an infinity, as a graph fills no gaps. What lies behind a sequence's end never counts. Of a
+model with missing = "mask" the marks of the features stand behind them (`hpo.models.data.gaps.inputs`).
 
 Exporters that follow the program, `torch.export` and with it the newer ONNX one, fix T of `nn.LSTM` to that of the
 sample. ONNX therefore comes from the tracing exporter, and pt2 (for the CPU) runs the recurrence as a `scan` over the
@@ -15,6 +16,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -28,6 +30,8 @@ from hpo.models.bundle import card
 from hpo.models.bundle.bundle import FILES, Bundle, load, model_folder
 from hpo.models.bundle.config import BundleError
 from hpo.models.classifier import Classifier, to_probabilities
+from hpo.models.config import ClassifierConfig
+from hpo.models.data.gaps import inputs
 from hpo.models.data.sequences import Sequences, from_arrays
 
 FORMATS = ("safetensors", "onnx", "pt2")
@@ -130,7 +134,9 @@ def _write_checked(bundle: Bundle, path: Path, sequences: Sequences | None) -> N
 
 def _difference(bundle: Bundle, run: Run, parts: list[Sequences]) -> float:
     """The largest difference between the graph's and torch's probabilities, NaN if one is not a number."""
-    differences = [np.abs(run(part.values, part.lengths) - bundle.predict(part).probabilities) for part in parts]
+    config = bundle.config.classifier
+    found = [run(inputs(part, config), part.lengths) for part in parts]
+    differences = [np.abs(one - bundle.predict(part).probabilities) for one, part in zip(found, parts, strict=True)]
     return float(np.concatenate([difference.ravel() for difference in differences]).max())
 
 
@@ -138,7 +144,7 @@ def _silent_gaps(bundle: Bundle, run: Run, parts: list[Sequences]) -> str:
     """The value that the graph takes for a number, or that changes an answer from behind a sequence's end; or ""."""
     for gap in (np.nan, np.inf):
         for part in parts:
-            values = part.values.copy()
+            values = inputs(part, bundle.config.classifier).copy()
             values[np.arange(part.steps) >= part.lengths[:, None]] = gap
             gapped = np.arange(part.n) % 2 == 0
             values[gapped, part.lengths[gapped] - 1, -1] = gap
@@ -163,7 +169,16 @@ def _drawn(bundle: Bundle) -> list[Sequences]:
         lengths = np.append(rng.integers(low, T + 1, N - 1), T if N > 1 else rng.integers(low, T + 1))
         values = rng.normal(size=(N, T, config.features)) * deviation + mean
         batches.append(from_arrays(values, lengths=lengths, features=bundle.config.features))
-    return batches
+    return [_with_gaps(batch, config, rng) for batch in batches] if config.marks else batches
+
+
+def _with_gaps(part: Sequences, config: ClassifierConfig, rng: np.random.Generator) -> Sequences:
+    """The same with a third of its values marked as filled and, where the network is told times, with drawn ones."""
+    inside = np.arange(part.steps) < part.lengths[:, None]
+    observed = (rng.random(part.values.shape) < 2 / 3) & inside[:, :, None]
+    far = config.interval * rng.uniform(0.5, 2, (part.n, part.steps))
+    times = np.where(inside, np.cumsum(far, axis=1) - far[:, :1], 0.0)
+    return replace(part, observed=observed, times=times)
 
 
 def _real(bundle: Bundle, sequences: Sequences) -> list[Sequences]:
@@ -178,7 +193,7 @@ def _sample(bundle: Bundle) -> tuple[Tensor, Tensor]:
     """Inputs to trace with: N and T above 1, and T so long that no step of the preparation is left out."""
     config = bundle.config.classifier
     T = config.steps if config.fixed_length else max(config.steps, 2 * config.reduction, config.sequence_length) + 1
-    return torch.randn(3, T, config.features), torch.full((3,), T)
+    return torch.randn(3, T, config.given), torch.full((3,), T)
 
 
 # ------------------------------------------------------------------ ONNX
@@ -253,7 +268,7 @@ class _Scan(nn.Module):
         self.config = members[0].config
 
     def forward(self, values: Tensor, lengths: Tensor) -> Tensor:
-        """values (B, T, F), lengths (B,) to probabilities (B, K)."""
+        """values (B, T, given), lengths (B,) to probabilities (B, K)."""
         members = cast(list[Classifier], list(self.members))
         # With spare steps at the end no branch on T is left: neither T < sequence_length nor a single patch.
         spare = 0 if self.config.fixed_length else self.config.sequence_length or self.config.reduction

@@ -24,12 +24,13 @@ def to_bytes(sequences: Sequences, *, group_names: bool = True) -> bytes:
     Whether the features have names of their own is no part of it, so that npz and csv are alike: `load` takes x0, x1, …
     for numbers. The study's plan keeps it, and what follows from the values that were missing.
 
-    Data without times and weights get the bytes that earlier versions gave them.
+    Data without times, weights and gaps get the bytes that earlier versions gave them.
     """
     from safetensors.numpy import save as serialize
 
+    optional: dict[str, NDArray[Any] | None]
     optional = {"labels": sequences.labels, "groups": sequences.groups, "moments": sequences.moments}
-    optional["weights"] = sequences.weights
+    optional |= {"weights": sequences.weights, "observed": sequences.observed, "times": sequences.times}
     arrays: dict[str, NDArray[Any]] = {"values": sequences.values, "lengths": sequences.lengths}
     arrays |= {name: array for name, array in optional.items() if array is not None}
     about: dict[str, Any] = {name: getattr(sequences, name) for name in (*NAMES, "filled")}
@@ -85,6 +86,6 @@ def load(path: str | Path) -> Sequences:
 
 def _mapped(path: str | Path, start: int, entry: dict[str, Any]) -> NDArray[Any]:
     """One tensor of a safetensors file; the reader of safetensors itself copies it."""
-    dtype = {"F32": "<f4", "F64": "<f8", "I64": "<i8"}[entry["dtype"]]
+    dtype = {"F32": "<f4", "F64": "<f8", "I64": "<i8", "BOOL": "?"}[entry["dtype"]]
     begin, shape = start + entry["data_offsets"][0], tuple(entry["shape"])
     return np.memmap(path, dtype=dtype, mode="c", offset=begin, shape=shape).view(np.ndarray)

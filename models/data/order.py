@@ -17,7 +17,7 @@ FEW = 8  # columns
 
 def in_order(sequences: Sequences) -> Sequences:
     """The same sequences, ordered by what they hold: the shorter first, then by values, step by step, by labels and, if
-    any, by times and weights.
+    any, by moments and weights, by what was observed and by the times of the steps.
 
     Values are compared feature by feature in the order of `ranks`. The order is the same in another unit, and with an
     offset; for that a feature that a sequence lacks throughout counts as its mean. Groups are numbered in this order.
@@ -48,9 +48,15 @@ def _by_content(sequences: Sequences) -> Indices:
     first = [(step, feature) for step in range(sequences.steps) for feature in features][:FEW]
     columns = (sequences.values[:, step, feature] for step, feature in first)
     labels: list[Indices] = [] if sequences.labels is None else [sequences.labels]
-    keys: Iterator[NDArray[Any] | None] = chain([sequences.lengths], columns, [None], labels, _beside(sequences))
+    marks: list[NDArray[Any]] = [] if sequences.observed is None else [sequences.observed[:, :, features]]
+    marks += [] if sequences.times is None else [sequences.times]
+    keys: Iterator[NDArray[Any] | None]
+    keys = chain([sequences.lengths], columns, [None], labels, _beside(sequences), marks)
     for key in keys:
-        told = _whole(sequences.values[alike][:, :, features]) if key is None else key[alike]
+        if key is None:
+            told = _whole(sequences.values[alike][:, :, features])
+        else:
+            told = key[alike] if key.ndim == 1 else np.unique(key[alike], axis=0, return_inverse=True)[1].ravel()
         place[alike] = _refined(place[alike], told)
         _, which, counts = np.unique(place[alike], return_inverse=True, return_counts=True)
         alike = alike[counts[which] > 1]

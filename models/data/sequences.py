@@ -5,9 +5,10 @@ Shapes: N sequences, T steps (of the longest), F features. Whatever the source, 
 - Steps at the end of a sequence in which every feature is missing are padding (unless `lengths` are given).
 - Missing values before that are filled: linearly between the known steps of that sequence and feature (by the
   distance of the steps where the source numbers or dates them), with the nearest known value at the edges;
-  `Sequences.filled` counts them. Masked values are missing.
+  `Sequences.filled` counts them, and `observed` says which stood there. Masked values are missing.
 - What a sequence lacks throughout (`Sequences.absent`) is 0 here. A study puts the training part's mean of the feature
   there, and so does a model whatever it predicts (`filled_with`).
+- Where the source numbers or dates its steps at unequal distances, `Sequences.times` keeps where they are.
 - Infinite values (also those beyond float32), sequences without a step and unequal numbers of features are
   errors that name the file and the row. A constant feature is kept.
 - Values are kept in float32. A feature that loses by it, as its values lie close together and far from 0, is named in a
@@ -50,6 +51,7 @@ UNKEPT_RULE = "must hold neither a NUL nor half a character"
 
 FEATURES = 2**16  # of a sequence: what has more is transposed, and takes minutes to look at
 SOME = 50_000  # steps that are looked at first
+EVEN = 1e-3  # distances that differ by less than this part of the largest are equal
 WORN, LOST = 0.02, 0.3  # rounding relative to the deviation: worth a warning; nothing is left
 
 
@@ -82,6 +84,11 @@ class Sequences:
     missing: NDArray[np.int32] | None = None  # (N, F) values that were missing in the source; None: not known
     moments: NDArray[Any] | None = None  # (N,) int64, float64 or datetime64: what orders them in time; None: nothing
     weights: NDArray[np.float64] | None = None  # (N,) how much each counts, at least 0; None: all alike
+    observed: Mask | None = None  # (N, T, F) values of valid steps that stood in the source; None: all, or not known
+    # (N, T) where the steps are from the first one on, in seconds if they are dated, else in the source's unit; 0
+    # beyond each length; None: at equal distances, or not known
+    times: NDArray[np.float64] | None = None
+    spacing: float | None = None  # the one distance between steps where `times` is None; None: not known
 
     @property
     def n(self) -> int:
@@ -118,6 +125,8 @@ class Sequences:
             missing=None if self.missing is None else self.missing[at],
             moments=None if self.moments is None else self.moments[at],
             weights=None if self.weights is None else self.weights[at],
+            observed=None if self.observed is None else _gapped(self.observed[at], self.lengths[at]),
+            times=None if self.times is None else self.times[at],
         )
 
     @property
@@ -149,15 +158,40 @@ class Sequences:
         np.copyto(values, np.array(list(means), dtype=np.float32), where=absent[:, None, :] & inside[:, :, None])
         return replace(self, values=values)
 
+    @property
+    def positions(self) -> NDArray[np.float64] | None:
+        """(N, T) `times`, also of steps at equal distances; None: not known."""
+        if self.times is not None or self.spacing is None:
+            return self.times
+        steps = np.arange(self.steps)
+        return np.where(steps < self.lengths[:, None], self.spacing * steps, 0.0)
+
+
+def _gapped(observed: Mask, lengths: Indices) -> Mask | None:
+    """The mask (N, T, F); None where it leaves out no value of a valid step."""
+    return None if observed.sum() == lengths.sum() * observed.shape[2] else observed
+
 
 def joined(parts: Sequence[Sequences]) -> Sequences:
-    """The sequences of several with the same features, one after another, without labels, groups, times and weights."""
+    """The sequences of several with the same features, one after another, without labels, groups, moments and weights;
+    with the times of steps where all have them."""
     lengths = np.concatenate([part.lengths for part in parts])
-    values = np.zeros((len(lengths), max(part.steps for part in parts), parts[0].n_features), np.float32)
-    end = 0
+    steps = max(part.steps for part in parts)
+    inside = np.arange(steps) < lengths[:, None]
+    values = np.zeros((len(lengths), steps, parts[0].n_features), np.float32)
+    observed = np.repeat(inside[:, :, None], parts[0].n_features, axis=2)
+    times = np.zeros((len(lengths), steps))
+    end, timed = 0, True
     for part in parts:
         begin, end = end, end + part.n
         values[begin:end, : part.steps] = part.values
+        if part.observed is not None:
+            observed[begin:end, : part.steps] = part.observed
+        positions = part.positions
+        if positions is None:
+            timed = False
+        else:
+            times[begin:end, : part.steps] = positions
     ids = tuple(name for part in parts for name in part.ids)
     filled = sum(part.filled for part in parts)
     return replace(
@@ -171,6 +205,9 @@ def joined(parts: Sequence[Sequences]) -> Sequences:
         missing=None,
         moments=None,
         weights=None,
+        observed=_gapped(observed, lengths),
+        times=times if timed else None,
+        spacing=None,
     )
 
 
@@ -192,7 +229,9 @@ def matched(sequences: Sequences, features: tuple[str, ...], named: bool) -> Seq
     if sequences.named and not missing:
         at = [found.index(name) for name in features]
         gaps = None if sequences.missing is None else sequences.missing[:, at]
-        return replace(sequences, values=sequences.values[:, :, at], features=features, missing=gaps)
+        observed = None if sequences.observed is None else _gapped(sequences.observed[:, :, at], sequences.lengths)
+        values = sequences.values[:, :, at]
+        return replace(sequences, values=values, features=features, missing=gaps, observed=observed)
     if sequences.named and named:
         raise DataError(f"the data lacks the features {missing} of the model; it has {list(found)}")
     if len(found) != len(features):
@@ -234,7 +273,8 @@ class Raw:
     ids: tuple[str, ...] | None = None  # None: not named in the file
     features: tuple[str, ...] | None = None  # None: not named in the file
     lengths: Indices | None = None  # None: up to the last step that has a value
-    times: NDArray[np.float64] | None = None  # (N, T) where the steps are, rising; None: at equal distances
+    times: NDArray[np.float64] | None = None  # (N, T) where the steps are, rising; None: not known
+    seconds: float = 1.0  # of a unit of `times`; 1 where these are numbers
     moments: NDArray[Any] | None = None  # (N,) as `steps.moments` gives them; None: not asked for
     weights: NDArray[np.float64] | None = None  # (N,) finite, at least 0; None: not asked for
 
@@ -272,11 +312,13 @@ def to_sequences(
         _check_finite(raw, values, inside, names)
     if not (whole and inside.all() and _surely_precise(values)):
         _check_precision(raw, values, inside, names, training=bool(labeled) and classes is None)
-    counts = np.zeros((len(values), len(names)), dtype=np.int32)
+    counts, observed = np.zeros((len(values), len(names)), dtype=np.int32), None
     if not whole:
         missing = np.isnan(values) & inside[:, :, None]
         counts = missing.sum(axis=1, dtype=np.int32)
+        observed = _gapped(inside[:, :, None] & ~missing, lengths)
         _fill(values, inside, missing, raw.times)
+    times, spacing = _times(raw, inside)
     if not inside.all():
         values[~inside] = 0
     labels, classes = _encode(raw, classes, labeled)
@@ -295,7 +337,36 @@ def to_sequences(
         missing=counts,
         moments=raw.moments,
         weights=_weights(raw),
+        observed=observed,
+        times=times,
+        spacing=spacing,
     )
+
+
+def _times(raw: Raw, inside: Mask) -> tuple[NDArray[np.float64] | None, float | None]:
+    """`Sequences.times` and `Sequences.spacing`. inside (N, T): the valid steps."""
+    if raw.times is None:
+        return None, None
+    with np.errstate(over="ignore", invalid="ignore"):
+        found = (raw.times[:, : inside.shape[1]] - raw.times[:, :1]) * raw.seconds
+    times = np.where(inside, found, 0.0)
+    if not np.isfinite(times).all():
+        return None, None
+    far = distances(times, inside)
+    if are_even(far):
+        return None, float(np.median(far)) if len(far) else 0.0
+    return times, None
+
+
+def distances(times: NDArray[np.float64], inside: Mask) -> NDArray[np.float64]:
+    """Of each valid step from the one before it, all in a row. times, inside (N, T)."""
+    return np.asarray(np.diff(times, axis=1)[inside[:, 1:]])
+
+
+def are_even(far: NDArray[np.float64]) -> bool:
+    """Whether distances are equal, or there are none."""
+    high = far.max(initial=0.0)
+    return bool(high - far.min(initial=np.inf) <= EVEN * high)
 
 
 def _weights(raw: Raw) -> NDArray[np.float64] | None:

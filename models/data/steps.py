@@ -41,6 +41,7 @@ _WEEKDAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday",
 _AMBIGUOUS = re.compile(r"\d\d?([/.-])\d\d?\1\d\d(\d\d)?(\D.*)?")
 _FORMS = "2024-01-31, 2024-01-31T09:00:00.5+01:00, 2024/01/31 09:00, 31.01.2024 09:00 or 31 Jan 2024 09:00 UTC"
 _TAKEN = {"step": f"steps are numbers or times, as in {_FORMS}", "time": f"times are numbers, or as in {_FORMS}"}
+_SECONDS = {"W": 604_800.0, "D": 86_400.0, "h": 3_600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
 UNITS = ("us", "ns")  # of times: microseconds wherever they tell all apart
 
 
@@ -95,11 +96,22 @@ def _timestamps(times: NDArray[Any], at: Callable[[int], str]) -> NDArray[Any]:
 
 
 def positions(steps: NDArray[Any]) -> NDArray[np.float64]:
-    """(R,) where the steps are, from the first one on: what is between two of them is their distance."""
+    """(R,) where the steps are, from the first one on: what is between two of them is their distance; infinite where a
+    float cannot hold it."""
     low, high = steps.min(), steps.max()
     if steps.dtype.kind == "i" and int(high) - int(low) >= 2**63:
         return steps.astype(np.float64)
-    return np.asarray((steps - low).astype(np.float64))
+    with np.errstate(over="ignore"):
+        return np.asarray((steps - low).astype(np.float64))
+
+
+def seconds_of(dtype: np.dtype[Any]) -> float:
+    """Seconds of the unit in which `positions` gives steps of this type: 1 for numbers, and for what has no length, as
+    months."""
+    if dtype.kind not in "Mm":
+        return 1.0
+    unit, count = np.datetime_data(dtype)
+    return count * _SECONDS.get(unit, 1.0)
 
 
 def _parsed(texts: list[str], at: Callable[[int], str], what: str) -> NDArray[Any]:

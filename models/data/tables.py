@@ -45,7 +45,7 @@ from hpo.models.data.sequences import (
     warn,
 )
 from hpo.models.data.sizes import check_content, check_padding
-from hpo.models.data.steps import in_order, is_time, moments, positions
+from hpo.models.data.steps import in_order, is_time, moments, positions, seconds_of
 from hpo.models.data.text import open_text
 from hpo.models.data.weights import weights
 
@@ -96,6 +96,7 @@ class _Layout:
     features: tuple[str, ...]  # of the long form; the columns of the steps, in their order, of the wide one
     roles: dict[str, str]  # the column of each role that there is
     times: NDArray[np.float64] | None = None  # (T,) where the steps of the wide form are
+    seconds: float = 1.0  # of a unit of these
 
 
 @dataclass(frozen=True)
@@ -257,8 +258,8 @@ def _layout(source: str, header: list[str], columns: Columns, only_long: bool = 
     if not features:
         raise DataError(f"{source} has no feature column; {here}")
     if not long:
-        order, times = _wide_steps(source, features)
-        return _Layout(False, order, roles, times)
+        order, times, seconds = _wide_steps(source, features)
+        return _Layout(False, order, roles, times, seconds)
     unknown = [name for name in wanted if name not in header]
     if unknown and columns.named:
         raise DataError(f"{source} has no feature column {', '.join(map(repr, unknown))}; {here}")
@@ -303,8 +304,8 @@ def _could_be_names(header: list[str]) -> bool:
     return numbers == [str(start + i) for i in range(len(numbers))]
 
 
-def _wide_steps(source: str, names: tuple[str, ...]) -> tuple[tuple[str, ...], NDArray[np.float64]]:
-    """The columns of the steps in their order, and (T,) where the steps are."""
+def _wide_steps(source: str, names: tuple[str, ...]) -> tuple[tuple[str, ...], NDArray[np.float64], float]:
+    """The columns of the steps in their order, (T,) where the steps are, and the seconds of a unit of that."""
     if all(map(_is_date, names)):
         steps = in_order(names, lambda i: f"{source}, column {names[i]!r}")
     else:
@@ -318,7 +319,7 @@ def _wide_steps(source: str, names: tuple[str, ...]) -> tuple[tuple[str, ...], N
     for i, j in pairwise(order):
         if steps[i] == steps[j]:
             raise DataError(f"{source}: columns {names[i]!r} and {names[j]!r} are one step")
-    return tuple(names[i] for i in order), positions(steps[order])
+    return tuple(names[i] for i in order), positions(steps[order]), seconds_of(steps.dtype)
 
 
 # ------------------------------------------------------------------ parquet and data frames
@@ -464,9 +465,7 @@ def _long(table: _Table) -> Raw:
     if table.path is not None:
         check_padding(table.path, len(lengths), int(lengths.max(initial=0)), table.values.shape[1])
     values = pad(table.values[order], lengths)
-    times = None
-    if np.isnan(table.values).any():
-        times = pad(positions(steps)[order][:, None], lengths)[:, :, 0]
+    times = pad(positions(steps)[order][:, None], lengths)[:, :, 0]
     labels, groups = (_constant(table, role, ids, codes) for role in ("label", "group"))
     features, last = table.layout.features, order[np.cumsum(lengths) - 1]
     counted = _weights(table)
@@ -482,6 +481,7 @@ def _long(table: _Table) -> Raw:
         names,
         features,
         times=times,
+        seconds=seconds_of(steps.dtype),
         moments=_moments(table, last),
         weights=counted,
     )
@@ -528,9 +528,7 @@ def _wide(table: _Table) -> Raw:
     if ids and len(set(ids)) < len(ids):
         raise DataError(f"{table.source}: ids repeat as in long form: name its step column too")
     values = table.values[:, :, None]
-    times = None
-    if table.layout.times is not None and np.isnan(table.values).any():
-        times = np.broadcast_to(table.layout.times, table.values.shape)
+    times = None if table.layout.times is None else np.broadcast_to(table.layout.times, table.values.shape)
     return Raw(
         table.source,
         values,
@@ -540,6 +538,7 @@ def _wide(table: _Table) -> Raw:
         table.rows,
         ids,
         times=times,
+        seconds=table.layout.seconds,
         moments=_moments(table, np.arange(len(values))),
         weights=_weights(table),
     )

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hpo.models.config import TrainingConfig
+from hpo.models.config import ClassifierConfig, TrainingConfig
 from hpo.models.preprocessing import valid
 from hpo.models.seeds import derive
 
@@ -41,7 +41,7 @@ class Noise:
     """What is added to a batch, and what it is multiplied by."""
 
     added: Tensor  # (C,) deviation of what is added to each value
-    factor: float  # deviation of the factor of a channel in a sequence, around 1
+    factor: float | Tensor  # deviation of the factor of a channel in a sequence, around 1; one for all, or (C,)
     # (C,) which of the drawn numbers each channel takes, so that the order of a file's columns does not matter; None:
     # its own
     places: Tensor | None = None
@@ -71,6 +71,27 @@ def augmented(
     if lengths is not None and (shares is not None or noise is not None):
         values = values * valid(lengths, values.shape[0])[:, :, None]
     return values
+
+
+def noise_of(
+    config: TrainingConfig,
+    classifier: ClassifierConfig,
+    values: Tensor,
+    lengths: Tensor,
+    rows: NDArray[np.int64],
+    places: Tensor | None,
+) -> Noise | None:
+    """The noise of a training on these rows of (S, N, P*C); none without jitter. Marks of what was observed have none.
+
+    places: see `Noise`.
+    """
+    if not config.jitter:
+        return None
+    deviation, factor = config.jitter * deviation_of(values, lengths, rows), config.jitter
+    if not classifier.marks:
+        return Noise(deviation, factor, places)
+    scaled = torch.arange(len(deviation), device=deviation.device) % classifier.channels < classifier.scaled
+    return Noise(deviation * scaled, factor * scaled, places)
 
 
 def deviation_of(values: Tensor, lengths: Tensor, rows: NDArray[np.int64]) -> Tensor:

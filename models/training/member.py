@@ -15,7 +15,7 @@ from torch import Tensor
 from hpo.models.classifier import Classifier, to_probabilities
 from hpo.models.config import TrainingConfig
 from hpo.models.seeds import derive
-from hpo.models.training.augmentation import Noise, deviation_of, mixing_shares
+from hpo.models.training.augmentation import mixing_shares, noise_of
 from hpo.models.training.batches import EVALUATION_BATCH, Batches
 from hpo.models.training.fixed_steps import FixedSteps
 from hpo.models.training.learner import Learner
@@ -39,10 +39,7 @@ class Member:
         """index: of the fold, one of what its seeds are functions of. fixed_shapes and graphs as for `Training`.
         places: see `Noise`."""
         self.train, self.validation, self.index = train, validation, index
-        noise = None
-        if config.jitter:
-            deviation = config.jitter * deviation_of(train.values, train.lengths, train.rows)
-            noise = Noise(deviation, config.jitter, places)
+        noise = noise_of(config, model.config, train.values, train.lengths, train.rows, places)
         weights = train.part_weights()
         self.learner = Learner(model, config, train.part_labels(), weights=weights, noise=noise, waits=not fixed_shapes)
         self.fixed = FixedSteps(self.learner, train, graphs) if fixed_shapes else None

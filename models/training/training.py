@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from hpo.errors import HpoError
 from hpo.models.classifier import Classifier, Weights
 from hpo.models.config import ClassifierConfig, TrainingConfig
+from hpo.models.data.gaps import inputs
 from hpo.models.data.sequences import Sequences
 from hpo.models.device import device_errors, is_gpu
 from hpo.models.kernel.native import LARGEST, Kernel
@@ -269,7 +270,8 @@ class Training:
         graphs: bool,
         columns: Sequence[int] | None,
     ) -> list[Member]:
-        values, lengths = torch.from_numpy(sequences.values), torch.from_numpy(sequences.lengths)
+        values = torch.from_numpy(inputs(sequences, self.classifier))
+        lengths = torch.from_numpy(sequences.lengths)
         labels = torch.from_numpy(sequences.labels).to(self.device)
         variable = bool((sequences.lengths != sequences.lengths[0]).any())
         places = None

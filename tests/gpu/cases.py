@@ -16,6 +16,7 @@ from hpo.models.config import ClassifierConfig, TrainingConfig
 from hpo.models.data.sequences import Sequences, from_arrays
 from hpo.models.fields import Rule, Value, rules
 from hpo.models.training.training import Training
+from tests.unit.test_mask import gapped
 
 FEATURES, STEPS, N = 2, 24, 60
 GIVEN = ("features", "classes", "steps")  # by the data
@@ -56,12 +57,12 @@ CONFIGURATIONS = dict(configurations())
 
 
 def sequences(classes: int = 2, *, variable: bool = True, n: int = N, steps: int = STEPS) -> Sequences:
-    """Noise with an offset by class; the lengths vary from a third of the steps on."""
+    """Noise with an offset by class, with gaps; the lengths vary from a third of the steps on."""
     random = np.random.default_rng(0)
     labels = np.arange(n) % classes
     lengths = random.integers(steps // 3, steps + 1, n) if variable else np.full(n, steps)
     X = random.normal(0, 1, (n, steps, FEATURES)) + 0.4 * labels[:, None, None]
-    return from_arrays([x[:length] for x, length in zip(X, lengths, strict=True)], labels)
+    return gapped(from_arrays([x[:length] for x, length in zip(X, lengths, strict=True)], labels))
 
 
 def training(

@@ -407,7 +407,7 @@ def never() -> bool:
 
 
 def test_the_largest_trial_of_a_space_takes_the_most_memory() -> None:
-    space = default_space(n=1000, steps=500, features=3)
+    space = default_space(n=1000, steps=500, features=3, gaps=True)
     plan: Any = type("OfASpace", (), {"config": type("Config", (), {"space": space})})
     found = largest(plan)
     assert (found["hidden_size"], found["layers"], found["bidirectional"]) == (128, 2, True)
@@ -415,4 +415,4 @@ def test_the_largest_trial_of_a_space_takes_the_most_memory() -> None:
     assert found["stem_stride"] == min(space["stem_stride"].values)  # type: ignore[union-attr]
     plan.config.space = space | {"stem": "patch"}
     assert largest(plan)["patch_length"] == min(space["patch_length"].values)  # type: ignore[union-attr]
-    assert found["normalization"] == "channel"
+    assert (found["normalization"], found["missing"]) == ("channel", "mask")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from hpo.models.bundle import bundle, export
+from hpo.models.data.gaps import inputs
 from hpo.models.data.sequences import Sequences
 from tests.system.test_export_checks import light, padded
 from tests.unit.test_classifier import POOLINGS
@@ -30,6 +31,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "sequence_length": 5,
     },
     "crop": {"classes": 2, "sequence_length": 5, "patch_length": 2},
+    "mask": {
+        "classes": 2,
+        "missing": "mask",
+        "interval": 2.0,
+        "normalization": "channel",
+        "difference": True,
+        "sequence_length": 5,
+    },
 }
 NETWORKS = [*itertools.product(POOLINGS, (False, True), (1, 2), VARIANTS)]
 # Every pair of pooling, direction, depth and variant: the pt2 exporter needs seconds for each network.
@@ -55,7 +64,8 @@ def check_graph(folder: Path, out: Path, format: str, pooling: str, keep: int = 
     run = {"onnx": export._run_onnx, "pt2": export._run_pt2}[format](out / f"model.{format}")
     for probe in probes(pooling, keep):
         expected = loaded.predict(probe).probabilities
-        np.testing.assert_allclose(run(probe.values, probe.lengths), expected, atol=2e-6, rtol=0)
+        given = inputs(probe, loaded.config.classifier)
+        np.testing.assert_allclose(run(given, probe.lengths), expected, atol=2e-6, rtol=0)
 
 
 @pytest.mark.parametrize(("pooling", "bidirectional", "layers", "variant"), NETWORKS)

@@ -16,8 +16,10 @@ from hpo.models.bundle import bundle, card, export
 from hpo.models.bundle.config import BundleError, to_json
 from hpo.models.bundle.export import ExportError
 from hpo.models.config import EARLIER_EPSILON
+from hpo.models.data.gaps import inputs
 from hpo.models.data.sequences import Sequences, from_arrays
 from tests.unit.test_bundle import CURVE, make, run_example, sequences
+from tests.unit.test_mask import gapped
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -37,7 +39,7 @@ def light(folder: Path, **given: Any) -> Path:
 
 
 def padded(*lengths: int) -> Sequences:
-    return from_arrays(sequences(*lengths))
+    return gapped(from_arrays(sequences(*lengths)))
 
 
 @pytest.mark.parametrize("format", ["onnx", "pt2"])
@@ -92,7 +94,9 @@ class TestGraph:
 
     @pytest.mark.parametrize("gap", [np.nan, np.inf])
     @pytest.mark.parametrize(
-        "given", [{"pooling": "max"}, {"normalization": "sequence", "sequence_length": 4}], ids=str
+        "given",
+        [{"pooling": "max"}, {"normalization": "sequence", "sequence_length": 4}, {"missing": "mask", "interval": 2.0}],
+        ids=str,
     )
     def test_a_gap_gives_nan_for_its_sequence_alone_and_none_behind_an_end(
         self, tmp_path: Path, format: str, given: dict[str, Any], gap: float
@@ -100,11 +104,12 @@ class TestGraph:
         """onnxruntime's LSTM gives finite, wrong probabilities."""
         out = export.export(light(tmp_path / "model", members=1, **given), tmp_path / "out", format)
         graph, data = getattr(export, f"_run_{format}")(out / f"model.{format}"), padded(9, 3, 5, 7)
-        values = data.values.copy()
+        model = bundle.load(out)
+        values = inputs(data, model.config.classifier).copy()
         values[np.arange(9) >= data.lengths[:, None]] = gap
         values[1, 1, 0] = gap
-        values[3, 0, 1] = gap
-        expected = bundle.load(out).predict(data).probabilities
+        values[3, 0, -1] = gap
+        expected = model.predict(data).probabilities
         expected[1] = np.nan
         if "sequence_length" not in given:  # else the gap is cropped away
             expected[3] = np.nan
@@ -145,12 +150,15 @@ class TestGraph:
 
 
 class TestReadme:
-    def test_onnx_example_predicts_with_numpy_and_onnxruntime_alone(self, tmp_path: Path) -> None:
-        out = export.export(light(tmp_path / "model", classes=2, members=1), tmp_path / "out", "onnx")
+    @pytest.mark.parametrize("given", [{}, {"missing": "mask", "interval": 2.0}], ids=str)
+    def test_onnx_example_predicts_with_numpy_and_onnxruntime_alone(
+        self, tmp_path: Path, given: dict[str, Any]
+    ) -> None:
+        out = export.export(light(tmp_path / "model", classes=2, members=1, **given), tmp_path / "out", "onnx")
         predict = run_example(out / "README.md", "onnxruntime")["predict"]
-        data = padded(9, 3, 1, 5)
-        labels, probabilities = predict(data.values, data.lengths)
-        expected = bundle.load(out).predict(data)
+        data, model = padded(9, 3, 1, 5), bundle.load(out)
+        labels, probabilities = predict(inputs(data, model.config.classifier), data.lengths)
+        expected = model.predict(data)
         assert labels.tolist() == expected.labels.tolist()
         np.testing.assert_allclose(probabilities, expected.probabilities, atol=2e-6)
 
@@ -165,6 +173,13 @@ class TestReadme:
     def test_says_what_becomes_of_a_gap(self, format: str) -> None:
         text = card.readme(make()[1], format)
         assert "a NaN or an infinity within a sequence's length gives NaN for that sequence" in text
+
+    @pytest.mark.parametrize("format", ["onnx", "pt2"])
+    def test_says_what_marks_a_graph_takes(self, format: str) -> None:
+        text = card.readme(make(missing="mask", interval=60.0)[1], format)
+        assert "values (N, T, 6) float32" in text
+        assert "the marks of the features" in text
+        assert "log(1 + d / 60.0)" in text
 
     def test_says_that_flatten_needs_the_training_length(self, tmp_path: Path) -> None:
         out = export.export(light(tmp_path / "model", pooling="flatten"), tmp_path / "out", "onnx")

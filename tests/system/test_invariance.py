@@ -163,6 +163,7 @@ def content_of(seed: int, features: int, n: int = 24, gaps: bool = True) -> Cont
 NETWORKS: dict[str, dict[str, Any]] = {
     "plain": {},
     "patches": {"patch_length": 2, "pooling": "last", "mixup": 0.2, "skip": True},
+    "mask": {"missing": "mask", "difference": True, "patch_length": 2, "mixup": 0.2, "jitter": 0.05},
     "convolutions": {
         "stem": "conv", "stem_layers": 2, "stem_width": 4, "stem_kernel": 3, "stem_stride": 2, "difference": True,
         "pooling": "concat", "jitter": 0.05, "label_smoothing": 0.1, "learning_rate": 0.01,

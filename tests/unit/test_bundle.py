@@ -27,11 +27,13 @@ from hpo.models.bundle.config import EARLIER, BundleConfig, BundleError, preproc
 from hpo.models.bundle.predictions import Predictions
 from hpo.models.classifier import Classifier
 from hpo.models.config import EARLIER_EPSILON, ClassifierConfig
+from hpo.models.data.gaps import inputs
 from hpo.models.data.readers import read
 from hpo.models.data.sequences import DataError, from_arrays
 from hpo.study.config import load
 from hpo.study.plan import Plan, make_plan
 from tests.unit.test_classifier import NORMALIZATIONS, POOLINGS
+from tests.unit.test_mask import gapped
 
 LENGTHS = (9, 3, 1, 5, 9, 2, 8)
 CURVE = {"train_loss": [0.9, 0.5, 0.3], "value": [0.6, 0.9, 0.8], "log_loss": [0.8, 0.4, 0.5]}
@@ -561,10 +563,19 @@ class TestCard:
                 "skip": True,
                 "sequence_length": 5,
             },
+            {
+                "classes": 2,
+                "normalization": "channel",
+                "difference": True,
+                "missing": "mask",
+                "interval": 2.0,
+                "patch_length": 2,
+                "sequence_length": 5,
+            },
             {"classes": 2, "normalization": "channel", "epsilon": EARLIER_EPSILON},
             {"classes": 2, "normalization": "sequence", "epsilon": EARLIER_EPSILON},
         ],
-        ids=["channel", "sequence", "crop", "conv", "convs", "earlier channel", "earlier sequence"],
+        ids=["channel", "sequence", "crop", "conv", "convs", "mask", "earlier channel", "earlier sequence"],
     )
     def test_its_plain_torch_example_gives_what_predict_gives(
         self, tmp_path: Path, pooling: str, bidirectional: bool, layers: int, rest: dict[str, Any]
@@ -573,8 +584,9 @@ class TestCard:
         (tmp_path / "model.safetensors").write_bytes(bundle.pack(states))
         (tmp_path / "README.md").write_text(card.readme(config), encoding="utf-8")
         probabilities = run_example(tmp_path / "README.md", "def member")["probabilities"]
-        data = sequences(9, 9) if pooling == "flatten" else sequences(*LENGTHS)
-        found = np.stack([probabilities(torch.from_numpy(one)) for one in data])
+        data = gapped(from_arrays(sequences(*((9, 9) if pooling == "flatten" else LENGTHS))))
+        steps = [one[:length] for one, length in zip(inputs(data, config.classifier), data.lengths, strict=True)]
+        found = np.stack([probabilities(torch.from_numpy(one)) for one in steps])
         expected = bundle.assemble(config, states).predict(data).probabilities
         np.testing.assert_allclose(found, expected, atol=TOLERANCE, rtol=0)
 
@@ -618,10 +630,16 @@ class TestCard:
 
 @pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
-def test_several_data_together_are_predicted_as_each_alone(tmp_path: Path, pooling: str, normalization: str) -> None:
-    more = {"sequence_length": 1} if pooling == "flatten" else {"bidirectional": True}
+@pytest.mark.parametrize("interval", [None, 0.0, 2.0])
+def test_several_data_together_are_predicted_as_each_alone(
+    tmp_path: Path, pooling: str, normalization: str, interval: float | None
+) -> None:
+    more: dict[str, Any] = {"sequence_length": 1} if pooling == "flatten" else {"bidirectional": True}
+    more |= {} if interval is None else {"missing": "mask", "interval": interval}
     model = bundle.load(saved(tmp_path / "m", pooling=pooling, normalization=normalization, **more))
-    parts = [model.conform(sequences(*lengths)) for lengths in ((5,), LENGTHS, (1, 40), (3, 3))]
+    data = [from_arrays(sequences(*lengths)) for lengths in ((5,), LENGTHS, (1, 40), (3, 3))]
+    even = replace(data[3], spacing=2.0)
+    parts = [model.conform(part) for part in (*map(gapped, data[:3]), even)]
     for part, together in zip(parts, model.predict_each(parts, batch_size=4), strict=True):
         alone = model.predict(part)
         assert isinstance(together, Predictions)

@@ -24,17 +24,19 @@ STEMS: dict[str, dict[str, Any]] = {
     "conv": {"stem": "conv", "stem_width": 6, "stem_kernel": 4, "stem_stride": 4, "difference": True},
     "skip": {"patch_length": 2, "skip": True},
     "convs": {"stem": "conv", "stem_layers": 2, "stem_width": 6, "stem_kernel": 3, "stem_stride": 2, "skip": True},
+    "mask": {"missing": "mask", "interval": 2.0, "patch_length": 2, "difference": True, "normalization": "sequence"},
 }
 TOLERANCE = 2e-6  # float32 sums of some ten terms, in another order where the batch has another shape
 
 
 def network(**given: object) -> tuple[Classifier, torch.Tensor]:
-    """A network in evaluation mode and values (4, 9, 2), zero after each length."""
+    """A network in evaluation mode and values (4, 9, 2) with their marks, zero after each length."""
     torch.manual_seed(0)
-    values = torch.randn(4, 9, 2) * 3 + 1
+    fields = {"features": 2, "classes": 2, "steps": 9, "hidden_size": 5, "dropout": 0.4} | given
+    config = ClassifierConfig(**fields)  # type: ignore[arg-type]
+    values = torch.randn(4, 9, config.given) * 3 + 1
     values[torch.arange(9)[None, :] >= LENGTHS[:, None]] = 0
-    config = {"features": 2, "classes": 2, "steps": 9, "hidden_size": 5, "dropout": 0.4} | given
-    model = Classifier(ClassifierConfig(**config)).eval()  # type: ignore[arg-type]
+    model = Classifier(config).eval()
     model.fit_normalization(values, LENGTHS)
     return model, values
 

@@ -29,17 +29,19 @@ from hpo.models.training.memory import memory_bytes
 from hpo.models.training.origin import origin_of
 from hpo.models.training.schedules import learning_rate
 from hpo.models.training.training import Diverged, Training, TrainingInterrupted
+from tests.unit.test_mask import gapped
 
 CONVOLUTIONS: dict[str, Any] = {
     "stem": "conv", "stem_layers": 2, "stem_width": 5, "stem_kernel": 3, "stem_stride": 2, "difference": True,
     "skip": True,
 }  # fmt: skip
+MASKED: dict[str, Any] = {"missing": "mask", "interval": 1.5, "normalization": "channel"}
 AUGMENTED: dict[str, Any] = {"mixup": 0.3, "jitter": 0.1, "label_smoothing": 0.1, "normalization": "channel"}
 OPTIMIZERS = rules(TrainingConfig)["optimizer"].names
 
 
 def sequences(classes: int = 2, variable: bool = True, n: int = 48) -> Sequences:
-    """Noisy sines whose frequency is the class."""
+    """Noisy sines whose frequency is the class; some values were filled, and steps are at unequal distances."""
     random = np.random.default_rng(0)
     labels = np.arange(n) % classes
     lengths = random.integers(6, 15, n) if variable else np.full(n, 14)
@@ -47,7 +49,7 @@ def sequences(classes: int = 2, variable: bool = True, n: int = 48) -> Sequences
         np.sin(np.arange(length) * (1 + label))[:, None] + random.normal(0, 0.3, (length, 2))
         for length, label in zip(lengths, labels, strict=True)
     ]
-    return from_arrays(parts, labels)
+    return gapped(from_arrays(parts, labels))
 
 
 def training(data: Sequences, folds: int = 0, fixed_shapes: bool = False, **given: Any) -> Training:
@@ -273,7 +275,7 @@ class TestTheFastPathAgainstTheSimpleOne:
     @pytest.mark.parametrize("variable", [False, True])
     @pytest.mark.parametrize("bidirectional", [False, True])
     @pytest.mark.parametrize(("classes", "class_weight"), [(2, "none"), (2, "balanced"), (3, "balanced")])
-    @pytest.mark.parametrize("more", [{}, CONVOLUTIONS, {"mixup": 0.3}])
+    @pytest.mark.parametrize("more", [{}, CONVOLUTIONS, {"mixup": 0.3}, MASKED])
     def test_steps_of_fixed_shape_equal_cropped_ones(
         self, variable: bool, bidirectional: bool, classes: int, class_weight: str, more: dict[str, Any]
     ) -> None:
@@ -321,7 +323,9 @@ class TestTheFastPathAgainstTheSimpleOne:
             torch.testing.assert_close(own.members[0].learner.weights()[name], weight, atol=self.TOLERANCE, rtol=0)
 
     @pytest.mark.parametrize("fixed_shapes", [False, True])
-    @pytest.mark.parametrize("given", [CONVOLUTIONS, AUGMENTED, CONVOLUTIONS | AUGMENTED])
+    @pytest.mark.parametrize(
+        "given", [CONVOLUTIONS, AUGMENTED, CONVOLUTIONS | AUGMENTED, MASKED, CONVOLUTIONS | AUGMENTED | MASKED]
+    )
     def test_with_stem_and_augmentation_a_resumed_training_ends_in_the_same_bits(
         self, given: dict[str, Any], fixed_shapes: bool, kernel: Kernel
     ) -> None:
