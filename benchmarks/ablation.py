@@ -22,6 +22,7 @@ import torch
 
 from hpo.models.classifier import Classifier
 from hpo.models.config import ClassifierConfig, TrainingConfig
+from hpo.models.data.gaps import inputs
 from hpo.models.data.readers import read
 from hpo.models.data.sequences import Sequences
 from hpo.models.data.splits import split_folds, split_share
@@ -107,7 +108,7 @@ def measured(train: Sequences, test: Sequences, params: Params, seed: int) -> di
         model = Classifier(classifier).eval()
         model.load_state_dict(weights)
         with torch.inference_mode():
-            found = model.probabilities(torch.from_numpy(test.values), torch.from_numpy(test.lengths))
+            found = model.probabilities(torch.from_numpy(inputs(test, classifier)), torch.from_numpy(test.lengths))
         members.append(found.numpy())
     accuracy = float((np.mean(members, 0).argmax(1) == test.labels).mean())
     return {"test": accuracy, "validation": training.best.value, "seconds": seconds}

@@ -50,12 +50,15 @@ def first_configurations(space: Mapping[str, Entry], steps: int, trials: int) ->
     """Those of the portfolio that a completed space holds, at most every fourth of `trials`.
 
     What the space has as a constant takes that value, and a number that it does not hold becomes the nearest one that
-    it does; a configuration with another choice that it does not hold is left out. steps: of the longest sequence that
-    are kept.
+    it does; a configuration with another choice that it does not hold is left out. The choices of `missing` take turns,
+    as it depends on the data whether a gap says something. steps: of the longest sequence that are kept.
     """
     found: list[dict[str, Value]] = []
+    missing = values(space["missing"])
+    assert missing  # names, which no range is of
     for configuration in PORTFOLIO:
         own = dict(configuration) | {"patch_length": max(1, round(steps / PATCHES))}
+        own["missing"] = missing[len(found) % len(missing)]
         moved = {name: _nearest(space[name], value) for name, value in own.items()}
         params = {name: value for name, value in moved.items() if value is not None}
         if len(params) < len(moved):

@@ -98,6 +98,8 @@ def _timestamps(times: NDArray[Any], at: Callable[[int], str]) -> NDArray[Any]:
 def positions(steps: NDArray[Any]) -> NDArray[np.float64]:
     """(R,) where the steps are, from the first one on: what is between two of them is their distance; infinite where a
     float cannot hold it."""
+    if not len(steps):
+        return np.empty(0)
     low, high = steps.min(), steps.max()
     if steps.dtype.kind == "i" and int(high) - int(low) >= 2**63:
         return steps.astype(np.float64)

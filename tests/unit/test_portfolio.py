@@ -36,6 +36,18 @@ def test_a_default_study_begins_with_the_portfolio() -> None:
     assert all(spaces.check_params(complete_space(), params) == params for params in found)
 
 
+@pytest.mark.parametrize(
+    ("entry", "told"),
+    [
+        (["interpolate", "mask"], ["interpolate", "mask", "interpolate", "mask"]),
+        ("mask", ["mask"] * 4),
+        ("interpolate", ["interpolate"] * 4),
+    ],
+)
+def test_every_second_one_is_told_of_gaps_where_the_space_says_so(entry: Any, told: list[str]) -> None:
+    assert [params["missing"] for params in first({"missing": entry})] == told
+
+
 def complete_space() -> dict[str, Any]:
     return spaces.complete({}, **FACTS)
 
