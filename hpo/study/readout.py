@@ -16,11 +16,13 @@ MANY = 10  # names listed at most
 
 
 def readout(plan: Plan, train: Sequences, test: Sequences | None) -> list[str]:
-    """Sizes, features, classes with their counts, gaps, groups, parts, the positive class."""
+    """Sizes, features, classes with their counts, gaps, groups, parts, the distance of steps, the positive class."""
     lines = [f"training part: {'; '.join([_sizes(train), *_absent(plan, train)])}"]
     if test is not None:
         lines.append(f"test part: {'; '.join([_sizes(test), *_absent(plan, test)])}")
     about = [f"features {_listed(train.features)}", f"validation on {_validation(plan.config.data)}"]
+    if plan.interval:
+        about.append(f"steps are usually {plan.interval:g} apart (dates: in seconds)")
     if len(train.classes) == 2:
         about.append(f"{train.classes[1]!r} is the positive class of f1, auroc and average_precision")
     return [*lines, "; ".join(about)]

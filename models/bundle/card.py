@@ -45,8 +45,8 @@ def readme(config: BundleConfig, exported: str = "safetensors") -> str:
         *_by_class_and_group(config),
         "## Use it",
         _code("python", f"import hpo\n\nmodel = hpo.load({'.'!r})  # this folder\nprint(model.predict(X).labels)")
-        + "\n`X`: (N, T, F) numbers, or a list of (T, F); or `model.read(path)` for a npz, csv, parquet or .ts file.",
-        _code("sh", "hpo predict . data.npz --out predictions.csv"),
+        + f"\n`X`: {_taken(classifier)}.",
+        _code("sh", f"hpo predict . data.{'csv' if classifier.marks == 2 else 'npz'} --out predictions.csv"),
         "## Use it without hpo",
         "One sequence at a time, with torch and safetensors alone (the `lstm.` weights carry `torch.nn.LSTM`'s names):",
         _code("python", _torch_example(config)),
@@ -61,6 +61,13 @@ def readme(config: BundleConfig, exported: str = "safetensors") -> str:
         _list([f"{_escaped(name)}: {_plain(value)}" for name, value in config.provenance.items()] or ["not recorded"]),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _taken(config: ClassifierConfig) -> str:
+    """What the model predicts."""
+    if config.marks == 2:
+        return "`model.read(path)` for a csv or parquet file, or a data frame, whose steps have times as in training"
+    return "(N, T, F) numbers, or a list of (T, F); or `model.read(path)` for a npz, csv, parquet or .ts file"
 
 
 def _marks(config: ClassifierConfig) -> str:

@@ -33,6 +33,7 @@ from hpo.models.training.augmentation import noise_of
 from hpo.study.config import load
 from hpo.study.entries import Choices
 from hpo.study.plan import Plan, StudyConflict, make_plan
+from hpo.study.readout import readout
 from hpo.study.widening import continued
 from hpo.trial.build import configurations
 
@@ -293,6 +294,7 @@ class TestPlan:
     @pytest.mark.parametrize(("gaps", "uneven"), [(False, False), (True, False), (False, True), (True, True)])
     def test_the_space_holds_the_mask_where_there_are_gaps(self, tmp_path: Path, gaps: bool, uneven: bool) -> None:
         plan, train, test = make_plan(load(write(tmp_path, gaps=gaps, uneven=uneven)))
+        assert ("steps are usually 60 apart (dates: in seconds)" in readout(plan, train, test)[-1]) == uneven
         entry = Choices(("interpolate", "mask")) if gaps or uneven else "interpolate"
         assert plan.config.space["missing"] == entry
         assert plan.interval == (60.0 if uneven else 0.0)
