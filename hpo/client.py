@@ -263,18 +263,26 @@ class Client:
         return out
 
     def predict(
-        self, name: str, data: str | Path | Sequence[Any], version: int | str = "latest", **columns: str
+        self,
+        name: str,
+        data: str | Path | Sequence[Any],
+        version: int | str = "latest",
+        *,
+        steps: Sequence[Sequence[Any]] | None = None,
+        **columns: str,
     ) -> Prediction:
         """Class and probabilities of the sequences of a data file, or of lists of steps of values.
 
-        columns: label, id, step, group, time and weight, where those of the file are not called as in training.
+        steps: of lists, where those of each sequence are, numbers or texts of times; needed by a model that is told
+        times. columns: label, id, step, group, time and weight, where those of the file are not called as in training.
         """
         path = f"/v1/models/{name}/{version}/predict"
         if isinstance(data, str | Path):
             answer = self._ask("POST", path, files=Path(data), params=columns)
         else:
             given = [getattr(sequence, "tolist", lambda sequence=sequence: sequence)() for sequence in data]
-            answer = self._ask("POST", path, json={"sequences": given})
+            more = {} if steps is None else {"steps": [list(row) for row in steps]}
+            answer = self._ask("POST", path, json={"sequences": given, **more})
         return Prediction.model_validate(answer.json())
 
     # ------------------------------------------------------------------------------------------------------ asking

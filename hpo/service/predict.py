@@ -27,7 +27,13 @@ PREDICT_BODY: dict[str, Any] = {
                         "sequences": {
                             "type": "array",
                             "items": {"type": "array", "items": {"type": "array", "items": {"type": "number"}}},
-                        }
+                        },
+                        "steps": {
+                            "type": "array",
+                            "items": {"type": "array", "items": {"type": ["number", "string"]}},
+                            "description": "where the steps of each sequence are, numbers or times, which rise; needed "
+                            "by a model that is told times",
+                        },
                     },
                 },
                 "example": {"sequences": [[[0.1], [0.3], [0.2]]]},

@@ -105,12 +105,13 @@ class ServedModel:
 
     def _sequences(self, body: bytes, most: int) -> Sequences:
         """The sequences of a body. Raises TooLarge where they have more numbers than `most`, Problem and DataError."""
-        given = _parsed(body)
+        given, steps = _parsed(body)
         longest = max((len(each) for each in given if isinstance(each, list)), default=0)
         numbers = _check_sizes(self._limits, len(given), longest, len(self._bundle.config.features))
         if numbers > most:
             raise TooLarge
-        return self._bundle.conform([_array(row, sequence) for row, sequence in enumerate(given)])
+        arrays = [_array(row, sequence) for row, sequence in enumerate(given)]
+        return self._bundle.conform(arrays if steps is None else {"X": arrays, "steps": steps})
 
     def _computed(self, given: Sequence[Sequences]) -> list[Predictions | Exception]:
         """What the model says to each."""
@@ -326,16 +327,19 @@ def _no_number(name: str) -> None:
 _JSON = json.JSONDecoder(parse_constant=_no_number)
 
 
-def _parsed(body: bytes) -> list[Any]:
-    """The sequences of a JSON body. Raises Problem."""
+def _parsed(body: bytes) -> tuple[list[Any], list[Any] | None]:
+    """The sequences of a JSON body, and where their steps are. Raises Problem."""
     try:
         content = _JSON.decode(body.decode())
     except (ValueError, RecursionError) as error:
         raise Problem(HTTPStatus.BAD_REQUEST, f"the body is not valid JSON: {error}") from None
     if not isinstance(content, dict) or not isinstance(content.get("sequences"), list):
         raise Problem(HTTPStatus.UNPROCESSABLE_ENTITY, "the body is an object with a list `sequences`")
-    sequences: list[Any] = content["sequences"]
-    return sequences
+    steps = content.get("steps")
+    if steps is not None and not (isinstance(steps, list) and all(isinstance(row, list) for row in steps)):
+        rule = "`steps` is a list of where the steps of each sequence are, each a list of numbers or times"
+        raise Problem(HTTPStatus.UNPROCESSABLE_ENTITY, rule)
+    return content["sequences"], steps
 
 
 def _array(row: int, sequence: Any) -> NDArray[np.float64]:

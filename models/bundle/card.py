@@ -66,7 +66,9 @@ def readme(config: BundleConfig, exported: str = "safetensors") -> str:
 def _taken(config: ClassifierConfig) -> str:
     """What the model predicts."""
     if config.marks == 2:
-        return "`model.read(path)` for a csv or parquet file, or a data frame, whose steps have times as in training"
+        files = "`model.read(path)` for a npz, csv or parquet file, a data frame"
+        arrays = '`{"X": …, "steps": …}` with (N, T, F) numbers and where the steps are (N, T)'
+        return f"{files}, or {arrays}, times or numbers as in training"
     return "(N, T, F) numbers, or a list of (T, F); or `model.read(path)` for a npz, csv, parquet or .ts file"
 
 

@@ -18,7 +18,7 @@ LONG = 1.5  # usual intervals between two steps from which on there is a gap
 LONGEST = 2.0**100  # usual intervals, from which on a time says nothing more
 TIMES_NEEDED = (
     "the model was trained with the times of steps at unequal distances; give a table in long form, with a column of "
-    "steps, or one of one sequence a row whose columns are named by their times"
+    "steps, or one of one sequence a row whose columns are named by their times, or beside arrays `steps` (N, T)"
 )
 
 

@@ -21,24 +21,25 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from hpo.models.data.columns import BESIDE
-from hpo.models.data.sequences import DataError, Raw, Sequences, column, raw_arrays, to_sequences
+from hpo.models.data.sequences import DataError, Raw, Sequences, column, is_missing, raw_arrays, to_sequences
 from hpo.models.data.sizes import check_content
-from hpo.models.data.steps import moments
+from hpo.models.data.steps import in_order, moments, positions, seconds_of
 from hpo.models.data.tables import Columns, is_frame, read_csv, read_frame, read_parquet
 from hpo.models.data.ts import ARFF, read_ts
 from hpo.models.data.weights import weights
 
 BLOCK = 2**18  # bytes read at once
-ARRAYS = ("X", "y", "lengths", "groups", *BESIDE)  # of an npz file
-_KNOWN = f"known are {', '.join(ARRAYS)}; lengths say how many steps are valid"
+ARRAYS = ("X", "y", "lengths", "groups", "steps", *BESIDE)  # of an npz file
+_KNOWN = f"known are {', '.join(ARRAYS)}; lengths say how many steps are valid, steps where they are"
 _OFTEN = {  # their names, and others by which they often go
-    **{name: name for name in ("lengths", "groups", *BESIDE)},
+    **{name: name for name in ("lengths", "groups", "steps", *BESIDE)},
     **{"x": "X", "y": "y", "label": "y", "target": "y"},
 }
 
 
 def _read_npz(path: Path, columns: Columns) -> Raw:
-    """npz: X (N, T, F) or (N, T); optional y, lengths, groups, time and weight, each (N,). No other array."""
+    """npz: X (N, T, F) or (N, T); optional y, lengths, groups, time and weight, each (N,), and steps (N, T). No other
+    array."""
     if not zipfile.is_zipfile(path):
         raise DataError(f"{path} is empty or not an npz file: write it with numpy.savez")
     try:
@@ -118,6 +119,8 @@ def _of_arrays(source: str, arrays: Mapping[str, Any], columns: Columns) -> Raw:
         if name not in ARRAYS:
             raise DataError(f"{source}: unknown array {name!r}: leave it out; {_KNOWN}")
     raw = raw_arrays(source, arrays["X"], arrays.get("y"), arrays.get("lengths"), arrays.get("groups"))
+    if arrays.get("steps") is not None:
+        raw = _with_steps(raw, arrays["steps"])
     for role in BESIDE:
         if role not in arrays and columns.demands(role):
             raise DataError(
@@ -133,6 +136,47 @@ def _of_arrays(source: str, arrays: Mapping[str, Any], columns: Columns) -> Raw:
     if "weight" in beside:
         raw = replace(raw, weights=weights(beside["weight"].tolist(), raw.at))
     return raw
+
+
+def _with_steps(raw: Raw, steps: Any) -> Raw:
+    """With where its steps are: rising numbers or times (N, T), or N lists of them; what is missing lies beyond a
+    sequence's end. Raises DataError."""
+    N, T = raw.values.shape[:2]
+    rows = steps if isinstance(steps, list | tuple) else np.atleast_1d(np.asarray(steps))
+    if len(rows) != N:
+        raise DataError(f"{raw.source}: steps must be those of each of the {N} sequences, got {len(rows)}")
+    parts = [_known_steps(raw, i, row) for i, row in enumerate(rows)]
+    lengths = np.array([len(part) for part in parts])
+    owner, parts = np.repeat(np.arange(N), lengths), [part for part in parts if len(part)]
+    kinds = {part.dtype.kind for part in parts}
+    alike = bool(parts) and (kinds <= set("iuf") or kinds <= set("mM"))
+    flat = np.concatenate(parts) if alike else [value for part in parts for value in part.tolist()]
+    found = in_order(flat, lambda place: raw.at(int(owner[place]))) if parts else np.empty(0)
+    times = np.full((N, T), np.nan)
+    times[np.arange(T) < lengths[:, None]] = positions(found)
+    for i, t in np.argwhere(np.diff(times, axis=1) <= 0)[:1].tolist():
+        rule = "steps must rise; those beyond a sequence's end are missing (NaN or NaT), or `lengths` say where it is"
+        raise DataError(f"{raw.at(i)}, step {t + 1} is not after the one before it: {rule}")
+    return replace(raw, times=times, seconds=seconds_of(found.dtype))
+
+
+def _known_steps(raw: Raw, i: int, row: Any) -> NDArray[Any]:
+    """The steps of sequence i up to its end, or to the first one that is missing. Raises DataError."""
+    try:
+        found = np.asarray(row)
+    except ValueError:  # lists of lists
+        found = np.empty(())
+    most = raw.values.shape[1]
+    if found.ndim != 1 or len(found) > most:
+        raise DataError(f"{raw.at(i)}: steps must be a list of numbers or times, and at most {most} as the values are")
+    found = found[: None if raw.lengths is None else max(0, int(raw.lengths[i]))]
+    if found.dtype.kind in "iub":
+        return found
+    if found.dtype.kind in "fmM":
+        missing = np.isnan(found) if found.dtype.kind == "f" else np.isnat(found)
+    else:
+        missing = np.array([is_missing(value) or value == "" for value in found.tolist()], dtype=np.bool_)
+    return found[: np.argmax(missing)] if missing.any() else found
 
 
 def _read_ts(path: Path, columns: Columns) -> Raw:
@@ -193,12 +237,13 @@ def read(
     """Read one file, whose suffix says how (`READERS`), or what is in memory.
 
     In memory: a data frame of pandas or polars or a table of Arrow, read like csv; a dict of the arrays of an npz file;
-    or an array, or a list of arrays, which is X of `from_arrays`.
+    in which `steps` may be N lists; or an array, or a list of arrays, which is X of `from_arrays`.
 
     `label`, `id`, `step` and `group` name columns of csv and parquet files and of data frames; group may be id. `time`
     names the one that orders the sequences, numbers or times, and may be id, step or group; `weight` the one that says
     how much each counts in training and scores, in long form the same in all rows of a sequence. In npz files and dicts
-    these are, whatever they are called, the arrays `time` and `weight` (N,). Those in `needed` must be there.
+    these are, whatever they are called, the arrays `time` and `weight` (N,), and `steps` (N, T) says where the steps
+    are: rising numbers or times. Those in `needed` must be there.
 
     A table with both an id and a step column is in long form (one row a step), else in wide form (one univariate
     sequence a row; the names of the step columns are one prefix and a number, as in t0, t1). Rows of the long form, and

@@ -312,13 +312,13 @@ def to_sequences(
         _check_finite(raw, values, inside, names)
     if not (whole and inside.all() and _surely_precise(values)):
         _check_precision(raw, values, inside, names, training=bool(labeled) and classes is None)
+    times, spacing = _times(raw, inside)
     counts, observed = np.zeros((len(values), len(names)), dtype=np.int32), None
     if not whole:
         missing = np.isnan(values) & inside[:, :, None]
         counts = missing.sum(axis=1, dtype=np.int32)
         observed = _gapped(inside[:, :, None] & ~missing, lengths)
         _fill(values, inside, missing, raw.times)
-    times, spacing = _times(raw, inside)
     if not inside.all():
         values[~inside] = 0
     labels, classes = _encode(raw, classes, labeled)
@@ -344,9 +344,11 @@ def to_sequences(
 
 
 def _times(raw: Raw, inside: Mask) -> tuple[NDArray[np.float64] | None, float | None]:
-    """`Sequences.times` and `Sequences.spacing`. inside (N, T): the valid steps."""
+    """`Sequences.times` and `Sequences.spacing`. inside (N, T): the valid steps. Raises DataError."""
     if raw.times is None:
         return None, None
+    for i, t in np.argwhere(np.isnan(raw.times[:, : inside.shape[1]]) & inside)[:1].tolist():
+        raise DataError(f"{raw.at(i)} has a value at step {t}, but not where that is: give one of `steps` for each")
     with np.errstate(over="ignore", invalid="ignore"):
         found = (raw.times[:, : inside.shape[1]] - raw.times[:, :1]) * raw.seconds
     times = np.where(inside, found, 0.0)

@@ -18,6 +18,8 @@ import psycopg2
 import pytest
 from fastapi import FastAPI
 
+import hpo
+from hpo.errors import HpoError
 from hpo.models.bundle.bundle import Bundle, load
 from hpo.service.app import make_app
 from hpo.service.backend import CONNECTIONS, Backend, Limits
@@ -35,6 +37,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "last": {"features": 1, "classes": 2, "normalization": "channel"},
     "mean": {"pooling": "mean", "bidirectional": True, "normalization": "sequence", "members": 3},
     "attention": {"pooling": "attention", "layers": 2, "patch_length": 3, "members": 1},
+    "times": {"missing": "mask", "interval": 60.0},
 }
 
 
@@ -63,9 +66,10 @@ def as_arrays(sequences: list[Any]) -> list[Any]:
     return [np.array(each, dtype=np.float64) for each in sequences]
 
 
-def is_of(answer: dict[str, Any], model: Bundle, sequences: list[Any]) -> bool:
+def is_of(answer: dict[str, Any], model: Bundle, sequences: list[Any], steps: list[Any] | None = None) -> bool:
     """Whether a model says this of these sequences, each request by itself."""
-    alone = model.predict(as_arrays(sequences))
+    arrays = as_arrays(sequences)
+    alone = model.predict(arrays if steps is None else {"X": arrays, "steps": steps})
     return bool(
         np.allclose(answer["probabilities"], alone.probabilities, rtol=0, atol=TOLERANCE)
         and answer["labels"] == alone.labels.tolist()
@@ -89,11 +93,15 @@ def test_many_at_once_get_what_each_would_alone(service: Service, models: dict[s
         ('{"sequences": [[[NaN, 1]]]}', 400, "the body is not valid JSON: NaN is no number in JSON"),
         ('{"sequences": ' + 5000 * "[", 400, "the body is not valid JSON"),
         ('{"sequences": []}', 422, "there is no sequence to predict"),
+        ('{"sequences": [[[1, 2]]], "steps": [0]}', 422, "`steps` is a list of where the steps of each sequence are"),
+        ('{"sequences": [[[1, 2]]], "steps": [[0, 1]]}', 422, "sequence 0: steps must be a list"),
+        ('{"sequences": [[[1, 2]]], "steps": [[[0], [1, 2]]]}', 422, "sequence 0: steps must be a list"),
+        ('{"sequences": [[[1, 2]]], "steps": [["soon"]]}', 422, "sequence 0: 'soon' is no step"),
     ]
 
     async def ask(client: httpx.AsyncClient, number: int) -> None:
         random = np.random.default_rng(number)
-        name = list(models)[number % 3]
+        name = list(models)[number % len(models)]
         path = f"/v1/models/{name}/{['1', 'latest'][number % 2]}/predict"
         for _ in range(8):
             if number % 8 == 7:
@@ -104,16 +112,30 @@ def test_many_at_once_get_what_each_would_alone(service: Service, models: dict[s
                 assert reason in answer.json()["detail"]
             else:
                 sequences = some(random, len(models[name].config.features))
-                answer = await client.post(path, json={"sequences": sequences})
+                steps = None
+                if name == "times":
+                    steps = [random.uniform(30, 90, len(each)).cumsum().tolist() for each in sequences]
+                answer = await client.post(
+                    path, json={"sequences": sequences} | ({} if steps is None else {"steps": steps})
+                )
                 assert answer.status_code == 200, answer.text
                 assert (answer.json()["model"], answer.json()["version"]) == (name, 1)
-                assert is_of(answer.json(), models[name], sequences)
+                assert is_of(answer.json(), models[name], sequences, steps)
 
     async def scene() -> None:
         async with a_client(service) as client:
             await asyncio.gather(*(ask(client, number) for number in range(64)))
 
     asyncio.run(scene())
+
+
+def test_a_model_that_is_told_times_says_what_it_needs(service: Service, models: dict[str, Bundle]) -> None:
+    with hpo.connect(service.url, service.token("read")) as client:
+        with pytest.raises(HpoError, match=r"do not say when .*`steps` \(N, T\)"):
+            client.predict("times", [[[1, 2], [3, 4]]])
+        found = client.predict("times", [[[1, 2], [3, 4]]], steps=[["2024-01-31 09:00", "2024-01-31 09:07"]])
+    expected = models["times"].predict({"X": [np.array([[1.0, 2], [3, 4]])], "steps": [[0, 420]]})
+    np.testing.assert_allclose(found.probabilities, expected.probabilities, atol=TOLERANCE)
 
 
 def test_large_requests_are_computed_beside_the_small_ones(service: Service, models: dict[str, Bundle]) -> None:

@@ -180,7 +180,7 @@ class TestReadme:
         assert "values (N, T, 6) float32" in text
         assert "the marks of the features" in text
         assert "log(1 + d / 60.0)" in text
-        assert "a csv or parquet file, or a data frame, whose steps have times" in text
+        assert "and where the steps are (N, T), times or numbers as in training" in text
 
     def test_says_that_flatten_needs_the_training_length(self, tmp_path: Path) -> None:
         out = export.export(light(tmp_path / "model", pooling="flatten"), tmp_path / "out", "onnx")

@@ -236,6 +236,46 @@ class TestReading:
         assert data.observed is not None
         assert data.observed.tolist() == [[[True], [False], [True]]]
 
+    def test_of_arrays_are_those_of_their_steps(self, tmp_path: Path) -> None:
+        X = np.arange(12.0).reshape(2, 3, 2)
+        X[0, 1, 0] = X[1, 2] = nan
+        seconds = [[0, 10, 40], [5, 6, 7]]
+        dates = np.array([[np.datetime64(START, "ms") + 1000 * s for s in row] for row in seconds])
+        texts = [[str(date) for date in row] for row in dates]
+        rows = [f"{i},{texts[i][t]},{X[i, t, 0]},{X[i, t, 1]}" for i in range(2) for t in range(3) if (i, t) != (1, 2)]
+        (tmp_path / "a.csv").write_text("\n".join(["id,step,x0,x1", *rows]).replace("nan", "") + "\n")
+        expected = read(tmp_path / "a.csv")
+        np.savez(tmp_path / "a.npz", X=X, steps=dates)
+        padded = np.where(np.isnan(X[:, :, 1]), np.datetime64("NaT"), dates)
+        given = [dates, texts, padded, np.array(seconds), [np.array([0.0, 10.0, 40.0]), np.array([5.0, 6.0])]]
+        for found in (read(tmp_path / "a.npz"), *(read({"X": X, "steps": steps}) for steps in given)):
+            assert canonical.fingerprint(found) == canonical.fingerprint(expected)
+            assert found.times is not None
+            assert found.times.tolist() == [[0, 10, 40], [0, 1, 0]]
+            assert found.values[0, 1, 0] == 1.0  # a quarter of the way from 0 to 4
+
+    @pytest.mark.parametrize(
+        ("steps", "message"),
+        [
+            ([[0, 1, 2]], "steps must be those of each of the 2 sequences, got 1"),
+            (7, "steps must be those of each of the 2 sequences, got 1"),
+            ([[0, 1, 1], [0, 1, 2]], r"sequence 0, step 2 is not after the one before it: steps must rise"),
+            (np.zeros((2, 3)), "steps must rise; those beyond a sequence's end are missing"),
+            ([[0, 1, 2], [0, 1]], r"sequence 1 has a value at step 2, but not where that is"),
+            ([[0, 1, 2], [0, nan, 2]], r"sequence 1 has a value at step 1, but not where that is"),
+            ([[0, 1, 2], [0, 1, None]], r"sequence 1 has a value at step 2, but not where that is"),
+            ([[], []], r"sequence 0 has a value at step 0, but not where that is"),
+            ([[0, 1, 2], [0, 1, 2, 3]], "sequence 1: steps must be a list of numbers or times, and at most 3"),
+            ([[0, 1, 2], [[0], [1, 2]]], "sequence 1: steps must be a list of numbers or times"),
+            ([[0, 1, 2], ["a", "b", "c"]], "sequence 1: step 'a'|sequence 1: 'a' is no step"),
+            ([[True, False, True]] * 2, "'True' is no step"),
+            ([[0, 1, 2], ["2024-01-01", "2024-01-02", "2024-01-03"]], "is not of the form of the first step"),
+        ],
+    )
+    def test_steps_of_arrays_that_say_nothing_are_refused(self, steps: object, message: str) -> None:
+        with pytest.raises(DataError, match=message):
+            read({"X": np.ones((2, 3)), "steps": steps})
+
     def test_what_cannot_be_measured_is_not_known(self, tmp_path: Path) -> None:
         (tmp_path / "far.csv").write_text("id,step,x\na,-1e308,1\na,0,2\na,1e308,3\n")
         assert read(tmp_path / "far.csv").positions is None
@@ -370,6 +410,13 @@ class TestModel:
         with pytest.raises(DataError, match=r"do not say when .* give a table in long form"):
             self.model(60.0).predict(np.zeros((2, 5, 2)))
         assert self.model(0.0).predict(np.zeros((2, 5, 2))).probabilities.shape == (2, 2)
+
+    def test_predicts_arrays_with_steps_as_a_table(self, tmp_path: Path) -> None:
+        model = self.model(60.0)
+        data = model.read(write(tmp_path, gaps=True, uneven=True))
+        X = np.where(data.observed, data.values, nan) if data.observed is not None else data.values
+        found = model.predict({"X": X, "steps": data.times}).probabilities
+        np.testing.assert_array_equal(found, model.predict(data).probabilities)
 
     def test_takes_the_times_of_steps_at_equal_distances(self, tmp_path: Path) -> None:
         found = self.model(60.0).predict(self.model(60.0).read(write(tmp_path)))
