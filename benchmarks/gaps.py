@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from ablation import FULL, measured
+from ablation import BASE, measured
 
 from hpo.models.data.gaps import usual_interval
 from hpo.models.data.readers import read
@@ -74,7 +74,7 @@ def main() -> None:
                     train = read(given.folder / f"{name}_train.npz", labeled=True)
                     test = read(given.folder / f"{name}_test.npz", labeled=True, classes=train.classes)
                     train, test = (remove(part, given.share, 10 * seed + i) for i, part in enumerate((train, test)))
-                    params = {**FULL, "missing": missing, "interval": usual_interval(train) or 0.0}
+                    params = {**BASE, "missing": missing, "interval": usual_interval(train) or 0.0}
                     found.append(measured(train, test, params, seed))
                     with given.lines.open("a") as file:
                         line = {"removed": kind, "missing": missing, "set": name, "seed": seed, **found[-1]}

@@ -39,13 +39,14 @@ def test_a_default_study_begins_with_the_portfolio() -> None:
 @pytest.mark.parametrize(
     ("entry", "told"),
     [
-        (["interpolate", "mask"], ["interpolate", "mask", "interpolate", "mask"]),
-        ("mask", ["mask"] * 4),
-        ("interpolate", ["interpolate"] * 4),
+        (["interpolate", "mask"], ["interpolate", "mask"]),
+        ("mask", ["mask", "mask"]),
+        ("interpolate", ["interpolate", "interpolate"]),
     ],
 )
 def test_every_second_one_is_told_of_gaps_where_the_space_says_so(entry: Any, told: list[str]) -> None:
-    assert [params["missing"] for params in first({"missing": entry})] == told
+    found = [params["missing"] for params in first({"missing": entry})]
+    assert found == told * (len(PORTFOLIO) // 2)
 
 
 def complete_space() -> dict[str, Any]:
