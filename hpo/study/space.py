@@ -94,7 +94,7 @@ DEFAULTS: dict[str, Entry] = {  # whatever the data; what follows from them is b
     "difference": Choices((False, True)),
     "stem": Choices(("patch", "conv")),
     "stem_layers": Range(1, 3),
-    "stem_width": Choices((32, 64)),
+    "stem_width": 64,
     "stem_kernel": Choices((3, 5, 7, 9)),
     "hidden_size": Range(16, 128, log=True),
     "layers": 1,
