@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +28,7 @@ from hpo.storage.terms import Notify, StudyRow, Terms
 from hpo.storage.trials import TrialStorage
 from hpo.study.config import ConfigError, StudyConfig
 from hpo.study.counted import CountedTrials
-from hpo.study.entries import distribution, unparse
+from hpo.study.entries import Entry, contains, distribution, unparse
 from hpo.study.notes import METRIC_NAMES, announce_widening, describe_study
 from hpo.study.plan import MissingStudy, MissingTrial, Plan, StudyConflict, StudyError, make_plan, names_groups
 from hpo.study.pruning import make_pruner
@@ -35,6 +36,7 @@ from hpo.study.ranking import best_first
 from hpo.study.readout import readout, suspicions
 from hpo.study.record import COPIED_FROM, TrialRecord
 from hpo.study.sampling import ConfigurationSampler, grid
+from hpo.study.space import DECIDED_BY, EARLIER, is_active
 from hpo.study.widening import changes, continued, shown
 
 log = logging.getLogger("hpo")
@@ -308,22 +310,44 @@ def _check_warm_start(storage: TrialStorage, config: StudyConfig) -> None:
 
 
 def _warm_trials(storage: TrialStorage, plan: Plan) -> list[FrozenTrial]:
-    """The other study's complete trials whose every parameter lies in this study's space, but for dropped ones."""
+    """The other study's complete trials that lie in this study's space, but for dropped ones."""
     name = plan.config.study.warm_start
     assert name is not None
     other = storage.get_study_id_from_name(name)
     kept = []
     for trial in CountedTrials(storage).get_all_trials(other, deepcopy=True, states=(TrialState.COMPLETE,)):
-        spaces = {key: distribution(plan.config.space[key]) for key in trial.params if key in plan.config.space}
-        fitting = {key: item for key, item in spaces.items() if item is not None}
-        if fitting.keys() == trial.params.keys() and all(
-            _contains(item, trial.params[key]) for key, item in fitting.items()
-        ):
-            trial.distributions = fitting
+        params = _as_drawn(trial, plan.config.space)
+        if params is not None:
+            trial.params = {key: value for key, (value, _) in params.items()}
+            trial.distributions = {key: item for key, (_, item) in params.items()}
             trial.user_attrs = {COPIED_FROM: f"{name}/{trial.number}"}
             trial.system_attrs = {}
             kept.append(trial)
     return kept
+
+
+def _as_drawn(trial: FrozenTrial, space: Mapping[str, Entry]) -> dict[str, tuple[Any, BaseDistribution]] | None:
+    """What this space would have drawn of another study's trial, also what was fixed there; None where what it drew, or
+    what is drawn here, lies outside. What both have fixed may differ."""
+    recorded = trial.user_attrs.get("params")
+    fixed = {**EARLIER, **recorded} if isinstance(recorded, dict) else {}
+    values = {**fixed, **trial.params}
+    found: dict[str, tuple[Any, BaseDistribution]] = {}
+    for key, value in values.items():
+        if key not in space:
+            if key in trial.params:
+                return None
+            continue
+        if all(other in values for other in DECIDED_BY.get(key, ())) and not is_active(key, values):
+            continue
+        item = distribution(space[key])
+        if item is not None:
+            if not _contains(item, value):
+                return None
+            found[key] = value, item
+        elif key in trial.params and not contains(space[key], value):
+            return None
+    return found
 
 
 def _contains(item: BaseDistribution, value: Any) -> bool:

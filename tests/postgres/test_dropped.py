@@ -50,8 +50,8 @@ def opened(storage: TrialStorage, tmp_path: Path) -> Callable[..., OpenStudy]:
     random = np.random.default_rng(0)
     np.savez(tmp_path / "waves.npz", X=random.normal(size=(60, 8, 2)), y=np.arange(60) % 2)
 
-    def made(space: str = "hidden_size = [4, 8]", study: str = "", name: str = "waves") -> OpenStudy:
-        text = f'[study]\nname = "{name}"\n{study}\n[data]\ntrain = "waves.npz"\n[space]\n{SPACE}{space}\n'
+    def made(space: str = "hidden_size = [4, 8]", study: str = "", name: str = "waves", rest: str = SPACE) -> OpenStudy:
+        text = f'[study]\nname = "{name}"\n{study}\n[data]\ntrain = "waves.npz"\n[space]\n{rest}{space}\n'
         (tmp_path / "waves.toml").write_text(text)
         return create_or_open(load(tmp_path / "waves.toml"), storage, artifact_store(str(tmp_path / "artifacts")))
 
@@ -254,6 +254,21 @@ def test_a_study_that_learns_from_another_copies_none_of_its_dropped_trials(open
     second = opened("hidden_size = [4, 8]", 'sampler = "random"\nwarm_start = "first"', name="second")
     (copied,) = second.storage.get_all_trials(second.study_id)
     assert copied.user_attrs == {"copied_from": "first/1"}
+
+
+def test_a_study_learns_from_what_another_had_fixed_or_still_drew(opened: Callable[..., OpenStudy]) -> None:
+    first = opened("hidden_size = [4, 8, 16]", 'sampler = "random"', name="first")
+    sizes = [run(first)["hidden_size"] for _ in range(6)]
+    drawing = SPACE.replace("layers = 1", "layers = [1, 2]").replace("skip = false", "skip = [false, true]")
+    study = 'sampler = "random"\nwarm_start = "first"'
+    wider = opened("hidden_size = [4, 8, 16]", study, name="wider", rest=drawing)
+    copied = [trial.params for trial in wider.storage.get_all_trials(wider.study_id)]
+    assert copied == [{"hidden_size": size, "layers": 1, "skip": False} for size in sizes]
+    narrower = opened("hidden_size = 8", study, name="narrower")
+    assert len(narrower.storage.get_all_trials(narrower.study_id)) == sizes.count(8)
+    without = SPACE.replace("layers = 1", "layers = [2, 3]")
+    elsewhere = opened("hidden_size = [4, 8, 16]", study, name="elsewhere", rest=without)
+    assert elsewhere.storage.get_all_trials(elsewhere.study_id) == []
 
 
 def test_many_drop_and_restore_at_once_while_trials_run(opened: Callable[..., OpenStudy]) -> None:
