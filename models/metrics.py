@@ -196,8 +196,8 @@ def count_groups(right: NDArray[np.bool_], groups: Labels | None, names: Sequenc
 
     right (N,): whether each sequence gets its class; groups (N,): codes, into `names` where these are known. In order
     of the upper end of the accuracy's interval, so that one wrong sequence of one does not come before 30 right of 100;
-    of equal ones by accuracy, then by code. None without groups, and where each group is one sequence: the wrong
-    sequences say the same then.
+    of equal ones by accuracy, then by name, or by code without names. None without groups, and where each group is one
+    sequence: the wrong sequences say the same then.
     """
     if groups is None:
         return None
@@ -205,7 +205,8 @@ def count_groups(right: NDArray[np.bool_], groups: Labels | None, names: Sequenc
     if len(codes) == len(groups):
         return None
     sizes, hits = np.bincount(at), np.bincount(at, right).astype(np.int64)
-    order = np.lexsort((codes, hits / sizes, _upper_ends(hits, sizes)))[:GROUPS_KEPT]
+    last = np.unique(np.array(names)[codes], return_inverse=True)[1] if names else codes
+    order = np.lexsort((last, hits / sizes, _upper_ends(hits, sizes)))[:GROUPS_KEPT]
     counts = zip(sizes[order].tolist(), hits[order].tolist(), strict=True)
     return Groups(len(codes), tuple(counts), tuple(names[code] for code in codes[order].tolist()) if names else ())
 

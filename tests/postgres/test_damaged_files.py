@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import re
 import shutil
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -28,9 +30,19 @@ from tests.postgres.test_file_faults import SPACE, Faults, Outcome, PowerLossErr
 
 __all__ = ["faults"]
 
+
+def flipped(content: bytes) -> bytes:
+    """With another bit in the middle, of a zip archive in that of its largest entry: what lies between is not read."""
+    at = len(content) // 2
+    if zipfile.is_zipfile(io.BytesIO(content)):
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            entry = archive.read(max(archive.infolist(), key=lambda each: each.file_size))
+        at = content.index(entry) + len(entry) // 2
+    return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+
+
 DAMAGE: dict[str, Callable[[bytes], bytes | None]] = {
-    "flipped": lambda content: content[: len(content) // 2] + bytes([content[len(content) // 2] ^ 1])
-    + content[len(content) // 2 + 1 :],
+    "flipped": flipped,
     "torn": lambda content: content[: len(content) // 2],
     "empty": lambda _: b"",
     "missing": lambda _: None,

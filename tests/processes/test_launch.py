@@ -339,9 +339,8 @@ def test_a_stopped_study_ends_at_once_and_goes_on_at_the_next_launch(
     environment: dict[str, str],
     trials: Callable[..., list[FrozenTrial]],
 ) -> None:
-    file = study_file(trials=3, epochs=250, study='pruner = "none"\nlease = 2')
-    file.write_text(
-        file.read_text().replace("[train]", "[train]\npatience = 0")
+    file = study_file(
+        trials=3, epochs=250, study='pruner = "none"\nlease = 2', train="patience = 0"
     )  # longer than the worker takes to see it
     with launching(file, 1, environment) as running:
         wait_for(lambda: any(t.intermediate_values for t in _trials_or_none(trials)))
@@ -361,7 +360,7 @@ def test_deleting_a_running_study_ends_launch_and_worker_without_a_trace(
     environment: dict[str, str],
     trials: Callable[..., list[FrozenTrial]],
 ) -> None:
-    file = study_file(trials=3, epochs=5000, study='pruner = "none"')
+    file = study_file(trials=3, epochs=5000, study='pruner = "none"', train="patience = 0")
     assert cli("launch", file, "--detach", "--set", "study.name=other").returncode == 0
     with launching(file, 1, environment) as running:
         wait_for(lambda: any(t.intermediate_values for t in _trials_or_none(trials)))
@@ -436,8 +435,7 @@ def test_a_full_disk_is_a_clear_error_and_loses_no_finished_trial(
 def test_a_study_out_of_time_promotes_what_it_has(
     cli: Cli, study_file: Callable[..., Path], trials: Callable[..., list[FrozenTrial]]
 ) -> None:
-    file = study_file(trials=500, epochs=100000, study='pruner = "none"\ntimeout = 8\nlease = 2')
-    file.write_text(file.read_text().replace("[train]", "[train]\npatience = 0"))
+    file = study_file(trials=500, epochs=100000, study='pruner = "none"\ntimeout = 8\nlease = 2', train="patience = 0")
     summary = summary_of(cli("launch", file, "--workers", 1, "--json"))
     assert summary["ended_by"] == "timeout"
     assert summary["trials"]["complete"] == len(trials()) == 1

@@ -162,7 +162,7 @@ def test_a_study_that_waits_for_its_first_worker_loses_no_time(
 def test_what_was_in_flight_when_time_ran_out_ends_with_what_its_checkpoint_holds(
     cli: Cli, study_file: Callable[..., Path], environment: dict[str, str], trials: Trials, database_url: str
 ) -> None:
-    file = study_file(trials=3, epochs=5000, study='pruner = "none"\ntimeout = "1h"')
+    file = study_file(trials=3, epochs=5000, study='pruner = "none"\ntimeout = "1h"', train="patience = 0")
     running = launching(file, environment)
     wait_for(lambda: rows(database_url, "SELECT count(checkpoint_key) FROM hpo.leases") == [(1,)])
     kill_all(environment)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shutil
@@ -158,6 +159,14 @@ def test_groups_by_hand_the_surest_failures_first() -> None:
     assert part.groups == 4
     assert part.by_group[1] == GroupScore("p4", 4, 0, 0.0, proportion_interval(0, 4))
     assert [each.name for each in part.by_group] == ["p1", "p4", "p2", "p3"]
+
+
+def test_equal_groups_stand_in_the_order_of_their_names_whatever_their_codes() -> None:
+    """A file and a study's stored data number groups by different orders of their sequences."""
+    for names in itertools.permutations(("Ada", "Bob", "Cyd")):
+        found = count_groups(np.arange(6) % 2 == 0, np.repeat(np.arange(3), 2), names)
+        assert found is not None
+        assert found.names == ("Ada", "Bob", "Cyd")
 
 
 @given(st.lists(st.tuples(st.integers(0, 8), st.booleans()), min_size=1, max_size=60))
