@@ -109,8 +109,7 @@ def detached(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> De
 @pytest.fixture
 def endless(study_file: Callable[..., Path]) -> Path:
     """A study of trials that end when somebody ends them."""
-    file = study_file(trials=1, epochs=100_000, study='pruner = "none"\nlease = 60', train="patience = 0")
-    return file
+    return study_file(trials=1, epochs=100_000, study='pruner = "none"\nlease = 60', train="patience = 0")
 
 
 @pytest.fixture(scope="module")
