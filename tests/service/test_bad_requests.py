@@ -17,9 +17,11 @@ import httpx
 import numpy as np
 import psycopg2
 import pytest
+from optuna.study import StudyDirection
 
 import hpo
 from hpo.storage.keys import KEY, UPLOAD
+from hpo.storage.trials import trial_storage
 from tests.conftest import fresh_database, wait_for
 from tests.service.conftest import Service, environment_of, upload
 from tests.service.processes import RESET, Server, files_below
@@ -334,6 +336,17 @@ def test_of_two_deletions_one_finds_it(client: httpx.Client, key: str, model: st
         for path in (f"models/{model}/aliases/twice", f"models/{model}/{version}", f"studies/twice{i}"):
             answers = at_once(*[partial(client.delete, f"/v1/{path}")] * 2)
             assert sorted(each.status_code for each in answers) == [204, 404], [each.text for each in answers]
+
+
+def test_a_study_that_is_only_being_made_is_not_there_yet(client: httpx.Client, service: Service) -> None:
+    """Optuna's row of it comes first; between that and the study's owner, its own submitter was told 403."""
+    storage = trial_storage(service.database_url)
+    storage.create_new_study([StudyDirection.MAXIMIZE], "half-made")
+    answer = client.delete("/v1/studies/half-made")
+    assert answer.status_code == 404, answer.text
+    assert "no study named 'half-made'" in answer.json()["detail"]
+    storage.delete_study(storage.get_study_id_from_name("half-made"))
+    storage.close()
 
 
 def test_a_study_is_deleted_while_it_is_submitted(
