@@ -29,19 +29,24 @@ def without_gaps(sequences: Sequences) -> Sequences:
 
 def usual_distance(sequences: Sequences) -> float | None:
     """The median distance of neighbouring steps, 0 where there are none; None: not known."""
-    if sequences.times is None:
+    far = _distances(sequences)
+    if far is None:
         return sequences.spacing
-    far = distances(sequences.times, np.arange(sequences.steps) < sequences.lengths[:, None])
     return float(np.median(far)) if len(far) else 0.0
 
 
 def usual_interval(sequences: Sequences) -> float | None:
     """The median distance of neighbouring steps; None where it is not known, or where all are alike and the number of
     steps says as much."""
+    far = _distances(sequences)
+    return None if far is None or are_even(far) else float(np.median(far)) or None
+
+
+def _distances(sequences: Sequences) -> NDArray[np.float64] | None:
+    """Those of neighbouring steps, all in a row; None where `times` are."""
     if sequences.times is None:
         return None
-    far = distances(sequences.times, np.arange(sequences.steps) < sequences.lengths[:, None])
-    return None if are_even(far) else float(np.median(far)) or None
+    return distances(sequences.times, np.arange(sequences.steps) < sequences.lengths[:, None])
 
 
 def has_gaps(sequences: Sequences) -> bool:
@@ -65,10 +70,7 @@ def inputs(sequences: Sequences, classifier: ClassifierConfig) -> Values:
     if not classifier.marks:
         return sequences.values
     N, T, F = sequences.values.shape
-    observed: NDArray[np.bool_] = np.broadcast_to(
-        (np.arange(T) < sequences.lengths[:, None])[:, :, None] if sequences.observed is None else sequences.observed,
-        (N, T, F),
-    )
+    observed = sequences.known
     found = np.empty((N, T, classifier.given), dtype=np.float32)
     found[:, :, :F] = sequences.values
     found[:, :, F : 2 * F] = observed

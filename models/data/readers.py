@@ -236,7 +236,7 @@ def read(
 ) -> Sequences:
     """Read one file, whose suffix says how (`READERS`), or what is in memory.
 
-    In memory: a data frame of pandas or polars or a table of Arrow, read like csv; a dict of the arrays of an npz file;
+    In memory: a data frame of pandas or polars or a table of Arrow, read like csv; a dict of the arrays of an npz file,
     in which `steps` may be N lists; or an array, or a list of arrays, which is X of `from_arrays`.
 
     `label`, `id`, `step` and `group` name columns of csv and parquet files and of data frames; group may be id. `time`

@@ -159,6 +159,14 @@ class Sequences:
         return replace(self, values=values)
 
     @property
+    def known(self) -> Mask:
+        """(N, T, F) `observed`, also where it leaves out no value."""
+        if self.observed is not None:
+            return self.observed
+        inside = np.arange(self.steps) < self.lengths[:, None]
+        return np.broadcast_to(inside[:, :, None], self.values.shape)
+
+    @property
     def positions(self) -> NDArray[np.float64] | None:
         """(N, T) `times`, also of steps at equal distances; None: not known."""
         if self.times is not None or self.spacing is None:
@@ -176,27 +184,11 @@ def joined(parts: Sequence[Sequences]) -> Sequences:
     """The sequences of several with the same features, one after another, without labels, groups, moments and weights;
     with the times of steps where all have them."""
     lengths = np.concatenate([part.lengths for part in parts])
-    steps = max(part.steps for part in parts)
-    inside = np.arange(steps) < lengths[:, None]
-    values = np.zeros((len(lengths), steps, parts[0].n_features), np.float32)
-    observed = np.repeat(inside[:, :, None], parts[0].n_features, axis=2)
-    times = np.zeros((len(lengths), steps))
-    end, timed = 0, True
-    for part in parts:
-        begin, end = end, end + part.n
-        values[begin:end, : part.steps] = part.values
-        if part.observed is not None:
-            observed[begin:end, : part.steps] = part.observed
-        positions = part.positions
-        if positions is None:
-            timed = False
-        else:
-            times[begin:end, : part.steps] = positions
     ids = tuple(name for part in parts for name in part.ids)
     filled = sum(part.filled for part in parts)
     return replace(
         parts[0],
-        values=values,
+        values=_stacked([part.values for part in parts]),
         lengths=lengths,
         labels=None,
         groups=None,
@@ -205,10 +197,21 @@ def joined(parts: Sequence[Sequences]) -> Sequences:
         missing=None,
         moments=None,
         weights=None,
-        observed=_gapped(observed, lengths),
-        times=times if timed else None,
+        observed=None if all(part.observed is None for part in parts) else _stacked([part.known for part in parts]),
+        times=None if any(part.positions is None for part in parts) else _stacked([part.positions for part in parts]),
         spacing=None,
     )
+
+
+def _stacked(parts: Sequence[Any]) -> NDArray[Any]:
+    """Arrays (N_i, T_i, …) one after another, with zeros behind the shorter ones."""
+    steps = max(part.shape[1] for part in parts)
+    found = np.zeros((sum(map(len, parts)), steps, *parts[0].shape[2:]), parts[0].dtype)
+    end = 0
+    for part in parts:
+        begin, end = end, end + len(part)
+        found[begin:end, : part.shape[1]] = part
+    return found
 
 
 def default_names(n_features: int) -> tuple[str, ...]:

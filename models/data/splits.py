@@ -12,9 +12,8 @@ Split = tuple[Indices, Indices]  # training and validation indices, ascending
 RULES = 5
 """Of what follows from data and configuration. A study goes on by those that it began with; below 5: the stored data do
 not say which values were observed, nor when; below 4: nor what their groups are called, and no trial is of the
-portfolio; below 3: what a sequence lacks throughout is 0
-(`Plan.fill`), and the order of a file's rows and columns has a say; below 2: a part may lack a class that it could
-hold, and 1e-5 is added to every deviation (`Plan.epsilon`)."""
+portfolio; below 3: what a sequence lacks throughout is 0 (`Plan.fill`), and the order of a file's rows and columns has
+a say; below 2: a part may lack a class that it could hold, and 1e-5 is added to every deviation (`Plan.epsilon`)."""
 
 
 def check_trainable(sequences: Sequences, source: str = "the training data") -> None:
