@@ -352,7 +352,7 @@ class Client:
 
 def snapshot_of(study: Study) -> Snapshot:
     """What displays take; of its workers it knows the number alone."""
-    from hpo.storage.snapshot import BestTrial, Dropped, Snapshot, WorkerGroup
+    from hpo.storage.snapshot import BestTrial, Dropped, FinalsProgress, Snapshot, WorkerGroup
 
     best = None
     if study.best is not None and study.best.value is not None:
@@ -379,6 +379,7 @@ def snapshot_of(study: Study) -> Snapshot:
         max_workers=study.max_workers,
         dropped=tuple(Dropped(each.number, each.reason, each.by, each.when) for each in study.dropped),
         dropped_winner=study.dropped_winner,
+        finals=None if study.finals is None else FinalsProgress(**study.finals.model_dump()),
     )
 
 

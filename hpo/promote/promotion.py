@@ -7,7 +7,7 @@ import math
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,13 @@ from hpo.models.bundle.config import BundleConfig, BundleError
 from hpo.models.classifier import Weights
 from hpo.models.data.sequences import Sequences
 from hpo.models.device import OutOfMemory, device_errors
+from hpo.models.estimate import Estimate
 from hpo.models.metrics import Scores, count_groups, measure, predict_labels
 from hpo.models.training.memory import release_memory
 from hpo.models.training.training import StateError, Training
+from hpo.promote.finals import estimate as estimate_of
+from hpo.promote.finals import winner
+from hpo.promote.trained import Trained, pooled
 from hpo.storage.artifacts import ArtifactStore, DamagedArtifactError, MissingArtifactError, artifact_store
 from hpo.storage.changes import dropped
 from hpo.storage.errors import LeaseLost
@@ -33,6 +37,7 @@ from hpo.storage.registry import ModelVersion, Registry, publish
 from hpo.storage.scratch import scratch_folder
 from hpo.storage.trials import TrialStorage
 from hpo.study.config import to_dict
+from hpo.study.finals import Finalist, finalists_of, prepare_finals
 from hpo.study.lifecycle import OpenStudy, open_study
 from hpo.study.notes import announce_model, attach_artifact
 from hpo.study.plan import Plan
@@ -48,6 +53,7 @@ log = logging.getLogger("hpo")
 
 MIMETYPES = {".png": "image/png", ".json": "application/json", ".md": "text/markdown"}
 TOLERANCE = 1e-5  # the least between the recorded score and the same weights' on another machine or version
+OF_EACH_REPEAT = ("seed", "training_seconds", "device", "fused_optimizer", "lstm_kernel")
 RECORDED = ("params", "seed", "parameters", "training_seconds", "device", "fused_optimizer", "lstm_kernel")
 
 
@@ -56,21 +62,29 @@ class PromotionError(StudyFault):
 
 
 def promote_when_over(study: OpenStudy, resources: WorkerResources, leases: Leases) -> bool:
-    """Promote the best trial of a study that is over, unless somebody did or does.
+    """Promote the best trial of a study that is over, unless somebody did or does. Where its file asks for finals,
+    these begin first, and their winner is promoted once they are over.
 
-    Returns whether nothing is left to do: False while another worker holds the promotion's lease.
+    Returns whether nothing is left to do: False while another worker holds the promotion's lease, or finals run.
     """
     row = leases.study(study.study_id)
     if row is None or row.status == "finished":
         return True
+    running = leases.finals(study.study_id)
+    if running is not None and not running.over:
+        return False
     with leases.promotion(study.study_id, resources.worker) as ours:
         if not ours:
             return False
+        if not _finals_are_over(study):
+            leases.release_promotions(resources.worker)
+            return False
         version = None
-        if best := study.best_first():
+        if (found := _best(study)) is not None:
             with _failure_told(study):
                 sequences = resources.datasets.get(study.plan.train)
-                version = promote(study, resources.store, best[0], sequences).version
+                record, finalist = found
+                version = promote(study, resources.store, record, sequences, finalist).version
         drop_all_checkpoints(resources.store, row.store_key)
     try:
         leases.finish_promotion(study.study_id, resources.worker, version)
@@ -78,6 +92,23 @@ def promote_when_over(study: OpenStudy, resources: WorkerResources, leases: Leas
         log.warning("%s", lost)
         return False
     return True
+
+
+def _finals_are_over(study: OpenStudy) -> bool:
+    """Whether nothing of the study's finals is left to train, also as it wants none; else they have begun now."""
+    if prepare_finals(study) is None:
+        return True
+    found = study.leases.finals(study.study_id)
+    return found is None or found.over
+
+
+def _best(study: OpenStudy) -> tuple[TrialRecord, Finalist | None] | None:
+    """The trial to promote: the winner of the finals, else the best one; None where none is complete."""
+    finalist = winner(finalists_of(study), study.plan)
+    if finalist is not None:
+        return finalist.record, finalist
+    best = study.best_first()
+    return (best[0], None) if best else None
 
 
 @contextmanager
@@ -101,38 +132,56 @@ def promote_trial(storage: TrialStorage, name: str, number: int | None, *, as_de
     if number in gone:
         why = f"trial {number} was dropped by {gone[number].by}: {legible(gone[number].reason)}"
         raise PromotionError(f"{why}; `hpo trials restore {name} {number}` lets it count again")
-    chosen = complete if number is None else [record for record in complete if record.number == number]
-    if not chosen:
+    chosen = _best(study) if number is None else None
+    if number is not None and (wanted := [record for record in complete if record.number == number]):
+        chosen = wanted[0], None
+    if chosen is None:
         known = ", ".join(str(record.number) for record in complete) or "none"
-        wanted = "a completed trial" if number is None else f"trial {number}, completed"
+        what = "a completed trial" if number is None else f"trial {number}, completed"
         rest = f"; dropped: {', '.join(map(str, gone))}" if gone else ""
-        raise PromotionError(f"study {name!r} has not {wanted}; completed trials, best first: {known}{rest}")
-    model = promote(study, store, chosen[0], fetch_sequences(store, study.plan.train), as_default=as_default)
+        raise PromotionError(f"study {name!r} has not {what}; completed trials, best first: {known}{rest}")
+    record, finalist = chosen
+    sequences = fetch_sequences(store, study.plan.train)
+    model = promote(study, store, record, sequences, finalist, as_default=as_default)
     study.leases.promote_again(study.study_id, model.version)
     return model
 
 
 def promote(
-    study: OpenStudy, store: ArtifactStore, record: TrialRecord, sequences: Sequences, *, as_default: bool = False
+    study: OpenStudy,
+    store: ArtifactStore,
+    record: TrialRecord,
+    sequences: Sequences,
+    finalist: Finalist | None = None,
+    *,
+    as_default: bool = False,
 ) -> ModelVersion:
-    """Make a complete trial's model a version of the registry.
+    """Make a complete trial's model a version of the registry; finalist: its repeats in the finals, together.
 
     It becomes the one that the name alone means if it is better on validation than that one, if that one's trial was
     dropped, or `as_default`. The members are evaluated on validation, which must give the recorded score, and then,
     together, once on the test part; of rolling folds the last member is the model. Raises PromotionError.
     """
-    device = choose_device()
+    device, plan = choose_device(), study.plan
     try:
-        members, validation = _trained(study.plan, store, record, sequences, device)
-        if study.plan.config.data.time is not None:
-            members = members[-1:]  # of rolling folds the last one alone has trained on all but the latest sequences
-        config = _bundle_config(study, record, len(members))
+        repeats = {} if finalist is None else _repeats(study, store, finalist, sequences, device)
+        trained = pooled(plan, repeats, sequences) if repeats else _trained(plan, store, record, sequences, device)
+        members, validation, estimate = trained.members, trained.scores, None
+        if finalist is not None:
+            estimate = estimate_of(finalist, plan.metric, {repeat: each.scores for repeat, each in repeats.items()})
+        config = replace(
+            _bundle_config(study, record, finalist),
+            members=len(members),
+            threshold=trained.threshold,
+            estimate=estimate,
+        )
         test = _test_scores(study.plan, store, config, members, device)
     except OutOfMemory as error:
         raise PromotionError(f"the model of trial {record.number} cannot be evaluated now: {error}") from None
     with scratch_folder() as scratch:
         folder = scratch / "model"
-        save(folder, members, replace(config, validation=validation, test=test), record.curve)
+        curve = (record if finalist is None else finalist.first).curve
+        save(folder, members, replace(config, validation=validation, test=test), curve)
         artifacts = publish(store, folder, model_prefix(_store_key(study), record.number))
     grouped = {"validation": validation.groups, "test": None if test is None else test.groups}
     registry = Registry(study.storage.connection)
@@ -146,6 +195,7 @@ def promote(
         scores={
             "metric": study.plan.metric,
             "value": record.value,
+            **({} if estimate is None else {"estimate": asdict(estimate)}),
             "validation": validation.metrics,
             "test": None if test is None else test.metrics,
             "sequences": {"validation": validation.sequences, "test": None if test is None else test.sequences},
@@ -154,7 +204,7 @@ def promote(
             "methods": None if test is None else test.methods,
             "undefined": None if test is None else test.undefined,
         },
-        latest=replaces or earlier is None or is_better(study, record, earlier),
+        latest=replaces or earlier is None or is_better(study, record, earlier, estimate),
         config={"params": record.params},
         group_names={part: groups.names for part, groups in grouped.items() if groups and groups.names},
         artifacts=artifacts,
@@ -168,13 +218,16 @@ def promote(
     return model
 
 
-def is_better(study: OpenStudy, record: TrialRecord, earlier: ModelVersion) -> bool:
+def is_better(study: OpenStudy, record: TrialRecord, earlier: ModelVersion, estimate: Estimate | None = None) -> bool:
     """Whether a trial is better on validation than an earlier version, by the rule for trials. One of another study,
-    which may have other data, is not compared, nor is the same trial.
+    which may have other data, is not compared, nor is the same trial. What has won finals is better than what was in
+    none.
     """
     scores, plan = earlier.scores, study.plan
     if earlier.study_id != study.study_id or earlier.trial_number == record.number:
         return True
+    if estimate is not None or scores.get("estimate") is not None:
+        return estimate is not None
     old = scores["value"], scores["validation"]["log_loss"]
     return rank({0: old, 1: (record.value, record.log_loss)}, plan.metric, plan.resolution)[0] == 1
 
@@ -194,9 +247,17 @@ def _store_key(study: OpenStudy) -> str:
     return row.store_key
 
 
-def _trained(
-    plan: Plan, store: ArtifactStore, record: TrialRecord, sequences: Sequences, device: str
-) -> tuple[list[Weights], Scores]:
+def _repeats(
+    study: OpenStudy, store: ArtifactStore, finalist: Finalist, sequences: Sequences, device: str
+) -> dict[int, Trained]:
+    """A finalist's trainings in the finals, by repeat."""
+    found = study.leases.finals(study.study_id)
+    assert found is not None  # or there was no finalist
+    plan = open_study(found.name, study.storage).plan
+    return {repeat: _trained(plan, store, record, sequences, device) for repeat, record in finalist.repeats.items()}
+
+
+def _trained(plan: Plan, store: ArtifactStore, record: TrialRecord, sequences: Sequences, device: str) -> Trained:
     """The best epoch's weights, as kept, else trained again (training is exact); with their scores on validation.
 
     The device's memory is free again when it returns. Raises PromotionError where they do not give the recorded score.
@@ -205,13 +266,14 @@ def _trained(
         with _memory_for(device), rebuild(plan, record, sequences, device) as training:
             scores = _load_kept(plan.metric, store, record, record.weights, training, sequences)
             if scores is not None:
-                return training.weights(), scores
+                return Trained.of(plan, record, training, scores)
     with _memory_for(device), rebuild(plan, record, sequences, device) as training:  # whatever was loaded before
         while not training.finished and len(training.history) < record.epochs:
             training.advance()
         training.load(training.best_weights)
         exact = _trained_here(record, training) and set(record.origins) <= {training.origin, ""}
-        return training.weights(), _check_score(plan.metric, record, training, sequences, exact)
+        scores = _check_score(plan.metric, record, training, sequences, exact)
+        return Trained.of(plan, record, training, scores)
 
 
 @contextmanager
@@ -296,9 +358,14 @@ def _places(record: TrialRecord) -> str:
     return f"{record.device} with torch {record.provenance.get('torch')}"
 
 
-def _bundle_config(study: OpenStudy, record: TrialRecord, members: int) -> BundleConfig:
+def _bundle_config(study: OpenStudy, record: TrialRecord, finalist: Finalist | None) -> BundleConfig:
+    """Of one trial's model; of a finalist, whose curve and best epoch are those of its first repeat."""
     plan = study.plan
     classifier, _ = configurations(plan, record.params, record.seed)
+    recorded = {name: getattr(record, name) for name in RECORDED}
+    if finalist is not None:
+        recorded |= {"finals": {str(repeat): each.number for repeat, each in finalist.repeats.items()}}
+        recorded |= {name: [getattr(each, name) for each in finalist.repeats.values()] for name in OF_EACH_REPEAT}
     return BundleConfig(
         classifier=classifier,
         classes=plan.classes,
@@ -307,9 +374,7 @@ def _bundle_config(study: OpenStudy, record: TrialRecord, members: int) -> Bundl
         fill=plan.fill,
         gaps=plan.gaps,
         metric=plan.metric,
-        members=members,
-        threshold=record.threshold,
-        best_epoch=record.best_epoch,
+        best_epoch=(record if finalist is None else finalist.first).best_epoch,
         columns=plan.config.data.columns,
         provenance={
             "study": study.name,
@@ -317,7 +382,7 @@ def _bundle_config(study: OpenStudy, record: TrialRecord, members: int) -> Bundl
             "data": plan.train,
             "test_data": plan.test,
             "config": _without_paths(to_dict(plan.config)),
-            **{name: getattr(record, name) for name in RECORDED},
+            **recorded,
             **record.provenance,
         },
     )

@@ -57,6 +57,14 @@ class Dropped(BaseModel):
     when: datetime
 
 
+class Finals(BaseModel):
+    """How far the finals of a study are: the best configurations, trained again on fresh seeds and splits."""
+
+    name: str
+    ended: int  # trainings
+    budget: int
+
+
 class Study(BaseModel):
     """A study at one moment."""
 
@@ -75,6 +83,7 @@ class Study(BaseModel):
     seconds_left: float | None  # of its timeout
     dropped: list[Dropped] = []  # trials that do not count; `trials` has them still
     dropped_winner: int | None = None  # of which trial its model is, where that one does not count any more
+    finals: Finals | None = None  # where they have begun
 
 
 class Trial(BaseModel):

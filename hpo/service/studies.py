@@ -30,6 +30,7 @@ from hpo.service.schemas import (
     Budget,
     Change,
     Dropped,
+    Finals,
     Log,
     Model,
     Notice,
@@ -442,6 +443,7 @@ def _study(state: Snapshot) -> Study:
         seconds_left=state.seconds_left,
         dropped=list(map(_dropped, state.dropped)),
         dropped_winner=state.dropped_winner,
+        finals=None if state.finals is None else Finals(**vars(state.finals)),
     )
 
 
@@ -483,4 +485,5 @@ def _event_id(found: Study) -> str:
         str(found.trials.get(state, 0)) for state in ("running", "complete", "pruned", "failed", "waiting")
     )
     dropped = "".join(f"-{each.number}" for each in found.dropped)
-    return f"{found.status}-{counts}-{found.version or 0}{dropped}"
+    finals = "" if found.finals is None else f"-finals-{found.finals.ended}"
+    return f"{found.status}-{counts}-{found.version or 0}{dropped}{finals}"

@@ -41,6 +41,7 @@ from hpo.study.widening import changes, continued, shown
 
 log = logging.getLogger("hpo")
 
+SEARCH_SHARE = 0.75  # of a study's time is for its search where finals follow
 BEGUN = "hpo:begun"  # a study's system attribute: `hpo launch` has begun to fill it
 
 
@@ -95,7 +96,7 @@ def create_or_open(
         stored = _stored(storage, leases, name)
         if stored is None:
             _check_warm_start(storage, config)
-            study_id = _find_or_create(storage, plan)
+            study_id, wider = find_or_create(storage, plan, name), plan
         else:
             study_id = stored.study_id
             begun = _plan_of(stored, storage)
@@ -116,7 +117,7 @@ def create_or_open(
             log.info("%s: %s", name, line)
         for line in suspicions(train, test):
             log.warning("%s: %s", name, line)
-        row = leases.reopen(study_id, trials=config.study.trials, timeout_s=config.study.timeout_s)
+        row = leases.reopen(study_id, trials=config.study.trials, timeout_s=search_time(wider, config))
         if row.budget > config.study.trials:
             text = "study %s: %d trials have begun, more than the %d that are asked for; no more are started"
             log.warning(text, name, row.started, config.study.trials)
@@ -203,12 +204,18 @@ def delete_study(storage: TrialStorage, store: ArtifactStore, name: str) -> None
     """Remove a study and its trials, checkpoints, weights, curves and logs. Data sets and promoted models stay."""
     with exclusively(storage.url, f"study {name}"):  # a submission of it ends before, or begins after
         study_id = study_id_of(storage, name)
-        row = Leases(storage).study(study_id)
-        if row is not None:  # first, so that a deletion that was killed can be repeated
-            _delete_files(store, row.store_key)
-        storage.delete_study(study_id)
-        if row is not None:  # what its workers have stored meanwhile
-            _delete_files(store, row.store_key)
+        finals = Leases(storage).finals(study_id)
+        for each in [study_id] if finals is None else [finals.study_id, study_id]:
+            _delete(storage, store, each)
+
+
+def _delete(storage: TrialStorage, store: ArtifactStore, study_id: int) -> None:
+    row = Leases(storage).study(study_id)
+    if row is not None:  # first, so that a deletion that was killed can be repeated
+        _delete_files(store, row.store_key)
+    storage.delete_study(study_id)
+    if row is not None:  # what its workers have stored meanwhile
+        _delete_files(store, row.store_key)
 
 
 def _delete_files(store: ArtifactStore, store_key: str) -> None:
@@ -217,12 +224,11 @@ def _delete_files(store: ArtifactStore, store_key: str) -> None:
             store.delete(key)
 
 
-def _find_or_create(storage: TrialStorage, plan: Plan) -> int:
+def find_or_create(storage: TrialStorage, plan: Plan, name: str) -> int:
     """The id of the study of that name, made if there is none.
 
     Raises StudyError for another program's study, unless it is empty and has the same objective.
     """
-    name = plan.config.study.name
     with suppress(DuplicatedStudyError):
         optuna.create_study(study_name=name, storage=storage, direction=direction(plan.metric))
     study_id = storage.get_study_id_from_name(name)
@@ -250,7 +256,7 @@ def _begin(storage: TrialStorage, leases: Leases, study_id: int, plan: Plan, own
     study = plan.config.study
     terms = Terms(
         study.trials,
-        study.timeout_s,
+        search_time(plan, plan.config),
         study.lease_s,
         max_attempts=study.attempts,
         resolution=plan.resolution,
@@ -267,11 +273,18 @@ def _widen(storage: TrialStorage, study_id: int, begun: Plan, wider: Plan, confi
     changed = changes(begun, wider)
     detail = {name: {"from": unparse(old), "to": unparse(new)} for name, (old, new) in changed.items()}
     name, terms = begun.config.study.name, config.study
-    given: dict[str, Any] = {"trials": terms.trials, "timeout_s": terms.timeout_s, "revision": begun.revision}
+    timeout_s = search_time(begun, config)
+    given: dict[str, Any] = {"trials": terms.trials, "timeout_s": timeout_s, "revision": begun.revision}
     if not widen(storage, study_id, wider.to_json(), detail, by, **given):
         raise StudyConflict(f"the study {name!r} was changed by somebody else at this moment: launch it again")
     announce_widening(storage, study_id, shown(changed))
     log.info("study %s: wider for all trials that begin from now on: %s", name, shown(changed))
+
+
+def search_time(plan: Plan, config: StudyConfig) -> float | None:
+    """Seconds that a study's search may take of what a file gives it, as finals follow or not; None: no end."""
+    timeout_s = config.study.timeout_s
+    return timeout_s if timeout_s is None or not plan.config.study.finalists else SEARCH_SHARE * timeout_s
 
 
 def _notify(config: StudyConfig) -> Notify:
