@@ -442,6 +442,7 @@ def model_row(model: ModelVersion) -> dict[str, Any]:
         "default": model.default,
         "trial": model.trial_number,
         "created": model.created_at.isoformat(),
+        "estimate": model.scores.get("estimate"),
         "validation": model.scores["validation"],
         "test": model.scores.get("test"),
         "sequences": model.scores.get("sequences"),
