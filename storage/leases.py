@@ -27,7 +27,7 @@ from hpo.storage.errors import LeaseLost, MissingRecord, PostgresError, Reason, 
 from hpo.storage.heartbeat import BEATS, Heartbeat, Progress
 from hpo.storage.liveness import Fate, fate, process_start, this_machine
 from hpo.storage.masking import mask
-from hpo.storage.snapshot import RECENT, Snapshot, WorkerRow, read_snapshot
+from hpo.storage.snapshot import RECENT, Holder, Snapshot, WorkerRow, read_snapshot
 from hpo.storage.statements import statement
 from hpo.storage.terms import NOBODY, FinalsRow, Notify, StudyRow, Terms
 from hpo.storage.trials import TrialStorage
@@ -43,7 +43,7 @@ _REGISTER_WORKER = [
 ]
 _RETIRE_WORKER = statement("retire_worker")
 _LAPSE_WORKERS, _WORKERS_OF_HOST = statement("lapse_workers"), statement("workers_of_host")
-_WORKERS, _SNAPSHOTS = statement("workers"), statement("snapshots")
+_WORKERS, _SNAPSHOTS, _HOLDERS = statement("workers"), statement("snapshots"), statement("holders")
 _STEPS = ("lock", "touch", "tick", "end_foreign", "lapse", "fail_spent", "adopt", "forget_reports", "start", "result")
 _TAKE = [statement(f"take_{step}") for step in _STEPS]
 _TURNS, _SHARE = statement("turns"), statement("share")
@@ -488,6 +488,11 @@ class Leases:
     def workers(self, study_id: int) -> list[WorkerRow]:
         """Those that were started for the study or hold one of its trials, oldest first."""
         return [WorkerRow(*row) for row in self._session.execute(_WORKERS, given={"study": study_id})]
+
+    def holders(self, trial_ids: Sequence[int]) -> dict[int, Holder]:
+        """Who holds each of these trials, or held it last, by the trial's id; without those that nobody took."""
+        rows = self._session.execute(_HOLDERS, given={"trials": list(trial_ids)})
+        return {trial_id: Holder(*row) for trial_id, *row in rows}
 
 
 def _told(notify: Notify) -> dict[str, Any]:

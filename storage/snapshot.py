@@ -28,6 +28,15 @@ class InFlight:
 
 
 @dataclass(frozen=True)
+class Holder:
+    """Who holds a trial, or held it last."""
+
+    worker: str
+    device: str | None
+    attempt: int
+
+
+@dataclass(frozen=True)
 class WorkerRow:
     """A worker that served a study, as it made itself known."""
 

@@ -97,6 +97,16 @@ class Trial(BaseModel):
     ended: datetime | None
     failure: str | None
     dropped: Dropped | None = None  # it does not count any more
+    best_epoch: int | None = None  # from 1; this and what follows as far as it is known
+    epochs: int | None = None  # trained
+    log_loss: Number = None  # of the best epoch
+    threshold: Number = None
+    seed: int | None = None
+    training_seconds: Number = None
+    weight_count: int | None = None  # that were trained
+    device: str | None = None
+    worker: str | None = None  # that trains it, or did so last
+    attempt: int | None = None  # leases that it took
 
 
 class TrialDetails(Trial):
@@ -104,10 +114,7 @@ class TrialDetails(Trial):
 
     reports: dict[str, Number]  # the metric by epoch, from 1
     curve: dict[str, list[Number]]  # value, train_loss and log_loss of each epoch; of a trial that has ended
-    best_epoch: int | None  # from 1
     seconds: float | None  # of training
-    device: str | None
-    worker: str | None
     log: str | None  # CSV: time, level, message
 
 

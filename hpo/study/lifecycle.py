@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ from hpo.models.data.canonical import save
 from hpo.models.data.sequences import Sequences
 from hpo.models.metrics import direction
 from hpo.storage.artifacts import ArtifactStore
-from hpo.storage.changes import somebody, widen
+from hpo.storage.changes import dropped, somebody, widen
 from hpo.storage.errors import MissingRecord
 from hpo.storage.keys import study_prefixes
 from hpo.storage.leases import Leases
@@ -34,7 +34,7 @@ from hpo.study.plan import MissingStudy, MissingTrial, Plan, StudyConflict, Stud
 from hpo.study.pruning import make_pruner
 from hpo.study.ranking import best_first
 from hpo.study.readout import readout, suspicions
-from hpo.study.record import COPIED_FROM, TrialRecord
+from hpo.study.record import COPIED_FROM, TrialRecord, trial_row
 from hpo.study.sampling import ConfigurationSampler, grid
 from hpo.study.space import DECIDED_BY, EARLIER, is_active
 from hpo.study.widening import changes, continued, shown
@@ -188,6 +188,19 @@ def trial_of(storage: TrialStorage, name: str, number: int) -> FrozenTrial:
         has = f"trials 0 to {total - 1}" if total else "no trials yet"
         raise MissingTrial(f"study {name!r} has {has}, not {number}")
     return found[0]
+
+
+def trial_rows(storage: TrialStorage, study_id: int, trials: Sequence[FrozenTrial]) -> list[dict[str, Any]]:
+    """What displays show of these trials of a study, a `study.record.trial_row` each."""
+    gone = dropped(storage, study_id)
+    holders = Leases(storage).holders([trial._trial_id for trial in trials])
+    return [trial_row(trial, gone, holders) for trial in trials]
+
+
+def all_trial_rows(storage: TrialStorage, name: str) -> list[dict[str, Any]]:
+    """What displays show of a study's trials, by number. Raises StudyError when there is no such study."""
+    study_id = study_id_of(storage, name)
+    return trial_rows(storage, study_id, storage.get_all_trials(study_id, deepcopy=False))
 
 
 def snapshots(storage: TrialStorage, leases: Leases, name: str | None) -> list[Snapshot]:
