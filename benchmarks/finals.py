@@ -81,9 +81,10 @@ def table(lines: list[dict[str, Any]]) -> None:
     for line in sorted(lines, key=lambda each: (each["set"], each["seed"])):
         low, high = line["interval"]
         search_s, finals_s = line["trained"]
+        held = "yes" if _holds(line) else "no"
         print(
             f"| {line['set']} | {line['seed']} | {line['selected']:.3f} | {line['fresh']:.3f} "
-            f"| {low:.3f} to {high:.3f} | {line['test']:.3f} | {'yes' if _holds(line) else 'no'} | {search_s:.0f}, {finals_s:.0f} |"
+            f"| {low:.3f} to {high:.3f} | {line['test']:.3f} | {held} | {search_s:.0f}, {finals_s:.0f} |"
         )
     print(f"\nThe interval holds the test score in {sum(map(_holds, lines))} of {len(lines)} studies.")
     for what in ("fresh", "selected"):

@@ -319,8 +319,9 @@ def stop(name: StudyName) -> None:
         typer.echo(f"study {name} is stopped: its workers end within an epoch")
         return
     from hpo.notify import send_last
-    from hpo.study.lifecycle import study_id_of
+    from hpo.study.lifecycle import check_no_finals, study_id_of
 
+    check_no_finals(name, "stop")
     with _database() as (storage, leases):
         study_id = study_id_of(storage, name)
         leases.stop(study_id)

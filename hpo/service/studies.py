@@ -49,7 +49,16 @@ from hpo.storage.notices import Notices
 from hpo.storage.snapshot import Snapshot
 from hpo.study.checks import NAME
 from hpo.study.config import StudyConfig, config_of, default_name
-from hpo.study.lifecycle import create_or_open, delete_study, open_study, snapshots, study_id_of, trial_of, trial_rows
+from hpo.study.lifecycle import (
+    create_or_open,
+    delete_study,
+    finals_name,
+    open_study,
+    snapshots,
+    study_id_of,
+    trial_of,
+    trial_rows,
+)
 from hpo.study.notes import log_of
 from hpo.study.plan import MissingStudy, StudyConflict
 
@@ -208,6 +217,30 @@ def trial(name: str, number: Number, token: Reader, backend: Uses) -> TrialDetai
         seconds=shown.training_seconds,
         log=log_of(backend.store, found),
     )
+
+
+@router.get("/{name}/finals")
+def finals(name: str, token: Reader, backend: Uses) -> Study:
+    """A study's finals: its best configurations, trained again on fresh seeds and splits (404 before they begin)."""
+    return study(finals_name(name), token, backend)
+
+
+@router.get("/{name}/finals/trials")
+def trainings(
+    name: str,
+    token: Reader,
+    backend: Uses,
+    offset: Annotated[int, Query(ge=0, le=10**9)] = 0,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+) -> Trials:
+    """The trials of a study's finals, by number: of each finalist the first repeat, then the second of each."""
+    return trials(finals_name(name), token, backend, offset, limit)
+
+
+@router.get("/{name}/finals/trials/{number}")
+def training(name: str, number: Number, token: Reader, backend: Uses) -> TrialDetails:
+    """One trial of a study's finals, with its learning curve and its log."""
+    return trial(finals_name(name), number, token, backend)
 
 
 @router.get("/{name}/logs")

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from hpo.storage.terms import StudyRow, Terms
-from hpo.study.lifecycle import SEARCH_SHARE, OpenStudy, find_or_create, open_study
+from hpo.study.lifecycle import SEARCH_SHARE, OpenStudy, finals_name, find_or_create, open_study
 from hpo.study.notes import describe_study
 from hpo.study.plan import Final, Plan
 from hpo.study.record import TrialRecord
@@ -32,11 +32,6 @@ class Finalist:
     def first(self) -> TrialRecord:
         """The first of these trainings."""
         return self.repeats[min(self.repeats)]
-
-
-def finals_name(study: str) -> str:
-    """The name of a study's finals, which no study file can give."""
-    return f"{study}/finals"
 
 
 def prepare_finals(study: OpenStudy) -> OpenStudy | None:

@@ -42,6 +42,7 @@ from hpo.study.widening import changes, continued, shown
 log = logging.getLogger("hpo")
 
 SEARCH_SHARE = 0.75  # of a study's time is for its search where finals follow
+FINALS = "/finals"  # ends the name of a study's finals
 BEGUN = "hpo:begun"  # a study's system attribute: `hpo launch` has begun to fill it
 
 
@@ -181,6 +182,18 @@ def study_id_of(storage: TrialStorage, name: str) -> int:
         raise MissingStudy(f"there is no study named {name!r}; known: {known}") from None
 
 
+def finals_name(study: str) -> str:
+    """The name of a study's finals, which no study file can give."""
+    return f"{study}{FINALS}"
+
+
+def check_no_finals(name: str, action: str) -> None:
+    """Raise StudyConflict for the name of finals: they are stopped and deleted with their study."""
+    if name.endswith(FINALS):
+        study = name.removesuffix(FINALS)
+        raise StudyConflict(f"{name!r} are the finals of a study and not for themselves: `hpo {action} {study}`")
+
+
 def trial_of(storage: TrialStorage, name: str, number: int) -> FrozenTrial:
     """A study's trial by its number. Raises MissingTrial, and StudyError when there is no such study."""
     found, total = storage.page(study_id_of(storage, name), number, 1)
@@ -215,6 +228,7 @@ def snapshots(storage: TrialStorage, leases: Leases, name: str | None) -> list[S
 
 def delete_study(storage: TrialStorage, store: ArtifactStore, name: str) -> None:
     """Remove a study and its trials, checkpoints, weights, curves and logs. Data sets and promoted models stay."""
+    check_no_finals(name, "delete")
     with exclusively(storage.url, f"study {name}"):  # a submission of it ends before, or begins after
         study_id = study_id_of(storage, name)
         finals = Leases(storage).finals(study_id)

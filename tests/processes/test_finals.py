@@ -20,10 +20,10 @@ from optuna.trial import FrozenTrial, TrialState
 
 import hpo
 from hpo.models.data.sequences import Sequences
-from hpo.study.finals import finals_name
+from hpo.study.lifecycle import finals_name
 from tests.conftest import Cli, assert_exact, processes_of, reports_wait, wait_for
 
-FINALS = "finalists = 2\nrepeats = 3"
+FINALS = 'finalists = 2\nrepeats = 3\npruner = "none"'  # which prunes none, or there may be one finalist alone
 Read = Callable[..., list[FrozenTrial]]
 Study = Callable[..., Path]
 
@@ -127,7 +127,7 @@ def test_kills_during_finals_change_neither_winner_nor_weights(
             return any(not trial.state.is_finished() and trial.intermediate_values for trial in trials(name))
         return False
 
-    study_file(trials=2, epochs=20, study=f'{FINALS}\npruner = "none"', train="patience = 0")
+    study_file(trials=2, epochs=20, study=FINALS, train="patience = 0")
     with killed(environment["HPO_HOME"], in_training, 4) as kills:
         found = launch(cli)
     first, weights = ended(trials(name)), sums(found["model"]["path"])
@@ -188,6 +188,16 @@ def test_a_deleted_study_takes_its_finals_with_it(cli: Cli, study_file: Study, t
             trials(name)
     kept = [path.name for path in (tmp_path / "artifacts").rglob("*") if path.is_file()]
     assert not [name for name in kept if name.startswith(("weights", "curve", "checkpoint", "log"))]
+
+
+def test_finals_are_not_stopped_or_deleted_for_themselves(cli: Cli, study_file: Study, trials: Read) -> None:
+    study_file(trials=2, study=FINALS)
+    launch(cli)
+    for command in (("stop", "waves/finals"), ("delete", "waves/finals", "--yes")):
+        refused = cli(*command)
+        assert refused.returncode == 1
+        assert f"`hpo {command[0]} waves`" in refused.stderr
+    assert_exact(trials(finals_name("waves")), 6)
 
 
 def test_another_finalist_is_promoted_where_the_winner_does_not_count_any_more(cli: Cli, study_file: Study) -> None:
