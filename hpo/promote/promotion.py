@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -165,7 +165,7 @@ def promote(
     device, plan = choose_device(), study.plan
     try:
         repeats = {} if finalist is None else _repeats(study, store, finalist, sequences, device)
-        trained = pooled(plan, repeats, sequences) if repeats else _trained(plan, store, record, sequences, device)
+        trained = _model_of(plan, repeats, sequences) if repeats else _trained(plan, store, record, sequences, device)
         members, validation, estimate = trained.members, trained.scores, None
         if finalist is not None:
             estimate = estimate_of(finalist, plan.metric, {repeat: each.scores for repeat, each in repeats.items()})
@@ -245,6 +245,13 @@ def _store_key(study: OpenStudy) -> str:
     row = study.leases.study(study.study_id)
     assert row is not None  # an open study has a plan, and with it terms
     return row.store_key
+
+
+def _model_of(plan: Plan, repeats: Mapping[int, Trained], sequences: Sequences) -> Trained:
+    """A finalist's repeats together, or the first alone, which nothing was chosen by either."""
+    if plan.config.promote.ensemble == "none":
+        return repeats[min(repeats)]
+    return pooled(plan, repeats, sequences)
 
 
 def _repeats(
@@ -364,8 +371,9 @@ def _bundle_config(study: OpenStudy, record: TrialRecord, finalist: Finalist | N
     classifier, _ = configurations(plan, record.params, record.seed)
     recorded = {name: getattr(record, name) for name in RECORDED}
     if finalist is not None:
-        recorded |= {"finals": {str(repeat): each.number for repeat, each in finalist.repeats.items()}}
-        recorded |= {name: [getattr(each, name) for each in finalist.repeats.values()] for name in OF_EACH_REPEAT}
+        used = finalist.repeats if plan.config.promote.ensemble == "repeats" else {1: finalist.first}
+        recorded |= {"finals": {str(repeat): each.number for repeat, each in used.items()}}
+        recorded |= {name: [getattr(each, name) for each in used.values()] for name in OF_EACH_REPEAT}
     return BundleConfig(
         classifier=classifier,
         classes=plan.classes,

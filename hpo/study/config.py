@@ -38,6 +38,7 @@ from hpo.study.entries import Entry, SpaceError, show, unknown, unparse
 
 SAMPLERS = ("tpe", "gp", "cmaes", "random", "qmc", "grid")
 PRUNERS = ("hyperband", "halving", "median", "none")
+ENSEMBLES = ("repeats", "none")
 EVENTS = ("end", "failure", "promotion")  # that an address may be told of
 DEEPEST = 50  # lists and tables within one another
 FOLDS = 5  # default where a share would validate on few sequences
@@ -148,6 +149,14 @@ class TrainSection:
 
 
 @dataclass(frozen=True)
+class PromoteSection:
+    """[promote]: what the model is made of."""
+
+    # of the winner of finals: all of its repeats together, or the first alone, which is smaller and faster
+    ensemble: str = field(default="repeats", metadata=checked(one_of(ENSEMBLES)))
+
+
+@dataclass(frozen=True)
 class NotifySection:
     """[notify]: who is told of the study. Kept beside the study's terms, not in its plan: it may change, and what is
     made of a plan is given to others."""
@@ -167,6 +176,7 @@ class StudyConfig:
     space: Mapping[str, Entry] = field(default_factory=dict)  # as written; `complete` fills in the defaults
     enqueue: tuple[Mapping[str, Value], ...] = ()  # configurations to try first, parts of one or whole
     notify: NotifySection = NotifySection()
+    promote: PromoteSection = PromoteSection()
 
 
 @dataclass(frozen=True)
@@ -181,9 +191,15 @@ def _keys(section: type) -> dict[str, _Key]:
     return {item.metadata["key"] or item.name: _Key(item.name, item.metadata["check"]) for item in fields(section)}
 
 
-SECTIONS = {"study": StudySection, "data": DataSection, "train": TrainSection, "notify": NotifySection}
+SECTIONS = {
+    "study": StudySection,
+    "data": DataSection,
+    "train": TrainSection,
+    "promote": PromoteSection,
+    "notify": NotifySection,
+}
 KEYS = {name: _keys(section) for name, section in SECTIONS.items()}  # section -> key
-STORED = ("study", "data", "train")  # the sections of a plan
+STORED = ("study", "data", "train", "promote")  # the sections of a plan
 TABLES = (*KEYS, "space", "enqueue")
 # What may change in an existing study; data files are compared by their content.
 CHANGEABLE = {f"study.{key}" for key in ("name", "trials", "timeout", "priority", "max_workers")} | {
@@ -341,6 +357,7 @@ def _parse(tables: Mapping[str, Any], source: _Source) -> StudyConfig:
         space=space,
         enqueue=_enqueue(tables.get("enqueue", []), space, source),
         notify=_notify(_table(tables, "notify", source), source),
+        promote=_section(PromoteSection, "promote", _table(tables, "promote", source), source),
     )
 
 
@@ -351,7 +368,7 @@ def _table(tables: Mapping[str, Any], name: str, source: _Source) -> dict[str, A
     return table
 
 
-S = TypeVar("S", StudySection, DataSection, TrainSection, NotifySection)
+S = TypeVar("S", StudySection, DataSection, TrainSection, PromoteSection, NotifySection)
 
 
 def _section(kind: type[S], name: str, table: Mapping[str, Any], source: _Source) -> S:
@@ -480,7 +497,7 @@ def to_dict(config: StudyConfig) -> dict[str, Any]:
     return tables
 
 
-def _section_dict(name: str, section: StudySection | DataSection | TrainSection) -> dict[str, Any]:
+def _section_dict(name: str, section: StudySection | DataSection | TrainSection | PromoteSection) -> dict[str, Any]:
     values = {key: getattr(section, found.field) for key, found in KEYS[name].items()}
     if isinstance(section, TrainSection):
         values["patience"] = section.patience or 0

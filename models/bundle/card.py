@@ -151,20 +151,21 @@ def _scores(config: BundleConfig) -> str:
         text += f" Sequences count by their weights, {_name(config.columns.get('weight', 'weight'))}."
     if len(config.classes) == 2:
         text += f" F1 and average precision are those of class {_escaped(config.classes[1])}."
-    expected = "" if config.estimate is None else _expected(config.estimate, config.metric) + "\n\n"
+    expected = "" if config.estimate is None else _expected(config, config.estimate) + "\n\n"
     return f"## Scores\n\n{expected}" + "\n".join(rows) + f"\n\n{text}\n\n![confusion](confusion.png)"
 
 
-def _expected(found: Estimate, metric: str) -> str:
+def _expected(config: BundleConfig, found: Estimate) -> str:
     """How good the model is, by its finals."""
+    together = "all of these trainings together" if len(config.provenance.get("finals", ())) > 1 else "one of these"
     values = ", ".join(f"{value:.4f}" for value in found.values)
     low, high = found.interval
     return (
-        f"Expect {metric} **{found.value:.4f}** on sequences like those of training, 95 % interval {low:.4f} to "
+        f"Expect {config.metric} **{found.value:.4f}** on sequences like those of training, 95 % interval {low:.4f} to "
         f"{high:.4f}: the mean of {len(found.values)} trainings of this configuration on fresh seeds and fresh splits, "
-        f"which nothing was chosen by ({values}; {found.method}). Together they are this model. It was selected by "
-        f"{found.selected:.4f}, the best of many values, which is too good on average. The validation scores below are "
-        "of the means of what these trainings said of sequences that they were not trained on."
+        f"which nothing was chosen by ({values}; {found.method}). It was selected by {found.selected:.4f}, the best "
+        f"of many values, which is too good on average. This model is {together}; each sequence's validation scores "
+        "below are by the mean of those of its networks that were not trained on it."
     )
 
 

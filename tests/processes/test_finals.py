@@ -190,6 +190,20 @@ def test_a_deleted_study_takes_its_finals_with_it(cli: Cli, study_file: Study, t
     assert not [name for name in kept if name.startswith(("weights", "curve", "checkpoint", "log"))]
 
 
+def test_a_model_of_one_repeat_is_the_first_of_them(cli: Cli, study_file: Study, trials: Read) -> None:
+    study_file(trials=2, study=FINALS, more='[promote]\nensemble = "none"')
+    found = launch(cli)
+    model = hpo.load(found["model"]["path"])
+    assert model.config.members == 5
+    finals = trials(finals_name("waves"))
+    mine = [trial for trial in finals if trial.user_attrs["params"] == found["best"]["params"]]
+    assert found["estimate"]["values"] == [trial.value for trial in mine]
+    assert model.config.provenance["finals"] == {"1": mine[0].number}
+    assert model.config.provenance["seed"] == [mine[0].user_attrs["seed"]]
+    assert found["validation"]["auroc"] == mine[0].value
+    assert "This model is one of these" in (Path(found["model"]["path"]) / "README.md").read_text()
+
+
 def test_finals_are_not_stopped_or_deleted_for_themselves(cli: Cli, study_file: Study, trials: Read) -> None:
     study_file(trials=2, study=FINALS)
     launch(cli)
