@@ -33,6 +33,7 @@ from hpo.service.schemas import (
     Model,
     Notice,
     Reason,
+    Standstill,
     Study,
     Trial,
     TrialDetails,
@@ -43,12 +44,22 @@ from hpo.storage.access import Token
 from hpo.storage.errors import MissingRecord
 from hpo.storage.home import own_folder
 from hpo.storage.keys import UPLOAD, uploaded_name
+from hpo.storage.leases import UNCHANGED
 from hpo.storage.masking import mask
 from hpo.storage.notices import Notices
 from hpo.storage.snapshot import Snapshot
 from hpo.study.checks import NAME
 from hpo.study.config import StudyConfig, config_of, default_name
-from hpo.study.lifecycle import create_or_open, delete_study, open_study, snapshots, study_id_of, trial_of, trial_rows
+from hpo.study.lifecycle import (
+    create_or_open,
+    delete_study,
+    open_study,
+    over_by_patience,
+    snapshots,
+    study_id_of,
+    trial_of,
+    trial_rows,
+)
 from hpo.study.notes import log_of
 from hpo.study.plan import MissingStudy, StudyConflict
 
@@ -258,11 +269,15 @@ def stop(name: str, token: Submitter, backend: Uses) -> Study:
 
 @router.post("/{name}/resume")
 def resume(name: str, token: Submitter, backend: Uses, budget: Budget | None = None) -> Study:
-    """Go on with a study that was stopped, or with more trials."""
+    """Go on with a study that was stopped, or with more trials, or more patience where its own is at its end (409)."""
+    wanted = budget or Budget()
+    patience = UNCHANGED if wanted.patience is None else wanted.patience or None
     with backend.database() as database:
-        study_id, wanted = _owned(database, token, name), None if budget is None else budget.trials
-        database.leases.reopen(study_id, trials=wanted)
-        database.access.note(token, "study.resume", name, {"trials": wanted})
+        study_id = _owned(database, token, name)
+        row = database.leases.reopen(study_id, trials=wanted.trials, patience=patience)
+        if row.standstill is not None and row.status != "open":
+            raise StudyConflict(f"study {name!r} is {over_by_patience(row.standstill)}")
+        database.access.note(token, "study.resume", name, wanted.model_dump())
         return _state(database, name)
 
 
@@ -436,6 +451,8 @@ def _study(state: Snapshot) -> Study:
         seconds_left=state.seconds_left,
         dropped=list(map(_dropped, state.dropped)),
         dropped_winner=state.dropped_winner,
+        patience=state.patience,
+        standstill=None if state.standstill is None else Standstill(**vars(state.standstill)),
     )
 
 
