@@ -218,9 +218,10 @@ class Client:
         """End a study for all its workers."""
         return Study.model_validate(self._ask("POST", f"/v1/studies/{name}/stop").json())
 
-    def resume(self, name: str, trials: int | None = None) -> Study:
-        """Go on with a study that was stopped, or with more trials."""
-        return Study.model_validate(self._ask("POST", f"/v1/studies/{name}/resume", json={"trials": trials}).json())
+    def resume(self, name: str, trials: int | None = None, patience: int | None = None) -> Study:
+        """Go on with a study that was stopped, or with more trials, or more patience (0: without end)."""
+        wanted = {"trials": trials} | ({} if patience is None else {"patience": patience})
+        return Study.model_validate(self._ask("POST", f"/v1/studies/{name}/resume", json=wanted).json())
 
     def promote(self, name: str, trial: int | None = None, *, default: bool = False) -> Model:
         """Make a trial's model a new version: the best one's without `trial`."""
@@ -363,6 +364,7 @@ class Client:
 def snapshot_of(study: Study) -> Snapshot:
     """What displays take; of its workers it knows the number alone."""
     from hpo.storage.snapshot import BestTrial, Dropped, FinalsProgress, Snapshot, WorkerGroup
+    from hpo.storage.terms import Standstill
 
     best = None
     if study.best is not None and study.best.value is not None:
@@ -390,6 +392,8 @@ def snapshot_of(study: Study) -> Snapshot:
         dropped=tuple(Dropped(each.number, each.reason, each.by, each.when) for each in study.dropped),
         dropped_winner=study.dropped_winner,
         finals=None if study.finals is None else FinalsProgress(**study.finals.model_dump()),
+        patience=study.patience,
+        standstill=None if study.standstill is None else Standstill(study.standstill.since, study.standstill.trials),
     )
 
 

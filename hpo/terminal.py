@@ -32,6 +32,7 @@ from hpo.models.class_scores import (
 from hpo.models.config import METRICS
 from hpo.storage.masking import mask
 from hpo.storage.snapshot import Change, Dropped
+from hpo.storage.terms import Standstill
 from hpo.study.entries import show
 
 if TYPE_CHECKING:
@@ -142,6 +143,7 @@ def _headline(state: Snapshot) -> str:
         f"best {_best(state)}",
         *_finals(state),
         *([state.status] if state.status != "open" else []),
+        *([state.standstill.said] if state.standstill is not None else []),
     ]
     return "; ".join(parts)
 
@@ -158,6 +160,7 @@ def _live_view(state: Snapshot) -> Group:
     parts += [f"{_duration(left_s)} left"] if left_s else []
     parts += _finals(state)
     parts += [state.status] if state.status != "open" else ["promoting"] if ended >= state.budget else []
+    parts += [state.standstill.said] if state.standstill is not None else []
     return Group(bar, Text("; ".join(parts)), *(Text(f"  {_in_flight(trial)}") for trial in state.in_flight))
 
 
@@ -190,6 +193,8 @@ def status_row(state: Snapshot, scores: ModelScores | None = None) -> dict[str, 
         "metric": state.metric,
         "trials": dict(state.counts),
         "budget": state.budget,
+        "patience": state.patience,
+        "standstill": None if state.standstill is None else vars(state.standstill),
         "best": None if state.best is None else {"number": state.best.number, "value": state.best.value},
         "best_why": None if state.best is None else state.best.why,
         "finals": None if state.finals is None else vars(state.finals),
@@ -292,6 +297,7 @@ def _status_view(states: Sequence[Snapshot], width: int, *, detailed: bool) -> G
         return Group(Text("no studies yet; `hpo launch STUDY.toml` makes one"))
     reasons = [Text(f"{state.name}: {state.best.why}") for state in states if state.best and state.best.why]
     reasons += [Text(line) for state in states for line in _where_finals_are(state)]
+    reasons += [Text(f"{each.name}: ended by patience: {each.standstill.said}") for each in states if each.standstill]
     reasons += [Text(line) for state in states for line in _dropped(state, detailed=detailed)]
     in_flight = states[0].in_flight if detailed else ()
     if width < TABLE_WIDTH:
@@ -587,10 +593,12 @@ def show_summary(summary: dict[str, Any]) -> None:
     console = _console()
     trials, model, best = summary["trials"], summary["model"], summary["best"]
     why = f" ({summary['best_why']})" if summary["best_why"] else ""
+    still = summary.get("standstill")  # which an earlier service does not tell
+    said = "" if still is None else f" ({Standstill(**still).said})"
     _say(
         console,
         f"{summary['study']}: {trials['complete']} complete, {trials['pruned']} pruned, {trials['failed']} failed "
-        f"in {summary['seconds']:.1f} s, ended by {summary['ended_by']}; best is trial {best['number']}, "
+        f"in {summary['seconds']:.1f} s, ended by {summary['ended_by']}{said}; best is trial {best['number']}, "
         f"{summary['metric']} {best['value']:.4f}{why}",
     )
     if (estimate := summary["estimate"]) is not None:

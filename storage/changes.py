@@ -17,7 +17,7 @@ from hpo.errors import HpoError, legible
 from hpo.storage.errors import MissingRecord
 from hpo.storage.snapshot import Change, Dropped
 from hpo.storage.statements import statement
-from hpo.storage.terms import StudyRow
+from hpo.storage.terms import read_study
 from hpo.storage.trials import TrialStorage
 
 LONGEST_REASON = 500  # characters
@@ -81,6 +81,7 @@ def widen(
     revision: int,
     trials: int,
     timeout_s: float | None,
+    patience: int | None,
 ) -> bool:
     """Store a plan whose space is wider than that of the `revision` before it, and the study's budget, in one
     transaction. detail: the entries as they were and are, for the record. Whether it is what is stored now.
@@ -95,9 +96,11 @@ def widen(
         "trials": trials,
         "timed": True,
         "timeout_s": timeout_s,
+        "patient": True,
+        "patience": patience,
     }
     rows = storage.session.execute(_LOCK_STUDY, _WIDEN, _REOPEN, _TERMS, given=given, durable=True)
-    return bool(rows) and StudyRow(*rows[0]).config == json.loads(stored)
+    return bool(rows) and read_study(rows[0]).config == json.loads(stored)
 
 
 def history(storage: TrialStorage, study_id: int) -> list[Change]:

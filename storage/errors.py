@@ -6,7 +6,7 @@ from typing import Literal
 
 from hpo.errors import HpoError
 
-Reason = Literal["budget", "stopped", "timeout", "exhausted"]
+Reason = Literal["budget", "stopped", "timeout", "exhausted", "patience"]
 
 
 class PostgresError(HpoError):
@@ -40,7 +40,7 @@ class TrialLeased(HpoError):
 
 
 class StudyOver(HpoError):
-    """Nothing is left to take, and no trial is in flight. `reason`: budget, stopped, timeout or exhausted."""
+    """Nothing is left to take, and no trial is in flight. `reason`: budget, stopped, timeout, exhausted or patience."""
 
     def __init__(self, study_id: int, reason: Reason) -> None:
         super().__init__(f"study {study_id} is over: {reason}")

@@ -29,7 +29,7 @@ from hpo.storage.liveness import Fate, fate, process_start, this_machine
 from hpo.storage.masking import mask
 from hpo.storage.snapshot import RECENT, Holder, Snapshot, WorkerRow, read_snapshot
 from hpo.storage.statements import statement
-from hpo.storage.terms import NOBODY, FinalsRow, Notify, StudyRow, Terms
+from hpo.storage.terms import NOBODY, FinalsRow, Judgement, Notify, Patience, StudyRow, Terms, read_study
 from hpo.storage.trials import TrialStorage
 from hpo.storage.writes import Fence
 
@@ -44,7 +44,10 @@ _REGISTER_WORKER = [
 _RETIRE_WORKER = statement("retire_worker")
 _LAPSE_WORKERS, _WORKERS_OF_HOST = statement("lapse_workers"), statement("workers_of_host")
 _WORKERS, _SNAPSHOTS, _HOLDERS = statement("workers"), statement("snapshots"), statement("holders")
-_STEPS = ("lock", "touch", "tick", "end_foreign", "lapse", "fail_spent", "adopt", "forget_reports", "start", "result")
+_STEPS = (
+    *("lock", "touch", "tick", "end_foreign", "lapse", "fail_spent", "stand_still"),
+    *("adopt", "forget_reports", "start", "result"),
+)
 _TAKE = [statement(f"take_{step}") for step in _STEPS]
 _TURNS, _SHARE = statement("turns"), statement("share")
 _OFFERS_TRIAL, _TRIALS_ENDED_BY = statement("offers_trial"), statement("trials_ended_by")
@@ -64,6 +67,12 @@ class Unchanged:
 
 
 UNCHANGED = Unchanged()
+JUDGED_MOST = 5  # times that a study is judged anew, as trials have ended meanwhile, before the caller comes again
+Judge = Callable[[Patience], Judgement]  # whether a study that has some patience has come to a standstill
+_NOT_JUDGED: dict[str, Any] = {
+    **dict.fromkeys(("patience", "since", "finished", "standstill", "last")),
+    "dropped": [],
+}
 
 
 @dataclass(frozen=True)
@@ -107,6 +116,7 @@ class Leases:
         self._session = storage.session
         self._execute_durably = partial(storage.session.execute, durable=True)
         self._fault: WorkerFault | None = None  # of this process, which takes nothing more
+        self._patience: dict[int, Patience] = {}  # of studies that have some, as of the last look
 
     # ------------------------------------------------------------------------------------------------------ studies
 
@@ -131,7 +141,7 @@ class Leases:
         rows = self._session.execute(_OPEN_STUDY, _SET_NOTIFY, _STUDY_TERMS, given=given, durable=True)
         if not rows:
             raise _not_opened(study_id)
-        return StudyRow(*rows[0])
+        return read_study(rows[0])
 
     def set_notify(self, study_id: int, notify: Notify) -> None:
         """Who is told of the study from now on."""
@@ -140,7 +150,7 @@ class Leases:
     def study(self, study_id: int) -> StudyRow | None:
         """The stored terms; None for a study without any."""
         rows = self._session.execute(_STUDY_TERMS, given={"study": study_id})
-        return StudyRow(*rows[0]) if rows else None
+        return read_study(rows[0]) if rows else None
 
     def _row(self, study_id: int) -> StudyRow:
         row = self.study(study_id)
@@ -161,15 +171,22 @@ class Leases:
         return dict(self._session.execute(_TURNS, given={"held": self._session.held(), "aside": list(aside)}))
 
     def reopen(
-        self, study_id: int, *, trials: int | None = None, timeout_s: float | Unchanged | None = UNCHANGED
+        self,
+        study_id: int,
+        *,
+        trials: int | None = None,
+        timeout_s: float | Unchanged | None = UNCHANGED,
+        patience: int | Unchanged | None = UNCHANGED,
     ) -> StudyRow:
         """Go on with a study that was stopped, under a new budget; what is stored then.
 
-        trials: at least those that have begun; None leaves it. timeout_s: None for no limit. A study that is over stays
-        so, unless it gets more of what it had no more of: then it is promoted again when it is over.
+        trials: at least those that have begun; None leaves it. timeout_s, patience: None for no limit. A study that is
+        over stays so, unless it gets more of what it had no more of: then it is promoted again when it is over. One
+        that came to a standstill needs more patience: more trials alone would bring no more.
         """
-        timed = not isinstance(timeout_s, Unchanged)
+        timed, patient = (not isinstance(each, Unchanged) for each in (timeout_s, patience))
         given = {"study": study_id, "trials": trials, "timed": timed, "timeout_s": timeout_s if timed else None}
+        given |= {"patient": patient, "patience": patience if patient else None}
         self._session.execute(*_REOPEN_STUDY, given=given, durable=True)
         return self._row(study_id)
 
@@ -257,7 +274,12 @@ class Leases:
 
     @contextmanager
     def take(
-        self, study_id: int, worker: str, device: str | None = None, aside: Sequence[int] | None = None
+        self,
+        study_id: int,
+        worker: str,
+        device: str | None = None,
+        aside: Sequence[int] | None = None,
+        judge: Judge | None = None,
     ) -> Iterator[Lease | None]:
         """Hold a trial while the block runs: acquire it, renew its lease from a thread, give it back at the end.
 
@@ -268,7 +290,7 @@ class Leases:
         Yields None when there is nothing to take but trials are in flight. Raises StudyOver when nothing will come,
         and MissingRecord for a study without terms.
         """
-        lease = self.acquire(study_id, worker, device, aside)
+        lease = self.acquire(study_id, worker, device, aside, judge)
         if lease is None:
             yield None
             return
@@ -293,12 +315,18 @@ class Leases:
         )
 
     def acquire(
-        self, study_id: int, worker: str, device: str | None = None, aside: Sequence[int] | None = None
+        self,
+        study_id: int,
+        worker: str,
+        device: str | None = None,
+        aside: Sequence[int] | None = None,
+        judge: Judge | None = None,
     ) -> Lease | None:
         """Adopt an orphan, or start a waiting or a new trial, under a lease that fences all writes to it.
 
         aside: for a standing worker, the studies that it cannot work on; it takes nothing while it is another study's
-        turn. None: the worker is this study's own.
+        turn. None: the worker is this study's own. judge: of a study that has patience, which starts no trial without:
+        it is asked again where trials have ended meanwhile.
 
         Nothing renews the lease by itself: `take` does. Returns None when there is nothing to take now but may be
         later, as trials are in flight or others have their turn. Raises StudyOver when nothing will come, and
@@ -311,18 +339,46 @@ class Leases:
                 raise self._fault
             given = {"study": study_id, "worker": worker, "device": device, "held": self._session.held()}
             given |= {"standing": aside is not None, "aside": list(aside or ())} | self._outages()
-            rows = self._session.execute_once(*_TAKE, given=given)
-            if not rows:
-                raise _not_opened(study_id)
-            *lease, status, out_of_time, spent, in_flight = rows[0]
-            if lease[0] is not None:
-                taken = Lease(*lease)
-                taken.heartbeat.learn(lost=False, study_stopped=False, out_of_time=out_of_time)
-                self._session.attach(taken.fence)
-                return taken
+            for _ in range(JUDGED_MOST):
+                rows = self._session.execute_once(*_TAKE, given={**given, **self._judged(study_id, judge)})
+                if not rows:
+                    raise _not_opened(study_id)
+                *lease, status, out_of_time, spent, still, in_flight, patience, since, unjudged = rows[0]
+                if lease[0] is not None:
+                    taken = Lease(*lease)
+                    taken.heartbeat.learn(lost=False, study_stopped=False, out_of_time=out_of_time)
+                    self._session.attach(taken.fence)
+                    return taken
+                self._note_patience(study_id, patience, since)
+                if not unjudged:
+                    break
         if in_flight:
             return None
-        raise StudyOver(study_id, _reason(status, out_of_time, spent))
+        raise StudyOver(study_id, "patience" if still else _reason(status, out_of_time, spent))
+
+    def _note_patience(self, study_id: int, trials: int | None, since: int) -> None:
+        if trials is None:
+            self._patience.pop(study_id, None)
+        else:
+            self._patience[study_id] = Patience(trials, since)
+
+    def _judged(self, study_id: int, judge: Judge | None) -> dict[str, Any]:
+        """What the study's judge says, for the statements that take a trial; without a judge where it has no patience,
+        as far as is known. Raises ValueError without one where it has some."""
+        patience = self._patience.get(study_id)
+        if patience is None:
+            return _NOT_JUDGED
+        if judge is None:
+            raise ValueError(f"study {study_id} ends by its patience: its trials are taken with a judge")
+        found = judge(patience)
+        return {
+            "patience": patience.trials,
+            "since": patience.since,
+            "finished": found.finished,
+            "dropped": list(found.dropped),
+            "standstill": None if found.standstill is None else json.dumps(vars(found.standstill)),
+            "last": found.last,
+        }
 
     def _outages(self) -> dict[str, list[float]]:
         """For how many seconds this process could not reach the database, or did not run, and how long ago that ended.

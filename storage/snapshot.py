@@ -8,6 +8,7 @@ from typing import Any
 
 from hpo.storage.connection import Row
 from hpo.storage.records import read_float
+from hpo.storage.terms import Standstill, read_standstill
 
 RECENT = 50  # ended trials that tell how fast a study goes: it may have rested for a night before
 STATES = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": "running", "WAITING": "waiting"}
@@ -131,6 +132,8 @@ class Snapshot:
     max_workers: int | None
     dropped: tuple[Dropped, ...] = ()  # trials that do not count, by number; `counts` and `started` have them still
     dropped_winner: int | None = None  # number of the trial whose model was promoted, where it does not count any more
+    patience: int | None = None  # so many trials in a row that bring nothing end it; None: however many
+    standstill: Standstill | None = None  # what has ended it, if that was its patience
     finals: FinalsProgress | None = None  # None: they have not begun, or it wants none
 
     @property
@@ -149,15 +152,15 @@ class Snapshot:
 
 def read_snapshot(row: Row) -> Snapshot:
     """A snapshot from the row of the statement `snapshot`."""
-    known, (counts, best, in_flight, groups, *rest, dropped, winner, finals) = row[:7], row[7:]
+    known, (counts, best, in_flight, groups, *rest, dropped, winner, patience, still, finals) = row[:7], row[7:]
     named = {name: (counts or {}).get(state, 0) for state, name in STATES.items()}
     trials = tuple(InFlight(*trial) for trial in in_flight or ())
     orphans = sum(not trial.alive for trial in trials)
     named |= {"running": named["running"] - orphans, "waiting": named["waiting"] + orphans}
     workers = tuple(WorkerGroup(*group) for group in groups or ())
     gone = tuple(Dropped(n, reason, by, datetime.fromisoformat(when)) for n, reason, by, when in dropped or ())
-    progress = FinalsProgress(*finals) if finals else None
-    fields: Row = (*known, named, _read_best(*best) if best else None, trials, workers, *rest, gone, winner, progress)
+    fields: Row = (*known, named, _read_best(*best) if best else None, trials, workers, *rest, gone, winner)
+    fields += (patience, read_standstill(still), FinalsProgress(*finals) if finals else None)
     return Snapshot(*fields)
 
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from hpo.storage.connection import Row
+
 
 @dataclass(frozen=True)
 class Terms:
@@ -19,6 +21,40 @@ class Terms:
     resolution: float = 0.0  # values closer than this are equal
     priority: int = 0  # standing workers take an owner's study with a higher one first
     max_workers: int | None = None  # trials at once; None: no limit
+    patience: int | None = None  # so many trials in a row that bring nothing end the study; None: however many
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long a study waits for something better."""
+
+    trials: int  # so many in a row that bring nothing end it
+    since: int = 0  # number of the first trial that may be one of these: earlier ones are of a narrower space
+
+
+@dataclass(frozen=True)
+class Standstill:
+    """That trials in a row have brought nothing."""
+
+    since: int  # number of the last trial that brought something
+    trials: int  # that have ended since
+
+    @property
+    def said(self) -> str:
+        """In words."""
+        trials = "1 trial" if self.trials == 1 else f"{self.trials} trials in a row"
+        return f"{trials} brought nothing better than trial {self.since}"
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Whether a study has come to a standstill, and what that was judged by."""
+
+    patience: Patience
+    finished: int  # complete and pruned trials that the study had
+    dropped: tuple[int, ...]  # ids of the trials that did not count, in order
+    standstill: Standstill | None = None  # None: it goes on
+    last: int = 0  # it is waited for trials up to this number, which began before those that brought nothing
 
 
 @dataclass(frozen=True)
@@ -66,3 +102,17 @@ class StudyRow:
     owner: str | None  # who submitted it through the service
     priority: int
     max_workers: int | None
+    patience: int | None
+    standstill: Standstill | None  # what has ended it, if that was its patience
+
+
+def read_study(row: Row) -> StudyRow:
+    """The terms from the row of the statement `study_terms`."""
+    *known, standstill = row
+    fields: Row = (*known, read_standstill(standstill))
+    return StudyRow(*fields)
+
+
+def read_standstill(stored: dict[str, int] | None) -> Standstill | None:
+    """A standstill as it is stored."""
+    return None if stored is None else Standstill(**stored)

@@ -11,6 +11,7 @@ from hpo.models.class_scores import weakest
 from hpo.promote.version_scores import scores_if_known
 from hpo.storage.artifacts import ArtifactStore
 from hpo.storage.registry import Registry
+from hpo.storage.snapshot import Snapshot
 from hpo.study.lifecycle import OpenStudy
 from hpo.study.record import failure_of
 
@@ -40,7 +41,8 @@ def summary_of(study: OpenStudy, store: ArtifactStore | None = None, *, with_nam
     return {
         "study": study.name,
         "metric": scores["metric"],
-        "ended_by": "budget" if state.started >= state.budget else "timeout" if out_of_time else "exhausted space",
+        "ended_by": _ended_by(state, out_of_time=out_of_time),
+        "standstill": None if state.standstill is None else vars(state.standstill),
         "trials": {name: state.counts.get(name, 0) for name in ("complete", "pruned", "failed")},
         "best": {
             "number": model.trial_number,
@@ -64,6 +66,12 @@ def summary_of(study: OpenStudy, store: ArtifactStore | None = None, *, with_nam
         "undefined": scores.get("undefined"),
         "weak": None if weak is None else asdict(weak),
     }
+
+
+def _ended_by(state: Snapshot, *, out_of_time: bool) -> str:
+    if state.standstill is not None:
+        return "patience"
+    return "budget" if state.started >= state.budget else "timeout" if out_of_time else "exhausted space"
 
 
 def _failures(study: OpenStudy) -> list[str]:

@@ -65,6 +65,13 @@ class Finals(BaseModel):
     budget: int
 
 
+class Standstill(BaseModel):
+    """That a study ended by its patience: its last trials brought nothing better."""
+
+    since: int  # number of the last trial that brought something
+    trials: int  # that ended after it, before the study did
+
+
 class Study(BaseModel):
     """A study at one moment."""
 
@@ -84,6 +91,8 @@ class Study(BaseModel):
     dropped: list[Dropped] = []  # trials that do not count; `trials` has them still
     dropped_winner: int | None = None  # of which trial its model is, where that one does not count any more
     finals: Finals | None = None  # where they have begun
+    patience: int | None = None  # so many trials in a row that bring nothing end it
+    standstill: Standstill | None = None  # where they did
 
 
 class Trial(BaseModel):
@@ -171,6 +180,8 @@ class Budget(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     trials: int | None = Field(default=None, strict=True, ge=1, le=2**31 - 1, examples=[80])  # None: as many as it had
+    # None: as much as it had; 0: without end
+    patience: int | None = Field(default=None, strict=True, ge=0, le=2**31 - 1, examples=[40])
 
 
 class Model(BaseModel):

@@ -34,6 +34,7 @@ from hpo.service.schemas import (
     Model,
     Notice,
     Reason,
+    Standstill,
     Study,
     Trial,
     TrialDetails,
@@ -44,6 +45,7 @@ from hpo.storage.access import Token
 from hpo.storage.errors import MissingRecord
 from hpo.storage.home import own_folder
 from hpo.storage.keys import UPLOAD, uploaded_name
+from hpo.storage.leases import UNCHANGED
 from hpo.storage.masking import mask
 from hpo.storage.notices import Notices
 from hpo.storage.snapshot import Snapshot
@@ -54,6 +56,7 @@ from hpo.study.lifecycle import (
     delete_study,
     finals_name,
     open_study,
+    over_by_patience,
     snapshots,
     study_id_of,
     trial_of,
@@ -292,11 +295,15 @@ def stop(name: str, token: Submitter, backend: Uses) -> Study:
 
 @router.post("/{name}/resume")
 def resume(name: str, token: Submitter, backend: Uses, budget: Budget | None = None) -> Study:
-    """Go on with a study that was stopped, or with more trials."""
+    """Go on with a study that was stopped, or with more trials, or more patience where its own is at its end (409)."""
+    wanted = budget or Budget()
+    patience = UNCHANGED if wanted.patience is None else wanted.patience or None
     with backend.database() as database:
-        study_id, wanted = _owned(database, token, name), None if budget is None else budget.trials
-        database.leases.reopen(study_id, trials=wanted)
-        database.access.note(token, "study.resume", name, {"trials": wanted})
+        study_id = _owned(database, token, name)
+        row = database.leases.reopen(study_id, trials=wanted.trials, patience=patience)
+        if row.standstill is not None and row.status != "open":
+            raise StudyConflict(f"study {name!r} is {over_by_patience(row.standstill)}")
+        database.access.note(token, "study.resume", name, wanted.model_dump())
         return _state(database, name)
 
 
@@ -471,6 +478,8 @@ def _study(state: Snapshot) -> Study:
         dropped=list(map(_dropped, state.dropped)),
         dropped_winner=state.dropped_winner,
         finals=None if state.finals is None else Finals(**vars(state.finals)),
+        patience=state.patience,
+        standstill=None if state.standstill is None else Standstill(**vars(state.standstill)),
     )
 
 

@@ -68,6 +68,8 @@ class StudySection:
     trials: int = field(default=60, metadata=checked(whole(1)))  # over all workers
     # seconds that the study may take; None: no end
     timeout_s: float | None = field(default=None, metadata=checked(duration, key="timeout"))
+    # trials in a row that bring nothing new before the study ends; None (in the file 0): however many
+    patience: int | None = field(default=None, metadata=checked(whole(0)))
     sampler: str = field(default="tpe", metadata=checked(one_of(SAMPLERS)))
     pruner: str = field(default="hyperband", metadata=checked(one_of(PRUNERS)))
     seed: int = field(default=0, metadata=checked(whole(0, 2**32 - 1)))
@@ -202,7 +204,7 @@ KEYS = {name: _keys(section) for name, section in SECTIONS.items()}  # section -
 STORED = ("study", "data", "train", "promote")  # the sections of a plan
 TABLES = (*KEYS, "space", "enqueue")
 # What may change in an existing study; data files are compared by their content.
-CHANGEABLE = {f"study.{key}" for key in ("name", "trials", "timeout", "priority", "max_workers")} | {
+CHANGEABLE = {f"study.{key}" for key in ("name", "trials", "timeout", "patience", "priority", "max_workers")} | {
     "data.train",
     "data.test",
 }
@@ -348,10 +350,11 @@ def _parse(tables: Mapping[str, Any], source: _Source) -> StudyConfig:
             raise source.error(key, unknown("", key, TABLES))
     data = _data(_table(tables, "data", source), source)
     study = {"name": default_name(data.train), **_table(tables, "study", source)}
+    section = _section(StudySection, "study", study, source)
     train = _section(TrainSection, "train", _table(tables, "train", source), source)
     space = _space(_table(tables, "space", source), source)
     return StudyConfig(
-        study=_section(StudySection, "study", study, source),
+        study=replace(section, patience=section.patience or None),
         data=data,
         train=replace(train, patience=train.patience or None),
         space=space,

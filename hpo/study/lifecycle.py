@@ -24,12 +24,13 @@ from hpo.storage.leases import Leases
 from hpo.storage.locks import exclusively
 from hpo.storage.scratch import scratch_folder
 from hpo.storage.snapshot import Snapshot
-from hpo.storage.terms import Notify, StudyRow, Terms
+from hpo.storage.terms import Judgement, Notify, Patience, Standstill, StudyRow, Terms
 from hpo.storage.trials import TrialStorage
 from hpo.study.config import ConfigError, StudyConfig
 from hpo.study.counted import CountedTrials
 from hpo.study.entries import Entry, contains, distribution, unparse
 from hpo.study.notes import METRIC_NAMES, announce_widening, describe_study
+from hpo.study.patience import judged
 from hpo.study.plan import MissingStudy, MissingTrial, Plan, StudyConflict, StudyError, make_plan, names_groups
 from hpo.study.pruning import make_pruner
 from hpo.study.ranking import best_first
@@ -43,6 +44,7 @@ log = logging.getLogger("hpo")
 
 SEARCH_SHARE = 0.75  # of a study's time is for its search where finals follow
 FINALS = "/finals"  # ends the name of a study's finals
+JUDGED = (TrialState.COMPLETE, TrialState.PRUNED)  # trials by which a study's patience goes
 BEGUN = "hpo:begun"  # a study's system attribute: `hpo launch` has begun to fill it
 
 
@@ -68,6 +70,11 @@ class OpenStudy:
         trials = self.optuna_study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         return best_first(filter(None, map(TrialRecord.of, trials)), self.plan)
 
+    def judge(self, patience: Patience) -> Judgement:
+        """Whether the study has come to a standstill, by all of its trials that have ended."""
+        trials = self.storage.get_all_trials(self.study_id, deepcopy=False, states=JUDGED)
+        return judged(trials, self.storage.dropped(self.study_id), self.plan, patience)
+
     def should_prune(self, trial_id: int) -> bool:
         """Whether the trial's reports so far are worth no further epoch."""
         if self.plan.config.study.pruner == "none":
@@ -83,8 +90,8 @@ def create_or_open(
 ) -> OpenStudy:
     """The study of this file: a new one, or the one of that name if nothing contradicts it.
 
-    An existing study goes on under the file's trials, timeout, priority and max_workers, and in its space where that is
-    a wider one; a new study belongs to `owner`.
+    An existing study goes on under the file's trials, timeout, patience, priority and max_workers, and in its space
+    where that is a wider one; a new study belongs to `owner`.
     Raises StudyError with the differences, before anything is changed, and DataError for data that cannot be trained
     on.
     """
@@ -118,7 +125,10 @@ def create_or_open(
             log.info("%s: %s", name, line)
         for line in suspicions(train, test):
             log.warning("%s: %s", name, line)
-        row = leases.reopen(study_id, trials=config.study.trials, timeout_s=search_time(wider, config))
+        given, timeout_s = config.study, search_time(wider, config)
+        row = leases.reopen(study_id, trials=given.trials, timeout_s=timeout_s, patience=given.patience)
+        if row.standstill is not None and row.status != "open":
+            log.warning("study %s: %s", name, over_by_patience(row.standstill))
         if row.budget > config.study.trials:
             text = "study %s: %d trials have begun, more than the %d that are asked for; no more are started"
             log.warning(text, name, row.started, config.study.trials)
@@ -139,6 +149,11 @@ def open_study(name: str, storage: TrialStorage) -> OpenStudy:
         pruner=make_pruner(plan, lambda: storage.dropped(study_id)),
     )
     return OpenStudy(study_id, name, plan, storage, ConfigurationSampler(plan, study, storage), study)
+
+
+def over_by_patience(found: Standstill) -> str:
+    """That a study has ended by its patience, and what lets it go on."""
+    return f"over by its patience, as {found.said}; a larger study.patience, or 0 for none, lets it go on"
 
 
 def _stored(storage: TrialStorage, leases: Leases, name: str) -> StudyRow | None:
@@ -289,6 +304,7 @@ def _begin(storage: TrialStorage, leases: Leases, study_id: int, plan: Plan, own
         resolution=plan.resolution,
         priority=study.priority,
         max_workers=study.max_workers,
+        patience=study.patience,
     )
     leases.open_study(study_id, terms, plan.to_json(), owner, _notify(plan.written))
 
@@ -300,8 +316,8 @@ def _widen(storage: TrialStorage, study_id: int, begun: Plan, wider: Plan, confi
     changed = changes(begun, wider)
     detail = {name: {"from": unparse(old), "to": unparse(new)} for name, (old, new) in changed.items()}
     name, terms = begun.config.study.name, config.study
-    timeout_s = search_time(begun, config)
-    given: dict[str, Any] = {"trials": terms.trials, "timeout_s": timeout_s, "revision": begun.revision}
+    given: dict[str, Any] = {"trials": terms.trials, "timeout_s": search_time(begun, config)}
+    given |= {"patience": terms.patience, "revision": begun.revision}
     if not widen(storage, study_id, wider.to_json(), detail, by, **given):
         raise StudyConflict(f"the study {name!r} was changed by somebody else at this moment: launch it again")
     announce_widening(storage, study_id, shown(changed))

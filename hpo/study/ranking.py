@@ -58,6 +58,13 @@ def best(scores: Mapping[int, Score], resolution: float, *, maximize: bool) -> B
     return BestTrial(number, scores[number][0], ahead)
 
 
+def is_better(trial: FrozenTrial, earlier: FrozenTrial, plan: Plan) -> bool:
+    """Whether a complete trial is better than an earlier one by more than its validation sequences tell apart."""
+    maximize = direction(plan.metric) == "maximize"
+    cost, before = (_cost(each.values[0], maximize=maximize) for each in (trial, earlier))
+    return cost + plan.resolution < before
+
+
 def scores_of(trials: Iterable[FrozenTrial]) -> dict[int, Score]:
     """Value and log-loss of the complete trials that our workers trained, by number; infinite where not recorded."""
     return {

@@ -305,7 +305,7 @@ class Slot:
         with worker.resources.device_lock.shared(worker.stop_requested.is_set):
             if study.sampler.exhausted():
                 worker.leases.exhaust(study.study_id, study.plan.revision)
-            with worker.leases.take(study.study_id, worker.name, worker.device, aside) as lease:
+            with worker.leases.take(study.study_id, worker.name, worker.device, aside, study.judge) as lease:
                 if lease is not None:
                     self._run_trial(self._current(study, lease.revision), lease, sequences)
         if lease is not None:

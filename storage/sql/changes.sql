@@ -39,9 +39,10 @@ INSERT INTO hpo.calls (client, call, result) SELECT %(client)s, %(call)s, count(
 
 -- name: widen_study
 -- Store a plan with a wider space in place of the one of that revision, with the record of it. A study that had no
--- configuration left to try, but trials, is open again.
+-- configuration left to try, or brought nothing more, but has trials left, is open again. Its patience begins anew.
 -- types: study int, revision int, config jsonb, detail jsonb, who text
 WITH wider AS (UPDATE hpo.terms s SET config = %(config)s, status = CASE WHEN o.goes_on THEN 'open' ELSE status END,
+        patient_from = {next_number}, standstill = CASE WHEN NOT o.goes_on THEN standstill END,
         promoter = CASE WHEN NOT o.goes_on THEN promoter END,
         promoter_expires_at = CASE WHEN NOT o.goes_on THEN promoter_expires_at END,
         promoted_version = CASE WHEN NOT o.goes_on THEN promoted_version END

@@ -107,6 +107,26 @@ SELECT trial_id, 'failure', to_json('given up after ' || lost || ' attempts: eac
 FROM spent s JOIN failed USING (trial_id)
 ON CONFLICT (trial_id, key) DO UPDATE SET value_json = excluded.value_json
 
+-- fragment: judged
+-- Whether the caller has judged by the patience that the study has and by all of its trials that have ended, or need not.
+(s.patience IS NULL OR coalesce(s.patience = %(patience)s AND s.patient_from = %(since)s
+    AND %(finished)s = (SELECT count(*) FROM trials j WHERE j.study_id = s.study_id AND j.state IN ('COMPLETE', 'PRUNED'))
+    AND %(dropped)s = ARRAY(SELECT trial_id FROM hpo.dropped j WHERE j.study_id = s.study_id ORDER BY trial_id), false))
+
+-- fragment: may_start
+-- Whether budget and time allow another trial.
+(s.status = 'open' AND s.started < s.budget AND NOT coalesce(s.elapsed_s >= s.timeout_s, false))
+
+-- name: take_stand_still
+-- End a study whose patience is at its end: nothing new is started. Trials that wait come before, and those that began
+-- before the ones that brought nothing, up to `last`.
+-- prepared: study int, patience int, since int, finished int, dropped int[], standstill jsonb, last int
+UPDATE hpo.terms s SET status = 'exhausted', standstill = %(standstill)s
+WHERE study_id = %(study)s AND %(standstill)s IS NOT NULL AND {may_start} AND s.patience IS NOT NULL AND {judged}
+AND NOT EXISTS (SELECT FROM trials t WHERE t.study_id = s.study_id AND t.state = 'WAITING')
+AND NOT EXISTS (SELECT FROM hpo.leases l JOIN trials t USING (trial_id)
+    WHERE l.study_id = s.study_id AND l.ended_at IS NULL AND t.state = 'RUNNING' AND t.number <= %(last)s)
+
 -- name: take_adopt
 -- Adopt the first of the trials that are free, also after the study's time: it is then ended with what it has. None that
 -- another thread of the caller's process still holds: its writes would pass under the new lease.
@@ -131,11 +151,12 @@ WHERE {this_call} AND l.trial_id = c.result AND l.attempt > 1 AND i.trial_id = l
 AND i.step > coalesce(l.checkpoint_epoch, -1)
 
 -- name: take_start
--- Where nothing was adopted and the budget and the time allow it, start a waiting or a new trial.
--- prepared: study int, worker text, device text, held int[], standing bool, aside int[], client uuid, call bigint
+-- Where nothing was adopted, and budget, time and patience allow it, start a waiting or a new trial.
+-- prepared: study int, worker text, device text, held int[], standing bool, aside int[], client uuid, call bigint,
+--     patience int, since int, finished int, dropped int[]
 WITH counted AS (UPDATE hpo.terms s SET started = started + 1,
         taken_at = CASE WHEN %(standing)s THEN hpo.clock() ELSE taken_at END
-    WHERE study_id = %(study)s AND status = 'open' AND started < budget AND NOT coalesce(elapsed_s >= timeout_s, false)
+    WHERE study_id = %(study)s AND {may_start} AND {judged}
     AND NOT {capped} AND {its_turn} AND NOT EXISTS (SELECT FROM hpo.calls WHERE {this_call}) RETURNING lease_s),
 popped AS (UPDATE trials SET state = 'RUNNING', datetime_start = {utc_now}
     WHERE EXISTS (TABLE counted) AND trial_id = (SELECT trial_id FROM trials
@@ -152,13 +173,14 @@ INSERT INTO hpo.calls (client, call, result) SELECT %(client)s, %(call)s, trial_
 
 -- name: take_result
 -- The lease that was taken, if any, and what is left of the study. In a study that was stopped only what is held is in
--- flight: the rest is kept. In one that is open something is to come as long as it has a trial to start.
--- prepared: study int, client uuid, call bigint
+-- flight: the rest is kept. In one that is open something is to come as long as it has a trial to start. With it the
+-- study's patience, and whether the caller has to judge anew before it starts one.
+-- prepared: study int, client uuid, call bigint, patience int, since int, finished int, dropped int[]
 SELECT l.study_id, l.trial_id, t.number, l.worker, l.attempt, l.attempt > 1, l.checkpoint_key, l.checkpoint_epoch,
     s.lease_s, s.store_key, l.lost, {revision}, s.status, coalesce(elapsed_s >= timeout_s, false), started >= budget,
-    EXISTS (SELECT FROM hpo.leases l WHERE l.study_id = %(study)s AND l.ended_at IS NULL
+    s.standstill IS NOT NULL, EXISTS (SELECT FROM hpo.leases l WHERE l.study_id = %(study)s AND l.ended_at IS NULL
         AND (s.status IN ('open', 'exhausted') OR NOT {free} AND {waited_for} > hpo.moment()))
-    OR s.status = 'open' AND started < budget AND NOT coalesce(elapsed_s >= timeout_s, false)
+    OR {may_start}, s.patience, s.patient_from, {may_start} AND NOT {judged}
 FROM hpo.terms s LEFT JOIN hpo.calls c ON {this_call} LEFT JOIN hpo.leases l ON l.trial_id = c.result
     LEFT JOIN trials t ON t.trial_id = l.trial_id
 WHERE s.study_id = %(study)s

@@ -3,17 +3,18 @@
 -- fragment: terms
 SELECT study_id, study_name, config, budget, started, timeout_s, opened_at, {elapsed}, lease_s, stall_s, max_attempts,
     status, promoter, promoter_expires_at, promoted_version, {out_of_time}, resolution, store_key, owner,
-    priority, max_workers
+    priority, max_workers, patience, standstill
 FROM hpo.terms JOIN studies USING (study_id)
 
 -- name: open_study
 -- Store the terms of a study, unless it has some.
 -- types: study int, config jsonb, budget int, timeout_s float8, lease_s float8, stall_s float8, max_attempts int,
---     resolution float8, priority int, max_workers int, owner text, finals_of int
+--     resolution float8, priority int, max_workers int, patience int, owner text, finals_of int
 INSERT INTO hpo.terms (study_id, config, budget, timeout_s, lease_s, stall_s, max_attempts, resolution, priority,
-    max_workers, owner, finals_of, store_key)
+    max_workers, patience, owner, finals_of, store_key)
 SELECT study_id, %(config)s, %(budget)s, %(timeout_s)s, %(lease_s)s, %(stall_s)s, %(max_attempts)s, %(resolution)s,
-    %(priority)s, %(max_workers)s, %(owner)s, %(finals_of)s, study_id || '_' || left(replace(gen_random_uuid()::text, '-', ''), 12)
+    %(priority)s, %(max_workers)s, %(patience)s, %(owner)s, %(finals_of)s,
+    study_id || '_' || left(replace(gen_random_uuid()::text, '-', ''), 12)
 FROM studies WHERE study_id = %(study)s ON CONFLICT DO NOTHING
 
 -- name: study_terms
@@ -27,20 +28,23 @@ FROM studies WHERE study_id = %(study)s ON CONFLICT DO NOTHING
 SELECT study_id FROM hpo.terms WHERE finals_of IS NULL ORDER BY study_id DESC LIMIT %(most)s OFFSET %(skip)s
 
 -- name: reopen_study
--- Go on with a study that was stopped, under a new budget: of trials, never below those that have begun, and of time.
--- One that is over, and is given more of what it had no more of, is open again.
--- types: study int, trials int, timed bool, timeout_s float8
-UPDATE hpo.terms s SET budget = n.new_budget, timeout_s = n.new_timeout_s,
+-- Go on with a study that was stopped, under a new budget: of trials, never below those that have begun, of time and of
+-- patience. One that is over, and is given more of what it had no more of, is open again.
+-- types: study int, trials int, timed bool, timeout_s float8, patient bool, patience int
+UPDATE hpo.terms s SET budget = n.new_budget, timeout_s = n.new_timeout_s, patience = n.new_patience,
     elapsed_s = CASE WHEN s.timeout_s IS NULL THEN 0 ELSE elapsed_s END, -- time is counted where there is a limit
     status = CASE WHEN n.goes_on THEN 'open' ELSE status END,
+    standstill = CASE WHEN NOT n.goes_on THEN standstill END,
     promoter = CASE WHEN NOT n.goes_on THEN promoter END,
     promoter_expires_at = CASE WHEN NOT n.goes_on THEN promoter_expires_at END,
     promoted_version = CASE WHEN NOT n.goes_on THEN promoted_version END
-FROM (SELECT study_id, new_budget, new_timeout_s, status = 'stopped' OR new_budget > budget
-        OR status = 'finished' AND started < budget AND {out_of_time} AND NOT coalesce({elapsed} >= new_timeout_s, false)
-        AS goes_on
+FROM (SELECT study_id, new_budget, new_timeout_s, new_patience, status = 'stopped'
+        OR CASE WHEN standstill IS NOT NULL THEN coalesce((standstill ->> 'trials')::int < new_patience, true)
+            ELSE new_budget > budget OR status = 'finished' AND started < budget AND {out_of_time}
+                AND NOT coalesce({elapsed} >= new_timeout_s, false) END AS goes_on
     FROM hpo.terms o CROSS JOIN LATERAL (SELECT greatest(coalesce(%(trials)s, o.budget), o.started) AS new_budget,
-        CASE WHEN %(timed)s THEN %(timeout_s)s ELSE o.timeout_s END AS new_timeout_s) m
+        CASE WHEN %(timed)s THEN %(timeout_s)s ELSE o.timeout_s END AS new_timeout_s,
+        CASE WHEN %(patient)s THEN %(patience)s ELSE o.patience END AS new_patience) m
     WHERE study_id = %(study)s FOR NO KEY UPDATE OF o) n
 WHERE s.study_id = n.study_id
 
@@ -143,7 +147,7 @@ SELECT s.study_id, n.study_name, s.status, s.budget, s.started, CASE WHEN timeou
     e.started, r.ended, s.config #>> '{config,study,metric}', s.owner, s.priority, s.max_workers,
     (SELECT json_agg(json_build_array(t.number, d.reason, d.dropped_by, d.dropped_at) ORDER BY t.number)
         FROM hpo.dropped d JOIN trials t USING (trial_id) WHERE d.study_id = s.study_id),
-    (SELECT t.number FROM {versions_of_dropped} AND m.version = s.promoted_version),
+    (SELECT t.number FROM {versions_of_dropped} AND m.version = s.promoted_version), s.patience, s.standstill,
     (SELECT json_build_array(o.study_name, (SELECT count(*) FROM hpo.leases l
             WHERE l.study_id = f.study_id AND l.ended_at IS NOT NULL), f.budget)
         FROM hpo.terms f JOIN studies o USING (study_id) WHERE f.finals_of = s.study_id)

@@ -183,6 +183,7 @@ OTHER = {  # another value for each key of a study file
     "study.metric": '"accuracy"',
     "study.trials": "9",
     "study.timeout": "77",
+    "study.patience": "5",
     "study.sampler": '"random"',
     "study.pruner": '"median"',
     "study.seed": "1",
@@ -218,6 +219,7 @@ OTHER = {  # another value for each key of a study file
 OBEYED = {  # and where that is stored
     "study.trials": "budget",
     "study.timeout": "timeout_s",
+    "study.patience": "patience",
     "study.priority": "priority",
     "study.max_workers": "max_workers",
 }

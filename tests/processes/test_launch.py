@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -309,6 +310,37 @@ def test_a_finite_space_ends_the_study_early(
     assert sum(summary["trials"].values()) == 3
     assert summary["ended_by"] == "exhausted space"
     assert {t.params["hidden_size"] for t in trials()} == {4, 8, 12}
+
+
+def test_a_study_ends_when_its_trials_bring_nothing_more(
+    cli: Cli, study_file: Callable[..., Path], trials: Callable[..., list[FrozenTrial]]
+) -> None:
+    file = study_file(trials=60, epochs=1, study='patience = 3\nmetric = "accuracy"')
+    summary = summary_of(cli("launch", file, "--workers", 2, "--json"))
+    found = trials()
+    assert_exact(found, len(found))
+    assert len(found) < 60
+    still = summary["standstill"]
+    assert (summary["ended_by"], still["trials"] >= 3) == ("patience", True)
+    in_order = sorted(found, key=lambda trial: (trial.datetime_complete or datetime.min, trial.number))
+    after = in_order[in_order.index(found[still["since"]]) + 1 :]
+    assert still["trials"] <= len(after) <= still["trials"] + 1  # one more was at work
+    enough = (found[still["since"]].value or 0.0) + 0.5 / 48  # half of one of 48 validation sequences
+    values = [trial.value or 0.0 for trial in after[: still["trials"]] if trial.state == TrialState.COMPLETE]
+    assert max(values, default=0.0) <= enough
+    said = f"{still['trials']} trials in a row brought nothing better than trial {still['since']}"
+    assert f"waves: ended by patience: {said}" in cli("status").stdout
+    (row,) = json.loads(cli("status", "waves", "--json").stdout)
+    assert (row["status"], row["patience"], row["standstill"]) == ("finished", 3, still)
+    for more in ((), ("--trials", 70)):  # what would bring nothing
+        again = cli("launch", file, "--workers", 2, *more)
+        assert f"waves: over by its patience, as {said}; a larger study.patience, or 0 for none" in again.stderr
+        assert f"ended by patience ({said}); best is trial {summary['best']['number']}," in again.stdout
+    assert len(trials()) == len(found)
+    endless = ("--set", "study.patience=0", "--trials", len(found) + 2)
+    went_on = summary_of(cli("launch", file, "--workers", 2, "--json", *endless))
+    assert (went_on["ended_by"], went_on["standstill"]) == ("budget", None)
+    assert_exact(trials(), len(found) + 2)
 
 
 def test_one_worker_and_one_seed_repeat_a_study(

@@ -118,3 +118,33 @@ def test_a_wider_space_is_submitted_and_a_narrower_one_is_a_conflict(
             client.submit(tmp_path / "waves.toml", ["space.hidden_size=8"])
         assert conflict.value.status == 409
         assert len(client.changes("wide")) == 1
+
+
+def test_a_study_that_its_patience_ended_says_so_and_goes_on_with_more(
+    service: Service, waves: Path, task: Callable[..., str], tmp_path: Path
+) -> None:
+    (tmp_path / "waves.npz").write_bytes(waves.read_bytes())
+    (tmp_path / "waves.toml").write_text(task("patient", "waves.npz", 40))
+    with hpo.connect(service.url, service.token()) as client:
+        begun = client.submit(tmp_path / "waves.toml", ["study.patience=1", 'study.metric="accuracy"'])
+        assert (begun.patience, begun.standstill) == (1, None)
+        service.work("patient")
+        found = client.study("patient")
+        assert found.standstill is not None
+        assert (found.status, found.standstill.trials, sum(found.trials.values()) < 40) == ("finished", 1, True)
+        summary = client.summary("patient")
+        assert (summary["ended_by"], summary["standstill"]) == ("patience", found.standstill.model_dump())
+        for wanted in ({}, {"trials": 50}, {"patience": 1}):
+            with pytest.raises(
+                hpo.ServiceError, match=r"1 trial brought nothing better .*; a larger study.pat"
+            ) as raised:
+                client.resume("patient", **wanted)
+            assert raised.value.status == 409
+        ended = sum(found.trials.values())
+        gone_on = client.resume("patient", trials=ended + 1, patience=0)
+        assert (gone_on.status, gone_on.patience, gone_on.standstill) == ("open", None, None)
+        service.work("patient")
+        assert sum(client.study("patient").trials.values()) == ended + 1
+    with service.client() as raw:
+        refused = raw.post("/v1/studies/patient/resume", json={"patience": -1})
+        assert (refused.status_code, "greater than or equal to 0" in refused.text) == (422, True)

@@ -161,7 +161,8 @@ def act(name: str, action: str, request: Request, backend: Uses, form: FromSubmi
             studies.stop(name, form.token, backend)
             return go(f"{_path(name)}?done=stopped")
         if action == "resume":
-            studies.resume(name, form.token, backend, Budget(trials=_whole(form.text("trials"), "trials")))
+            wanted = {what: _whole(form.text(what), what) for what in ("trials", "patience")}
+            studies.resume(name, form.token, backend, Budget(**wanted))
             return go(f"{_path(name)}?done=resumed")
         if action == "promote":
             number = _whole(form.text("trial"), "trial")

@@ -1,0 +1,60 @@
+"""Whether a study goes on: it ends when so many trials in a row brought nothing that validation can tell apart.
+
+Trials count in the order in which they ended, as the sampler learns of them in that order: after a long trial that
+turns out to be the best, others have the whole patience to build on it, whatever has begun in between. Complete and
+pruned trials of our workers count; failed ones say nothing of the search, copied ones are another study's, and dropped
+ones are as if they had not been. A complete trial brings something if it is better than the last one that did by more
+than `Plan.resolution`, so that small gains add up; a pruned one never does.
+
+What was begun before is waited for: while a trial of a lower number is at work than those that brought nothing, as many
+as the patience allows, the study goes on. Otherwise many workers, of whose trials most are pruned early, would end it
+before one that is not pruned has ended.
+
+All of it follows from the trials in the database, so every worker judges alike. `Leases.take` compares what was judged
+with what is there in the transaction that starts a trial.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from optuna.trial import FrozenTrial
+
+from hpo.storage.terms import Judgement, Patience, Standstill
+from hpo.study.plan import Plan
+from hpo.study.portfolio import portfolio_of
+from hpo.study.ranking import is_better
+from hpo.study.record import trained_by_us
+
+
+def judged(trials: Sequence[FrozenTrial], dropped: Collection[int], plan: Plan, patience: Patience) -> Judgement:
+    """What these trials, all of the study that are complete or pruned, say of its going on.
+
+    dropped: ids of those that do not count.
+    """
+    counted = [trial for trial in trials if trial._trial_id not in dropped and trained_by_us(trial)]
+    since, idle = _row(sorted(counted, key=_end), plan)
+    numbers = sorted(number for number in idle if number >= patience.since)
+    seen = (patience, len(trials), tuple(sorted(dropped)))
+    if since is None or len(numbers) < patience.trials:
+        return Judgement(*seen)
+    first = len(portfolio_of(plan))  # trials that are not drawn, and have their turn before
+    if max(trial.number for trial in trials) < first - 1:
+        return Judgement(*seen)
+    return Judgement(*seen, Standstill(since, len(numbers)), max(numbers[patience.trials - 1], first - 1))
+
+
+def _row(trials: Sequence[FrozenTrial], plan: Plan) -> tuple[int | None, list[int]]:
+    """The number of the last trial that brought something, and those of the trials that ended after it."""
+    best, idle = None, list[int]()
+    for trial in trials:
+        if trial.state.name == "COMPLETE" and (best is None or is_better(trial, best, plan)):
+            best, idle = trial, []
+        else:
+            idle.append(trial.number)
+    return (None if best is None else best.number), idle
+
+
+def _end(trial: FrozenTrial) -> tuple[float, int]:
+    """When it ended, by the database's clock, also in an hour that the local clock has twice; then its number."""
+    return (trial.datetime_complete.timestamp() if trial.datetime_complete else 0.0), trial.number
