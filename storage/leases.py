@@ -58,7 +58,7 @@ _SPENT_CHECKPOINTS, _FORGET_CHECKPOINTS = statement("spent_checkpoints"), statem
 _ACQUIRE_PROMOTION = statement("acquire_promotion")
 _RELEASE_PROMOTIONS = statement("release_promotions")
 _FINISH_PROMOTION = [statement(name) for name in ("lock_study", "finish_promotion")]
-_FINISH_FINALS = statement("finish_finals")
+_FINISH_FINALS, _WANT_FINALS = statement("finish_finals"), statement("want_finals")
 _PROMOTE_AGAIN = [statement(name) for name in ("lock_study", "promote_again")]
 
 
@@ -189,6 +189,15 @@ class Leases:
         given |= {"patient": patient, "patience": patience if patient else None}
         self._session.execute(*_REOPEN_STUDY, given=given, durable=True)
         return self._row(study_id)
+
+    def want_finals(self, study_id: int, *, finalists: int, repeats: int) -> None:
+        """Set how many configurations are in the study's finals, and how often each is trained there.
+
+        A study that is finished is promoted again once these are over, where that changes something. Finals that have
+        begun go on.
+        """
+        given = {"study": study_id, "finalists": finalists, "repeats": repeats}
+        self._session.execute(_WANT_FINALS, given=given, durable=True)
 
     def share(self, study_id: int, *, priority: int, max_workers: int | None) -> None:
         """Set how the study shares the standing workers, and how many of its trials run at once (None: no limit).

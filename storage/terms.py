@@ -22,6 +22,8 @@ class Terms:
     priority: int = 0  # standing workers take an owner's study with a higher one first
     max_workers: int | None = None  # trials at once; None: no limit
     patience: int | None = None  # so many trials in a row that bring nothing end the study; None: however many
+    finalists: int = 0  # configurations in its finals; 0: it has none
+    repeats: int = 1  # trainings of each of them
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,8 @@ class StudyRow:
     owner: str | None  # who submitted it through the service
     priority: int
     max_workers: int | None
+    finalists: int
+    repeats: int
     patience: int | None
     standstill: Standstill | None  # what has ended it, if that was its patience
 

@@ -203,8 +203,9 @@ SECTIONS = {
 KEYS = {name: _keys(section) for name, section in SECTIONS.items()}  # section -> key
 STORED = ("study", "data", "train", "promote")  # the sections of a plan
 TABLES = (*KEYS, "space", "enqueue")
+_MAY_CHANGE = ("name", "trials", "timeout", "patience", "priority", "max_workers", "finalists", "repeats")
 # What may change in an existing study; data files are compared by their content.
-CHANGEABLE = {f"study.{key}" for key in ("name", "trials", "timeout", "patience", "priority", "max_workers")} | {
+CHANGEABLE = {f"study.{key}" for key in _MAY_CHANGE} | {
     "data.train",
     "data.test",
 }

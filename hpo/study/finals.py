@@ -39,12 +39,12 @@ def prepare_finals(study: OpenStudy) -> OpenStudy | None:
 
     For the one that holds the study's promotion. Whatever it has done before its process was killed stays.
     """
-    config, leases = study.plan.config.study, study.leases
-    records = _finalists(study)
+    leases = study.leases
     row = leases.study(study.study_id)
+    records = [] if row is None else _finalists(study, row.finalists)
     if not records or row is None:
         return None
-    wanted = [Final(each.number, repeat, each.params) for repeat in range(1, config.repeats + 1) for each in records]
+    wanted = [Final(each.number, repeat, each.params) for repeat in range(1, row.repeats + 1) for each in records]
     found = leases.finals(study.study_id)
     if found is None:
         return _begin(study, row, wanted)
@@ -73,11 +73,11 @@ def _time_left(row: StudyRow) -> float | None:
     return None if row.timeout_s is None else max(0.0, row.timeout_s / SEARCH_SHARE - row.elapsed_s)
 
 
-def _finalists(study: OpenStudy) -> list[TrialRecord]:
+def _finalists(study: OpenStudy, most: int) -> list[TrialRecord]:
     """The best trials of a study, of equal configurations the first."""
     found: list[TrialRecord] = []
     for record in study.best_first():
-        if len(found) == study.plan.config.study.finalists:
+        if len(found) == most:
             break
         if all(record.params != other.params for other in found):
             found.append(record)

@@ -120,12 +120,13 @@ def create_or_open(
         else:
             _widen(storage, study_id, begun, wider, config, owner or somebody())
             leases.set_notify(study_id, _notify(config))
+            leases.want_finals(study_id, finalists=config.study.finalists, repeats=config.study.repeats)
             leases.share(study_id, priority=config.study.priority, max_workers=config.study.max_workers)
         for line in readout(plan, train, test):
             log.info("%s: %s", name, line)
         for line in suspicions(train, test):
             log.warning("%s: %s", name, line)
-        given, timeout_s = config.study, search_time(wider, config)
+        given, timeout_s = config.study, search_time(config)
         row = leases.reopen(study_id, trials=given.trials, timeout_s=timeout_s, patience=given.patience)
         if row.standstill is not None and row.status != "open":
             log.warning("study %s: %s", name, over_by_patience(row.standstill))
@@ -298,13 +299,15 @@ def _begin(storage: TrialStorage, leases: Leases, study_id: int, plan: Plan, own
     study = plan.config.study
     terms = Terms(
         study.trials,
-        search_time(plan, plan.config),
+        search_time(plan.config),
         study.lease_s,
         max_attempts=study.attempts,
         resolution=plan.resolution,
         priority=study.priority,
         max_workers=study.max_workers,
         patience=study.patience,
+        finalists=study.finalists,
+        repeats=study.repeats,
     )
     leases.open_study(study_id, terms, plan.to_json(), owner, _notify(plan.written))
 
@@ -316,7 +319,7 @@ def _widen(storage: TrialStorage, study_id: int, begun: Plan, wider: Plan, confi
     changed = changes(begun, wider)
     detail = {name: {"from": unparse(old), "to": unparse(new)} for name, (old, new) in changed.items()}
     name, terms = begun.config.study.name, config.study
-    given: dict[str, Any] = {"trials": terms.trials, "timeout_s": search_time(begun, config)}
+    given: dict[str, Any] = {"trials": terms.trials, "timeout_s": search_time(config)}
     given |= {"patience": terms.patience, "revision": begun.revision}
     if not widen(storage, study_id, wider.to_json(), detail, by, **given):
         raise StudyConflict(f"the study {name!r} was changed by somebody else at this moment: launch it again")
@@ -324,10 +327,10 @@ def _widen(storage: TrialStorage, study_id: int, begun: Plan, wider: Plan, confi
     log.info("study %s: wider for all trials that begin from now on: %s", name, shown(changed))
 
 
-def search_time(plan: Plan, config: StudyConfig) -> float | None:
+def search_time(config: StudyConfig) -> float | None:
     """Seconds that a study's search may take of what a file gives it, as finals follow or not; None: no end."""
     timeout_s = config.study.timeout_s
-    return timeout_s if timeout_s is None or not plan.config.study.finalists else SEARCH_SHARE * timeout_s
+    return timeout_s if timeout_s is None or not config.study.finalists else SEARCH_SHARE * timeout_s
 
 
 def _notify(config: StudyConfig) -> Notify:

@@ -3,17 +3,18 @@
 -- fragment: terms
 SELECT study_id, study_name, config, budget, started, timeout_s, opened_at, {elapsed}, lease_s, stall_s, max_attempts,
     status, promoter, promoter_expires_at, promoted_version, {out_of_time}, resolution, store_key, owner,
-    priority, max_workers, patience, standstill
+    priority, max_workers, finalists, repeats, patience, standstill
 FROM hpo.terms JOIN studies USING (study_id)
 
 -- name: open_study
 -- Store the terms of a study, unless it has some.
 -- types: study int, config jsonb, budget int, timeout_s float8, lease_s float8, stall_s float8, max_attempts int,
---     resolution float8, priority int, max_workers int, patience int, owner text, finals_of int
+--     resolution float8, priority int, max_workers int, patience int, owner text, finalists int,
+--     repeats int, finals_of int
 INSERT INTO hpo.terms (study_id, config, budget, timeout_s, lease_s, stall_s, max_attempts, resolution, priority,
-    max_workers, patience, owner, finals_of, store_key)
+    max_workers, patience, owner, finalists, repeats, finals_of, store_key)
 SELECT study_id, %(config)s, %(budget)s, %(timeout_s)s, %(lease_s)s, %(stall_s)s, %(max_attempts)s, %(resolution)s,
-    %(priority)s, %(max_workers)s, %(patience)s, %(owner)s, %(finals_of)s,
+    %(priority)s, %(max_workers)s, %(patience)s, %(owner)s, %(finalists)s, %(repeats)s, %(finals_of)s,
     study_id || '_' || left(replace(gen_random_uuid()::text, '-', ''), 12)
 FROM studies WHERE study_id = %(study)s ON CONFLICT DO NOTHING
 
@@ -46,6 +47,20 @@ FROM (SELECT study_id, new_budget, new_timeout_s, new_patience, status = 'stoppe
         CASE WHEN %(timed)s THEN %(timeout_s)s ELSE o.timeout_s END AS new_timeout_s,
         CASE WHEN %(patient)s THEN %(patience)s ELSE o.patience END AS new_patience) m
     WHERE study_id = %(study)s FOR NO KEY UPDATE OF o) n
+WHERE s.study_id = n.study_id
+
+-- name: want_finals
+-- How many configurations are in the study's finals, and how often each is trained. One that is finished and wants others
+-- than it had is promoted again, after them.
+-- types: study int, finalists int, repeats int
+UPDATE hpo.terms s SET finalists = %(finalists)s, repeats = %(repeats)s,
+    status = CASE WHEN n.again THEN 'exhausted' ELSE status END,
+    promoter = CASE WHEN NOT n.again THEN promoter END,
+    promoter_expires_at = CASE WHEN NOT n.again THEN promoter_expires_at END,
+    promoted_version = CASE WHEN NOT n.again THEN promoted_version END
+FROM (SELECT study_id, status = 'finished' AND %(finalists)s > 0
+        AND (finalists, repeats) IS DISTINCT FROM (%(finalists)s, %(repeats)s) AS again
+    FROM hpo.terms WHERE study_id = %(study)s FOR NO KEY UPDATE) n
 WHERE s.study_id = n.study_id
 
 -- name: reopen_finals

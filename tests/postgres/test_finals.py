@@ -110,7 +110,7 @@ def test_a_study_of_limited_time_keeps_a_share_for_them(config: StudyConfig, sto
     study = with_trials(timed, storage, 0.5, 0.9, 0.7)
     row = study.leases.study(study.study_id)
     assert row is not None
-    assert row.timeout_s == search_time(study.plan, timed) == 300.0
+    assert row.timeout_s == search_time(timed) == 300.0
     finals = prepare_finals(study)
     assert finals is not None
     own = study.leases.study(finals.study_id)

@@ -222,6 +222,8 @@ OBEYED = {  # and where that is stored
     "study.patience": "patience",
     "study.priority": "priority",
     "study.max_workers": "max_workers",
+    "study.finalists": "finalists",
+    "study.repeats": "repeats",
 }
 
 

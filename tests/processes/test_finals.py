@@ -155,6 +155,23 @@ def test_more_trials_later_train_only_what_finals_lack(cli: Cli, study_file: Stu
     assert all(each.count(one) == 3 for one in each)
 
 
+def test_a_study_that_is_over_gets_finals_when_its_file_asks_for_them(
+    cli: Cli, study_file: Study, trials: Read
+) -> None:
+    study_file(trials=3, study='pruner = "none"')
+    assert launch(cli)["estimate"] is None
+    before = ended(trials())
+    study_file(trials=3, study=FINALS)
+    found = launch(cli)
+    assert ended(trials()) == before
+    assert_exact(trials(finals_name("waves")), 6)
+    assert len(found["estimate"]["values"]) == 3
+    assert found["model"] | {"path": ""} == {"name": "waves", "version": 2, "default": 2, "path": ""}
+    assert launch(cli)["model"]["version"] == 2  # nothing is left to do
+    launch(cli, "--set", "study.repeats=4")
+    assert_exact(trials(finals_name("waves")), 8)
+
+
 def test_a_study_that_is_stopped_during_finals_goes_on_with_them(
     cli: Cli, study_file: Study, trials: Read, environment: dict[str, str], database_url: str
 ) -> None:
