@@ -300,9 +300,8 @@ def resume(name: str, token: Submitter, backend: Uses, budget: Budget | None = N
     patience = UNCHANGED if wanted.patience is None else wanted.patience or None
     with backend.database() as database:
         study_id = _owned(database, token, name)
-        row = database.leases.reopen(study_id, trials=wanted.trials, patience=patience)
-        if row.standstill is not None and row.status != "open":
-            raise StudyConflict(f"study {name!r} is {over_by_patience(row.standstill)}")
+        _check_patience(database, study_id, wanted.patience)
+        database.leases.reopen(study_id, trials=wanted.trials, patience=patience)
         database.access.note(token, "study.resume", name, wanted.model_dump())
         return _state(database, name)
 
@@ -448,6 +447,16 @@ def _owned(database: Database, token: Token, name: str) -> int:
         raise MissingStudy(f"there is no study named {name!r} that hpo has made")
     check_owner(token, None if row is None else row.owner, f"study {name!r}")
     return study_id
+
+
+def _check_patience(database: Database, study_id: int, wanted: int | None) -> None:
+    """Raise StudyConflict where a study that its patience ended would stay over, before anything is changed."""
+    row = database.leases.study(study_id)
+    if row is None or row.standstill is None or row.status == "stopped":
+        return
+    patience = row.patience if wanted is None else wanted or None
+    if patience is not None and patience <= row.standstill.trials:
+        raise StudyConflict(f"study {row.name!r} is {over_by_patience(row.standstill)}")
 
 
 def _state(database: Database, name: str) -> Study:

@@ -12,6 +12,7 @@ import pytest
 
 import hpo
 from tests.service.conftest import Service
+from tests.service.test_page import Browser
 
 pytestmark = pytest.mark.xdist_group("service-changes")
 
@@ -140,8 +141,19 @@ def test_a_study_that_its_patience_ended_says_so_and_goes_on_with_more(
             ) as raised:
                 client.resume("patient", **wanted)
             assert raised.value.status == 409
+        assert client.study("patient") == found  # nothing was changed
         ended = sum(found.trials.values())
-        gone_on = client.resume("patient", trials=ended + 1, patience=0)
+        with Browser(service.url, service.token()) as browser:
+            text = " ".join(browser.get("/studies/patient").text.split())
+            said = f"Its patience ended it: 1 trial brought nothing better than trial {found.standstill.since}."
+            assert (said in text, 'name="patience"' in text) == (True, True)
+            given = {"trials": str(ended + 1), "patience": "1"}
+            refused = browser.send_form("/studies/patient/resume", "/studies/patient", **given)
+            assert (refused.status_code, "a larger study.patience, or 0 for none" in refused.text) == (409, True)
+            sent = browser.send_form("/studies/patient/resume", "/studies/patient", **{**given, "patience": "0"})
+            assert sent.headers["location"] == "/studies/patient?done=resumed"
+            assert "Its patience ended it" not in browser.get("/studies/patient").text
+        gone_on = client.study("patient")
         assert (gone_on.status, gone_on.patience, gone_on.standstill) == ("open", None, None)
         service.work("patient")
         assert sum(client.study("patient").trials.values()) == ended + 1
