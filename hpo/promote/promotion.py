@@ -17,6 +17,7 @@ from hpo.datasets import fetch_sequences
 from hpo.errors import StudyFault, legible
 from hpo.models.bundle.bundle import assemble, load, save, unpack
 from hpo.models.bundle.config import BundleConfig, BundleError
+from hpo.models.calibration import Calibration, Comparison, calibration_of, measure_reliability
 from hpo.models.classifier import Weights
 from hpo.models.data.sequences import Sequences
 from hpo.models.device import OutOfMemory, device_errors
@@ -118,21 +119,24 @@ def promote(
     """Make a complete trial's model a version of the registry.
 
     It becomes the one that the name alone means if it is better on validation than that one, if that one's trial was
-    dropped, or `as_default`. The members are evaluated on validation, which must give the recorded score, and then,
-    together, once on the test part; of rolling folds the last member is the model. Raises PromotionError.
+    dropped, or `as_default`. The members are evaluated on validation, which must give the recorded score, and
+    calibrated by it, each sequence's prediction being by a member that has not seen it; then, together, they are
+    evaluated once on the test part. Of rolling folds the last member is the model, calibrated by the predictions of
+    all. Raises PromotionError.
     """
     device = choose_device()
     try:
-        members, validation = _trained(study.plan, store, record, sequences, device)
+        members, validation, calibration = _trained(study.plan, store, record, sequences, device)
         if study.plan.config.data.time is not None:
             members = members[-1:]  # of rolling folds the last one alone has trained on all but the latest sequences
-        config = _bundle_config(study, record, len(members))
-        test = _test_scores(study.plan, store, config, members, device)
+        config = _bundle_config(study, record, len(members), calibration)
+        test, compared = _test_scores(study.plan, store, config, members, device)
     except OutOfMemory as error:
         raise PromotionError(f"the model of trial {record.number} cannot be evaluated now: {error}") from None
     with scratch_folder() as scratch:
         folder = scratch / "model"
-        save(folder, members, replace(config, validation=validation, test=test), record.curve)
+        config = replace(config, validation=validation, test=test, calibration=config.calibration | compared)
+        save(folder, members, config, record.curve)
         artifacts = publish(store, folder, model_prefix(_store_key(study), record.number))
     grouped = {"validation": validation.groups, "test": None if test is None else test.groups}
     registry = Registry(study.storage.connection)
@@ -196,22 +200,23 @@ def _store_key(study: OpenStudy) -> str:
 
 def _trained(
     plan: Plan, store: ArtifactStore, record: TrialRecord, sequences: Sequences, device: str
-) -> tuple[list[Weights], Scores]:
-    """The best epoch's weights, as kept, else trained again (training is exact); with their scores on validation.
+) -> tuple[list[Weights], Scores, Calibration]:
+    """The best epoch's weights, as kept, else trained again (training is exact); with their scores on validation and
+    what calibrates them.
 
     The device's memory is free again when it returns. Raises PromotionError where they do not give the recorded score.
     """
     if record.weights is not None:
         with _memory_for(device), rebuild(plan, record, sequences, device) as training:
-            scores = _load_kept(plan.metric, store, record, record.weights, training, sequences)
-            if scores is not None:
-                return training.weights(), scores
+            found = _load_kept(plan.metric, store, record, record.weights, training, sequences)
+            if found is not None:
+                return training.weights(), *found
     with _memory_for(device), rebuild(plan, record, sequences, device) as training:  # whatever was loaded before
         while not training.finished and len(training.history) < record.epochs:
             training.advance()
         training.load(training.best_weights)
         exact = _trained_here(record, training) and set(record.origins) <= {training.origin, ""}
-        return training.weights(), _check_score(plan.metric, record, training, sequences, exact)
+        return training.weights(), *_check_score(plan.metric, record, training, sequences, exact)
 
 
 @contextmanager
@@ -227,11 +232,11 @@ def _memory_for(device: str) -> Iterator[None]:
 
 def _load_kept(
     metric: str, store: ArtifactStore, record: TrialRecord, weights: str, training: Training, sequences: Sequences
-) -> Scores | None:
+) -> tuple[Scores, Calibration] | None:
     """Load the weights that were kept and measure them; None where they are gone or damaged."""
     try:
         training.load(unpack(store.get(weights)))
-        scores = _check_score(metric, record, training, sequences, _trained_here(record, training))
+        scores, calibration = _check_score(metric, record, training, sequences, _trained_here(record, training))
     except MissingArtifactError:
         log.info("the weights %s were dropped for better trials': training again", weights)
         return None
@@ -246,7 +251,7 @@ def _load_kept(
     if content_hash(weights) is None and not _same_log_loss(record, training, scores.metrics["log_loss"]):
         log.warning("the weights %s give another log-loss than recorded, they may be damaged: training again", weights)
         return None
-    return scores
+    return scores, calibration
 
 
 def _same_log_loss(record: TrialRecord, training: Training, log_loss: float) -> bool:
@@ -256,8 +261,11 @@ def _same_log_loss(record: TrialRecord, training: Training, log_loss: float) -> 
     return not _trained_here(record, training) and math.isclose(log_loss, record.log_loss, rel_tol=1e-3)
 
 
-def _check_score(metric: str, record: TrialRecord, training: Training, sequences: Sequences, exact: bool) -> Scores:
-    """The scores on validation; the study's metric must be the recorded value, `exact`ly where it was computed here.
+def _check_score(
+    metric: str, record: TrialRecord, training: Training, sequences: Sequences, exact: bool
+) -> tuple[Scores, Calibration]:
+    """The scores on validation, before calibration, and what calibrates them; the study's metric must be the recorded
+    value, `exact`ly where it was computed here.
 
     Another machine's rounding may turn the class or the rank of a sequence, so that a metric moves by a step.
     """
@@ -273,7 +281,8 @@ def _check_score(metric: str, record: TrialRecord, training: Training, sequences
         )
     right = predict_labels(probabilities, record.threshold) == training.labels
     groups = None if sequences.groups is None else sequences.groups[training.validated]
-    return replace(scores, groups=count_groups(right, groups, sequences.group_names))
+    scores = replace(scores, groups=count_groups(right, groups, sequences.group_names))
+    return scores, calibration_of(probabilities, labels, weights, record.threshold)
 
 
 def _trained_here(record: TrialRecord, training: Training) -> bool:
@@ -296,7 +305,7 @@ def _places(record: TrialRecord) -> str:
     return f"{record.device} with torch {record.provenance.get('torch')}"
 
 
-def _bundle_config(study: OpenStudy, record: TrialRecord, members: int) -> BundleConfig:
+def _bundle_config(study: OpenStudy, record: TrialRecord, members: int, calibration: Calibration) -> BundleConfig:
     plan = study.plan
     classifier, _ = configurations(plan, record.params, record.seed)
     return BundleConfig(
@@ -308,7 +317,9 @@ def _bundle_config(study: OpenStudy, record: TrialRecord, members: int) -> Bundl
         gaps=plan.gaps,
         metric=plan.metric,
         members=members,
-        threshold=record.threshold,
+        temperature=calibration.temperature,
+        threshold=calibration.threshold,
+        calibration={"validation": calibration.comparison},
         best_epoch=record.best_epoch,
         columns=plan.config.data.columns,
         provenance={
@@ -331,19 +342,24 @@ def _without_paths(tables: dict[str, Any]) -> dict[str, Any]:
 
 def _test_scores(
     plan: Plan, store: ArtifactStore, config: BundleConfig, members: list[Weights], device: str
-) -> Scores | None:
-    """The members together on the test part: the only time that it is touched."""
+) -> tuple[Scores | None, dict[str, Comparison]]:
+    """The members together on the test part, calibrated, and what the calibration brings there: the only time that it
+    is touched."""
     if plan.test is None:
-        return None
+        return None, {}
     test = fetch_sequences(store, plan.test)
     assert test.labels is not None
-    probabilities = assemble(config, members, device).predict(test).probabilities
+    model = assemble(config, members, device)
+    probabilities = model.predict(test).probabilities
+    before = replace(model, config=replace(config, temperature=1.0)).predict(test).probabilities
     scores = measure(probabilities, test.labels, config.threshold, plan.config.study.seed, plan.classes, test.weights)
     if scores.undefined:
         reason = next(iter(scores.undefined.values()))
         log.warning("the test part holds %s: %s have no value on it", reason, ", ".join(scores.undefined))
     right = predict_labels(probabilities, config.threshold) == test.labels
-    return replace(scores, groups=count_groups(right, test.groups, test.group_names))
+    reliable = (measure_reliability(each, test.labels, test.weights) for each in (before, probabilities))
+    scores = replace(scores, groups=count_groups(right, test.groups, test.group_names))
+    return scores, {"test": Comparison(*reliable)}
 
 
 def _show(storage: TrialStorage, study_id: int, record: TrialRecord, model: ModelVersion) -> None:
