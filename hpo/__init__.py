@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import Any
 
+    import pandas as pd
+
     from hpo.client import Client, ServiceError
     from hpo.errors import HpoError
     from hpo.launcher.launch import launch
@@ -55,6 +57,7 @@ __all__ = [
     "load",
     "read",
     "storage_for",
+    "trials",
 ]
 _ELSEWHERE = {  # found when asked for: what defines them may import torch or Optuna, and the command starts here
     "ArtifactError": "hpo.storage.artifacts",
@@ -128,3 +131,24 @@ def storage_for(url: str | None = None, retry_s: float = 60.0) -> TrialStorage:
     from hpo.storage.url import normalized
 
     return trial_storage(normalized(url, "url") if url else database_url(), retry_s)
+
+
+def trials(name: str) -> pd.DataFrame:
+    """A study's trials, a row each, by number: state, value, parameters as `params.NAME`, and all that is recorded.
+
+    From the database of HPO_DATABASE_URL, else the embedded one; `hpo.connect(url).frame(name)` asks a service. The
+    columns are those of `hpo trials list NAME --format csv`, with pandas' types that know missing values. Needs
+    `pip install 'hpo[pandas]'`.
+
+    Raises StudyError when there is no such study, PostgresError, and HpoError without pandas.
+    """
+    from hpo.storage.database import database_url
+    from hpo.storage.trials import trial_storage
+    from hpo.study.lifecycle import all_trial_rows
+    from hpo.study.trial_table import TrialTable
+
+    storage = trial_storage(database_url())
+    try:
+        return TrialTable.of(all_trial_rows(storage, name)).frame()
+    finally:
+        storage.close()

@@ -89,6 +89,12 @@ class Format(StrEnum):
     pt2 = "pt2"
 
 
+class TableFormat(StrEnum):
+    csv = "csv"
+    json = "json"
+    parquet = "parquet"
+
+
 class Backend(StrEnum):
     local = "local"
     ray = "ray"
@@ -343,25 +349,46 @@ def delete(
 
 
 @trials_app.command("list")
-def trials_list(name: StudyName, as_json: Json = False) -> None:
+def trials_list(
+    name: StudyName,
+    as_json: Json = False,
+    form: Annotated[
+        TableFormat | None, typer.Option("--format", help="A table with all that is recorded of each trial.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="File for the table; csv and json are printed without it.")] = None,
+) -> None:
     """A study's trials by number: state, value, parameters, and whether they count."""
+    from hpo.study.trial_table import TrialTable
     from hpo.terminal import show_trials
 
+    _check_table(as_json, form, out)
     if (client := _client()) is not None:
         rows = [each.model_dump(mode="json") for each in client.trials(name)]
     else:
-        from hpo.storage.changes import dropped
-        from hpo.study.lifecycle import study_id_of
-        from hpo.study.record import trial_row
+        from hpo.study.lifecycle import all_trial_rows
 
         with _database() as (storage, _):
-            study_id = study_id_of(storage, name)
-            gone = dropped(storage, study_id)
-            rows = [trial_row(each, gone) for each in storage.get_all_trials(study_id, deepcopy=False)]
-    if as_json:
+            rows = all_trial_rows(storage, name)
+    if form is not None and out is not None:
+        TrialTable.of(rows).write(out, form.value)
+        typer.echo(f"{len(rows)} {'trial' if len(rows) == 1 else 'trials'} in {out}")
+    elif form is not None:
+        typer.echo(TrialTable.of(rows).text(form.value), nl=False)
+    elif as_json:
         typer.echo(json.dumps(rows))
     else:
         show_trials(rows)
+
+
+def _check_table(as_json: bool, form: TableFormat | None, out: Path | None) -> None:
+    """Raises BadParameter for options that do not go together."""
+    if as_json and form is not None:
+        raise typer.BadParameter("--json and --format are two forms of the same: leave one out")
+    if out is not None and form is None:
+        raise typer.BadParameter("--out needs --format: csv, json or parquet")
+    if out is None and form is TableFormat.parquet:
+        raise typer.BadParameter("--format parquet needs --out FILE: it cannot be printed")
+    _check_out(out)
 
 
 @trials_app.command("drop")

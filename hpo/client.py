@@ -24,9 +24,12 @@ from hpo.models.class_scores import ModelScores
 from hpo.models.data.columns import ROLES
 from hpo.service.schemas import Change, DataFile, Log, Model, Notice, Prediction, Study, Trial, TrialDetails
 from hpo.study.config import ConfigError, default_name, tables_of
+from hpo.study.trial_table import TrialTable
 from hpo.temporary import temporary_folder
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from hpo.storage.registry import ModelVersion
     from hpo.storage.snapshot import Snapshot
 
@@ -153,6 +156,13 @@ class Client:
             page = self._ask("GET", f"/v1/studies/{name}/trials", params={"offset": offset, "limit": 1000}).json()
             total, offset = page["total"], offset + 1000
             yield from map(Trial.model_validate, page["trials"])
+
+    def frame(self, name: str) -> pd.DataFrame:
+        """All trials, as `hpo.trials` has those of a database; an earlier service says less of each.
+
+        Raises HpoError without pandas.
+        """
+        return TrialTable.of(each.model_dump(mode="json") for each in self.trials(name)).frame()
 
     def trial(self, name: str, number: int) -> TrialDetails:
         """One trial, with its learning curve and its log."""
@@ -352,7 +362,7 @@ class Client:
 
 def snapshot_of(study: Study) -> Snapshot:
     """What displays take; of its workers it knows the number alone."""
-    from hpo.storage.snapshot import BestTrial, Dropped, Snapshot, WorkerGroup
+    from hpo.storage.snapshot import BestTrial, Dropped, FinalsProgress, Snapshot, WorkerGroup
 
     best = None
     if study.best is not None and study.best.value is not None:
@@ -379,6 +389,7 @@ def snapshot_of(study: Study) -> Snapshot:
         max_workers=study.max_workers,
         dropped=tuple(Dropped(each.number, each.reason, each.by, each.when) for each in study.dropped),
         dropped_winner=study.dropped_winner,
+        finals=None if study.finals is None else FinalsProgress(**study.finals.model_dump()),
     )
 
 

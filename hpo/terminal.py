@@ -130,11 +130,17 @@ def _counts(state: Snapshot) -> str:
     return ", ".join(counts + ([f"{waiting} waiting"] if (waiting := state.counts.get("waiting", 0)) else []))
 
 
+def _finals(state: Snapshot) -> list[str]:
+    """How far its finals are, where they have begun."""
+    return [] if state.finals is None else [f"finals {state.finals.ended}/{state.finals.budget}"]
+
+
 def _headline(state: Snapshot) -> str:
     parts = [
         f"{state.name}: {_ended(state)}/{state.budget} trials",
         _counts(state),
         f"best {_best(state)}",
+        *_finals(state),
         *([state.status] if state.status != "open" else []),
     ]
     return "; ".join(parts)
@@ -150,6 +156,7 @@ def _live_view(state: Snapshot) -> Group:
     parts = [f"best {_best(state)}", _counts(state)]
     parts += [f"{state.rate_per_hour:.0f} an hour"] if state.rate_per_hour else []
     parts += [f"{_duration(left_s)} left"] if left_s else []
+    parts += _finals(state)
     parts += [state.status] if state.status != "open" else ["promoting"] if ended >= state.budget else []
     return Group(bar, Text("; ".join(parts)), *(Text(f"  {_in_flight(trial)}") for trial in state.in_flight))
 
@@ -185,6 +192,7 @@ def status_row(state: Snapshot, scores: ModelScores | None = None) -> dict[str, 
         "budget": state.budget,
         "best": None if state.best is None else {"number": state.best.number, "value": state.best.value},
         "best_why": None if state.best is None else state.best.why,
+        "finals": None if state.finals is None else vars(state.finals),
         "version": state.promoted_version,
         "scores": None if scores is None else asdict(scores),
         "dropped": [dropped_row(each) for each in state.dropped],
@@ -283,12 +291,20 @@ def _status_view(states: Sequence[Snapshot], width: int, *, detailed: bool) -> G
     if not states:
         return Group(Text("no studies yet; `hpo launch STUDY.toml` makes one"))
     reasons = [Text(f"{state.name}: {state.best.why}") for state in states if state.best and state.best.why]
+    reasons += [Text(line) for state in states for line in _where_finals_are(state)]
     reasons += [Text(line) for state in states for line in _dropped(state, detailed=detailed)]
     in_flight = states[0].in_flight if detailed else ()
     if width < TABLE_WIDTH:
         lines = [line for state in states for line in _study_lines(state)]
         return Group(*map(Text, lines), *reasons, *(Text(f"  {_in_flight(trial)}") for trial in in_flight))
     return Group(_study_table(states, detailed=detailed), *reasons, *([_flights(states[0])] if in_flight else []))
+
+
+def _where_finals_are(state: Snapshot) -> list[str]:
+    if state.finals is None:
+        return []
+    more = f"hpo status {shlex.quote(state.finals.name)}"
+    return [f"{state.name}: {state.finals.ended} of {state.finals.budget} trainings of its finals have ended; {more}"]
 
 
 def _dropped(state: Snapshot, *, detailed: bool) -> list[str]:
@@ -426,6 +442,7 @@ def model_row(model: ModelVersion) -> dict[str, Any]:
         "default": model.default,
         "trial": model.trial_number,
         "created": model.created_at.isoformat(),
+        "estimate": model.scores.get("estimate"),
         "validation": model.scores["validation"],
         "test": model.scores.get("test"),
         "sequences": model.scores.get("sequences"),
@@ -576,6 +593,8 @@ def show_summary(summary: dict[str, Any]) -> None:
         f"in {summary['seconds']:.1f} s, ended by {summary['ended_by']}; best is trial {best['number']}, "
         f"{summary['metric']} {best['value']:.4f}{why}",
     )
+    if (estimate := summary["estimate"]) is not None:
+        _say(console, f"expect {summary['metric']} {_estimated(estimate)}")
     _say(
         console, "its configuration: " + ", ".join(f"{name} {_plain(value)}" for name, value in best["params"].items())
     )
@@ -605,6 +624,16 @@ def show_summary(summary: dict[str, Any]) -> None:
     elif model["version"] > 1:
         _say(console, f"the name means version {model['version']} now")
     _say(console, f"next: hpo predict {name} DATA --out FILE.csv; hpo export {name} --out FOLDER; hpo dashboard")
+
+
+def _estimated(estimate: Mapping[str, Any]) -> str:
+    """An estimate in words; an earlier version's model has none."""
+    repeats = len(estimate["values"])
+    how = f"mean of {repeats} fresh {'training' if repeats == 1 else 'trainings'}"
+    low, high = estimate["interval"]
+    return (
+        f"{estimate['value']:.4f} (95 % {low:.4f} to {high:.4f}), {how}; it was selected by {estimate['selected']:.4f}"
+    )
 
 
 def _say(console: Console, line: str) -> None:

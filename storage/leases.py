@@ -27,22 +27,23 @@ from hpo.storage.errors import LeaseLost, MissingRecord, PostgresError, Reason, 
 from hpo.storage.heartbeat import BEATS, Heartbeat, Progress
 from hpo.storage.liveness import Fate, fate, process_start, this_machine
 from hpo.storage.masking import mask
-from hpo.storage.snapshot import RECENT, Snapshot, WorkerRow, read_snapshot
+from hpo.storage.snapshot import RECENT, Holder, Snapshot, WorkerRow, read_snapshot
 from hpo.storage.statements import statement
-from hpo.storage.terms import NOBODY, Notify, StudyRow, Terms
+from hpo.storage.terms import NOBODY, FinalsRow, Notify, StudyRow, Terms
 from hpo.storage.trials import TrialStorage
 from hpo.storage.writes import Fence
 
 _OPEN_STUDY, _SET_NOTIFY = statement("open_study"), statement("set_notify")
 _STUDY_TERMS, _STUDY_IDS = statement("study_terms"), statement("study_ids")
-_REOPEN_STUDY = statement("reopen_study")
+_REOPEN_STUDY = [statement(name) for name in ("reopen_study", "reopen_finals")]
+_EXTEND_FINALS, _FINALS = statement("extend_finals"), statement("finals")
 _SET_STATUS, _EXHAUST = statement("set_status"), statement("exhaust_study")
 _REGISTER_WORKER = [
     statement(name) for name in ("forget_old_calls", "forget_old_workers", "lapse_workers", "register_worker")
 ]
 _RETIRE_WORKER = statement("retire_worker")
 _LAPSE_WORKERS, _WORKERS_OF_HOST = statement("lapse_workers"), statement("workers_of_host")
-_WORKERS, _SNAPSHOTS = statement("workers"), statement("snapshots")
+_WORKERS, _SNAPSHOTS, _HOLDERS = statement("workers"), statement("snapshots"), statement("holders")
 _STEPS = ("lock", "touch", "tick", "end_foreign", "lapse", "fail_spent", "adopt", "forget_reports", "start", "result")
 _TAKE = [statement(f"take_{step}") for step in _STEPS]
 _TURNS, _SHARE = statement("turns"), statement("share")
@@ -54,6 +55,7 @@ _SPENT_CHECKPOINTS, _FORGET_CHECKPOINTS = statement("spent_checkpoints"), statem
 _ACQUIRE_PROMOTION = statement("acquire_promotion")
 _RELEASE_PROMOTIONS = statement("release_promotions")
 _FINISH_PROMOTION = [statement(name) for name in ("lock_study", "finish_promotion")]
+_FINISH_FINALS = statement("finish_finals")
 _PROMOTE_AGAIN = [statement(name) for name in ("lock_study", "promote_again")]
 
 
@@ -115,14 +117,17 @@ class Leases:
         config: dict[str, Any],
         owner: str | None = None,
         notify: Notify = NOBODY,
+        finals_of: int | None = None,
     ) -> StudyRow:
         """Store terms and configuration with the study, or leave what an earlier caller stored; what is stored.
 
-        owner: who submitted it through the service. notify: who is told of it from now on.
+        owner: who submitted it through the service. notify: who is told of it from now on. finals_of: the study whose
+        finals it is; then it is stopped, resumed and ended with that one.
         """
         if terms.budget < 0 or terms.max_attempts < 1 or terms.lease_s <= 0:
             raise ValueError(f"budget must be at least 0, max_attempts 1 and lease_s above 0, got {terms}")
         given = {**vars(terms), "study": study_id, "config": json.dumps(config), "owner": owner, **_told(notify)}
+        given["finals_of"] = finals_of
         rows = self._session.execute(_OPEN_STUDY, _SET_NOTIFY, _STUDY_TERMS, given=given, durable=True)
         if not rows:
             raise _not_opened(study_id)
@@ -165,7 +170,7 @@ class Leases:
         """
         timed = not isinstance(timeout_s, Unchanged)
         given = {"study": study_id, "trials": trials, "timed": timed, "timeout_s": timeout_s if timed else None}
-        self._session.execute(_REOPEN_STUDY, given=given, durable=True)
+        self._session.execute(*_REOPEN_STUDY, given=given, durable=True)
         return self._row(study_id)
 
     def share(self, study_id: int, *, priority: int, max_workers: int | None) -> None:
@@ -176,8 +181,22 @@ class Leases:
         given = {"study": study_id, "priority": priority, "max_workers": max_workers}
         self._session.execute(_SHARE, given=given, durable=True)
 
+    def finals(self, study_id: int) -> FinalsRow | None:
+        """The finals of a study; None where they have not begun."""
+        rows = self._session.execute(_FINALS, given={"study": study_id})
+        return FinalsRow(*rows[0]) if rows else None
+
+    def extend_finals(
+        self, study_id: int, config: dict[str, Any], *, revision: int, budget: int, timeout_s: float | None
+    ) -> None:
+        """Open finals again for more trainings, by the plan that follows the one of that revision; nothing where
+        somebody has stored one already."""
+        given = {"study": study_id, "revision": revision, "config": json.dumps(config)}
+        given |= {"budget": budget, "timeout_s": timeout_s}
+        self._session.execute(_EXTEND_FINALS, given=given, durable=True)
+
     def stop(self, study_id: int) -> None:
-        """Nothing more is taken; workers learn of it when they renew. `reopen` goes on."""
+        """Nothing more is taken, of its finals neither; workers learn of it when they renew. `reopen` goes on."""
         given = {"status": "stopped", "study": study_id, "earlier": ["open", "exhausted"]}
         self._session.execute(_SET_STATUS, given=given, durable=True)
 
@@ -445,6 +464,7 @@ class Leases:
             raise LeaseLost(
                 f"the promotion of study {study_id} has left worker {worker}, or its trial was dropped meanwhile"
             )
+        self._session.execute(_FINISH_FINALS, given={"study": study_id}, durable=True)
 
     def promote_again(self, study_id: int, version: int) -> None:
         """Record that version as what the study has brought, if it is over and its own is of a trial that was dropped
@@ -468,6 +488,11 @@ class Leases:
     def workers(self, study_id: int) -> list[WorkerRow]:
         """Those that were started for the study or hold one of its trials, oldest first."""
         return [WorkerRow(*row) for row in self._session.execute(_WORKERS, given={"study": study_id})]
+
+    def holders(self, trial_ids: Sequence[int]) -> dict[int, Holder]:
+        """Who holds each of these trials, or held it last, by the trial's id; without those that nobody took."""
+        rows = self._session.execute(_HOLDERS, given={"trials": list(trial_ids)})
+        return {trial_id: Holder(*row) for trial_id, *row in rows}
 
 
 def _told(notify: Notify) -> dict[str, Any]:

@@ -87,7 +87,8 @@ def columns(rows: list[Row], *names: str) -> dict[str, list[Any]]:
 
 def _local(moment: datetime | None) -> datetime | None:
     """Naive UTC, as the tables have it, to naive local time, as FrozenTrial has it."""
-    return moment and moment.replace(tzinfo=UTC).astimezone().replace(tzinfo=None)
+    # With the fold that tells the two hours apart which are one by the local clock when summer time ends.
+    return moment and datetime.fromtimestamp(moment.replace(tzinfo=UTC).timestamp())
 
 
 def _utc(moment: datetime | None) -> datetime | None:

@@ -28,6 +28,15 @@ class InFlight:
 
 
 @dataclass(frozen=True)
+class Holder:
+    """Who holds a trial, or held it last."""
+
+    worker: str
+    device: str | None
+    attempt: int
+
+
+@dataclass(frozen=True)
 class WorkerRow:
     """A worker that served a study, as it made itself known."""
 
@@ -89,6 +98,15 @@ class Change:
 
 
 @dataclass(frozen=True)
+class FinalsProgress:
+    """How far the finals of a study are."""
+
+    name: str
+    ended: int  # trainings
+    budget: int
+
+
+@dataclass(frozen=True)
 class Snapshot:
     """A study at one moment, for displays."""
 
@@ -113,6 +131,7 @@ class Snapshot:
     max_workers: int | None
     dropped: tuple[Dropped, ...] = ()  # trials that do not count, by number; `counts` and `started` have them still
     dropped_winner: int | None = None  # number of the trial whose model was promoted, where it does not count any more
+    finals: FinalsProgress | None = None  # None: they have not begun, or it wants none
 
     @property
     def best_value(self) -> float | None:
@@ -130,14 +149,15 @@ class Snapshot:
 
 def read_snapshot(row: Row) -> Snapshot:
     """A snapshot from the row of the statement `snapshot`."""
-    known, (counts, best, in_flight, groups, *rest, dropped, winner) = row[:7], row[7:]
+    known, (counts, best, in_flight, groups, *rest, dropped, winner, finals) = row[:7], row[7:]
     named = {name: (counts or {}).get(state, 0) for state, name in STATES.items()}
     trials = tuple(InFlight(*trial) for trial in in_flight or ())
     orphans = sum(not trial.alive for trial in trials)
     named |= {"running": named["running"] - orphans, "waiting": named["waiting"] + orphans}
     workers = tuple(WorkerGroup(*group) for group in groups or ())
     gone = tuple(Dropped(n, reason, by, datetime.fromisoformat(when)) for n, reason, by, when in dropped or ())
-    fields: Row = (*known, named, _read_best(*best) if best else None, trials, workers, *rest, gone, winner)
+    progress = FinalsProgress(*finals) if finals else None
+    fields: Row = (*known, named, _read_best(*best) if best else None, trials, workers, *rest, gone, winner, progress)
     return Snapshot(*fields)
 
 

@@ -19,7 +19,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError, ProgrammingError
 from hpo.storage.connection import Connection, connect_for
 from hpo.storage.errors import DatabaseRefusal, SchemaError
 
-HEAD = "0005"  # the revision in migrations/versions that this code is written for
+HEAD = "0006"  # the revision in migrations/versions that this code is written for
 LOCK = 0x68706F  # advisory lock of those who create or upgrade tables ("hpo")
 DEADLINE_S = 20.0  # to create the tables of an empty database
 LOOK_S = 0.05  # between two looks whether another process has done it

@@ -33,6 +33,15 @@ NOBODY = Notify(None, ())
 
 
 @dataclass(frozen=True)
+class FinalsRow:
+    """The finals of a study."""
+
+    study_id: int  # their own
+    name: str
+    over: bool  # nothing is left of them to train
+
+
+@dataclass(frozen=True)
 class StudyRow:
     """A study's terms and state, as stored."""
 

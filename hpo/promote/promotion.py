@@ -7,7 +7,7 @@ import math
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,13 @@ from hpo.models.calibration import Calibration, Comparison, calibration_of, meas
 from hpo.models.classifier import Weights
 from hpo.models.data.sequences import Sequences
 from hpo.models.device import OutOfMemory, device_errors
+from hpo.models.estimate import Estimate
 from hpo.models.metrics import Scores, count_groups, measure, predict_labels
 from hpo.models.training.memory import release_memory
 from hpo.models.training.training import StateError, Training
+from hpo.promote.finals import estimate as estimate_of
+from hpo.promote.finals import winner
+from hpo.promote.trained import Trained, pooled
 from hpo.storage.artifacts import ArtifactStore, DamagedArtifactError, MissingArtifactError, artifact_store
 from hpo.storage.changes import dropped
 from hpo.storage.errors import LeaseLost
@@ -34,6 +38,7 @@ from hpo.storage.registry import ModelVersion, Registry, publish
 from hpo.storage.scratch import scratch_folder
 from hpo.storage.trials import TrialStorage
 from hpo.study.config import to_dict
+from hpo.study.finals import Finalist, finalists_of, prepare_finals
 from hpo.study.lifecycle import OpenStudy, open_study
 from hpo.study.notes import announce_model, attach_artifact
 from hpo.study.plan import Plan
@@ -49,6 +54,7 @@ log = logging.getLogger("hpo")
 
 MIMETYPES = {".png": "image/png", ".json": "application/json", ".md": "text/markdown"}
 TOLERANCE = 1e-5  # the least between the recorded score and the same weights' on another machine or version
+OF_EACH_REPEAT = ("seed", "training_seconds", "device", "fused_optimizer", "lstm_kernel")
 RECORDED = ("params", "seed", "parameters", "training_seconds", "device", "fused_optimizer", "lstm_kernel")
 
 
@@ -57,21 +63,29 @@ class PromotionError(StudyFault):
 
 
 def promote_when_over(study: OpenStudy, resources: WorkerResources, leases: Leases) -> bool:
-    """Promote the best trial of a study that is over, unless somebody did or does.
+    """Promote the best trial of a study that is over, unless somebody did or does. Where its file asks for finals,
+    these begin first, and their winner is promoted once they are over.
 
-    Returns whether nothing is left to do: False while another worker holds the promotion's lease.
+    Returns whether nothing is left to do: False while another worker holds the promotion's lease, or finals run.
     """
     row = leases.study(study.study_id)
     if row is None or row.status == "finished":
         return True
+    running = leases.finals(study.study_id)
+    if running is not None and not running.over:
+        return False
     with leases.promotion(study.study_id, resources.worker) as ours:
         if not ours:
             return False
+        if not _finals_are_over(study):
+            leases.release_promotions(resources.worker)
+            return False
         version = None
-        if best := study.best_first():
+        if (found := _best(study)) is not None:
             with _failure_told(study):
                 sequences = resources.datasets.get(study.plan.train)
-                version = promote(study, resources.store, best[0], sequences).version
+                record, finalist = found
+                version = promote(study, resources.store, record, sequences, finalist).version
         drop_all_checkpoints(resources.store, row.store_key)
     try:
         leases.finish_promotion(study.study_id, resources.worker, version)
@@ -79,6 +93,23 @@ def promote_when_over(study: OpenStudy, resources: WorkerResources, leases: Leas
         log.warning("%s", lost)
         return False
     return True
+
+
+def _finals_are_over(study: OpenStudy) -> bool:
+    """Whether nothing of the study's finals is left to train, also as it wants none; else they have begun now."""
+    if prepare_finals(study) is None:
+        return True
+    found = study.leases.finals(study.study_id)
+    return found is None or found.over
+
+
+def _best(study: OpenStudy) -> tuple[TrialRecord, Finalist | None] | None:
+    """The trial to promote: the winner of the finals, else the best one; None where none is complete."""
+    finalist = winner(finalists_of(study), study.plan)
+    if finalist is not None:
+        return finalist.record, finalist
+    best = study.best_first()
+    return (best[0], None) if best else None
 
 
 @contextmanager
@@ -102,41 +133,60 @@ def promote_trial(storage: TrialStorage, name: str, number: int | None, *, as_de
     if number in gone:
         why = f"trial {number} was dropped by {gone[number].by}: {legible(gone[number].reason)}"
         raise PromotionError(f"{why}; `hpo trials restore {name} {number}` lets it count again")
-    chosen = complete if number is None else [record for record in complete if record.number == number]
-    if not chosen:
+    chosen = _best(study) if number is None else None
+    if number is not None and (wanted := [record for record in complete if record.number == number]):
+        chosen = wanted[0], None
+    if chosen is None:
         known = ", ".join(str(record.number) for record in complete) or "none"
-        wanted = "a completed trial" if number is None else f"trial {number}, completed"
+        what = "a completed trial" if number is None else f"trial {number}, completed"
         rest = f"; dropped: {', '.join(map(str, gone))}" if gone else ""
-        raise PromotionError(f"study {name!r} has not {wanted}; completed trials, best first: {known}{rest}")
-    model = promote(study, store, chosen[0], fetch_sequences(store, study.plan.train), as_default=as_default)
+        raise PromotionError(f"study {name!r} has not {what}; completed trials, best first: {known}{rest}")
+    record, finalist = chosen
+    sequences = fetch_sequences(store, study.plan.train)
+    model = promote(study, store, record, sequences, finalist, as_default=as_default)
     study.leases.promote_again(study.study_id, model.version)
     return model
 
 
 def promote(
-    study: OpenStudy, store: ArtifactStore, record: TrialRecord, sequences: Sequences, *, as_default: bool = False
+    study: OpenStudy,
+    store: ArtifactStore,
+    record: TrialRecord,
+    sequences: Sequences,
+    finalist: Finalist | None = None,
+    *,
+    as_default: bool = False,
 ) -> ModelVersion:
-    """Make a complete trial's model a version of the registry.
+    """Make a complete trial's model a version of the registry; finalist: its repeats in the finals, together.
 
     It becomes the one that the name alone means if it is better on validation than that one, if that one's trial was
     dropped, or `as_default`. The members are evaluated on validation, which must give the recorded score, and
-    calibrated by it, each sequence's prediction being by a member that has not seen it; then, together, they are
-    evaluated once on the test part. Of rolling folds the last member is the model, calibrated by the predictions of
-    all. Raises PromotionError.
+    calibrated by it (`_calibration`); then, together, they are evaluated once on the test part. Of rolling folds the
+    last member is the model. Raises PromotionError.
     """
-    device = choose_device()
+    device, plan = choose_device(), study.plan
     try:
-        members, validation, calibration = _trained(study.plan, store, record, sequences, device)
-        if study.plan.config.data.time is not None:
-            members = members[-1:]  # of rolling folds the last one alone has trained on all but the latest sequences
-        config = _bundle_config(study, record, len(members), calibration)
+        repeats = {} if finalist is None else _repeats(study, store, finalist, sequences, device)
+        trained = pooled(plan, repeats, sequences) if repeats else _trained(plan, store, record, sequences, device)
+        members, validation, estimate = trained.members, trained.scores, None
+        if finalist is not None:
+            estimate = estimate_of(finalist, plan.metric, {repeat: each.scores for repeat, each in repeats.items()})
+        calibration = _calibration(trained, sequences)
+        config = replace(
+            _bundle_config(study, record, finalist),
+            members=len(members),
+            temperature=calibration.temperature,
+            threshold=calibration.threshold,
+            estimate=estimate,
+        )
         test, compared = _test_scores(study.plan, store, config, members, device)
     except OutOfMemory as error:
         raise PromotionError(f"the model of trial {record.number} cannot be evaluated now: {error}") from None
     with scratch_folder() as scratch:
         folder = scratch / "model"
-        config = replace(config, validation=validation, test=test, calibration=config.calibration | compared)
-        save(folder, members, config, record.curve)
+        curve = (record if finalist is None else finalist.first).curve
+        reliable = {"validation": calibration.comparison, **({} if compared is None else {"test": compared})}
+        save(folder, members, replace(config, validation=validation, test=test, calibration=reliable), curve)
         artifacts = publish(store, folder, model_prefix(_store_key(study), record.number))
     grouped = {"validation": validation.groups, "test": None if test is None else test.groups}
     registry = Registry(study.storage.connection)
@@ -150,6 +200,7 @@ def promote(
         scores={
             "metric": study.plan.metric,
             "value": record.value,
+            **({} if estimate is None else {"estimate": asdict(estimate)}),
             "validation": validation.metrics,
             "test": None if test is None else test.metrics,
             "sequences": {"validation": validation.sequences, "test": None if test is None else test.sequences},
@@ -158,7 +209,7 @@ def promote(
             "methods": None if test is None else test.methods,
             "undefined": None if test is None else test.undefined,
         },
-        latest=replaces or earlier is None or is_better(study, record, earlier),
+        latest=replaces or earlier is None or is_better(study, record, earlier, estimate),
         config={"params": record.params},
         group_names={part: groups.names for part, groups in grouped.items() if groups and groups.names},
         artifacts=artifacts,
@@ -172,13 +223,16 @@ def promote(
     return model
 
 
-def is_better(study: OpenStudy, record: TrialRecord, earlier: ModelVersion) -> bool:
+def is_better(study: OpenStudy, record: TrialRecord, earlier: ModelVersion, estimate: Estimate | None = None) -> bool:
     """Whether a trial is better on validation than an earlier version, by the rule for trials. One of another study,
-    which may have other data, is not compared, nor is the same trial.
+    which may have other data, is not compared, nor is the same trial. What has won finals is better than what was in
+    none.
     """
     scores, plan = earlier.scores, study.plan
     if earlier.study_id != study.study_id or earlier.trial_number == record.number:
         return True
+    if estimate is not None or scores.get("estimate") is not None:
+        return estimate is not None
     old = scores["value"], scores["validation"]["log_loss"]
     return rank({0: old, 1: (record.value, record.log_loss)}, plan.metric, plan.resolution)[0] == 1
 
@@ -198,25 +252,41 @@ def _store_key(study: OpenStudy) -> str:
     return row.store_key
 
 
-def _trained(
-    plan: Plan, store: ArtifactStore, record: TrialRecord, sequences: Sequences, device: str
-) -> tuple[list[Weights], Scores, Calibration]:
-    """The best epoch's weights, as kept, else trained again (training is exact); with their scores on validation and
-    what calibrates them.
+def _repeats(
+    study: OpenStudy, store: ArtifactStore, finalist: Finalist, sequences: Sequences, device: str
+) -> dict[int, Trained]:
+    """A finalist's trainings in the finals, by repeat."""
+    found = study.leases.finals(study.study_id)
+    assert found is not None  # or there was no finalist
+    plan = open_study(found.name, study.storage).plan
+    return {repeat: _trained(plan, store, record, sequences, device) for repeat, record in finalist.repeats.items()}
+
+
+def _calibration(trained: Trained, sequences: Sequences) -> Calibration:
+    """By what networks say of sequences that they have not trained on; of rolling folds by those of all blocks, though
+    the last network alone is the model: its own block has too few."""
+    assert sequences.labels is not None
+    weights = None if sequences.weights is None else sequences.weights[trained.rows]
+    return calibration_of(trained.probabilities, sequences.labels[trained.rows], weights, trained.threshold)
+
+
+def _trained(plan: Plan, store: ArtifactStore, record: TrialRecord, sequences: Sequences, device: str) -> Trained:
+    """The best epoch's weights, as kept, else trained again (training is exact); with their scores on validation.
 
     The device's memory is free again when it returns. Raises PromotionError where they do not give the recorded score.
     """
     if record.weights is not None:
         with _memory_for(device), rebuild(plan, record, sequences, device) as training:
-            found = _load_kept(plan.metric, store, record, record.weights, training, sequences)
-            if found is not None:
-                return training.weights(), *found
+            scores = _load_kept(plan.metric, store, record, record.weights, training, sequences)
+            if scores is not None:
+                return Trained.of(plan, record, training, scores)
     with _memory_for(device), rebuild(plan, record, sequences, device) as training:  # whatever was loaded before
         while not training.finished and len(training.history) < record.epochs:
             training.advance()
         training.load(training.best_weights)
         exact = _trained_here(record, training) and set(record.origins) <= {training.origin, ""}
-        return training.weights(), *_check_score(plan.metric, record, training, sequences, exact)
+        scores = _check_score(plan.metric, record, training, sequences, exact)
+        return Trained.of(plan, record, training, scores)
 
 
 @contextmanager
@@ -232,11 +302,11 @@ def _memory_for(device: str) -> Iterator[None]:
 
 def _load_kept(
     metric: str, store: ArtifactStore, record: TrialRecord, weights: str, training: Training, sequences: Sequences
-) -> tuple[Scores, Calibration] | None:
+) -> Scores | None:
     """Load the weights that were kept and measure them; None where they are gone or damaged."""
     try:
         training.load(unpack(store.get(weights)))
-        scores, calibration = _check_score(metric, record, training, sequences, _trained_here(record, training))
+        scores = _check_score(metric, record, training, sequences, _trained_here(record, training))
     except MissingArtifactError:
         log.info("the weights %s were dropped for better trials': training again", weights)
         return None
@@ -251,7 +321,7 @@ def _load_kept(
     if content_hash(weights) is None and not _same_log_loss(record, training, scores.metrics["log_loss"]):
         log.warning("the weights %s give another log-loss than recorded, they may be damaged: training again", weights)
         return None
-    return scores, calibration
+    return scores
 
 
 def _same_log_loss(record: TrialRecord, training: Training, log_loss: float) -> bool:
@@ -261,11 +331,8 @@ def _same_log_loss(record: TrialRecord, training: Training, log_loss: float) -> 
     return not _trained_here(record, training) and math.isclose(log_loss, record.log_loss, rel_tol=1e-3)
 
 
-def _check_score(
-    metric: str, record: TrialRecord, training: Training, sequences: Sequences, exact: bool
-) -> tuple[Scores, Calibration]:
-    """The scores on validation, before calibration, and what calibrates them; the study's metric must be the recorded
-    value, `exact`ly where it was computed here.
+def _check_score(metric: str, record: TrialRecord, training: Training, sequences: Sequences, exact: bool) -> Scores:
+    """The scores on validation; the study's metric must be the recorded value, `exact`ly where it was computed here.
 
     Another machine's rounding may turn the class or the rank of a sequence, so that a metric moves by a step.
     """
@@ -281,8 +348,7 @@ def _check_score(
         )
     right = predict_labels(probabilities, record.threshold) == training.labels
     groups = None if sequences.groups is None else sequences.groups[training.validated]
-    scores = replace(scores, groups=count_groups(right, groups, sequences.group_names))
-    return scores, calibration_of(probabilities, labels, weights, record.threshold)
+    return replace(scores, groups=count_groups(right, groups, sequences.group_names))
 
 
 def _trained_here(record: TrialRecord, training: Training) -> bool:
@@ -305,9 +371,14 @@ def _places(record: TrialRecord) -> str:
     return f"{record.device} with torch {record.provenance.get('torch')}"
 
 
-def _bundle_config(study: OpenStudy, record: TrialRecord, members: int, calibration: Calibration) -> BundleConfig:
+def _bundle_config(study: OpenStudy, record: TrialRecord, finalist: Finalist | None) -> BundleConfig:
+    """Of one trial's model; of a finalist, whose curve and best epoch are those of its first repeat."""
     plan = study.plan
     classifier, _ = configurations(plan, record.params, record.seed)
+    recorded = {name: getattr(record, name) for name in RECORDED}
+    if finalist is not None:
+        recorded |= {"finals": {str(repeat): each.number for repeat, each in finalist.repeats.items()}}
+        recorded |= {name: [getattr(each, name) for each in finalist.repeats.values()] for name in OF_EACH_REPEAT}
     return BundleConfig(
         classifier=classifier,
         classes=plan.classes,
@@ -316,11 +387,7 @@ def _bundle_config(study: OpenStudy, record: TrialRecord, members: int, calibrat
         fill=plan.fill,
         gaps=plan.gaps,
         metric=plan.metric,
-        members=members,
-        temperature=calibration.temperature,
-        threshold=calibration.threshold,
-        calibration={"validation": calibration.comparison},
-        best_epoch=record.best_epoch,
+        best_epoch=(record if finalist is None else finalist.first).best_epoch,
         columns=plan.config.data.columns,
         provenance={
             "study": study.name,
@@ -328,7 +395,7 @@ def _bundle_config(study: OpenStudy, record: TrialRecord, members: int, calibrat
             "data": plan.train,
             "test_data": plan.test,
             "config": _without_paths(to_dict(plan.config)),
-            **{name: getattr(record, name) for name in RECORDED},
+            **recorded,
             **record.provenance,
         },
     )
@@ -342,11 +409,11 @@ def _without_paths(tables: dict[str, Any]) -> dict[str, Any]:
 
 def _test_scores(
     plan: Plan, store: ArtifactStore, config: BundleConfig, members: list[Weights], device: str
-) -> tuple[Scores | None, dict[str, Comparison]]:
+) -> tuple[Scores | None, Comparison | None]:
     """The members together on the test part, calibrated, and what the calibration brings there: the only time that it
     is touched."""
     if plan.test is None:
-        return None, {}
+        return None, None
     test = fetch_sequences(store, plan.test)
     assert test.labels is not None
     model = assemble(config, members, device)
@@ -359,7 +426,7 @@ def _test_scores(
     right = predict_labels(probabilities, config.threshold) == test.labels
     reliable = (measure_reliability(each, test.labels, test.weights) for each in (before, probabilities))
     scores = replace(scores, groups=count_groups(right, test.groups, test.group_names))
-    return scores, {"test": Comparison(*reliable)}
+    return scores, Comparison(*reliable)
 
 
 def _show(storage: TrialStorage, study_id: int, record: TrialRecord, model: ModelVersion) -> None:

@@ -47,6 +47,7 @@ def summary_of(study: OpenStudy, store: ArtifactStore | None = None, *, with_nam
             "value": scores["value"],
             "params": model.config["params"],
         },
+        "estimate": scores.get("estimate"),
         "best_why": None if best is None else best.why,
         "dropped": [each.number for each in state.dropped],
         "winner_dropped": state.dropped_winner is not None,

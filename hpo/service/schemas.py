@@ -57,6 +57,14 @@ class Dropped(BaseModel):
     when: datetime
 
 
+class Finals(BaseModel):
+    """How far the finals of a study are: the best configurations, trained again on fresh seeds and splits."""
+
+    name: str
+    ended: int  # trainings
+    budget: int
+
+
 class Study(BaseModel):
     """A study at one moment."""
 
@@ -75,6 +83,7 @@ class Study(BaseModel):
     seconds_left: float | None  # of its timeout
     dropped: list[Dropped] = []  # trials that do not count; `trials` has them still
     dropped_winner: int | None = None  # of which trial its model is, where that one does not count any more
+    finals: Finals | None = None  # where they have begun
 
 
 class Trial(BaseModel):
@@ -88,6 +97,16 @@ class Trial(BaseModel):
     ended: datetime | None
     failure: str | None
     dropped: Dropped | None = None  # it does not count any more
+    best_epoch: int | None = None  # from 1; this and what follows as far as it is known
+    epochs: int | None = None  # trained
+    log_loss: Number = None  # of the best epoch
+    threshold: Number = None
+    seed: int | None = None
+    training_seconds: Number = None
+    weight_count: int | None = None  # that were trained
+    device: str | None = None
+    worker: str | None = None  # that trains it, or did so last
+    attempt: int | None = None  # leases that it took
 
 
 class TrialDetails(Trial):
@@ -95,10 +114,7 @@ class TrialDetails(Trial):
 
     reports: dict[str, Number]  # the metric by epoch, from 1
     curve: dict[str, list[Number]]  # value, train_loss and log_loss of each epoch; of a trial that has ended
-    best_epoch: int | None  # from 1
     seconds: float | None  # of training
-    device: str | None
-    worker: str | None
     log: str | None  # CSV: time, level, message
 
 

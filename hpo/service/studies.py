@@ -14,7 +14,6 @@ from typing import Annotated, Any
 from anyio.to_thread import run_sync
 from fastapi import APIRouter, Header, Path, Query, Request, Response
 from fastapi.responses import StreamingResponse
-from optuna.trial import FrozenTrial
 
 from hpo.errors import HpoError
 from hpo.launcher.logs import read_logs
@@ -30,6 +29,7 @@ from hpo.service.schemas import (
     Budget,
     Change,
     Dropped,
+    Finals,
     Log,
     Model,
     Notice,
@@ -49,10 +49,9 @@ from hpo.storage.notices import Notices
 from hpo.storage.snapshot import Snapshot
 from hpo.study.checks import NAME
 from hpo.study.config import StudyConfig, config_of, default_name
-from hpo.study.lifecycle import create_or_open, delete_study, open_study, snapshots, study_id_of, trial_of
+from hpo.study.lifecycle import create_or_open, delete_study, open_study, snapshots, study_id_of, trial_of, trial_rows
 from hpo.study.notes import log_of
 from hpo.study.plan import MissingStudy, StudyConflict
-from hpo.study.record import trial_row
 
 router = APIRouter(prefix="/v1/studies", tags=["studies"])
 LOOK_S = 0.5  # between two looks at a study whose events are followed
@@ -193,24 +192,20 @@ def trials(
     with backend.database() as database:
         study_id = study_id_of(database.storage, name)
         found, total = database.storage.page(study_id, offset, limit)
-        gone = changes.dropped(database.storage, study_id)
-        return Trials(total=total, trials=[_trial(each, gone) for each in found])
+        rows = trial_rows(database.storage, study_id, found)
+    return Trials(total=total, trials=list(map(Trial.model_validate, rows)))
 
 
 @router.get("/{name}/trials/{number}")
 def trial(name: str, number: Number, token: Reader, backend: Uses) -> TrialDetails:
     """One trial, with its learning curve and its log."""
     with backend.database() as database:
-        found = trial_of(database.storage, name, number)
-        gone = changes.dropped(database.storage, study_id_of(database.storage, name))
+        found, shown = trial_of(database.storage, name, number), _trial(database, name, number)
     return TrialDetails(
-        **vars(_trial(found, gone)),
+        **vars(shown),
         reports={str(epoch): value for epoch, value in found.intermediate_values.items()},
         curve=found.user_attrs.get("curve", {}),
-        best_epoch=found.user_attrs.get("best_epoch"),
-        seconds=found.user_attrs.get("training_seconds"),
-        device=found.user_attrs.get("device"),
-        worker=found.user_attrs.get("worker"),
+        seconds=shown.training_seconds,
         log=log_of(backend.store, found),
     )
 
@@ -296,7 +291,7 @@ def drop(name: str, number: Number, token: Submitter, backend: Uses, why: Reason
         study_id = _owned(database, token, name)
         changes.drop(database.storage, study_id, [number], why.reason, token.owner)
         database.access.note(token, "trial.drop", name, {"trial": number, "reason": why.reason})
-        return _trial(trial_of(database.storage, name, number), changes.dropped(database.storage, study_id))
+        return _trial(database, name, number)
 
 
 @router.post("/{name}/trials/{number}/restore")
@@ -306,7 +301,7 @@ def restore(name: str, number: Number, token: Submitter, backend: Uses) -> Trial
         study_id = _owned(database, token, name)
         changes.restore(database.storage, study_id, [number], token.owner)
         database.access.note(token, "trial.restore", name, {"trial": number})
-        return _trial(trial_of(database.storage, name, number), changes.dropped(database.storage, study_id))
+        return _trial(database, name, number)
 
 
 @router.delete("/{name}", status_code=HTTPStatus.NO_CONTENT)
@@ -442,6 +437,7 @@ def _study(state: Snapshot) -> Study:
         seconds_left=state.seconds_left,
         dropped=list(map(_dropped, state.dropped)),
         dropped_winner=state.dropped_winner,
+        finals=None if state.finals is None else Finals(**vars(state.finals)),
     )
 
 
@@ -449,8 +445,11 @@ def _dropped(found: snapshot.Dropped) -> Dropped:
     return Dropped(number=found.number, reason=found.reason, by=found.by, when=found.when)
 
 
-def _trial(found: FrozenTrial, gone: Mapping[int, snapshot.Dropped]) -> Trial:
-    return Trial.model_validate(trial_row(found, gone))
+def _trial(database: Database, name: str, number: int) -> Trial:
+    """One trial as it is now. Raises MissingTrial and MissingStudy."""
+    found = trial_of(database.storage, name, number)
+    (row,) = trial_rows(database.storage, study_id_of(database.storage, name), [found])
+    return Trial.model_validate(row)
 
 
 # ----------------------------------------------------------------------------------------------------------- events
@@ -483,4 +482,5 @@ def _event_id(found: Study) -> str:
         str(found.trials.get(state, 0)) for state in ("running", "complete", "pruned", "failed", "waiting")
     )
     dropped = "".join(f"-{each.number}" for each in found.dropped)
-    return f"{found.status}-{counts}-{found.version or 0}{dropped}"
+    finals = "" if found.finals is None else f"-finals-{found.finals.ended}"
+    return f"{found.status}-{counts}-{found.version or 0}{dropped}{finals}"

@@ -79,6 +79,9 @@ class StudySection:
     max_workers: int | None = field(default=None, metadata=checked(whole(1)))
     # name of a study whose trials the sampler sees
     warm_start: str | None = field(default=None, metadata=checked(text))
+    # configurations that are trained again on fresh seeds and splits before one is promoted; 0: none, the best trial is
+    finalists: int = field(default=0, metadata=checked(whole(0, 100)))
+    repeats: int = field(default=3, metadata=checked(whole(1, 100)))  # of each finalist
 
 
 @dataclass(frozen=True)

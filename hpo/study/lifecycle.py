@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ from hpo.models.data.canonical import save
 from hpo.models.data.sequences import Sequences
 from hpo.models.metrics import direction
 from hpo.storage.artifacts import ArtifactStore
-from hpo.storage.changes import somebody, widen
+from hpo.storage.changes import dropped, somebody, widen
 from hpo.storage.errors import MissingRecord
 from hpo.storage.keys import study_prefixes
 from hpo.storage.leases import Leases
@@ -34,13 +34,14 @@ from hpo.study.plan import MissingStudy, MissingTrial, Plan, StudyConflict, Stud
 from hpo.study.pruning import make_pruner
 from hpo.study.ranking import best_first
 from hpo.study.readout import readout, suspicions
-from hpo.study.record import COPIED_FROM, TrialRecord
+from hpo.study.record import COPIED_FROM, TrialRecord, trial_row
 from hpo.study.sampling import ConfigurationSampler, grid
 from hpo.study.space import DECIDED_BY, EARLIER, is_active
 from hpo.study.widening import changes, continued, shown
 
 log = logging.getLogger("hpo")
 
+SEARCH_SHARE = 0.75  # of a study's time is for its search where finals follow
 BEGUN = "hpo:begun"  # a study's system attribute: `hpo launch` has begun to fill it
 
 
@@ -95,7 +96,7 @@ def create_or_open(
         stored = _stored(storage, leases, name)
         if stored is None:
             _check_warm_start(storage, config)
-            study_id = _find_or_create(storage, plan)
+            study_id, wider = find_or_create(storage, plan, name), plan
         else:
             study_id = stored.study_id
             begun = _plan_of(stored, storage)
@@ -116,7 +117,7 @@ def create_or_open(
             log.info("%s: %s", name, line)
         for line in suspicions(train, test):
             log.warning("%s: %s", name, line)
-        row = leases.reopen(study_id, trials=config.study.trials, timeout_s=config.study.timeout_s)
+        row = leases.reopen(study_id, trials=config.study.trials, timeout_s=search_time(wider, config))
         if row.budget > config.study.trials:
             text = "study %s: %d trials have begun, more than the %d that are asked for; no more are started"
             log.warning(text, name, row.started, config.study.trials)
@@ -189,6 +190,19 @@ def trial_of(storage: TrialStorage, name: str, number: int) -> FrozenTrial:
     return found[0]
 
 
+def trial_rows(storage: TrialStorage, study_id: int, trials: Sequence[FrozenTrial]) -> list[dict[str, Any]]:
+    """What displays show of these trials of a study, a `study.record.trial_row` each."""
+    gone = dropped(storage, study_id)
+    holders = Leases(storage).holders([trial._trial_id for trial in trials])
+    return [trial_row(trial, gone, holders) for trial in trials]
+
+
+def all_trial_rows(storage: TrialStorage, name: str) -> list[dict[str, Any]]:
+    """What displays show of a study's trials, by number. Raises StudyError when there is no such study."""
+    study_id = study_id_of(storage, name)
+    return trial_rows(storage, study_id, storage.get_all_trials(study_id, deepcopy=False))
+
+
 def snapshots(storage: TrialStorage, leases: Leases, name: str | None) -> list[Snapshot]:
     """The study of that name, or all, as they are now. Raises StudyError."""
     if name is not None:
@@ -203,12 +217,18 @@ def delete_study(storage: TrialStorage, store: ArtifactStore, name: str) -> None
     """Remove a study and its trials, checkpoints, weights, curves and logs. Data sets and promoted models stay."""
     with exclusively(storage.url, f"study {name}"):  # a submission of it ends before, or begins after
         study_id = study_id_of(storage, name)
-        row = Leases(storage).study(study_id)
-        if row is not None:  # first, so that a deletion that was killed can be repeated
-            _delete_files(store, row.store_key)
-        storage.delete_study(study_id)
-        if row is not None:  # what its workers have stored meanwhile
-            _delete_files(store, row.store_key)
+        finals = Leases(storage).finals(study_id)
+        for each in [study_id] if finals is None else [finals.study_id, study_id]:
+            _delete(storage, store, each)
+
+
+def _delete(storage: TrialStorage, store: ArtifactStore, study_id: int) -> None:
+    row = Leases(storage).study(study_id)
+    if row is not None:  # first, so that a deletion that was killed can be repeated
+        _delete_files(store, row.store_key)
+    storage.delete_study(study_id)
+    if row is not None:  # what its workers have stored meanwhile
+        _delete_files(store, row.store_key)
 
 
 def _delete_files(store: ArtifactStore, store_key: str) -> None:
@@ -217,12 +237,11 @@ def _delete_files(store: ArtifactStore, store_key: str) -> None:
             store.delete(key)
 
 
-def _find_or_create(storage: TrialStorage, plan: Plan) -> int:
+def find_or_create(storage: TrialStorage, plan: Plan, name: str) -> int:
     """The id of the study of that name, made if there is none.
 
     Raises StudyError for another program's study, unless it is empty and has the same objective.
     """
-    name = plan.config.study.name
     with suppress(DuplicatedStudyError):
         optuna.create_study(study_name=name, storage=storage, direction=direction(plan.metric))
     study_id = storage.get_study_id_from_name(name)
@@ -250,7 +269,7 @@ def _begin(storage: TrialStorage, leases: Leases, study_id: int, plan: Plan, own
     study = plan.config.study
     terms = Terms(
         study.trials,
-        study.timeout_s,
+        search_time(plan, plan.config),
         study.lease_s,
         max_attempts=study.attempts,
         resolution=plan.resolution,
@@ -267,11 +286,18 @@ def _widen(storage: TrialStorage, study_id: int, begun: Plan, wider: Plan, confi
     changed = changes(begun, wider)
     detail = {name: {"from": unparse(old), "to": unparse(new)} for name, (old, new) in changed.items()}
     name, terms = begun.config.study.name, config.study
-    given: dict[str, Any] = {"trials": terms.trials, "timeout_s": terms.timeout_s, "revision": begun.revision}
+    timeout_s = search_time(begun, config)
+    given: dict[str, Any] = {"trials": terms.trials, "timeout_s": timeout_s, "revision": begun.revision}
     if not widen(storage, study_id, wider.to_json(), detail, by, **given):
         raise StudyConflict(f"the study {name!r} was changed by somebody else at this moment: launch it again")
     announce_widening(storage, study_id, shown(changed))
     log.info("study %s: wider for all trials that begin from now on: %s", name, shown(changed))
+
+
+def search_time(plan: Plan, config: StudyConfig) -> float | None:
+    """Seconds that a study's search may take of what a file gives it, as finals follow or not; None: no end."""
+    timeout_s = config.study.timeout_s
+    return timeout_s if timeout_s is None or not plan.config.study.finalists else SEARCH_SHARE * timeout_s
 
 
 def _notify(config: StudyConfig) -> Notify:

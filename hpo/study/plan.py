@@ -59,6 +59,15 @@ class StudyConflict(StudyError):
 
 
 @dataclass(frozen=True)
+class Final:
+    """One training of a study's finals (see hpo/study/finals.py). JSON-able."""
+
+    trial: int  # number of the study's trial whose configuration it trains
+    repeat: int  # from 1; the same one has the same seed and the same splits for all finalists
+    params: Mapping[str, Value]  # of that trial
+
+
+@dataclass(frozen=True)
 class Plan:
     """All that a worker must know of a study. Written when the study is created, and where its space is widened."""
 
@@ -79,7 +88,8 @@ class Plan:
     # sequences of each validation part, where these are in the order of time; None: they follow from share or folds
     validation_sizes: tuple[int, ...] | None = None
     fixed: Mapping[str, Value] = field(default_factory=dict)  # values of entries that had one each and now have more
-    revision: int = 0  # how often the space was widened
+    revision: int = 0  # how often the space was widened, or the finals got further trainings
+    finals: tuple[Final, ...] = ()  # of the finals of a study: what trial 0, 1, … trains; empty: it is a study itself
 
     @property
     def epsilon(self) -> float:
@@ -120,7 +130,13 @@ class Plan:
 
     def trial_seed(self, number: int) -> int:
         """The seed of the trial of that number."""
+        if self.finals:
+            return derive(self.config.study.seed, "finals", self.finals[number].repeat)
         return derive(self.config.study.seed, "trial", number)
+
+    def split(self, number: int) -> int:
+        """Which split of the data the trial of that number trains on: 0 is the study's own, others are fresh ones."""
+        return self.finals[number].repeat if self.finals else 0
 
     def note(self) -> str:
         """What is tuned, and on what: Markdown for the dashboard."""
@@ -131,7 +147,8 @@ class Plan:
         )
 
     def to_json(self) -> dict[str, Any]:
-        return vars(self) | {"config": to_dict(self.config), "written": to_dict(self.written)}
+        stored = vars(self) | {"config": to_dict(self.config), "written": to_dict(self.written)}
+        return stored | {"finals": [vars(final) for final in self.finals]}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Plan:
@@ -139,6 +156,7 @@ class Plan:
         lists: dict[str, Any] = {name: tuple(content[name]) for name in ("classes", "features")}
         optional = ("fill", "gaps", "validation_sizes")
         lists |= {name: tuple(content[name]) for name in optional if content.get(name) is not None}
+        lists["finals"] = tuple(Final(**final) for final in content.get("finals", ()))
         configs = {name: from_dict(content[name]) for name in ("config", "written")}
         configs["config"] = replace(configs["config"], space={**EARLIER, **configs["config"].space})
         return cls(**{**content, **lists, **configs})
@@ -411,15 +429,17 @@ def _most_folds(config: StudyConfig, train: Sequences) -> int:
     return units(train) if config.data.time is None else distinct(train) - 1
 
 
-def validation_parts(config: StudyConfig, sequences: Sequences, rules: int) -> list[Split]:
+def validation_parts(config: StudyConfig, sequences: Sequences, rules: int, split: int = 0) -> list[Split]:
     """The study's (training rows, validation rows): a function of its seed, or of the order of time, and the same for
-    every trial. In the order of time they are not all of the rows.
+    every trial. In the order of time they are not all of the rows. split: 0 for these, another number for fresh ones,
+    drawn by the same rule; the order of time leaves one choice only.
 
     Raises DataError where the data cannot be split so.
     """
     if config.data.time is not None:
         return [(cut.train, cut.later) for cut in validation_cuts(config, sequences)]
-    seed = derive(config.study.seed, "validation") % 2**32
+    fresh = (split,) if split else ()
+    seed = derive(config.study.seed, "validation", *fresh) % 2**32
     validation = config.data.validation
     if isinstance(validation, Folds):
         return split_folds(sequences, validation.folds, seed, rules)

@@ -11,7 +11,7 @@ from typing import Any
 from optuna.trial import FrozenTrial, TrialState
 
 from hpo.models.fields import Value
-from hpo.storage.snapshot import Dropped
+from hpo.storage.snapshot import Dropped, Holder
 
 FAILURE = "failure"  # attribute of a failed trial: why it failed
 WORKER_FAULT = "worker_fault"  # attribute of a trial whose worker lost its device: what that worker said
@@ -66,12 +66,23 @@ class TrialRecord:
 
 
 ATTRIBUTES = tuple(item.name for item in fields(TrialRecord) if item.metadata != COLUMN)
+_NUMBERS = {  # attributes that displays show of each trial
+    "best_epoch": int,
+    "epochs": int,
+    "log_loss": float,
+    "threshold": float,
+    "seed": int,
+    "training_seconds": float,
+}
 # User attributes that only our workers and launches set.
 RESERVED = frozenset((*ATTRIBUTES, FAILURE, WORKER_FAULT, COPIED_FROM))
 
 
-def trial_row(trial: FrozenTrial, dropped: Mapping[int, Dropped]) -> dict[str, Any]:
-    """What displays show of a trial, JSON-able. dropped: those of its study that do not count, by number."""
+def trial_row(trial: FrozenTrial, dropped: Mapping[int, Dropped], holders: Mapping[int, Holder]) -> dict[str, Any]:
+    """What displays show of a trial, JSON-able; None for what is not known.
+
+    dropped: those of its study that do not count, by number. holders: who trains a trial, or did so last, by its id.
+    """
     value = trial.values[0] if trial.values else math.nan
     gone = dropped.get(trial.number)
     return {
@@ -83,7 +94,28 @@ def trial_row(trial: FrozenTrial, dropped: Mapping[int, Dropped]) -> dict[str, A
         "ended": _utc(trial.datetime_complete),
         "failure": failure_of(trial),
         "dropped": None if gone is None else {**vars(gone), "when": gone.when.isoformat()},
+        **_training_of(trial, holders.get(trial._trial_id)),
     }
+
+
+def _training_of(trial: FrozenTrial, holder: Holder | None) -> dict[str, Any]:
+    """What was recorded of a trial's training, and who trains it: known before it ends, and where it fails."""
+    attributes = trial.user_attrs if trained_by_us(trial) else {}
+    recorded = attributes.get("device")
+    return {
+        **{name: _number(attributes.get(name), kind) for name, kind in _NUMBERS.items()},
+        "weight_count": _number(attributes.get("parameters"), int),
+        "device": recorded if isinstance(recorded, str) else holder and holder.device,
+        "worker": holder and holder.worker,
+        "attempt": holder and holder.attempt,
+    }
+
+
+def _number(value: object, kind: type) -> float | None:
+    """The number, where it is a finite one of that kind: other programs write attributes, too."""
+    if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
+        return None
+    return value if math.isfinite(value) else None
 
 
 def _utc(moment: datetime | None) -> str | None:

@@ -49,7 +49,10 @@ class ConfigurationSampler:
         if trial.params or trial.intermediate_values:  # a space that has one value alone leaves no parameters
             recorded = {**self._plan.fixed, **trial.params}
             return walk(space, lambda name, _: recorded[name])
-        fixed = trial.system_attrs.get("fixed_params", {})
+        if self._plan.finals:
+            fixed = self._plan.finals[trial.number].params
+        else:
+            fixed = trial.system_attrs.get("fixed_params", {})
         if not fixed and trial.number < len(self._first):
             fixed = self._first[trial.number]
         if (drawn := self._whole(fixed)) is None:
@@ -61,6 +64,8 @@ class ConfigurationSampler:
 
     def exhausted(self) -> bool:
         """Whether a finite space has no configuration left that the study has not had."""
+        if self._plan.finals:
+            return False
         size = cardinality(self._plan.config.space)
         return size is not None and len(self._had()) >= size
 

@@ -21,22 +21,31 @@ from hpo.study.record import TrialRecord
 
 
 def build(
-    plan: Plan, params: Mapping[str, Any], seed: int, sequences: Sequences, device: str, *, native: bool = True
+    plan: Plan,
+    params: Mapping[str, Any],
+    seed: int,
+    sequences: Sequences,
+    device: str,
+    *,
+    split: int = 0,
+    native: bool = True,
 ) -> Training:
     """The training of one configuration on the training part. Raises OutOfMemory.
 
-    native: run the LSTM on a CPU through the native kernel, where this machine can build it.
+    split: of the data, see `Plan.split`. native: run the LSTM on a CPU through the native kernel, where this machine
+    can build it.
     """
     classifier, config = configurations(plan, params, seed)
     kernel = lstm_kernel() if native and device == "cpu" else None
-    parts = validation_parts(plan.config, sequences, plan.rules)
+    parts = validation_parts(plan.config, sequences, plan.rules, split)
     columns = ranks(plan.features) if plan.rules > 2 else None
     return Training(sequences, parts, classifier, config, device, kernel=kernel, columns=columns)
 
 
 def rebuild(plan: Plan, record: TrialRecord, sequences: Sequences, device: str) -> Training:
     """The training of a finished trial, from what is recorded of it."""
-    return build(plan, record.params, record.seed, sequences, device, native=record.lstm_kernel != "torch")
+    split, native = plan.split(record.number), record.lstm_kernel != "torch"
+    return build(plan, record.params, record.seed, sequences, device, split=split, native=native)
 
 
 def native_wanted() -> bool:

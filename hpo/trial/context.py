@@ -204,6 +204,10 @@ class TrialContext:
     def seed(self) -> int:
         return self.plan.trial_seed(self.lease.number)
 
+    @property
+    def split(self) -> int:
+        return self.plan.split(self.lease.number)
+
     def parameters(self) -> dict[str, Value]:
         """Drawn and recorded for a new trial, read for an adopted one."""
         return self._study.sampler.parameters(self.lease.trial_id)

@@ -135,7 +135,9 @@ def _train(context: TrialContext) -> TrialState:
     params = context.parameters()
     with (
         _device_errors(context),
-        build(context.plan, params, context.seed, context.sequences, context.resources.device) as training,
+        build(
+            context.plan, params, context.seed, context.sequences, context.resources.device, split=context.split
+        ) as training,
     ):
         return _train_to_end(context, training, params)
 
@@ -147,13 +149,15 @@ def _train_to_end(context: TrialContext, training: Training, params: Mapping[str
     complete, last_s = True, 0.0
     while not training.finished:
         if context.stop_reason is StopReason.OUT_OF_TIME and training.history:
-            break  # adopted after the study's time: it ends with what its checkpoint holds
+            complete = not context.plan.finals  # adopted after the study's time: it ends with what its checkpoint holds
+            break
         context.watch(training, short_epochs=last_s < SHORT_EPOCH_S)
         try:
             epoch = training.advance(context.interrupts_epoch)
         except TrainingInterrupted:
             if context.stop_reason is StopReason.OUT_OF_TIME and training.history:
-                break  # long epochs: the trial ends with what the whole ones gave
+                complete = not context.plan.finals  # long epochs: the trial ends with what the whole ones gave
+                break
             raise
         last_s = epoch.seconds
         _note(context, epoch)
@@ -161,6 +165,7 @@ def _train_to_end(context: TrialContext, training: Training, params: Mapping[str
             continue  # done before memory ran out
         context.report(epoch)
         if context.stop_reason is StopReason.OUT_OF_TIME:
+            complete = training.finished or not context.plan.finals
             break
         if not training.finished and context.should_prune():
             complete = False

@@ -75,6 +75,7 @@ class Worker:
         )
         self.quarantine = Quarantine()
         self.over: set[str] = set()  # studies whose end is in the log
+        self._finals: str | None = None  # of the one study, once they have begun
         self.promoting = threading.Lock()
         self.places = Places(slots)
         self._slots: set[threading.Thread] = set()  # but for the first, which is the main thread's
@@ -157,7 +158,7 @@ class Worker:
         None instead of the latter: it serves one study, and waits for no other's turn.
         """
         if self.only is not None:
-            return [self.only], None
+            return [self.only] if self._finals is None else [self._finals, self.only], None
         now = time.monotonic()
         if now - self._seen_s >= SEEN_S:  # with no study to take trials of, nothing else would say so
             self._seen_s = now
@@ -165,6 +166,12 @@ class Worker:
         turns = self.leases.turns()
         aside = [study_id for study_id, name in turns.items() if name in self.quarantine]
         return [name for study_id, name in turns.items() if study_id not in aside], aside
+
+    def look_for_finals(self, study: OpenStudy) -> None:
+        """Serve the finals of the one study, too, from their begin on."""
+        if self.only == study.name and self._finals is None:
+            found = self.leases.finals(study.study_id)
+            self._finals = None if found is None else found.name
 
     @contextmanager
     def guard(self, name: str) -> Iterator[None]:
@@ -317,12 +324,15 @@ class Slot:
         if study.name not in worker.over:
             log.info("study %s is over: %s", study.name, ended.reason)
             worker.over.add(study.name)
-        if ended.reason == "stopped":
+        if ended.reason == "stopped" or study.plan.finals:  # these end with their study
             return True
         row = worker.leases.study(study.study_id)
         study = study if row is None else self._current(study, row.config.get("revision", 0))
         with worker.promoting:  # the lease for it is the worker's, whichever slot asks
-            return promote_when_over(study, worker.resources, worker.leases)
+            over = promote_when_over(study, worker.resources, worker.leases)
+        if not over:
+            worker.look_for_finals(study)
+        return over
 
     def _current(self, study: OpenStudy, revision: int) -> OpenStudy:
         """The study with the plan of that revision: with a wider space than when it was opened."""

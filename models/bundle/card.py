@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from hpo.models.calibration import Bin, Comparison
+    from hpo.models.estimate import Estimate
     from hpo.models.metrics import Scores
 
 SHOWN_NAME = 400  # characters of a name
@@ -144,9 +145,10 @@ def _scores(config: BundleConfig) -> str:
     rows.append("|---|" + "---|" * len(known))
     for metric in dict.fromkeys(metric for scores in known.values() for metric in (*scores.metrics, *scores.undefined)):
         rows.append(f"| {metric} | {' | '.join(_cell(scores, metric) for scores in known.values())} |")
+    flattered = "so its scores flatter the model" if config.estimate is None else "so a study's own values flatter it"
     text = (
         f"In brackets: 95 % intervals over the sequences of the part ({_methods(list(known.values()))}). The "
-        "validation part chose the hyperparameters, so its scores flatter the model; the test part was not seen "
+        f"validation part chose the hyperparameters, {flattered}; the test part was not seen "
         "before this model was final."
     )
     if "time" in config.columns:
@@ -159,7 +161,21 @@ def _scores(config: BundleConfig) -> str:
         text += f" Sequences count by their weights, {_name(config.columns.get('weight', 'weight'))}."
     if len(config.classes) == 2:
         text += f" F1 and average precision are those of class {_escaped(config.classes[1])}."
-    return "## Scores\n\n" + "\n".join(rows) + f"\n\n{text}\n\n![confusion](confusion.png)"
+    expected = "" if config.estimate is None else _expected(config.estimate, config.metric) + "\n\n"
+    return f"## Scores\n\n{expected}" + "\n".join(rows) + f"\n\n{text}\n\n![confusion](confusion.png)"
+
+
+def _expected(found: Estimate, metric: str) -> str:
+    """How good the model is, by its finals."""
+    values = ", ".join(f"{value:.4f}" for value in found.values)
+    low, high = found.interval
+    return (
+        f"Expect {metric} **{found.value:.4f}** on sequences like those of training, 95 % interval {low:.4f} to "
+        f"{high:.4f}: the mean of {len(found.values)} trainings of this configuration on fresh seeds and fresh splits, "
+        f"which nothing was chosen by ({values}; {found.method}). Together they are this model. It was selected by "
+        f"{found.selected:.4f}, the best of many values, which is too good on average. The validation scores below are "
+        "of the means of what these trainings said of sequences that they were not trained on."
+    )
 
 
 def _cell(scores: Scores, metric: str) -> str:
@@ -196,8 +212,8 @@ def _calibration(config: BundleConfig) -> list[str]:
     kind = "as they are" if config.temperature == 1 else "milder" if config.temperature > 1 else "sharper"
     text = (
         f"Temperature scaling (Guo et al., 2017) with T = {config.temperature:.4g} leaves the networks' probabilities "
-        f"{kind}; the predicted classes stay the same. T was fitted to the predictions for the validation part, of "
-        "folds each sequence's by the network that has not seen it, so the numbers after it flatter there."
+        f"{kind}; the predicted classes stay the same. T was fitted to the predictions for the validation part, each "
+        "sequence's by networks that have not trained on it, so the numbers after it flatter there."
     )
     measures = (
         "ECE is the expected calibration error: by how much the probability of the most probable class is off, "

@@ -12,15 +12,22 @@ from hpo.models.calibration import COOLEST, HOTTEST, Comparison, Reliability
 from hpo.models.config import EARLIER_EPSILON, FLOAT32_MOST, METRICS, STEM, ClassifierConfig, ClassifierError
 from hpo.models.data.columns import ROLES
 from hpo.models.data.sequences import UNKEPT, UNKEPT_RULE, default_names
+from hpo.models.estimate import Estimate
 from hpo.models.fields import default, rules
 from hpo.models.metrics import GROUPS_KEPT, Groups, Scores
 
-FORMAT = 5  # version of the folder's format; raised when an older reader would misread it
+FORMAT = 6  # version of the folder's format; raised when an older reader would misread it
 # formats that are read too, with what their classifiers do not say; some of format 4 do not say what is LATER either.
-# None before 5 has a temperature.
+# None before 6 has a temperature.
 LATER: dict[str, Any] = {name: default(ClassifierConfig, name) for name in ("skip", "missing", "interval")}
 _NO_STEM = LATER | {name: default(ClassifierConfig, name) for name in (*STEM, "difference")}
-EARLIER: dict[int, dict[str, Any]] = {1: {"epsilon": EARLIER_EPSILON, **_NO_STEM}, 2: _NO_STEM, 3: _NO_STEM, 4: {}}
+EARLIER: dict[int, dict[str, Any]] = {
+    1: {"epsilon": EARLIER_EPSILON, **_NO_STEM},
+    2: _NO_STEM,
+    3: _NO_STEM,
+    4: {},
+    5: {},
+}
 UNCALIBRATED: dict[str, Any] = {"temperature": 1.0, "calibration": {}}
 TYPES: dict[str, type] = {
     "classes": list, "features": list, "metric": str, "members": int, "threshold": float, "best_epoch": int,
@@ -64,6 +71,7 @@ class BundleConfig:
     named: bool | None = None
     fill: tuple[float, ...] | None = None  # (F,) what a sequence is given that lacks the feature throughout; None: 0
     gaps: tuple[float, ...] | None = None  # (F,) share of missing values in the training part; None: not recorded
+    estimate: Estimate | None = None  # of the metric, by trainings that nothing was chosen by; None: there were none
 
     def __post_init__(self) -> None:
         if not COOLEST <= self.temperature <= HOTTEST:
@@ -125,7 +133,7 @@ def to_json(config: BundleConfig) -> str:
     """The content of config.json, without the names of groups: they are the data's, as of patients, and a model folder
     is passed on. Raises ValueError for a number that is not finite, which JSON has none for."""
     content = {"format": FORMAT, **asdict(config), "preprocessing": preprocessing(config)}
-    for name in ("named", "fill", "gaps"):  # of an earlier version's model
+    for name in ("named", "fill", "gaps", "estimate"):  # of an earlier version's model, or one without finals
         if content[name] is None:
             del content[name]
     for scores in filter(None, (content["validation"], content["test"])):
@@ -167,7 +175,8 @@ def from_json(text: bytes, source: str) -> BundleConfig:
             content[part] = _scores(content[part], f"{source}, {part}")
     if "calibration" in content:
         content["calibration"] = _calibration(content["calibration"], f"{source}, calibration")
-    content = {"named": None, "fill": None, "gaps": None} | content  # earlier versions recorded none
+    content = {"named": None, "fill": None, "gaps": None, "estimate": None} | content  # earlier versions recorded none
+    content["estimate"] = _estimate(content["estimate"], f"{source}, estimate")
     for name in ("fill", "gaps"):
         content[name] = _numbers(content[name], f"{source}: {name}")
     for names in ("classes", "features"):
@@ -269,6 +278,18 @@ def _reliability(content: Any, source: str) -> Reliability:
         rule = f"number, ece and brier, and of at most {MOST_BINS} bins share, confidence and accuracy"
         raise BundleError(f"{source} must be {rule}, got {str(content)[:80]!r}")
     return replace(found, bins=tuple((share, confidence, accuracy) for share, confidence, accuracy in rows))
+
+
+def _estimate(content: Any, source: str) -> Estimate | None:
+    if content is None:
+        return None
+    found = _exactly(Estimate, content, source)
+    listed: Any = found.values
+    numbers = isinstance(listed, list) and listed and all(map(_is_number, (*listed, found.value, found.selected)))
+    if not numbers or not _is_interval(found.interval) or not _is_text(found.method):
+        raise BundleError(f"{source} must be numbers, of its interval two, and a method, got {str(content)[:80]!r}")
+    low, high = found.interval
+    return replace(found, interval=(low, high), values=tuple(listed))
 
 
 def _groups(content: Any, source: str) -> Groups | None:

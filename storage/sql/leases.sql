@@ -275,6 +275,12 @@ FROM mine ON CONFLICT (trial_id, key) DO UPDATE SET value_json = excluded.value_
 -- types: study int, held int[]
 SELECT {offers} FROM hpo.terms s WHERE study_id = %(study)s
 
+-- name: holders
+-- Who holds each of these trials, or held it last: its worker, that one's device, and the attempt.
+-- types: trials int[]
+SELECT l.trial_id, l.worker, coalesce(w.device, l.device), l.attempt
+FROM hpo.leases l LEFT JOIN hpo.workers w USING (worker) WHERE l.trial_id = ANY(%(trials)s)
+
 -- name: trials_ended_by
 -- How many trials a worker has trained to their end.
 -- types: worker text

@@ -9,11 +9,11 @@ FROM hpo.terms JOIN studies USING (study_id)
 -- name: open_study
 -- Store the terms of a study, unless it has some.
 -- types: study int, config jsonb, budget int, timeout_s float8, lease_s float8, stall_s float8, max_attempts int,
---     resolution float8, priority int, max_workers int, owner text
+--     resolution float8, priority int, max_workers int, owner text, finals_of int
 INSERT INTO hpo.terms (study_id, config, budget, timeout_s, lease_s, stall_s, max_attempts, resolution, priority,
-    max_workers, owner, store_key)
+    max_workers, owner, finals_of, store_key)
 SELECT study_id, %(config)s, %(budget)s, %(timeout_s)s, %(lease_s)s, %(stall_s)s, %(max_attempts)s, %(resolution)s,
-    %(priority)s, %(max_workers)s, %(owner)s, study_id || '_' || left(replace(gen_random_uuid()::text, '-', ''), 12)
+    %(priority)s, %(max_workers)s, %(owner)s, %(finals_of)s, study_id || '_' || left(replace(gen_random_uuid()::text, '-', ''), 12)
 FROM studies WHERE study_id = %(study)s ON CONFLICT DO NOTHING
 
 -- name: study_terms
@@ -22,9 +22,9 @@ FROM studies WHERE study_id = %(study)s ON CONFLICT DO NOTHING
 {terms} WHERE study_id = %(study)s
 
 -- name: study_ids
--- The studies with terms, the newest first.
+-- The studies with terms, the newest first, but for finals: they are shown with their study.
 -- types: most int, skip int
-SELECT study_id FROM hpo.terms ORDER BY study_id DESC LIMIT %(most)s OFFSET %(skip)s
+SELECT study_id FROM hpo.terms WHERE finals_of IS NULL ORDER BY study_id DESC LIMIT %(most)s OFFSET %(skip)s
 
 -- name: reopen_study
 -- Go on with a study that was stopped, under a new budget: of trials, never below those that have begun, and of time.
@@ -44,10 +44,34 @@ FROM (SELECT study_id, new_budget, new_timeout_s, status = 'stopped' OR new_budg
     WHERE study_id = %(study)s FOR NO KEY UPDATE OF o) n
 WHERE s.study_id = n.study_id
 
+-- name: reopen_finals
+-- Go on with the finals of a study, where they were stopped with it.
+-- types: study int
+UPDATE hpo.terms SET status = 'open' WHERE finals_of = %(study)s AND status = 'stopped'
+
+-- name: extend_finals
+-- Give finals the plan after the one of that revision, which has more trainings, and their time.
+-- types: study int, revision int, config jsonb, budget int, timeout_s float8
+UPDATE hpo.terms s SET config = %(config)s, budget = %(budget)s, timeout_s = %(timeout_s)s, status = 'open'
+WHERE study_id = %(study)s AND {revision} = %(revision)s
+
+-- name: finals
+-- The finals of a study: their id, their name, and whether nothing is left of them to train.
+-- types: study int
+SELECT s.study_id, study_name, s.status = 'finished' OR {trained} FROM hpo.terms s JOIN studies USING (study_id)
+WHERE finals_of = %(study)s
+
+-- name: finish_finals
+-- End the finals of a study that is finished.
+-- types: study int
+UPDATE hpo.terms SET status = 'finished' WHERE finals_of = %(study)s AND status IN ('open', 'exhausted')
+AND EXISTS (SELECT FROM hpo.terms WHERE study_id = %(study)s AND status = 'finished')
+
 -- name: set_status
--- Change a study's status where it has one of the earlier ones.
+-- Change the status of a study and of its finals where they have one of the earlier ones.
 -- types: study int, status text, earlier text[]
-UPDATE hpo.terms SET status = %(status)s WHERE study_id = %(study)s AND status = ANY(%(earlier)s)
+UPDATE hpo.terms SET status = %(status)s
+WHERE (study_id = %(study)s OR finals_of = %(study)s) AND status = ANY(%(earlier)s)
 
 -- name: forget_old_calls
 -- Forget the calls of clients that are gone for a day.
@@ -119,7 +143,10 @@ SELECT s.study_id, n.study_name, s.status, s.budget, s.started, CASE WHEN timeou
     e.started, r.ended, s.config #>> '{config,study,metric}', s.owner, s.priority, s.max_workers,
     (SELECT json_agg(json_build_array(t.number, d.reason, d.dropped_by, d.dropped_at) ORDER BY t.number)
         FROM hpo.dropped d JOIN trials t USING (trial_id) WHERE d.study_id = s.study_id),
-    (SELECT t.number FROM {versions_of_dropped} AND m.version = s.promoted_version)
+    (SELECT t.number FROM {versions_of_dropped} AND m.version = s.promoted_version),
+    (SELECT json_build_array(o.study_name, (SELECT count(*) FROM hpo.leases l
+            WHERE l.study_id = f.study_id AND l.ended_at IS NOT NULL), f.budget)
+        FROM hpo.terms f JOIN studies o USING (study_id) WHERE f.finals_of = s.study_id)
 FROM hpo.terms s JOIN studies n USING (study_id)
     JOIN study_directions d ON d.study_id = s.study_id AND d.objective = 0
     CROSS JOIN LATERAL (SELECT min(t.datetime_start AT TIME ZONE 'UTC') AS started

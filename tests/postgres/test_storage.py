@@ -128,7 +128,7 @@ def test_no_table_of_ours_is_named_like_one_of_optunas(storage: TrialStorage) ->
 
 def test_a_newer_database_is_refused(database_url: str, storage: TrialStorage) -> None:
     storage.connection.execute("UPDATE hpo.revision SET version_num = '9999'")
-    with pytest.raises(SchemaError, match="at revision 9999, this code knows 0005: upgrade hpo"):
+    with pytest.raises(SchemaError, match="at revision 9999, this code knows 0006: upgrade hpo"):
         trial_storage(database_url)
 
 

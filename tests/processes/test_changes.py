@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import subprocess
 import sys
@@ -48,6 +49,21 @@ def test_a_winner_that_is_dropped_is_replaced_and_comes_back(cli: Cli, study_fil
     assert f"trial {won} of waves counts" in run("trials", "restore", "waves", won)
     rows = json.loads(run("trials", "list", "waves", "--json"))
     assert [row["dropped"] for row in rows] == [None] * 5
+    assert run("trials", "list", "waves", "--format", "csv", "--out", "waves.csv") == "5 trials in waves.csv\n"
+    with (file.parent / "waves.csv").open(newline="") as table:
+        lines = list(csv.DictReader(table))
+    found = [(line["number"], line["value"]) for line in lines]
+    assert found == [(str(number), repr(row["value"])) for number, row in enumerate(rows)]
+    assert all(int(line["weight_count"]) > 0 and line["params.hidden_size"] and line["worker"] for line in lines)
+    assert json.loads(run("trials", "list", "waves", "--format", "json"))[4]["epochs"] == rows[4]["epochs"] > 0
+    for wrong, text in (
+        (("--format", "json", "--json"), "two forms of the same"),
+        (("--out", "x.csv"), "--out needs --format"),
+        (("--format", "parquet"), "needs --out FILE"),
+        (("--format", "csv", "--out", "no/folder/x.csv"), "a folder that exists"),
+    ):
+        refused = cli("trials", "list", "waves", *wrong)
+        assert (refused.returncode, text in " ".join(refused.stderr.replace("│", " ").split())) == (2, True)
     missing = cli("trials", "drop", "waves", 17, "--reason", "x")
     assert (missing.returncode, "the study has trials 0 to 4, not 17" in missing.stderr) == (1, True)
 

@@ -93,6 +93,9 @@ def test_the_commands_from_another_machine(service: Service, winner: int, tmp_pa
     assert "by ada, another sensor" in said
     rows = json.loads(run("trials", "list", "waves", "--json"))
     assert [row["number"] for row in rows if row["dropped"]] == [winner]
+    (line,) = [each for each in json.loads(run("trials", "list", "waves", "--format", "json")) if each["dropped"]]
+    assert (line["number"], line["dropped_reason"], line["dropped_by"]) == (winner, "another sensor", "ada")
+    assert (line["state"], line["epochs"], line["worker"] is None) == ("complete", rows[winner]["epochs"], False)
     assert f"waves: trial {winner} does not count" in run("status", "waves")
     said = run("trials", "restore", "waves", winner)
     assert f"trial {winner} of waves counts; the best is" in said

@@ -1,0 +1,123 @@
+"""Whether models are as good as they are said to be: what finals and the best trial's value promise, and what comes.
+
+    python benchmarks/finals.py FOLDER [--sets NAME …] [--seeds 0 1 2] [--trials 40] [--finalists 3] [--repeats 3]
+                                [--workers 2] [--lines FILE]
+    python benchmarks/finals.py FOLDER --table [--lines FILE]
+
+FOLDER holds NAME_train.npz and NAME_test.npz. Each study has the same file: metric accuracy, all defaults, finals. The
+promoted model is tested on the official test part, which tuning never sees. By study: the value by which it was
+selected, the mean of its fresh values with their 95 % interval, the test score, and the seconds that search and finals
+took. Then, over all: how often the interval holds the test score, and by how much what was promised is too good, for
+the fresh mean and for the selected value. Each line is appended to FILE; what is there already is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import quality
+
+
+def study(given: argparse.Namespace, name: str, seed: int, scratch: Path) -> dict[str, Any]:
+    """The line of one study."""
+    path, data = scratch / "study.toml", given.folder.resolve() / name
+    path.write_text(
+        f'[study]\nname = "{name}-{seed}"\nmetric = "accuracy"\ntrials = {given.trials}\nseed = {seed}\n'
+        f"finalists = {given.finalists}\nrepeats = {given.repeats}\n"
+        f'[data]\ntrain = "{data}_train.npz"\ntest = "{data}_test.npz"\n'
+    )
+    done = quality.run(given, scratch, "launch", str(path), "--workers", str(given.workers), "--json", "--quiet")
+    found = json.loads(done.splitlines()[-1])
+    trained = [_training(given, scratch, each) for each in (f"{name}-{seed}", f"{name}-{seed}/finals")]
+    return {
+        "set": name,
+        "seed": seed,
+        "test": found["test"]["accuracy"],
+        "selected": found["estimate"]["selected"],
+        "fresh": found["estimate"]["value"],
+        "interval": found["estimate"]["interval"],
+        "values": found["estimate"]["values"],
+        "best": found["best"]["number"],
+        "seconds": found["seconds"],
+        "trained": trained,
+    }
+
+
+def _training(given: argparse.Namespace, scratch: Path, name: str) -> float:
+    """Seconds that the trials of a study trained."""
+    found = json.loads(quality.run(given, scratch, "trials", "list", name, "--format", "json"))
+    return round(sum(trial["training_seconds"] or 0.0 for trial in found), 1)
+
+
+def measure(given: argparse.Namespace, sets: list[str], lines: list[dict[str, Any]]) -> None:
+    """Every study that is not among `lines` yet."""
+    done = {(line["set"], line["seed"]) for line in lines}
+    with tempfile.TemporaryDirectory(prefix="finals-") as folder:
+        scratch = Path(folder)
+        scratch.chmod(0o711)  # root's server runs as another user
+        try:
+            for seed, name in [(seed, name) for seed in given.seeds for name in sets if (name, seed) not in done]:
+                line = study(given, name, seed, scratch)
+                lines.append(line)
+                print(json.dumps(line), flush=True)
+                with given.lines.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+        finally:
+            quality.run(given, scratch, "db", "stop")
+
+
+def table(lines: list[dict[str, Any]]) -> None:
+    """A row a study; then what was promised against what came."""
+    print(
+        "| set | seed | selected | fresh mean | 95 % interval | test | holds it | search, finals (s) |\n"
+        + "|---" * 8
+        + "|"
+    )
+    for line in sorted(lines, key=lambda each: (each["set"], each["seed"])):
+        low, high = line["interval"]
+        search_s, finals_s = line["trained"]
+        print(
+            f"| {line['set']} | {line['seed']} | {line['selected']:.3f} | {line['fresh']:.3f} "
+            f"| {low:.3f} to {high:.3f} | {line['test']:.3f} | {'yes' if _holds(line) else 'no'} | {search_s:.0f}, {finals_s:.0f} |"
+        )
+    print(f"\nThe interval holds the test score in {sum(map(_holds, lines))} of {len(lines)} studies.")
+    for what in ("fresh", "selected"):
+        excess = [line[what] - line["test"] for line in lines]
+        mean, absolute = statistics.mean(excess), statistics.mean(map(abs, excess))
+        print(
+            f"{what}: {100 * mean:+.2f} points from the test score on average, {100 * absolute:.2f} in absolute terms"
+        )
+
+
+def _holds(line: dict[str, Any]) -> bool:
+    low, high = line["interval"]
+    return bool(low <= line["test"] <= high)
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("folder", type=Path)
+    options.add_argument("--sets", nargs="+")
+    options.add_argument("--seeds", nargs="+", type=int, default=[0])
+    options.add_argument("--trials", type=int, default=40)
+    options.add_argument("--finalists", type=int, default=3)
+    options.add_argument("--repeats", type=int, default=3)
+    options.add_argument("--workers", type=int, default=2)
+    options.add_argument("--code", type=Path, default=quality.HERE)
+    options.add_argument("--lines", type=Path, default=Path("finals.jsonl"))
+    options.add_argument("--table", action="store_true")
+    given = options.parse_args()
+    sets = given.sets or sorted(path.name.removesuffix("_train.npz") for path in given.folder.glob("*_train.npz"))
+    lines = [json.loads(line) for line in given.lines.read_text().splitlines()] if given.lines.exists() else []
+    if not given.table:
+        measure(given, sets, lines)
+    table(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""Which configuration the finals have shown to be the best, and how good it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import mean, stdev
+
+from hpo.models.estimate import Estimate
+from hpo.models.metrics import Scores, direction
+from hpo.study.finals import Finalist
+from hpo.study.plan import Plan
+
+T_QUANTILE = 0.975  # of 95 % intervals
+
+
+def winner(finalists: Sequence[Finalist], plan: Plan) -> Finalist | None:
+    """The finalist with the best mean of fresh values; of those that these cannot tell from it, the one with the fewest
+    weights, then with the lower log-loss. None where no training came to its end.
+
+    Values are compared in pairs, over the repeats that both have, which trained and validated on the same sequences.
+    Two differ where the mean difference is more than its standard error (the one-standard-error rule of Breiman,
+    Friedman, Olshen and Stone, Classification and Regression Trees, 1984, 3.4.3) and than what one validation sequence
+    tells apart. Only those with as many repeats as any take part.
+    """
+    most = max((len(each.repeats) for each in finalists), default=0)
+    ready = [each for each in finalists if len(each.repeats) == most > 0]
+    if not ready:
+        return None
+    sign = 1 if direction(plan.metric) == "maximize" else -1
+    first = max(ready, key=lambda each: sign * mean(_values(each)))  # of equal ones the study's better one
+    equal = [each for each in ready if _is_equal(first, each, plan.resolution)]
+    return min(equal, key=lambda each: (_size(each), _log_loss(each), each.record.number))
+
+
+def _is_equal(first: Finalist, other: Finalist, resolution: float) -> bool:
+    """Whether the fresh values of two finalists do not tell them apart."""
+    repeats = first.repeats.keys() & other.repeats.keys()
+    differences = [first.repeats[each].value - other.repeats[each].value for each in repeats]
+    if not differences:
+        return False
+    error = stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else 0.0
+    return abs(mean(differences)) <= max(error, resolution)
+
+
+def _values(finalist: Finalist) -> list[float]:
+    return [record.value for record in finalist.repeats.values()]
+
+
+def _size(finalist: Finalist) -> int:
+    return max(record.parameters for record in finalist.repeats.values())
+
+
+def _log_loss(finalist: Finalist) -> float:
+    return mean(record.log_loss for record in finalist.repeats.values())
+
+
+def estimate(finalist: Finalist, metric: str, scores: Mapping[int, Scores]) -> Estimate:
+    """How good a finalist is, with what it was selected by beside it. scores: of each repeat, on what it validated on.
+
+    The 95 % interval is that of a mean of values on the same sequences. How far these few sequences may mislead is the
+    mean of the repeats' own intervals (`METHODS` of hpo/models/metrics.py); how far seeds and splits may is Student's
+    interval of the mean of the repeats. The distances of both ends are combined as the root of the sum of their squares
+    (MOVER: Zou and Donner, Statistics in Medicine 27, 2008).
+    """
+    from scipy.stats import t
+
+    values = [scores[repeat].metrics[metric] for repeat in sorted(scores)]
+    found = [scores[repeat].intervals[metric] for repeat in sorted(scores)]
+    n, center = len(values), mean(values)
+    below = mean(value - low for value, (low, _) in zip(values, found, strict=True))
+    above = mean(high - value for value, (_, high) in zip(values, found, strict=True))
+    spread = t.ppf(T_QUANTILE, n - 1) * stdev(values) / math.sqrt(n) if n > 1 else 0.0
+    low, high = center - math.hypot(below, spread), center + math.hypot(above, spread)
+    if metric != "log_loss":
+        low, high = max(low, 0.0), min(high, 1.0)
+    return Estimate(
+        value=center,
+        interval=(max(low, 0.0), high),
+        method=METHOD,
+        values=tuple(values),
+        selected=finalist.record.value,
+    )
+
+
+METHOD = "fresh repeats: intervals over sequences and Student's over repeats, squares added"

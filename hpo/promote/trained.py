@@ -1,0 +1,79 @@
+"""A trial's networks as they were scored, and several of the same configuration as one model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hpo.models.classifier import Weights
+from hpo.models.data.sequences import Sequences
+from hpo.models.metrics import Scores, choose_threshold, count_groups, measure, predict_labels
+from hpo.models.training.training import Rows, Training
+from hpo.study.plan import Plan
+from hpo.study.record import TrialRecord
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """Networks, and what they say of the sequences that they validated on."""
+
+    members: list[Weights]  # of the model: one a fold; of rolling folds the last one alone
+    scores: Scores  # on validation
+    rows: Rows  # (n,) of the training part that were validated on
+    probabilities: NDArray[np.float64]  # (n, K) each by a network that has not trained on that sequence
+    threshold: float
+    chosen: bool  # the threshold was chosen by these probabilities
+    seed: int
+
+    @classmethod
+    def of(cls, plan: Plan, record: TrialRecord, training: Training, scores: Scores) -> Trained:
+        """A training whose best weights are loaded and have these scores on validation."""
+        last = plan.config.data.time is not None  # it alone has trained on all but the latest sequences
+        members = training.weights()
+        return cls(
+            members=members[-1:] if last else members,
+            scores=scores,
+            rows=training.validated,
+            probabilities=training.validate(),
+            threshold=record.threshold,
+            chosen=record.params.get("threshold") == "chosen",
+            seed=record.seed,
+        )
+
+
+def pooled(plan: Plan, repeats: Mapping[int, Trained], sequences: Sequences) -> Trained:
+    """Repeats of one configuration as one model: the networks of all, whose probabilities are averaged.
+
+    Each sequence that any has validated on is scored by the mean of those that have: by networks that have not trained
+    on it. A threshold that is chosen is chosen by these means.
+    """
+    assert sequences.labels is not None
+    first = repeats[min(repeats)]
+    count = np.zeros(sequences.n)
+    total = np.zeros((sequences.n, first.probabilities.shape[1]))
+    for each in repeats.values():
+        np.add.at(count, each.rows, 1)
+        np.add.at(total, each.rows, each.probabilities)
+    rows = np.flatnonzero(count)
+    probabilities = total[rows] / count[rows, None]
+    labels = sequences.labels[rows]
+    weights = None if sequences.weights is None else sequences.weights[rows]
+    threshold = first.threshold
+    if first.chosen:
+        threshold = choose_threshold(probabilities, labels, plan.metric, weights)
+    scores = measure(probabilities, labels, threshold, first.seed, weights=weights)
+    right = predict_labels(probabilities, threshold) == labels
+    groups = None if sequences.groups is None else sequences.groups[rows]
+    counted = count_groups(right, groups, sequences.group_names)
+    return Trained(
+        members=[member for each in repeats.values() for member in each.members],
+        scores=replace(scores, groups=counted),
+        rows=rows,
+        probabilities=probabilities,
+        threshold=threshold,
+        chosen=first.chosen,
+        seed=first.seed,
+    )

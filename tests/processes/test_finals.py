@@ -1,0 +1,218 @@
+"""Finals by real processes: exact, adopted, stopped, extended, and the same whatever is killed."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from optuna.trial import FrozenTrial, TrialState
+
+import hpo
+from hpo.models.data.sequences import Sequences
+from hpo.study.finals import finals_name
+from tests.conftest import Cli, assert_exact, processes_of, reports_wait, wait_for
+
+FINALS = "finalists = 2\nrepeats = 3"
+Read = Callable[..., list[FrozenTrial]]
+Study = Callable[..., Path]
+
+
+def summary(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def launch(cli: Cli, *more: object, workers: int = 2) -> dict[str, Any]:
+    return summary(cli("launch", "waves.toml", "--workers", workers, "--json", "--quiet", *more))
+
+
+def ended(found: list[FrozenTrial]) -> list[tuple[float | None, dict[str, Any], list[float]]]:
+    """What is the same however often workers were lost."""
+    return [(trial.value, trial.user_attrs["params"], trial.user_attrs["curve"]["value"]) for trial in found]
+
+
+def sums(folder: str) -> str:
+    return next(line for line in (Path(folder) / "SHA256SUMS").read_text().splitlines() if "safetensors" in line)
+
+
+def test_the_best_are_trained_again_and_the_winners_trainings_are_the_model(
+    cli: Cli, study_file: Study, trials: Read, data: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]
+) -> None:
+    study_file(trials=4, study=FINALS)
+    found = launch(cli)
+    own, finals = trials(), trials(finals_name("waves"))
+    assert_exact(own, 4)
+    assert_exact(finals, 6)
+    assert {trial.state for trial in finals} == {TrialState.COMPLETE}  # nothing is pruned
+    assert [trial.params for trial in finals] == [finals[0].params, finals[1].params] * 3
+    assert len({trial.user_attrs["seed"] for trial in finals}) == 3
+    assert not {trial.user_attrs["seed"] for trial in finals} & {trial.user_attrs["seed"] for trial in own}
+    number = found["best"]["number"]
+    mine = [trial for trial in finals if trial.params == own[number].params]
+    assert len(mine) == 3
+    estimate = found["estimate"]
+    assert estimate["values"] == [trial.value for trial in mine]
+    assert estimate["value"] == pytest.approx(mean(estimate["values"]))
+    assert estimate["interval"][0] <= estimate["value"] <= estimate["interval"][1]
+    assert estimate["selected"] == own[number].value == found["best"]["value"]
+    model = hpo.load(found["model"]["path"])
+    assert model.config.members == len(model.models) == 15
+    assert model.config.estimate is not None
+    assert list(model.config.estimate.values) == estimate["values"]
+    sequences = hpo.read(data)
+    assert isinstance(sequences, Sequences)
+    averaged = model.predict(sequences).probabilities
+    parts = [type(model)(model.config, (each,)).predict(sequences).probabilities for each in model.models]
+    assert averaged == pytest.approx(np.mean(parts, axis=0), abs=1e-6)
+    card = (Path(found["model"]["path"]) / "README.md").read_text()
+    assert f"Expect auroc **{estimate['value']:.4f}**" in card
+    again = cli("reproduce", "waves/finals", "--trial", 3)
+    assert again.returncode == 0, again.stderr
+    said = cli("status", "waves").stdout
+    assert "waves: 6 of 6 trainings of its finals have ended; hpo status waves/finals" in said
+    assert "waves/finals" not in {row["study"] for row in json.loads(cli("status", "--json").stdout)}
+    assert "trial 5" in cli("status", "waves/finals").stdout or "finished" in cli("status", "waves/finals").stdout
+
+
+@contextmanager
+def killed(home: str, wanted: Callable[[], bool], most: int) -> Iterator[list[int]]:
+    """Within the block a worker is killed whenever that is wanted, at most so often; how many so far."""
+    done, kills = threading.Event(), [0]
+
+    def kill() -> None:
+        while not done.wait(0.2) and kills[0] < most:
+            workers = [process for process in processes_of(home) if is_worker(process)]
+            if workers and wanted():
+                random.choice(workers).kill()
+                kills[0] += 1
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    try:
+        yield kills
+    finally:
+        done.set()
+        thread.join()
+
+
+def is_worker(process: psutil.Process) -> bool:
+    """Whether the server that forks has forked it."""
+    try:
+        parent = process.parent()
+        both = [process.cmdline(), [] if parent is None else parent.cmdline()]
+    except psutil.Error:  # it ended meanwhile
+        return False
+    return all(any("forkserver_process" in word for word in words) for words in both)
+
+
+def test_kills_during_finals_change_neither_winner_nor_weights(
+    cli: Cli, study_file: Study, trials: Read, environment: dict[str, str]
+) -> None:
+    name = finals_name("waves")
+
+    def in_training() -> bool:
+        with suppress(KeyError):
+            return any(not trial.state.is_finished() and trial.intermediate_values for trial in trials(name))
+        return False
+
+    study_file(trials=2, epochs=20, study=f'{FINALS}\npruner = "none"', train="patience = 0")
+    with killed(environment["HPO_HOME"], in_training, 4) as kills:
+        found = launch(cli)
+    first, weights = ended(trials(name)), sums(found["model"]["path"])
+    assert kills[0] > 0
+    assert_exact(trials(name), 6)
+    assert max(trial.user_attrs["attempt"] for trial in trials(name)) > 1
+    assert cli("delete", "waves", "--yes").returncode == 0
+    again = launch(cli)
+    assert ended(trials(name)) == first
+    assert again["best"]["number"] == found["best"]["number"]
+    assert sums(again["model"]["path"]) == weights
+
+
+def test_more_trials_later_train_only_what_finals_lack(cli: Cli, study_file: Study, trials: Read) -> None:
+    study_file(trials=3, study=FINALS)
+    launch(cli)
+    before = ended(trials(finals_name("waves")))
+    launch(cli, "--trials", 8)
+    finals = trials(finals_name("waves"))
+    assert ended(finals)[:6] == before
+    assert len(trials()) == 8
+    assert_exact(finals, len(finals))
+    assert len(finals) in (6, 9, 12)  # none, one or two of the finalists are new
+    each = [json.dumps(trial.params, sort_keys=True) for trial in finals]
+    assert all(each.count(one) == 3 for one in each)
+
+
+def test_a_study_that_is_stopped_during_finals_goes_on_with_them(
+    cli: Cli, study_file: Study, trials: Read, environment: dict[str, str], database_url: str
+) -> None:
+    path = study_file(trials=2, epochs=40, study=FINALS, train="patience = 0")
+    command = [sys.executable, "-P", "-m", "hpo", "launch", str(path), "--workers", "2", "--quiet"]
+    running = subprocess.Popen(command, env=environment, cwd=path.parent)
+    name = finals_name("waves")
+
+    def some() -> bool:
+        try:
+            return len(trials(name)) > 2
+        except KeyError:  # they have not begun
+            return False
+
+    wait_for(some)
+    with reports_wait(database_url):
+        assert cli("stop", "waves").returncode == 0
+    assert running.wait(60) != 0
+    left = trials(name)
+    assert any(not trial.state.is_finished() for trial in left) or len(left) < 6
+    launch(cli)
+    assert_exact(trials(name), 6)
+
+
+def test_a_deleted_study_takes_its_finals_with_it(cli: Cli, study_file: Study, trials: Read, tmp_path: Path) -> None:
+    study_file(trials=2, study=FINALS)
+    launch(cli)
+    assert cli("delete", "waves", "--yes").returncode == 0
+    for name in ("waves", finals_name("waves")):
+        with pytest.raises(KeyError):
+            trials(name)
+    kept = [path.name for path in (tmp_path / "artifacts").rglob("*") if path.is_file()]
+    assert not [name for name in kept if name.startswith(("weights", "curve", "checkpoint", "log"))]
+
+
+def test_another_finalist_is_promoted_where_the_winner_does_not_count_any_more(cli: Cli, study_file: Study) -> None:
+    study_file(trials=4, study=FINALS)
+    number = launch(cli)["best"]["number"]
+    assert cli("trials", "drop", "waves", number, "--reason", "a wrong label").returncode == 0
+    done = cli("promote", "waves")
+    assert done.returncode == 0, done.stderr
+    assert f"trial {number}" not in done.stdout
+    (newest,) = [each for each in json.loads(cli("models", "--json").stdout) if each["version"] == 2]
+    assert newest["trial"] != number
+    assert len(newest["estimate"]["values"]) == 3
+
+
+def test_finals_that_ran_out_of_time_are_decided_by_what_is_whole(cli: Cli, study_file: Study, trials: Read) -> None:
+    """The study's own part of its time is long over then; a training that was cut off says nothing."""
+    study_file(
+        trials=2,
+        epochs=2_000,
+        study='finalists = 2\nrepeats = 3\ntimeout = "8s"\npruner = "none"',
+        train="patience = 0",
+    )
+    found = launch(cli)
+    finals = trials(finals_name("waves"))
+    assert 0 < len(finals) < 6
+    assert not any(trial.state == TrialState.COMPLETE for trial in finals)
+    assert found["estimate"] is None
+    assert found["best"]["value"] == max(trial.value or 0.0 for trial in trials())
