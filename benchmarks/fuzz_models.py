@@ -62,6 +62,7 @@ def write_models(folder: Path) -> None:
 
     from hpo.models.bundle.bundle import save
     from hpo.models.bundle.config import BundleConfig
+    from hpo.models.calibration import calibration_of
     from hpo.models.classifier import Classifier
     from hpo.models.config import ClassifierConfig
     from hpo.models.metrics import measure
@@ -72,12 +73,14 @@ def write_models(folder: Path) -> None:
         sizes = {"features": 2, "classes": 3, "steps": 6, "hidden_size": 4, **kind}
         classifier = ClassifierConfig(**{name: value for name, value in sizes.items() if name != "members"})
         K = classifier.classes
-        scores = measure(np.random.default_rng(i).dirichlet(np.ones(K), 40), np.arange(40) % K)
+        probabilities = np.random.default_rng(i).dirichlet(np.ones(K), 40)
+        scores, calibration = (find(probabilities, np.arange(40) % K) for find in (measure, calibration_of))
         config = BundleConfig(
             classifier, tuple(f"class {c}" for c in range(K)), ("pulse", "breath")[: classifier.features], "macro_f1",
             members, columns={"label": "y"}, validation=scores, test=scores if i % 2 else None,
             provenance={"study": "hearts", "trial": 3, "packages": {"torch": "2.13"}, "commit": None},
-            named=[None, True, False][i % 3],
+            named=[None, True, False][i % 3], temperature=calibration.temperature if i else 1.0,
+            calibration={"validation": calibration.comparison} if i else {},
         )  # fmt: skip
         states = []
         for _ in range(members):
@@ -126,7 +129,8 @@ ODD: tuple[Any, ...] = (
 )  # fmt: skip
 KEYS = (
     "classifier", "classes", "features", "metric", "members", "threshold", "columns", "validation", "provenance",
-    "format", "named", "fill", "hidden_size", "layers", "x", "", "label", "sequences", "metrics",
+    "temperature", "calibration", "bins", "format", "named", "fill", "hidden_size", "layers", "x",
+    "", "label", "sequences", "metrics",
 )  # fmt: skip
 
 
@@ -461,7 +465,9 @@ def check_card(text: str) -> None:
     plain = re.sub(r"(?ms)^```\w+$.*?^```$", "", text)
     plain = re.sub(r"(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)", "", plain)
     assert not re.search(r"<[A-Za-z/!?]", plain), "HTML in the card"
-    links = set(re.findall(r"\]\([^)]*\)", plain)) - {"](curves.png)", "](confusion.png)"}
+    links = set(re.findall(r"\]\([^)]*\)", plain)) - {
+        f"]({name}.png)" for name in ("curves", "confusion", "reliability")
+    }
     assert not links, "a link in the card"
 
 

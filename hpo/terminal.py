@@ -681,6 +681,8 @@ def evaluation_row(found: Evaluation) -> dict[str, Any]:
     by = {} if part is None else {name: asdict(part)[name] for name in ("by_class", "groups", "by_group")}
     return {
         **vars(found.scores),
+        "ece": found.reliability.ece,
+        "brier": found.reliability.brier,
         "classes": found.predictions.classes,
         **by,
         "wrong": [found.predictions.ids[row] for row in found.wrong],
@@ -697,6 +699,7 @@ def show_evaluation(found: Evaluation, rows: int = SHOWN) -> None:
         low, high = scores.intervals.get(name, (None, None))
         table.add_row(name, f"{value:.4f}", "" if low is None or high is None else f"{low:.4f} to {high:.4f}")
     console.print(table)
+    _say(console, f"calibration: ECE {found.reliability.ece:.4f}, Brier score {found.reliability.brier:.4f}")
     if scores.weighted:
         _say(console, "metrics and intervals are weighted, counts are of sequences")
     for name, reason in scores.undefined.items():

@@ -6,6 +6,7 @@ D directions (1 or 2), K classes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -288,6 +289,26 @@ def to_probabilities(logits: Tensor) -> Tensor:
         positive = logits.sigmoid()
         return torch.stack([1 - positive, positive], 1)
     return logits.softmax(1)
+
+
+def averaged(logits: Sequence[Tensor], temperature: float = 1.0) -> Tensor:
+    """Logits of k members, each (B,) or (B, K), to the mean of their probabilities (B, K) in float32, p, and of that
+    softmax(log p / temperature).
+
+    That one is computed from logarithms: in float32 the probability 1 - p of a class that is nearly certain has few
+    digits or none.
+    """
+    if temperature == 1:
+        return torch.stack([to_probabilities(one) for one in logits]).mean(0)
+    logs = torch.stack([_log_probabilities(one.float()) for one in logits]).logsumexp(0)  # but for log k, as of all
+    return (logs / temperature).softmax(1)
+
+
+def _log_probabilities(logits: Tensor) -> Tensor:
+    """Logits (B,) or (B, K) to the logarithms of class probabilities, (B, K)."""
+    if logits.dim() == 1:
+        return -nn.functional.softplus(torch.stack([logits, -logits], 1))
+    return logits.log_softmax(1)
 
 
 def drop(values: Tensor, probability: float, generator: torch.Generator | None) -> Tensor:

@@ -103,7 +103,7 @@ def score(
     finite or do not sum to 1, labels that are no class, and a ranking metric on a single class.
     """
     _known(name)
-    probabilities, labels, weights = _counting(probabilities, labels, weights)
+    probabilities, labels, weights = counted(probabilities, labels, weights)
     return _metrics((name,), probabilities, labels, threshold, weights[None])[name].item()
 
 
@@ -111,7 +111,7 @@ def evaluate(
     probabilities: NDArray[Any], labels: Labels, threshold: float = 0.5, weights: Floats | None = None
 ) -> dict[str, float]:
     """Every metric; where only one class occurs auroc and average_precision are undefined and left out."""
-    probabilities, labels, weights = _counting(probabilities, labels, weights)
+    probabilities, labels, weights = counted(probabilities, labels, weights)
     values = _metrics(_defined(labels), probabilities, labels, threshold, weights[None])
     return {name: value.item() for name, value in values.items()}
 
@@ -146,7 +146,7 @@ def intervals(
     Weighted rows are worth as many equal ones as have a weighted mean of the same variance (Kish, Survey Sampling,
     1965), in all and of each class: the methods take these numbers, and the weighted shares, for theirs.
     """
-    probabilities, labels, weights = _counting(probabilities, labels, weights)
+    probabilities, labels, weights = counted(probabilities, labels, weights)
     values, rng = evaluate(probabilities, labels, threshold, weights), np.random.default_rng(seed)
     counts = _confusion(probabilities, labels, threshold, weights[None])[0]
     number, numbers = effective(weights), _effective_by_class(labels, weights, len(counts))
@@ -176,7 +176,7 @@ def measure(
     for the part that tuning goes by: they leave that class out, as `score` does, so that there is a value to tune.
     """
     counts = confusion(probabilities, labels, threshold).tolist()
-    kept, weighted = _counting(probabilities, labels, weights)[1:]
+    kept, weighted = counted(probabilities, labels, weights)[1:]
     without = {} if classes is None else undefined(kept, classes)
     values = evaluate(probabilities, labels, threshold, weights)
     found = intervals(probabilities, labels, threshold, seed, weights=weights)
@@ -239,7 +239,7 @@ def choose_threshold(probabilities: NDArray[Any], labels: Labels, metric: str, w
     Candidates are 0.5 and the middles between neighbouring probabilities; of equal ones the nearest to 0.5.
     """
     _known(metric)
-    probabilities, labels, weights = _counting(probabilities, labels, weights)
+    probabilities, labels, weights = counted(probabilities, labels, weights)
     if probabilities.shape[1] != 2:
         return 0.5
     if len(np.unique(labels)) < 2:
@@ -286,9 +286,7 @@ def _check(probabilities: NDArray[Any], labels: Labels) -> None:
         raise MetricError(f"labels must lie in 0 to {probabilities.shape[1] - 1}, got {found}")
 
 
-def _counting(
-    probabilities: NDArray[Any], labels: Labels, weights: Floats | None
-) -> tuple[NDArray[Any], Labels, Floats]:
+def counted(probabilities: NDArray[Any], labels: Labels, weights: Floats | None) -> tuple[NDArray[Any], Labels, Floats]:
     """The rows that count, with their weights: ones where all are equal, else 1 in the mean."""
     _check(probabilities, labels)
     if weights is None:

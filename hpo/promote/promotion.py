@@ -17,6 +17,7 @@ from hpo.datasets import fetch_sequences
 from hpo.errors import StudyFault, legible
 from hpo.models.bundle.bundle import assemble, load, save, unpack
 from hpo.models.bundle.config import BundleConfig, BundleError
+from hpo.models.calibration import Calibration, Comparison, calibration_of, measure_reliability
 from hpo.models.classifier import Weights
 from hpo.models.data.sequences import Sequences
 from hpo.models.device import OutOfMemory, device_errors
@@ -159,8 +160,9 @@ def promote(
     """Make a complete trial's model a version of the registry; finalist: its repeats in the finals, together.
 
     It becomes the one that the name alone means if it is better on validation than that one, if that one's trial was
-    dropped, or `as_default`. The members are evaluated on validation, which must give the recorded score, and then,
-    together, once on the test part; of rolling folds the last member is the model. Raises PromotionError.
+    dropped, or `as_default`. The members are evaluated on validation, which must give the recorded score, and
+    calibrated by it (`_calibration`); then, together, they are evaluated once on the test part. Of rolling folds the
+    last member is the model. Raises PromotionError.
     """
     device, plan = choose_device(), study.plan
     try:
@@ -169,19 +171,22 @@ def promote(
         members, validation, estimate = trained.members, trained.scores, None
         if finalist is not None:
             estimate = estimate_of(finalist, plan.metric, {repeat: each.scores for repeat, each in repeats.items()})
+        calibration = _calibration(trained, sequences)
         config = replace(
             _bundle_config(study, record, finalist),
             members=len(members),
-            threshold=trained.threshold,
+            temperature=calibration.temperature,
+            threshold=calibration.threshold,
             estimate=estimate,
         )
-        test = _test_scores(study.plan, store, config, members, device)
+        test, compared = _test_scores(study.plan, store, config, members, device)
     except OutOfMemory as error:
         raise PromotionError(f"the model of trial {record.number} cannot be evaluated now: {error}") from None
     with scratch_folder() as scratch:
         folder = scratch / "model"
         curve = (record if finalist is None else finalist.first).curve
-        save(folder, members, replace(config, validation=validation, test=test), curve)
+        reliable = {"validation": calibration.comparison, **({} if compared is None else {"test": compared})}
+        save(folder, members, replace(config, validation=validation, test=test, calibration=reliable), curve)
         artifacts = publish(store, folder, model_prefix(_store_key(study), record.number))
     grouped = {"validation": validation.groups, "test": None if test is None else test.groups}
     registry = Registry(study.storage.connection)
@@ -262,6 +267,14 @@ def _repeats(
     assert found is not None  # or there was no finalist
     plan = open_study(found.name, study.storage).plan
     return {repeat: _trained(plan, store, record, sequences, device) for repeat, record in finalist.repeats.items()}
+
+
+def _calibration(trained: Trained, sequences: Sequences) -> Calibration:
+    """By what networks say of sequences that they have not trained on; of rolling folds by those of all blocks, though
+    the last network alone is the model: its own block has too few."""
+    assert sequences.labels is not None
+    weights = None if sequences.weights is None else sequences.weights[trained.rows]
+    return calibration_of(trained.probabilities, sequences.labels[trained.rows], weights, trained.threshold)
 
 
 def _trained(plan: Plan, store: ArtifactStore, record: TrialRecord, sequences: Sequences, device: str) -> Trained:
@@ -404,19 +417,24 @@ def _without_paths(tables: dict[str, Any]) -> dict[str, Any]:
 
 def _test_scores(
     plan: Plan, store: ArtifactStore, config: BundleConfig, members: list[Weights], device: str
-) -> Scores | None:
-    """The members together on the test part: the only time that it is touched."""
+) -> tuple[Scores | None, Comparison | None]:
+    """The members together on the test part, calibrated, and what the calibration brings there: the only time that it
+    is touched."""
     if plan.test is None:
-        return None
+        return None, None
     test = fetch_sequences(store, plan.test)
     assert test.labels is not None
-    probabilities = assemble(config, members, device).predict(test).probabilities
+    model = assemble(config, members, device)
+    probabilities = model.predict(test).probabilities
+    before = replace(model, config=replace(config, temperature=1.0)).predict(test).probabilities
     scores = measure(probabilities, test.labels, config.threshold, plan.config.study.seed, plan.classes, test.weights)
     if scores.undefined:
         reason = next(iter(scores.undefined.values()))
         log.warning("the test part holds %s: %s have no value on it", reason, ", ".join(scores.undefined))
     right = predict_labels(probabilities, config.threshold) == test.labels
-    return replace(scores, groups=count_groups(right, test.groups, test.group_names))
+    reliable = (measure_reliability(each, test.labels, test.weights) for each in (before, probabilities))
+    scores = replace(scores, groups=count_groups(right, test.groups, test.group_names))
+    return scores, Comparison(*reliable)
 
 
 def _show(storage: TrialStorage, study_id: int, record: TrialRecord, model: ModelVersion) -> None:

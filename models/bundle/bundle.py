@@ -3,10 +3,10 @@
     model.safetensors   weights of the k members, "member.<i>.<name>"
     config.json         what the weights are: `BundleConfig` and the format's version
     README.md           model card: scores, how to use it with and without this project
-    curves.png, confusion.png
+    curves.png, confusion.png, reliability.png
     SHA256SUMS          of all these, as `sha256sum -c` reads them; earlier versions wrote none
 
-Shapes: N sequences, T steps, F features, K classes, k members whose probabilities are averaged.
+Shapes: N sequences, T steps, F features, K classes, k members whose probabilities are averaged, then calibrated.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from hpo.models.bundle import card
 from hpo.models.bundle.checksums import SUMS, check_folder, write_checksums
 from hpo.models.bundle.config import BundleConfig, BundleError, from_json, to_json
 from hpo.models.bundle.predictions import Predictions
-from hpo.models.classifier import Classifier, Weights, to_probabilities, weights_of
+from hpo.models.classifier import Classifier, Weights, averaged, weights_of
 from hpo.models.data.gaps import TIMES_NEEDED, inputs, usual_distance
 from hpo.models.data.readers import read
 from hpo.models.data.sequences import DataError, Indices, Sequences, Values, joined, matched
@@ -42,7 +42,7 @@ log = logging.getLogger("hpo")
 
 SOME = 0.01  # share of missing values that is worth no word
 APART = 100  # times the usual distance of two steps in training, or a part of it, that is worth a word
-FILES = ("model.safetensors", "config.json", "README.md", "curves.png", "confusion.png")
+FILES = ("model.safetensors", "config.json", "README.md", "curves.png", "confusion.png", "reliability.png")
 TYPES = {"torch.float32", "torch.float64", "torch.float16", "torch.bfloat16"}  # of weights, which become float32
 LARGEST_OTHER = 32 * 2**20  # bytes of a file other than the weights; a thousand classes have some megabytes of counts
 
@@ -168,7 +168,7 @@ class Bundle:
     def _probabilities(
         self, sequences: Sequences, batch_size: int, progress: Callable[[int], object] | None
     ) -> NDArray[np.float32]:
-        """(N, K), averaged over the members, in batches of like length."""
+        """(N, K), averaged over the members and calibrated, in batches of like length."""
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         order = np.argsort(sequences.lengths, kind="stable")
@@ -194,9 +194,9 @@ class Bundle:
         found = []
         for model in self.models:
             patches, counts = model.prepare(batch, steps)
-            found.append(to_probabilities(model.logits(patches, None if whole else counts)))
-        averaged: NDArray[np.float32] = torch.stack(found).mean(0).cpu().numpy()
-        return averaged
+            found.append(model.logits(patches, None if whole else counts))
+        probabilities: NDArray[np.float32] = averaged(found, self.config.temperature).cpu().numpy()
+        return probabilities
 
 
 def save(
@@ -226,6 +226,8 @@ def save(
         if scores is not None:
             title = "test part" if config.test else "validation part"
             (beside / "confusion.png").write_bytes(card.confusion(scores.confusion, config.classes, title))
+        if config.calibration:
+            (beside / "reliability.png").write_bytes(card.reliability(config.calibration, config.temperature))
     return Path(folder)
 
 

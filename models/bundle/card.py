@@ -13,12 +13,14 @@ from hpo.errors import legible
 from hpo.models.bundle.config import BundleConfig, preprocessing
 from hpo.models.class_scores import ClassScore, Interval, PartScores, model_scores, worst_first
 from hpo.models.config import ClassifierConfig
+from hpo.models.metrics import proportion_interval
 from hpo.models.preprocessing import ROUNDING
 from hpo.models.stem import EPSILON
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from hpo.models.calibration import Bin, Comparison
     from hpo.models.estimate import Estimate
     from hpo.models.metrics import Scores
 
@@ -44,6 +46,7 @@ def readme(config: BundleConfig, exported: str = "safetensors") -> str:
         "![training](curves.png)",
         _scores(config),
         *_by_class_and_group(config),
+        *_calibration(config),
         "## Use it",
         _code("python", f"import hpo\n\nmodel = hpo.load({'.'!r})  # this folder\nprint(model.predict(X).labels)")
         + f"\n`X`: {_taken(classifier)}.",
@@ -57,11 +60,18 @@ def readme(config: BundleConfig, exported: str = "safetensors") -> str:
             [f"input: (T, {classifier.given}) float32: {', '.join(map(_name, config.features))}{_marks(classifier)}"]
         ),
         _list(preprocessing(config)),
-        _list([_architecture(classifier), *([decision] if decision else [])]),
+        _list([_architecture(classifier), *_temperature(config), *([decision] if decision else [])]),
         "## Where it comes from",
         _list([f"{_escaped(name)}: {_plain(value)}" for name, value in config.provenance.items()] or ["not recorded"]),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _temperature(config: BundleConfig) -> list[str]:
+    """What the probabilities go through last."""
+    if config.temperature == 1:
+        return []
+    return [f"the probabilities p become softmax(log p / {config.temperature:.6g}): temperature scaling"]
 
 
 def _taken(config: ClassifierConfig) -> str:
@@ -191,6 +201,31 @@ def _by_class_and_group(config: BundleConfig) -> list[str]:
     return ["## Classes", text, *tables]
 
 
+def _calibration(config: BundleConfig) -> list[str]:
+    """What the temperature has brought, with the diagram of it."""
+    if not config.calibration:
+        return []
+    names = [f"{part}, {when}" for part in config.calibration for when in ("before", "after")]
+    found = [each for both in config.calibration.values() for each in (both.before, both.after)]
+    rows = [f"| | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
+    rows.append(f"| ECE | {' | '.join(f'{each.ece:.4f}' for each in found)} |")
+    rows.append(f"| Brier score | {' | '.join(f'{each.brier:.4f}' for each in found)} |")
+    kind = "as they are" if config.temperature == 1 else "milder" if config.temperature > 1 else "sharper"
+    text = (
+        f"Temperature scaling (Guo et al., 2017) with T = {config.temperature:.4g} leaves the networks' probabilities "
+        f"{kind}; the predicted classes stay the same. T was fitted to the predictions for the validation part, each "
+        "sequence's by networks that have not trained on it, so the numbers after it flatter there."
+    )
+    measures = (
+        "ECE is the expected calibration error: by how much the probability of the most probable class is off, "
+        f"averaged over {len(found[0].bins)} bins; with few sequences it is above 0 by chance, too. The Brier score is "
+        "the squared distance of probabilities and truth, summed over the classes. The validation part's log-loss "
+        "above is that before. A point of the diagram is a bin of sequences: how sure the model is of them, and how "
+        "many it has right, with 95 % intervals (Clopper-Pearson); on the line both agree."
+    )
+    return ["## Calibration", text, "\n".join(rows), measures, "![reliability](reliability.png)"]
+
+
 def _part_tables(title: str, part: PartScores) -> list[str]:
     rows = ["| class | sequences | recall | precision | F1 | taken for |", "|---|---|---|---|---|---|"]
     rows += [_class_row(each) for each in worst_first(part.by_class)[:CLASSES_SHOWN]]
@@ -246,6 +281,10 @@ def _methods(parts: Sequence[Scores]) -> str:
 
 def _torch_example(config: BundleConfig) -> str:
     """The model in plain torch."""
+    k, T = config.members, config.temperature
+    result = f"sum(member(i, x) for i in range({k})) / {k}"
+    if T != 1:
+        result = f"(torch.stack([member(i, x) for i in range({k})]).logsumexp(0) / {T!r}).softmax(0)"
     return "\n".join(
         [
             "import torch",
@@ -256,17 +295,18 @@ def _torch_example(config: BundleConfig) -> str:
             "",
             "@torch.no_grad()",
             f"def member(i, x):  # x: (T, {config.classifier.given}) float32, one sequence without padding",
-            *(f"    {line}" for line in _member_code(config.classifier)),
+            *(f"    {line}" for line in _member_code(config.classifier, T != 1)),
             "",
             "",
             f"def probabilities(x):  # of {json.dumps(config.classes, ensure_ascii=False)}",
-            f"    return sum(member(i, x) for i in range({config.members})) / {config.members}",
+            f"    return {result}",
         ]
     )
 
 
-def _member_code(c: ClassifierConfig) -> list[str]:
-    """Lines of Python that give one member's probabilities of a sequence x, from the tensors of all members."""
+def _member_code(c: ClassifierConfig, logs: bool) -> list[str]:
+    """Lines of Python that give one member's probabilities of a sequence x, or the logarithms of these, from the
+    tensors of all members."""
     width, inputs = c.hidden_size, c.inputs
     prepare = {
         f"x = x[-{c.sequence_length}:]": c.sequence_length,
@@ -299,8 +339,17 @@ def _member_code(c: ClassifierConfig) -> list[str]:
         f"pooled = {pool}",
         *(["pooled = torch.cat([pooled, x.amax(0), x.mean(0)])"] if c.skip else []),
         *head,
-        "return torch.cat([1 - logits.sigmoid(), logits.sigmoid()])" if c.classes == 2 else "return logits.softmax(0)",
+        _result_code(c.classes == 2, logs),
     ]
+
+
+def _result_code(binary: bool, logs: bool) -> str:
+    """The line that returns a member's probabilities or their logarithms."""
+    if binary and logs:
+        return "return torch.nn.functional.logsigmoid(torch.cat([-logits, logits]))"
+    if binary:
+        return "return torch.cat([1 - logits.sigmoid(), logits.sigmoid()])"
+    return "return logits.log_softmax(0)" if logs else "return logits.softmax(0)"
 
 
 def _normalization_code(c: ClassifierConfig) -> dict[str, bool]:
@@ -405,6 +454,64 @@ def confusion(counts: Sequence[Sequence[int]], classes: Sequence[str], title: st
             colour = "white" if shares[row][column] > 0.5 else "black"
             axes.text(column, row, f"{counts[row][column]}", ha="center", va="center", color=colour, fontsize=fontsize)
     return _png(figure)
+
+
+def reliability(parts: Mapping[str, Comparison], temperature: float) -> bytes:
+    """PNG: for each part how many sequences are right by how sure the model is of them, before and after the
+    calibration with this temperature, above how many there are."""
+    figure = _figure(0.9 + 4.3 * len(parts), 6.0)
+    axes = figure.subplots(2, len(parts), sharex=True, squeeze=False, height_ratios=(4, 1))
+    for (above, below), (name, found) in zip(axes.T, parts.items(), strict=True):
+        _draw_reliability(above, found, f"{name} part, T = {temperature:.3g}")
+        _draw_shares(below, found)
+        below.set_xlabel("probability of the most probable class")
+    first = min(bins[0][1] for bins in _filled(parts))
+    axes[0, 0].set_xlim(max(0.0, first - 0.05), 1.015)
+    axes[0, 0].set_ylabel("share that is of this class")
+    axes[1, 0].set_ylabel("sequences")
+    return _png(figure)
+
+
+def _filled(parts: Mapping[str, Comparison]) -> list[list[Bin]]:
+    """The bins with sequences of each diagram."""
+    return [[row for row in each.bins if row[0]] for both in parts.values() for each in (both.before, both.after)]
+
+
+def _draw_reliability(axes: Any, found: Comparison, title: str) -> None:
+    axes.plot([0, 1], [0, 1], color="0.6", linewidth=0.9, linestyle="--")
+    styles = {"before": {"color": "tab:orange", "facecolor": "white"}, "after": {"color": "tab:blue"}}
+    for name, each, bins in zip(styles, (found.before, found.after), _filled({"": found}), strict=True):
+        confidence, accuracy = [row[1] for row in bins], [row[2] for row in bins]
+        colour, sizes = styles[name]["color"], [18 + 160 * row[0] for row in bins]
+        if name == "after":
+            errors = _errors(bins, each.number)
+            axes.errorbar(confidence, accuracy, errors, fmt="none", ecolor=colour, alpha=0.3, linewidth=3)
+        axes.plot(confidence, accuracy, color=colour, linewidth=1.0, alpha=0.45)
+        label = f"{name}: ECE {each.ece:.3f}, Brier score {each.brier:.3f}"
+        axes.scatter(confidence, accuracy, sizes, linewidth=1.2, label=label, zorder=3, **styles[name])
+    axes.set_ylim(-0.03, 1.03)
+    axes.grid(alpha=0.3)
+    outside = {"loc": "lower left", "bbox_to_anchor": (-0.02, 1.0), "frameon": False, "alignment": "left"}
+    legend = axes.legend(title=title, fontsize=9, title_fontsize=11, **outside)
+    for handle in legend.legend_handles:
+        handle.set_sizes([40])
+
+
+def _errors(bins: Sequence[Bin], number: float) -> tuple[list[float], list[float]]:
+    """How far the ends of the bins' 95 % intervals are from their accuracies, below and above."""
+    ends = [proportion_interval(accuracy * share * number, share * number) for share, _, accuracy in bins]
+    below = [max(0.0, row[2] - low) for row, (low, _) in zip(bins, ends, strict=True)]
+    return below, [max(0.0, high - row[2]) for row, (_, high) in zip(bins, ends, strict=True)]
+
+
+def _draw_shares(axes: Any, found: Comparison) -> None:
+    """How the sequences lie in the bins."""
+    for each, colour, filled in ((found.before, "tab:orange", False), (found.after, "tab:blue", True)):
+        edges = [i / len(each.bins) for i in range(len(each.bins) + 1)]
+        axes.stairs([row[0] for row in each.bins], edges, color=colour, fill=filled, alpha=0.4 if filled else 1.0)
+    axes.yaxis.set_major_formatter("{x:.0%}")
+    axes.yaxis.get_major_locator().set_params(nbins=3)
+    axes.grid(alpha=0.3)
 
 
 def _name_ticks(axes: Any, classes: Sequence[str]) -> None:

@@ -8,6 +8,7 @@ from math import isfinite
 from typing import Any, TypeVar
 
 from hpo.errors import StudyFault, legible
+from hpo.models.calibration import COOLEST, HOTTEST, Comparison, Reliability
 from hpo.models.config import EARLIER_EPSILON, FLOAT32_MOST, METRICS, STEM, ClassifierConfig, ClassifierError
 from hpo.models.data.columns import ROLES
 from hpo.models.data.sequences import UNKEPT, UNKEPT_RULE, default_names
@@ -15,17 +16,27 @@ from hpo.models.estimate import Estimate
 from hpo.models.fields import default, rules
 from hpo.models.metrics import GROUPS_KEPT, Groups, Scores
 
-FORMAT = 5  # version of the folder's format; raised when an older reader would misread it
-# formats that are read too, with what their classifiers do not say; some of format 4 do not say what is LATER either
+FORMAT = 6  # version of the folder's format; raised when an older reader would misread it
+# formats that are read too, with what their classifiers do not say; some of format 4 do not say what is LATER either.
+# None before 6 has a temperature.
 LATER: dict[str, Any] = {name: default(ClassifierConfig, name) for name in ("skip", "missing", "interval")}
 _NO_STEM = LATER | {name: default(ClassifierConfig, name) for name in (*STEM, "difference")}
-EARLIER: dict[int, dict[str, Any]] = {1: {"epsilon": EARLIER_EPSILON, **_NO_STEM}, 2: _NO_STEM, 3: _NO_STEM, 4: {}}
+EARLIER: dict[int, dict[str, Any]] = {
+    1: {"epsilon": EARLIER_EPSILON, **_NO_STEM},
+    2: _NO_STEM,
+    3: _NO_STEM,
+    4: {},
+    5: {},
+}
+UNCALIBRATED: dict[str, Any] = {"temperature": 1.0, "calibration": {}}
 TYPES: dict[str, type] = {
     "classes": list, "features": list, "metric": str, "members": int, "threshold": float, "best_epoch": int,
-    "columns": dict, "provenance": dict,
+    "columns": dict, "provenance": dict, "temperature": float, "calibration": dict,
 }  # fmt: skip
 LARGEST = 2**31 - 1  # of a whole number
 DEEPEST = 50  # objects and lists within one another
+MOST_BINS = 100  # of a reliability diagram
+PARTS = ("validation", "test")  # of the data, that a model has scores of
 T = TypeVar("T")
 
 
@@ -45,12 +56,16 @@ class BundleConfig:
     features: tuple[str, ...]  # (F,) names, in the order of the training data
     metric: str  # that the study tuned
     members: int = 1  # k networks whose probabilities are averaged
-    threshold: float = 0.5  # two classes: the second one is predicted from this probability up
+    temperature: float = 1.0  # of the averaged probabilities p: the model's are softmax(log p / temperature)
+    threshold: float = 0.5  # two classes: the second one is predicted from this (calibrated) probability up
     best_epoch: int = 1  # whose weights these are, from 1
     # of the training files, by the arguments of hpo.models.data.readers.read (ROLES)
     columns: dict[str, str] = field(default_factory=dict)
-    validation: Scores | None = None  # the part that chose hyperparameters, epoch and threshold
-    test: Scores | None = None  # never seen by tuning
+    # the part that chose hyperparameters, epoch and threshold; scores of the probabilities before calibration, as the
+    # trial has them
+    validation: Scores | None = None
+    test: Scores | None = None  # never seen by tuning; scores of the model as it predicts
+    calibration: dict[str, Comparison] = field(default_factory=dict)  # by the names in PARTS
     provenance: dict[str, Any] = field(default_factory=dict)  # study, trial, seed, data, versions, commit, device, …
     # the features' names are the training file's own; None: not recorded, so that x0, x1, … only number them
     named: bool | None = None
@@ -59,6 +74,8 @@ class BundleConfig:
     estimate: Estimate | None = None  # of the metric, by trainings that nothing was chosen by; None: there were none
 
     def __post_init__(self) -> None:
+        if not COOLEST <= self.temperature <= HOTTEST:
+            raise BundleError(f"temperature must be from {COOLEST} to {HOTTEST}, got {self.temperature!r}")
         for what, names in (("classes", self.classes), ("features", self.features)):
             if len(names) != getattr(self.classifier, what):
                 expected = getattr(self.classifier, what)
@@ -142,6 +159,8 @@ def from_json(text: bytes, source: str) -> BundleConfig:
         raise BundleError(
             f"{source} has format {version}, this version of hpo reads up to {FORMAT}: install a newer hpo"
         )
+    if version in EARLIER:
+        content = content | UNCALIBRATED
     if isinstance(content.get("classifier"), dict):
         content["classifier"] = LATER | content["classifier"] | EARLIER.get(version, {})
         _check_types(content["classifier"], {name: rule.kind for name, rule in rules(ClassifierConfig).items()}, source)
@@ -151,9 +170,11 @@ def from_json(text: bytes, source: str) -> BundleConfig:
         content["classifier"] = _exactly(ClassifierConfig, content.get("classifier"), f"{source}, classifier")
     except ClassifierError as error:
         raise BundleError(f"{source}: {error}") from None
-    for part in ("validation", "test"):
+    for part in PARTS:
         if content.get(part) is not None:
             content[part] = _scores(content[part], f"{source}, {part}")
+    if "calibration" in content:
+        content["calibration"] = _calibration(content["calibration"], f"{source}, calibration")
     content = {"named": None, "fill": None, "gaps": None, "estimate": None} | content  # earlier versions recorded none
     content["estimate"] = _estimate(content["estimate"], f"{source}, estimate")
     for name in ("fill", "gaps"):
@@ -239,6 +260,26 @@ def _scores(content: Any, source: str) -> Scores:
     )
 
 
+def _calibration(content: dict[str, Any], source: str) -> dict[str, Comparison]:
+    """Raises BundleError."""
+    if not content.keys() <= set(PARTS):
+        raise BundleError(f"{source} must be of {' and '.join(PARTS)}, got {str(list(content))[:80]}")
+    return {
+        part: Comparison(_reliability(found.before, source), _reliability(found.after, source))
+        for part, found in ((part, _exactly(Comparison, each, source)) for part, each in content.items())
+    }
+
+
+def _reliability(content: Any, source: str) -> Reliability:
+    found = _exactly(Reliability, content, source)
+    rows: Any = found.bins
+    table = isinstance(rows, list) and 0 < len(rows) <= MOST_BINS and all(map(_is_bin, rows))
+    if not table or not all(_is_number(value) and value >= 0 for value in (found.number, found.ece, found.brier)):
+        rule = f"number, ece and brier, and of at most {MOST_BINS} bins share, confidence and accuracy"
+        raise BundleError(f"{source} must be {rule}, got {str(content)[:80]!r}")
+    return replace(found, bins=tuple((share, confidence, accuracy) for share, confidence, accuracy in rows))
+
+
 def _estimate(content: Any, source: str) -> Estimate | None:
     if content is None:
         return None
@@ -274,6 +315,10 @@ def _is_interval(value: object) -> bool:
 
 def _is_hits(value: object) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(map(_is_count, value)) and value[1] <= value[0] > 0
+
+
+def _is_bin(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(_is_number(each) and 0 <= each <= 1 for each in value)
 
 
 def _is_text(value: object) -> bool:

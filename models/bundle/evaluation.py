@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from hpo.models.bundle.bundle import Bundle
 from hpo.models.bundle.predictions import Predictions
+from hpo.models.calibration import Reliability, measure_reliability
 from hpo.models.data.sequences import DataError, Sequences
 from hpo.models.metrics import Scores, count_groups, measure
 
@@ -21,6 +22,7 @@ class Evaluation:
     """What a model is worth on one set of sequences."""
 
     scores: Scores
+    reliability: Reliability
     predictions: Predictions
     labels: NDArray[np.str_]  # (N,) the true class of each sequence
 
@@ -59,4 +61,5 @@ def evaluate(
         predictions.probabilities, labels, bundle.config.threshold, classes=classes, weights=sequences.weights
     )
     groups = count_groups(predictions.labels == names, sequences.groups, sequences.group_names)
-    return Evaluation(replace(scores, groups=groups), predictions, names)
+    reliability = measure_reliability(predictions.probabilities, labels, sequences.weights)
+    return Evaluation(replace(scores, groups=groups), reliability, predictions, names)

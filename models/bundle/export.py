@@ -1,9 +1,9 @@
 """Export of a saved model: the folder alone, or with one graph of all members, checked against torch.
 
 The graph takes `values` (N, T, F) float32 and `lengths` (N,) int64, both of any N and T (pooling `flatten`
-without a crop: of the training length), and gives `probabilities` (N, K), averaged over the k members; NaN for a
-sequence that holds a NaN or an infinity, as a graph fills no gaps. What lies behind a sequence's end never counts. Of a
-model with missing = "mask" the marks of the features stand behind them (`hpo.models.data.gaps.inputs`).
+without a crop: of the training length), and gives `probabilities` (N, K), averaged over the k members and calibrated;
+NaN for a sequence that holds a NaN or an infinity, as a graph fills no gaps. What lies behind a sequence's end never
+counts. Of a model with missing = "mask" the marks of the features stand behind them (`hpo.models.data.gaps.inputs`).
 
 Exporters that follow the program, `torch.export` and with it the newer ONNX one, fix T of `nn.LSTM` to that of the
 sample. ONNX therefore comes from the tracing exporter, and pt2 (for the CPU) runs the recurrence as a `scan` over the
@@ -29,7 +29,7 @@ from hpo.errors import HpoError
 from hpo.models.bundle import card
 from hpo.models.bundle.bundle import FILES, Bundle, load, model_folder
 from hpo.models.bundle.config import BundleError
-from hpo.models.classifier import Classifier, to_probabilities
+from hpo.models.classifier import Classifier, averaged
 from hpo.models.config import ClassifierConfig
 from hpo.models.data.gaps import inputs
 from hpo.models.data.sequences import Sequences, from_arrays
@@ -39,7 +39,7 @@ OPSET = 17  # of ONNX: the newest that the tracing exporter has in torch 2.11
 TOLERANCE = 1e-5
 """Largest difference of a probability. Float32 sums of the same terms in another order differ by some 1e-7, which
 grows a little over the steps (3e-6 measured over 300); a graph with a wrong step, direction or member differs by
-1e-2 and more."""
+1e-2 and more. A temperature below 1 enlarges differences as much as it sharpens probabilities (`_tolerance`)."""
 STEPS_MOST = 2**17
 PNG = b"\x89PNG\r\n\x1a\n"  # how every picture of that format begins
 CHECKED = 32  # real sequences that the graph is run on
@@ -62,7 +62,7 @@ def export(
     """Write a folder that works without database and return it; it appears whole or not at all.
 
     "safetensors" copies the saved model. "onnx" adds model.onnx and "pt2" model.pt2 (loads with torch alone); the
-    file is run and must give torch's probabilities within TOLERANCE, on drawn sequences of different lengths and
+    file is run and must give torch's probabilities within `_tolerance`, on drawn sequences of different lengths and
     batch sizes and on some of `sequences`, if given. `overwrite` replaces a saved model in `out`.
     Raises ExportError and BundleError; then nothing is kept.
     """
@@ -120,9 +120,9 @@ def _write_checked(bundle: Bundle, path: Path, sequences: Sequences | None) -> N
             silent = _silent_gaps(bundle, graph, parts)
     except Exception as error:  # whatever an exporter raises
         raise ExportError(f"torch {torch.__version__} cannot export this model as {path.name}: {error}") from error
-    if not difference <= TOLERANCE:
+    if not difference <= (most := _tolerance(bundle)):
         raise ExportError(
-            f"{path.name} must give torch's probabilities within {TOLERANCE}, its largest difference is "
+            f"{path.name} must give torch's probabilities within {most:.3g}, its largest difference is "
             f"{difference:.2g}; nothing was kept, the safetensors export holds the same model"
         )
     if silent:
@@ -130,6 +130,10 @@ def _write_checked(bundle: Bundle, path: Path, sequences: Sequences | None) -> N
             f"{path.name} must give NaN for a sequence with {silent}, and torch's probabilities for the others; "
             "nothing was kept, the safetensors export holds the same model"
         )
+
+
+def _tolerance(bundle: Bundle) -> float:
+    return TOLERANCE * max(1.0, 1 / bundle.config.temperature)
 
 
 def _difference(bundle: Bundle, run: Run, parts: list[Sequences]) -> float:
@@ -150,7 +154,7 @@ def _silent_gaps(bundle: Bundle, run: Run, parts: list[Sequences]) -> str:
             values[gapped, part.lengths[gapped] - 1, -1] = gap
             expected = bundle.predict(part).probabilities
             expected[gapped] = np.nan
-            if not np.allclose(run(values, part.lengths), expected, rtol=0, atol=TOLERANCE, equal_nan=True):
+            if not np.allclose(run(values, part.lengths), expected, rtol=0, atol=_tolerance(bundle), equal_nan=True):
                 return str(gap)
     return ""
 
@@ -200,15 +204,16 @@ def _sample(bundle: Bundle) -> tuple[Tensor, Tensor]:
 
 
 class _Average(nn.Module):
-    """The members' probabilities, averaged."""
+    """The members' probabilities, averaged and calibrated."""
 
-    def __init__(self, members: tuple[Classifier, ...]) -> None:
+    def __init__(self, bundle: Bundle) -> None:
         super().__init__()
-        self.members = nn.ModuleList(members)
+        self.members = nn.ModuleList(bundle.models)
+        self.temperature = bundle.config.temperature
 
     def forward(self, values: Tensor, lengths: Tensor) -> Tensor:
-        found = [cast(Classifier, member).probabilities(values, lengths) for member in self.members]
-        return _known(self.members[0], values, lengths, torch.stack(found).mean(0))
+        found = [member(values, lengths) for member in self.members]
+        return _known(self.members[0], values, lengths, averaged(found, self.temperature))
 
 
 def _known(member: nn.Module, values: Tensor, lengths: Tensor, probabilities: Tensor) -> Tensor:
@@ -228,7 +233,7 @@ def _write_onnx(bundle: Bundle, path: Path) -> None:
     batch = {0: "N"}
     values = batch if bundle.config.classifier.fixed_length else {0: "N", 1: "T"}
     torch.onnx.export(
-        _Average(bundle.models).eval(),  # left in training mode otherwise: the exporter restores what it found
+        _Average(bundle).eval(),  # left in training mode otherwise: the exporter restores what it found
         _sample(bundle),
         path,
         dynamo=False,
@@ -257,15 +262,15 @@ def _run_onnx(path: Path) -> Run:
 
 
 class _Scan(nn.Module):
-    """The average of the members with the recurrence as a scan, all members and directions in one.
+    """`_Average` with the recurrence as a scan, all members and directions in one.
 
     G = k members times D directions; S, B, H as in `hpo.models.classifier`.
     """
 
-    def __init__(self, members: tuple[Classifier, ...]) -> None:
+    def __init__(self, bundle: Bundle) -> None:
         super().__init__()
-        self.members = nn.ModuleList(members)
-        self.config = members[0].config
+        self.members = nn.ModuleList(bundle.models)
+        self.config, self.temperature = bundle.config.classifier, bundle.config.temperature
 
     def forward(self, values: Tensor, lengths: Tensor) -> Tensor:
         """values (B, T, given), lengths (B,) to probabilities (B, K)."""
@@ -280,8 +285,7 @@ class _Scan(nn.Module):
         for layer in range(self.config.layers):
             outputs = self._layer(outputs, counts, layer)
         logits = [member.classify(outputs[:, i], inputs[:, i], counts) for i, member in enumerate(members)]
-        probabilities = torch.stack([to_probabilities(one) for one in logits]).mean(0)
-        return _known(self.members[0], values, lengths, probabilities)
+        return _known(self.members[0], values, lengths, averaged(logits, self.temperature))
 
     def _layer(self, inputs: Tensor, counts: Tensor, layer: int) -> Tensor:
         """(S, k, B, inputs) to (S, k, B, D*H)."""
@@ -327,9 +331,7 @@ def _write_pt2(bundle: Bundle, path: Path) -> None:
     values = {0: any_size} if bundle.config.classifier.fixed_length else {0: any_size, 1: any_size}
     torch.compiler.reset()  # a scan compiled before, for another T, would be tried and tie this T to its own
     with torch.no_grad():
-        program = torch.export.export(
-            _Scan(bundle.models).eval(), _sample(bundle), dynamic_shapes=(values, {0: any_size})
-        )
+        program = torch.export.export(_Scan(bundle).eval(), _sample(bundle), dynamic_shapes=(values, {0: any_size}))
     torch.export.save(program, path)
 
 

@@ -94,6 +94,7 @@ def faults(monkeypatch: pytest.MonkeyPatch) -> Faults:
     monkeypatch.setattr(checkpoints, "CHECKPOINT_S", 0.0)
     monkeypatch.setattr(card, "curves", lambda *_: b"picture")  # drawing takes a second
     monkeypatch.setattr(card, "confusion", lambda *_: b"picture")
+    monkeypatch.setattr(card, "reliability", lambda *_: b"picture")
     monkeypatch.setenv("HPO_NATIVE", "0")
     monkeypatch.setattr(os, "fsync", lambda _: None)
     return made

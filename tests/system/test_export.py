@@ -16,8 +16,8 @@ from tests.system.test_export_checks import light, padded
 from tests.unit.test_classifier import POOLINGS
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "channel": {"classes": 2, "normalization": "channel", "head_size": 4, "dropout": 0.5},
-    "sequence": {"classes": 3, "normalization": "sequence", "patch_length": 4},
+    "channel": {"classes": 2, "normalization": "channel", "head_size": 4, "dropout": 0.5, "temperature": 2.5},
+    "sequence": {"classes": 3, "normalization": "sequence", "patch_length": 4, "temperature": 0.4},
     "conv": {"classes": 2, "normalization": "channel", "stem": "conv", "stem_width": 3, "stem_stride": 4},
     "convs": {
         "classes": 3,

@@ -23,8 +23,9 @@ from hpo.models import metrics
 from hpo.models.bundle import bundle, card
 from hpo.models.bundle.bundle import Bundle
 from hpo.models.bundle.checksums import SUMS, write_checksums
-from hpo.models.bundle.config import EARLIER, BundleConfig, BundleError, preprocessing
+from hpo.models.bundle.config import EARLIER, UNCALIBRATED, BundleConfig, BundleError, preprocessing
 from hpo.models.bundle.predictions import Predictions
+from hpo.models.calibration import Comparison, Reliability, calibrate, measure_reliability
 from hpo.models.classifier import Classifier
 from hpo.models.config import EARLIER_EPSILON, ClassifierConfig
 from hpo.models.data.gaps import inputs
@@ -59,7 +60,15 @@ def scores(K: int) -> metrics.Scores:
     return metrics.measure(np.random.default_rng(0).dirichlet(np.ones(K), 60), np.arange(60) % K)
 
 
-def make(members: int = 2, **given: Any) -> tuple[list[dict[str, torch.Tensor]], BundleConfig]:
+@functools.cache
+def reliability(K: int, temperature: float = 1.0) -> Reliability:
+    probabilities = np.random.default_rng(0).dirichlet(np.ones(K), 60)
+    return measure_reliability(calibrate(probabilities, temperature), np.arange(60) % K)
+
+
+def make(
+    members: int = 2, temperature: float = 1.0, **given: Any
+) -> tuple[list[dict[str, torch.Tensor]], BundleConfig]:
     """Members of a small network and the configuration that goes with them."""
     classifier = ClassifierConfig(**{"features": 2, "classes": 3, "steps": 9, "hidden_size": 5} | given)
     config = BundleConfig(
@@ -68,10 +77,15 @@ def make(members: int = 2, **given: Any) -> tuple[list[dict[str, torch.Tensor]],
         features=("pulse", "breath")[: classifier.features],
         metric="macro_f1",
         members=members,
+        temperature=temperature,
         best_epoch=2,
         columns={"label": "y"},
         validation=scores(classifier.classes),
         test=replace(scores(classifier.classes), sequences=61),
+        calibration=dict.fromkeys(
+            ("validation", "test"),
+            Comparison(reliability(classifier.classes), reliability(classifier.classes, 1.7)),
+        ),
         provenance={"study": "hearts", "trial": 3, "packages": {"torch": "2.13"}, "commit": None},
     )
     return [weights(classifier, seed) for seed in range(members)], config
@@ -98,7 +112,7 @@ class TestFolder:
             assert model.state_dict().keys() == state.keys()
             assert all(torch.equal(model.state_dict()[name], state[name]) for name in state)
 
-    def test_holds_its_five_files_readable_by_those_who_may_read_new_files(self, tmp_path: Path) -> None:
+    def test_holds_its_files_readable_by_those_who_may_read_new_files(self, tmp_path: Path) -> None:
         folder = saved(tmp_path / "new" / "model")
         assert {path.name for path in folder.iterdir()} == {*bundle.FILES, SUMS}
         assert list(folder.parent.iterdir()) == [folder]
@@ -227,9 +241,11 @@ def test_a_model_of_an_earlier_format_predicts_as_it_did(tmp_path: Path, normali
     content = json.loads((folder / "config.json").read_text())
     for name in EARLIER[1]:
         del content["classifier"][name]
+    for name in UNCALIBRATED:
+        del content[name]
     (folder / "config.json").write_text(json.dumps(content | {"format": 1}))
     loaded = bundle.load(folder)
-    assert loaded.config == config
+    assert loaded.config == replace(config, calibration={})
     np.testing.assert_array_equal(loaded.predict(small).probabilities, expected)
     otherwise = replace(config, classifier=replace(config.classifier, epsilon=0.0))
     assert not np.allclose(bundle.assemble(otherwise, states).predict(small).probabilities, expected, atol=1e-3)
@@ -255,8 +271,8 @@ class TestBrokenFolder:
             bundle.load(folder / "nowhere")
 
     def test_a_newer_format_names_the_way_out(self, folder: Path) -> None:
-        self.change(folder, format=5)
-        with pytest.raises(BundleError, match="has format 5, this version of hpo reads up to 4: install a newer hpo"):
+        self.change(folder, format=7)
+        with pytest.raises(BundleError, match="has format 7, this version of hpo reads up to 6: install a newer hpo"):
             bundle.load(folder)
 
     def test_missing_and_unexpected_keys_are_named(self, folder: Path) -> None:
@@ -292,6 +308,15 @@ class TestBrokenFolder:
             ({"members": "2"}, "members must be of type int, got '2'"),
             ({"members": True}, "members must be of type int, got 'True'"),
             ({"threshold": None}, "threshold must be of type float, got 'None'"),
+            ({"temperature": "2"}, "temperature must be of type float, got '2'"),
+            ({"temperature": 0.0}, r"temperature must be from 0.05 to 20.0, got 0.0"),
+            ({"temperature": 30}, r"temperature must be from 0.05 to 20.0, got 30"),
+            ({"temperature": "gone"}, "missing temperature"),
+            ({"calibration": []}, "calibration must be of type dict"),
+            ({"calibration": "gone"}, "missing calibration"),
+            ({"calibration": {"train": {}}}, r"calibration must be of validation and test, got \['train'\]"),
+            ({"calibration": {"test": {"before": {}}}}, "calibration: missing after"),
+            ({"calibration": {"test": {"before": {}, "after": {}}}}, "calibration: missing number, missing ece"),
             ({"classes": [1, 2, 3]}, "classes must be a list of texts"),
             ({"classes": "abc"}, "classes must be a list of texts"),
             ({"provenance": []}, "provenance must be of type dict"),
@@ -367,6 +392,29 @@ class TestPredict:
         together = bundle.assemble(config, states).predict(data).probabilities
         assert not np.allclose(each[0], each[1], atol=1e-3)
         np.testing.assert_allclose(together, (each[0] + each[1]) / 2, atol=1e-6)
+
+    @pytest.mark.parametrize("classes", [2, 3])
+    @pytest.mark.parametrize("temperature", [0.3, 1.0, 4.0])
+    @pytest.mark.parametrize("members", [1, 3])
+    def test_the_mean_of_the_members_is_calibrated(self, classes: int, temperature: float, members: int) -> None:
+        data = sequences(*LENGTHS)
+        plain = self.ready(classes=classes, members=members).predict(data)
+        found = self.ready(classes=classes, members=members, temperature=temperature).predict(data)
+        assert found.probabilities.dtype == np.float32
+        np.testing.assert_allclose(found.probabilities, calibrate(plain.probabilities, temperature), atol=1e-6)
+        assert (temperature == 1) == np.allclose(found.probabilities, plain.probabilities, atol=1e-3)
+        assert found.labels.tolist() == plain.labels.tolist()
+
+    @pytest.mark.parametrize("classes", [2, 3])
+    def test_what_is_nearly_certain_is_calibrated_by_all_its_digits(self, classes: int) -> None:
+        """In float32 a probability of 1 - 3e-9 is 1, whose temperature would not matter."""
+        states, config = make(members=1, classes=classes, temperature=2.0)
+        states[0]["head.weight"].zero_()
+        states[0]["head.bias"] = torch.tensor([20.0]) if classes == 2 else torch.tensor([0.0, 0.0, 20.0])
+        found = bundle.assemble(config, states).predict(sequences(5)).probabilities[0]
+        rest = np.exp(-10.0)
+        expected = np.array([rest, 1] if classes == 2 else [rest, rest, 1]) / (1 + (classes - 1) * rest)
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
 
     def test_labels_are_names_and_follow_the_threshold(self) -> None:
         model = self.ready(classes=2)
@@ -548,8 +596,8 @@ class TestCard:
     @pytest.mark.parametrize(
         "rest",
         [
-            {"classes": 2, "normalization": "channel", "head_size": 4},
-            {"classes": 3, "normalization": "sequence", "patch_length": 4},
+            {"classes": 2, "normalization": "channel", "head_size": 4, "temperature": 2.5},
+            {"classes": 3, "normalization": "sequence", "patch_length": 4, "temperature": 0.6},
             {"classes": 2, "sequence_length": 5, "patch_length": 2},
             {"classes": 2, "normalization": "channel", "stem": "conv", "stem_width": 3, "stem_stride": 4},
             {
@@ -599,6 +647,36 @@ class TestCard:
         assert "validation (60 sequences) | test (61 sequences)" in text
         assert f"| {test.metrics['auroc']:.4f} [{low:.4f}, {high:.4f}] |" in text
         assert "- trial: 3" in text
+
+    def test_shows_what_the_calibration_has_brought(self, tmp_path: Path) -> None:
+        states, config = make(temperature=1.7)
+        folder = bundle.save(tmp_path / "model", states, config, CURVE)
+        text = (folder / "README.md").read_text()
+        both = config.calibration["test"]
+        cells = f"{both.before.ece:.4f} | {both.after.ece:.4f}"
+        assert "| | validation, before | validation, after | test, before | test, after |" in text
+        assert f"| ECE | {cells} | {cells} |" in text
+        assert f"| Brier score | {both.before.brier:.4f} | {both.after.brier:.4f} |" in text
+        assert "with T = 1.7 leaves the networks' probabilities milder; the predicted classes stay the same" in text
+        assert "- the probabilities p become softmax(log p / 1.7): temperature scaling" in text
+        assert (folder / "reliability.png").read_bytes() == card.reliability(config.calibration, 1.7)
+        plain = card.readme(make()[1])
+        assert "with T = 1 leaves the networks' probabilities as they are" in plain
+        assert "become softmax" not in plain
+        bare = bundle.save(tmp_path / "bare", states, replace(config, calibration={}), CURVE)
+        assert "reliability" not in (bare / "README.md").read_text()
+        assert not (bare / "reliability.png").exists()
+
+    @pytest.mark.parametrize("K", [2, 10, 40])
+    @pytest.mark.parametrize("rows", [1, 3, 500])
+    def test_a_diagram_is_drawn_of_few_rows_and_of_many(self, K: int, rows: int) -> None:
+        probabilities = np.random.default_rng(rows).dirichlet(np.ones(K), rows)
+        labels = np.arange(rows) % K
+        sure = measure_reliability(np.eye(K)[labels], labels)
+        both = Comparison(measure_reliability(probabilities, labels), sure)
+        one = card.reliability({"validation": both}, 0.3)
+        assert one.startswith(b"\x89PNG")
+        assert len(card.reliability({"validation": both, "test": both}, 0.3)) > len(one)
 
     def test_names_of_the_data_are_neither_markdown_nor_html(self) -> None:
         _, config = make()

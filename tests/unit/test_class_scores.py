@@ -399,7 +399,7 @@ def test_an_evaluation_shows_ten_classes_and_groups_and_how_many_more(
     names = tuple(f"c{k:03}" for k in range(K))
     scores = scores_of(np.eye(K, dtype=int).tolist(), Groups(2000, ((2, 1),) * GROUPS_KEPT, ("g",) * GROUPS_KEPT))
     many = replace(evaluation.predictions, classes=names)
-    show_evaluation(Evaluation(scores, many, evaluation.predictions.labels))
+    show_evaluation(replace(evaluation, scores=scores, predictions=many))
     shown = capsys.readouterr().out
     assert "30 more, see --json" in shown
     assert "1,990 more, see --json" in shown

@@ -10,8 +10,10 @@ import pytest
 
 from hpo.models.bundle.bundle import Bundle, load
 from hpo.models.bundle.evaluation import evaluate
+from hpo.models.calibration import measure_reliability
 from hpo.models.data.sequences import DataError, Sequences, from_arrays
 from hpo.models.metrics import measure
+from hpo.terminal import evaluation_row, show_evaluation
 from tests.unit.test_bundle import saved
 
 
@@ -35,10 +37,22 @@ def test_its_scores_are_those_of_its_predictions_by_the_names_of_the_classes(mod
     probabilities = model.predict(sequences(None)).probabilities
     expected = measure(probabilities, labels, config.threshold, classes=config.classes)
     assert found.scores == expected
+    assert found.reliability == measure_reliability(probabilities, labels)
     assert "no sequence of class class 1" in expected.undefined["balanced_accuracy"]
     assert found.scores.sequences == 12
     assert sum(map(sum, found.scores.confusion)) == 12
     assert len(found.scores.confusion) == 3
+
+
+def test_what_is_shown_says_how_far_the_probabilities_can_be_believed(
+    model: Bundle, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = evaluate(model, sequences(["class 2", "class 0"] * 6))
+    show_evaluation(found)
+    ece, brier = found.reliability.ece, found.reliability.brier
+    assert f"calibration: ECE {ece:.4f}, Brier score {brier:.4f}" in capsys.readouterr().out
+    row = evaluation_row(found)
+    assert (row["ece"], row["brier"]) == (ece, brier)
 
 
 def test_the_wrong_ones_are_those_of_another_class_the_surest_first(model: Bundle) -> None:

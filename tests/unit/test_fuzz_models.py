@@ -123,6 +123,28 @@ def test_scores_of_other_types_are_refused(folder: Path, part: dict[str, Any], m
     refused(folder, message)
 
 
+@pytest.mark.parametrize(
+    "found",
+    [
+        pytest.param({"ece": "x"}, id="a text"),
+        pytest.param({"ece": float("nan")}, id="NaN"),
+        pytest.param({"brier": -1}, id="below 0"),
+        pytest.param({"number": None}, id="no number"),
+        pytest.param({"bins": []}, id="no bins"),
+        pytest.param({"bins": 3}, id="a number"),
+        pytest.param({"bins": [[0.1, 0.2]]}, id="bins of two"),
+        pytest.param({"bins": [[0.1, 0.2, 2]]}, id="an accuracy above 1"),
+        pytest.param({"bins": [[0.1, 0.2, 0.3]] * 101}, id="many bins"),
+    ],
+)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_calibration_of_other_values_is_refused(folder: Path, when: str, found: dict[str, Any]) -> None:
+    calibration = json.loads((folder / "config.json").read_text())["calibration"]
+    calibration["test"][when] |= found
+    change(folder, calibration=calibration)
+    refused(folder, "calibration must be number, ece and brier, and of at most 100 bins share, confidence and accuracy")
+
+
 @pytest.mark.parametrize("text", ["[" * 200_000, '{"a":' * 200_000, "9" * 5_000, '{"format": 2, "x": ' + "[" * 900])
 def test_text_that_is_no_configuration_is_refused(folder: Path, text: str) -> None:
     """Seeds 49 and 352."""
@@ -305,7 +327,11 @@ def test_no_name_is_more_than_text_in_the_card(format: str) -> None:
         plain = re.sub(r"(?ms)^```\w+$.*?^```$", "", text)
         plain = re.sub(r"(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)", "", plain)
         assert not re.search(r"<[A-Za-z/!?]", plain)
-        assert set(re.findall(r"\]\([^)]*\)", plain)) == {"](curves.png)", "](confusion.png)"}
+        assert set(re.findall(r"\]\([^)]*\)", plain)) == {
+            "](curves.png)",
+            "](confusion.png)",
+            "](reliability.png)",
+        }
 
 
 def test_the_code_of_the_card_still_says_the_same_names() -> None:

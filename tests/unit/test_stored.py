@@ -1,7 +1,8 @@
-"""What the version before the redesign wrote is read: a data set, a checkpoint and a saved model.
+"""What earlier versions wrote is read: a data set, a checkpoint and saved models.
 
 The files in `stored` were written at commit bb0e887 by a training of 24 sequences in two folds, the checkpoint after
-two of its four epochs. Another processor may round differently, so numbers are compared to within 1e-4.
+two of its four epochs; those in `stored/format_4` and `stored/format_5` at commits 8d769fc and 7145340, before models
+had a temperature. Another processor may round differently, so numbers are compared to within 1e-4.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from hpo.models.bundle import bundle
+from hpo.models.bundle import bundle, card
 from hpo.models.config import EARLIER_EPSILON, ClassifierConfig, TrainingConfig
 from hpo.models.data import canonical
 from hpo.models.data.splits import split_folds
@@ -54,6 +55,19 @@ def test_a_saved_model_predicts() -> None:
     found = model.predict(canonical.load(STORED / "data.safetensors")).probabilities[:, 1]
     np.testing.assert_allclose(found, EXPECTED["probabilities"], atol=1e-4)
     assert model.config.provenance == {"study": "stored"}
+
+
+@pytest.mark.parametrize("number", [4, 5])
+def test_a_saved_model_without_a_temperature_predicts_as_it_did(number: int) -> None:
+    folder = STORED / f"format_{number}"
+    expected = json.loads((folder / "expected.json").read_text())
+    assert json.loads((folder / "config.json").read_text())["format"] == number
+    model = bundle.load(folder)
+    assert (model.config.temperature, model.config.calibration) == (1.0, {})
+    found = model.predict(canonical.load(STORED / "data.safetensors"))
+    np.testing.assert_allclose(found.probabilities[:, 1], expected["probabilities"], atol=1e-5)
+    assert found.labels.tolist() == expected["labels"]
+    assert "Calibration" not in card.readme(model.config)
 
 
 def test_the_hash_of_a_data_set_is_that_of_its_file() -> None:
