@@ -16,9 +16,9 @@ from hpo.models.estimate import Estimate
 from hpo.models.fields import default, rules
 from hpo.models.metrics import GROUPS_KEPT, Groups, Scores
 
-FORMAT = 6  # version of the folder's format; raised when an older reader would misread it
+FORMAT = 5  # version of the folder's format; raised when an older reader would misread it
 # formats that are read too, with what their classifiers do not say; some of format 4 do not say what is LATER either.
-# None before 6 has a temperature.
+# None before 5 has a temperature.
 LATER: dict[str, Any] = {name: default(ClassifierConfig, name) for name in ("skip", "missing", "interval")}
 _NO_STEM = LATER | {name: default(ClassifierConfig, name) for name in (*STEM, "difference")}
 EARLIER: dict[int, dict[str, Any]] = {
@@ -26,7 +26,6 @@ EARLIER: dict[int, dict[str, Any]] = {
     2: _NO_STEM,
     3: _NO_STEM,
     4: {},
-    5: {},
 }
 UNCALIBRATED: dict[str, Any] = {"temperature": 1.0, "calibration": {}}
 TYPES: dict[str, type] = {
