@@ -271,8 +271,8 @@ class TestBrokenFolder:
             bundle.load(folder / "nowhere")
 
     def test_a_newer_format_names_the_way_out(self, folder: Path) -> None:
-        self.change(folder, format=7)
-        with pytest.raises(BundleError, match="has format 7, this version of hpo reads up to 6: install a newer hpo"):
+        self.change(folder, format=6)
+        with pytest.raises(BundleError, match="has format 6, this version of hpo reads up to 5: install a newer hpo"):
             bundle.load(folder)
 
     def test_missing_and_unexpected_keys_are_named(self, folder: Path) -> None:
