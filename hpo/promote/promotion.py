@@ -86,7 +86,9 @@ def promote_when_over(study: OpenStudy, resources: WorkerResources, leases: Leas
                 sequences = resources.datasets.get(study.plan.train)
                 record, finalist = found
                 version = promote(study, resources.store, record, sequences, finalist).version
-        drop_all_checkpoints(resources.store, row.store_key)
+        for each in (row, leases.study(running.study_id) if running is not None else None):
+            if each is not None:
+                drop_all_checkpoints(resources.store, each.store_key)
     try:
         leases.finish_promotion(study.study_id, resources.worker, version)
     except LeaseLost as lost:  # or the study was opened again meanwhile

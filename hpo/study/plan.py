@@ -141,8 +141,9 @@ class Plan:
     def note(self) -> str:
         """What is tuned, and on what: Markdown for the dashboard."""
         text = json.dumps(to_dict(self.config), indent=1)
+        finals = "Finals: the best configurations again, on fresh seeds and fresh splits. " if self.finals else ""
         return (
-            f"**{self.metric}** over {self.sequences} sequences of at most {self.steps} steps, "
+            f"{finals}**{self.metric}** over {self.sequences} sequences of at most {self.steps} steps, "
             f"{len(self.features)} features, {len(self.classes)} classes\n\n```json\n{text}\n```"
         )
 

@@ -34,6 +34,7 @@ SELECT study_id, study_name FROM {shared} JOIN studies USING (study_id)
 ORDER BY {trained} AND coalesce({promoter_silent}, true) DESC, {next}
 
 -- name: share
--- How a study shares the standing workers, and how many trials it may have at once; NULL: no limit.
+-- How a study and its finals share the standing workers, and how many trials each may have at once; NULL: no limit.
 -- types: study int, priority int, max_workers int
-UPDATE hpo.terms SET priority = %(priority)s, max_workers = %(max_workers)s WHERE study_id = %(study)s
+UPDATE hpo.terms SET priority = %(priority)s, max_workers = %(max_workers)s
+WHERE study_id = %(study)s OR finals_of = %(study)s

@@ -128,6 +128,10 @@ def test_they_stop_go_on_and_end_with_their_study(config: StudyConfig, storage: 
         rows = [study.leases.study(each) for each in (study.study_id, finals.study_id)]
         return tuple("" if row is None else row.status for row in rows)
 
+    study.leases.share(study.study_id, priority=3, max_workers=1)
+    terms = study.leases.study(finals.study_id)
+    assert terms is not None
+    assert (terms.priority, terms.max_workers) == (3, 1)
     study.leases.stop(study.study_id)
     assert status() == ("stopped", "stopped")
     study.leases.reopen(study.study_id)

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -20,6 +20,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 import hpo
 from hpo.models.data.sequences import Sequences
+from hpo.storage.artifacts import artifact_store
+from hpo.storage.keys import checkpoint_prefix
 from hpo.study.lifecycle import finals_name
 from tests.conftest import Cli, assert_exact, processes_of, reports_wait, wait_for
 
@@ -205,6 +207,18 @@ def test_a_deleted_study_takes_its_finals_with_it(cli: Cli, study_file: Study, t
             trials(name)
     kept = [path.name for path in (tmp_path / "artifacts").rglob("*") if path.is_file()]
     assert not [name for name in kept if name.startswith(("weights", "curve", "checkpoint", "log"))]
+
+
+def test_no_checkpoint_is_left_of_finals(cli: Cli, study_file: Study, tmp_path: Path, database_url: str) -> None:
+    """Also not one that a worker had written when it was killed, before any row named it."""
+    study_file(trials=2, study=FINALS)
+    launch(cli)
+    with closing(hpo.storage_for(database_url)) as storage:
+        (key,) = storage.connection.execute("SELECT store_key FROM hpo.terms WHERE finals_of IS NOT NULL")[0]
+    store = artifact_store(str(tmp_path / "artifacts"))
+    store.put(f"{checkpoint_prefix(key)}0-1-1-{64 * '0'}", b"nobody knows of it")
+    launch(cli, "--set", "study.repeats=4")
+    assert not list(store.keys("checkpoint-"))
 
 
 def test_a_model_of_one_repeat_is_the_first_of_them(cli: Cli, study_file: Study, trials: Read) -> None:
