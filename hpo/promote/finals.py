@@ -12,6 +12,7 @@ from hpo.study.finals import Finalist
 from hpo.study.plan import Plan
 
 T_QUANTILE = 0.975  # of 95 % intervals
+METHOD = "intervals over sequences and, by Student, over seeds and splits, squares added"
 
 
 def winner(finalists: Sequence[Finalist], plan: Plan) -> Finalist | None:
@@ -55,32 +56,39 @@ def _log_loss(finalist: Finalist) -> float:
     return mean(record.log_loss for record in finalist.repeats.values())
 
 
-def estimate(finalist: Finalist, metric: str, scores: Mapping[int, Scores]) -> Estimate:
-    """How good a finalist is, with what it was selected by beside it. scores: of each repeat, on what it validated on.
+def estimate(finalist: Finalist, finalists: Sequence[Finalist], metric: str, scores: Mapping[int, Scores]) -> Estimate:
+    """How good a finalist is, with what it was selected by beside it. finalists: all of them; scores: of each of its
+    repeats, on what that validated on.
 
     The 95 % interval is that of a mean of values on the same sequences. How far these few sequences may mislead is the
-    mean of the repeats' own intervals (`METHODS` of hpo/models/metrics.py); how far seeds and splits may is Student's
-    interval of the mean of the repeats. The distances of both ends are combined as the root of the sum of their squares
-    (MOVER: Zou and Donner, Statistics in Medicine 27, 2008).
+    mean of the repeats' own intervals (`METHODS` of hpo/models/metrics.py). How far seeds and splits may is Student's
+    interval of a mean of so many repeats, by the variance within all finalists: two or three values say little of it.
+    The distances of both ends are combined as the root of the sum of their squares (MOVER: Zou and Donner, Statistics
+    in Medicine 27, 2008).
     """
-    from scipy.stats import t
-
     values = [scores[repeat].metrics[metric] for repeat in sorted(scores)]
     found = [scores[repeat].intervals[metric] for repeat in sorted(scores)]
-    n, center = len(values), mean(values)
+    center, spread = mean(values), _spread(finalists) / math.sqrt(len(values))
     below = mean(value - low for value, (low, _) in zip(values, found, strict=True))
     above = mean(high - value for value, (_, high) in zip(values, found, strict=True))
-    spread = t.ppf(T_QUANTILE, n - 1) * stdev(values) / math.sqrt(n) if n > 1 else 0.0
-    low, high = center - math.hypot(below, spread), center + math.hypot(above, spread)
-    if metric != "log_loss":
-        low, high = max(low, 0.0), min(high, 1.0)
+    low, high = max(center - math.hypot(below, spread), 0.0), center + math.hypot(above, spread)
     return Estimate(
         value=center,
-        interval=(max(low, 0.0), high),
+        interval=(low, high if metric == "log_loss" else min(high, 1.0)),
         method=METHOD,
         values=tuple(values),
         selected=finalist.record.value,
     )
 
 
-METHOD = "fresh repeats: intervals over sequences and Student's over repeats, squares added"
+def _spread(finalists: Sequence[Finalist]) -> float:
+    """How far one value may be from its mean over seeds and splits: half of its 95 % interval, of Student's; 0 where no
+    configuration has two values."""
+    from scipy.stats import t
+
+    all_of_them = [_values(each) for each in finalists if each.repeats]
+    freedom = sum(len(values) - 1 for values in all_of_them)
+    if not freedom:
+        return 0.0
+    squares = sum((value - mean(values)) ** 2 for values in all_of_them for value in values)
+    return float(t.ppf(T_QUANTILE, freedom)) * math.sqrt(squares / freedom)

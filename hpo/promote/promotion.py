@@ -172,7 +172,8 @@ def promote(
         trained = _model_of(plan, repeats, sequences) if repeats else _trained(plan, store, record, sequences, device)
         members, validation, estimate = trained.members, trained.scores, None
         if finalist is not None:
-            estimate = estimate_of(finalist, plan.metric, {repeat: each.scores for repeat, each in repeats.items()})
+            scores = {repeat: each.scores for repeat, each in repeats.items()}
+            estimate = estimate_of(finalist, finalists_of(study), plan.metric, scores)
         calibration = _calibration(trained, sequences)
         config = replace(
             _bundle_config(study, record, finalist),

@@ -41,8 +41,7 @@ def readme(config: BundleConfig, exported: str = "safetensors") -> str:
     parts = [
         f"# {_escaped(str(title))}",
         f"Tells {len(config.classes)} classes of sequences apart: {names}.",
-        f"An LSTM classifier of {members}, tuned for {config.metric}; these are the weights of epoch "
-        f"{config.best_epoch}.",
+        f"An LSTM classifier of {members}, tuned for {config.metric}; {_epochs(config)}.",
         "![training](curves.png)",
         _scores(config),
         *_by_class_and_group(config),
@@ -72,6 +71,15 @@ def _temperature(config: BundleConfig) -> list[str]:
     if config.temperature == 1:
         return []
     return [f"the probabilities p become softmax(log p / {config.temperature:.6g}): temperature scaling"]
+
+
+def _epochs(config: BundleConfig) -> str:
+    """Of which epoch the weights are."""
+    if len(config.provenance.get("finals", ())) > 1:
+        return (
+            f"of each training the weights of its best epoch (of the first, whose curve this is, {config.best_epoch})"
+        )
+    return f"these are the weights of epoch {config.best_epoch}"
 
 
 def _taken(config: ClassifierConfig) -> str:

@@ -114,28 +114,28 @@ def scored(right: int, n: int = 100) -> object:
 
 
 def test_the_estimate_is_the_mean_with_an_interval_of_sequences_and_of_repeats() -> None:
-    scores = {1: scored(90), 2: scored(94), 3: scored(92)}
-    found = estimate(finalist(1, 0.90, 0.94, 0.92), "accuracy", scores)  # type: ignore[arg-type]
+    scores, own = {1: scored(90), 2: scored(94), 3: scored(92)}, finalist(1, 0.90, 0.94, 0.92)
+    found = estimate(own, [own, finalist(2, 0.80, 0.90)], "accuracy", scores)  # type: ignore[arg-type]
     assert found.value == pytest.approx(0.92)
     assert found.values == (0.90, 0.94, 0.92)
     assert found.selected == 0.99
     rows = [each.intervals["accuracy"] for each in scores.values()]  # type: ignore[attr-defined]
     below = mean([0.90, 0.94, 0.92]) - mean(low for low, _ in rows)
-    repeats = t.ppf(0.975, 2) * 0.02 / math.sqrt(3)
+    deviation = math.sqrt((2 * 0.02**2 + 2 * 0.05**2) / 3)  # within both, of three degrees of freedom
+    repeats = t.ppf(0.975, 3) * deviation / math.sqrt(3)
     assert found.interval[0] == pytest.approx(0.92 - math.hypot(below, repeats))
-    assert found.interval[0] < min(low for low, _ in rows) + 0.02
     assert found.interval[1] <= 1.0
 
 
 def test_one_repeat_has_the_interval_of_its_sequences() -> None:
     scores = {1: scored(90)}
-    found = estimate(finalist(1, 0.90), "accuracy", scores)  # type: ignore[arg-type]
+    found = estimate(finalist(1, 0.90), [finalist(1, 0.90)], "accuracy", scores)  # type: ignore[arg-type]
     assert found.interval == pytest.approx(scores[1].intervals["accuracy"])  # type: ignore[attr-defined]
 
 
 def test_all_right_is_not_said_to_be_certain() -> None:
-    scores = {repeat: scored(40, 40) for repeat in (1, 2, 3)}
-    found = estimate(finalist(1, 1.0, 1.0, 1.0), "accuracy", scores)  # type: ignore[arg-type]
+    scores, own = {repeat: scored(40, 40) for repeat in (1, 2, 3)}, finalist(1, 1.0, 1.0, 1.0)
+    found = estimate(own, [own], "accuracy", scores)  # type: ignore[arg-type]
     assert found.value == 1.0
     assert found.interval[0] < 0.95
     assert found.interval[1] == 1.0
