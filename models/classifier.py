@@ -6,7 +6,9 @@ D directions (1 or 2), K classes.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from functools import cache
 from typing import cast
 
 import torch
@@ -27,6 +29,8 @@ from hpo.models.preprocessing import (
 )
 from hpo.models.stem import Stem
 
+log = logging.getLogger("hpo")
+
 Weights = dict[str, Tensor]  # a classifier's state by parameter name
 
 
@@ -43,6 +47,25 @@ def weights_of(config: ClassifierConfig) -> tuple[int, int]:
     for width in (config.head_size, config.outputs) if config.head_size else (config.outputs,):
         numbers, tensors, pooled = numbers + (pooled + 1) * width, tensors + 2, width
     return numbers, tensors
+
+
+def _in_float32(device: torch.device) -> bool:
+    """Whether autocast is to leave out the LSTM: on a CPU that has none in bfloat16."""
+    return device.type == "cpu" and torch.is_autocast_enabled("cpu") and not has_bfloat16_lstm()
+
+
+@cache
+def has_bfloat16_lstm() -> bool:
+    """Whether torch can train an LSTM in bfloat16 on this CPU: oneDNN has none without AVX-512, and says so only when
+    it is to run one."""
+    one, weights = torch.zeros(1, 1, 1), [torch.zeros(4, *shape, requires_grad=True) for shape in ((1,), (1,), (), ())]
+    try:
+        with torch.enable_grad(), torch.autocast("cpu", torch.bfloat16):
+            torch.lstm(one, (one, one), weights, True, 1, 0.0, True, False, False)
+    except RuntimeError:
+        log.warning("this CPU has no LSTM in bfloat16: it runs in float32, all else in bfloat16")
+        return False
+    return True
 
 
 class Classifier(nn.Module):
@@ -169,6 +192,9 @@ class Classifier(nn.Module):
 
         final: only those that each direction ends with, (B, D*H), which cost the native kernel less.
         """
+        if self.kernel is None and _in_float32(patches.device):
+            with torch.autocast("cpu", enabled=False):
+                return self.outputs(patches.float(), lengths, generator, final=final)
         dropout = self.config.dropout if self.training and self.config.layers > 1 else 0.0
         apart = lengths is not None and self.config.bidirectional if self.apart is None else self.apart
         if self.kernel is None and self.apart is None and not dropout and not apart:

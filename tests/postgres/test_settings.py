@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from uuid import uuid4
 
 import optuna
@@ -233,7 +235,8 @@ def test_what_another_try_does_not_mend_is_refused_at_once(
     change: dict[str, object], database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Reported: a minute of retries for a name that does not exist."""
-    monkeypatch.setattr("hpo.storage.connection.time.sleep", lambda seconds: pytest.fail("it tries again"))
+    own = SimpleNamespace(**vars(time) | {"sleep": lambda seconds: pytest.fail("it tries again")})
+    monkeypatch.setattr("hpo.storage.connection.time", own)  # not the module of all threads
     url = make_url(database_url).set(**change).render_as_string(hide_password=False)  # type: ignore[arg-type]
     with pytest.raises(PostgresError) as refused:
         Connection(url).execute("SELECT 1")

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -19,6 +20,7 @@ import pytest
 from optuna.trial import FrozenTrial, TrialState
 
 import hpo
+from hpo.models.bundle.bundle import Bundle
 from hpo.models.data.sequences import Sequences
 from hpo.storage.artifacts import artifact_store
 from hpo.storage.keys import checkpoint_prefix
@@ -75,8 +77,9 @@ def test_the_best_are_trained_again_and_the_winners_trainings_are_the_model(
     assert list(model.config.estimate.values) == estimate["values"]
     sequences = hpo.read(data)
     assert isinstance(sequences, Sequences)
-    averaged = model.predict(sequences).probabilities
-    parts = [type(model)(model.config, (each,)).predict(sequences).probabilities for each in model.models]
+    plain = replace(model.config, temperature=1.0)  # before it, probabilities are means of the networks'
+    averaged = Bundle(plain, model.models).predict(sequences).probabilities
+    parts = [Bundle(plain, (each,)).predict(sequences).probabilities for each in model.models]
     assert averaged == pytest.approx(np.mean(parts, axis=0), abs=1e-6)
     card = (Path(found["model"]["path"]) / "README.md").read_text()
     assert f"Expect auroc **{estimate['value']:.4f}**" in card

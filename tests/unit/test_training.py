@@ -157,6 +157,32 @@ def test_a_resumed_bfloat16_training_ends_in_the_same_bits() -> None:
     assert_same(run(resumed, 2), whole)
 
 
+@pytest.mark.parametrize(
+    "shape", [{}, {"bidirectional": True}, {"layers": 2, "dropout": 0.5}, {"stem": "conv", "stem_width": 4}]
+)
+def test_where_the_cpu_has_no_lstm_in_bfloat16_it_runs_in_float32(
+    shape: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """oneDNN has none without AVX-512: every training ended with an error of its own there."""
+    found = []
+    lstm = torch.lstm
+
+    def noted(patches: torch.Tensor, *given: Any) -> Any:
+        found.append((patches.dtype, torch.is_autocast_enabled("cpu")))
+        return lstm(patches, *given)
+
+    monkeypatch.setattr("hpo.models.classifier.has_bfloat16_lstm", lambda: False)
+    monkeypatch.setattr(torch, "lstm", noted)
+    subject = training(sequences(), precision="bfloat16", **shape)
+    for member in subject.members:
+        member.learner.model.apart = False  # layer by layer, through torch.lstm, so that it is seen
+    run(subject, 2)
+    assert set(found) == {(torch.float32, False)}
+    single = run(training(sequences(), **shape), 2)
+    assert subject.history[-1].train_loss == pytest.approx(single.history[-1].train_loss, rel=0.05)
+    assert subject.history[-1].train_loss != single.history[-1].train_loss  # the rest is in bfloat16
+
+
 def test_what_runs_beside_does_not_change_a_training() -> None:
     """Nothing random is kept between epochs: two trainings may take turns in one process."""
     data = sequences()
