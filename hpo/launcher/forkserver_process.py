@@ -24,8 +24,8 @@ from hpo.logs import say_defect, say_error
 from hpo.models.machine import tune_allocator
 from hpo.storage.masking import mask_errors
 
-# All that a trial and a promotion import; scipy.special is for the intervals of a promotion.
-PRELOADED = ("torch", "hpo.worker.worker", "scipy.special")
+# All that a trial and a promotion import; scipy is for the intervals and the calibration of a promotion.
+PRELOADED = ("torch", "hpo.worker.worker", "scipy.special", "scipy.optimize")
 WORKER = "hpo.worker.worker"
 PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15  # of prctl(2)
 

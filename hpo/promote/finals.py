@@ -84,11 +84,11 @@ def estimate(finalist: Finalist, finalists: Sequence[Finalist], metric: str, sco
 def _spread(finalists: Sequence[Finalist]) -> float:
     """How far one value may be from its mean over seeds and splits: half of its 95 % interval, of Student's; 0 where no
     configuration has two values."""
-    from scipy.stats import t
+    from scipy.special import stdtrit
 
     all_of_them = [_values(each) for each in finalists if each.repeats]
     freedom = sum(len(values) - 1 for values in all_of_them)
     if not freedom:
         return 0.0
     squares = sum((value - mean(values)) ** 2 for values in all_of_them for value in values)
-    return float(t.ppf(T_QUANTILE, freedom)) * math.sqrt(squares / freedom)
+    return float(stdtrit(freedom, T_QUANTILE)) * math.sqrt(squares / freedom)
