@@ -287,16 +287,17 @@ def _trained(plan: Plan, store: ArtifactStore, record: TrialRecord, sequences: S
     """
     if record.weights is not None:
         with _memory_for(device), rebuild(plan, record, sequences, device) as training:
-            scores = _load_kept(plan.metric, store, record, record.weights, training, sequences)
-            if scores is not None:
-                return Trained.of(plan, record, training, scores)
+            kept = _load_kept(plan, store, record, record.weights, training, sequences)
+            if kept is not None:
+                return kept
     with _memory_for(device), rebuild(plan, record, sequences, device) as training:  # whatever was loaded before
         while not training.finished and len(training.history) < record.epochs:
             training.advance()
         training.load(training.best_weights)
         exact = _trained_here(record, training) and set(record.origins) <= {training.origin, ""}
-        scores = _check_score(plan.metric, record, training, sequences, exact)
-        return Trained.of(plan, record, training, scores)
+        trained = Trained.of(plan, record, training, sequences)
+        _check_value(plan.metric, record, training, trained.scores, exact)
+        return trained
 
 
 @contextmanager
@@ -311,12 +312,13 @@ def _memory_for(device: str) -> Iterator[None]:
 
 
 def _load_kept(
-    metric: str, store: ArtifactStore, record: TrialRecord, weights: str, training: Training, sequences: Sequences
-) -> Scores | None:
+    plan: Plan, store: ArtifactStore, record: TrialRecord, weights: str, training: Training, sequences: Sequences
+) -> Trained | None:
     """Load the weights that were kept and measure them; None where they are gone or damaged."""
     try:
         training.load(unpack(store.get(weights)))
-        scores = _check_score(metric, record, training, sequences, _trained_here(record, training))
+        trained = Trained.of(plan, record, training, sequences)
+        _check_value(plan.metric, record, training, trained.scores, _trained_here(record, training))
     except MissingArtifactError:
         log.info("the weights %s were dropped for better trials': training again", weights)
         return None
@@ -328,10 +330,10 @@ def _load_kept(
             raise  # they are what was stored
         log.warning("the weights %s may be damaged: training again: %s", weights, error)
         return None
-    if content_hash(weights) is None and not _same_log_loss(record, training, scores.metrics["log_loss"]):
+    if content_hash(weights) is None and not _same_log_loss(record, training, trained.scores.metrics["log_loss"]):
         log.warning("the weights %s give another log-loss than recorded, they may be damaged: training again", weights)
         return None
-    return scores
+    return trained
 
 
 def _same_log_loss(record: TrialRecord, training: Training, log_loss: float) -> bool:
@@ -341,24 +343,20 @@ def _same_log_loss(record: TrialRecord, training: Training, log_loss: float) -> 
     return not _trained_here(record, training) and math.isclose(log_loss, record.log_loss, rel_tol=1e-3)
 
 
-def _check_score(metric: str, record: TrialRecord, training: Training, sequences: Sequences, exact: bool) -> Scores:
-    """The scores on validation; the study's metric must be the recorded value, `exact`ly where it was computed here.
+def _check_value(metric: str, record: TrialRecord, training: Training, scores: Scores, exact: bool) -> None:
+    """Raise PromotionError unless the study's metric on validation is the recorded value, `exact`ly where it was
+    computed here.
 
     Another machine's rounding may turn the class or the rank of a sequence, so that a metric moves by a step.
     """
-    probabilities, labels, weights = training.validate(), training.labels, training.row_weights
-    scores = measure(probabilities, labels, record.threshold, record.seed, weights=weights)
-    value = scores.metrics[metric]
-    step = 1 / len(labels) if weights is None else float(weights.max() / weights.sum())
+    value, weights = scores.metrics[metric], training.row_weights
+    step = 1 / len(training.labels) if weights is None else float(weights.max() / weights.sum())
     near = math.isclose(value, record.value, abs_tol=max(TOLERANCE, step))
     if value != record.value and (exact or not near):
         raise PromotionError(
             f"the promoted weights must give the recorded validation {metric} {record.value!r}, they "
             f"give {value!r} on {training.origin}; trial {record.number} was trained on {_places(record)}"
         )
-    right = predict_labels(probabilities, record.threshold) == training.labels
-    groups = None if sequences.groups is None else sequences.groups[training.validated]
-    return replace(scores, groups=count_groups(right, groups, sequences.group_names))
 
 
 def _trained_here(record: TrialRecord, training: Training) -> bool:

@@ -29,15 +29,15 @@ class Trained:
     seed: int
 
     @classmethod
-    def of(cls, plan: Plan, record: TrialRecord, training: Training, scores: Scores) -> Trained:
-        """A training whose best weights are loaded and have these scores on validation."""
+    def of(cls, plan: Plan, record: TrialRecord, training: Training, sequences: Sequences) -> Trained:
+        """A training of these sequences whose best weights are loaded."""
         last = plan.config.data.time is not None  # it alone has trained on all but the latest sequences
-        members = training.weights()
+        members, probabilities = training.weights(), training.validate()
         return cls(
             members=members[-1:] if last else members,
-            scores=scores,
+            scores=_scored(sequences, training.validated, probabilities, record.threshold, record.seed),
             rows=training.validated,
-            probabilities=training.validate(),
+            probabilities=probabilities,
             threshold=record.threshold,
             chosen=record.params.get("threshold") == "chosen",
             seed=record.seed,
@@ -59,21 +59,29 @@ def pooled(plan: Plan, repeats: Mapping[int, Trained], sequences: Sequences) -> 
         np.add.at(total, each.rows, each.probabilities)
     rows = np.flatnonzero(count)
     probabilities = total[rows] / count[rows, None]
-    labels = sequences.labels[rows]
-    weights = None if sequences.weights is None else sequences.weights[rows]
     threshold = first.threshold
     if first.chosen:
-        threshold = choose_threshold(probabilities, labels, plan.metric, weights)
-    scores = measure(probabilities, labels, threshold, first.seed, weights=weights)
-    right = predict_labels(probabilities, threshold) == labels
-    groups = None if sequences.groups is None else sequences.groups[rows]
-    counted = count_groups(right, groups, sequences.group_names)
+        weights = None if sequences.weights is None else sequences.weights[rows]
+        threshold = choose_threshold(probabilities, sequences.labels[rows], plan.metric, weights)
     return Trained(
         members=[member for each in repeats.values() for member in each.members],
-        scores=replace(scores, groups=counted),
+        scores=_scored(sequences, rows, probabilities, threshold, first.seed),
         rows=rows,
         probabilities=probabilities,
         threshold=threshold,
         chosen=first.chosen,
         seed=first.seed,
     )
+
+
+def _scored(
+    sequences: Sequences, rows: Rows, probabilities: NDArray[np.float64], threshold: float, seed: int
+) -> Scores:
+    """What probabilities (n, K) of these rows are worth, by group too."""
+    assert sequences.labels is not None
+    labels = sequences.labels[rows]
+    weights = None if sequences.weights is None else sequences.weights[rows]
+    groups = None if sequences.groups is None else sequences.groups[rows]
+    right = predict_labels(probabilities, threshold) == labels
+    scores = measure(probabilities, labels, threshold, seed, weights=weights)
+    return replace(scores, groups=count_groups(right, groups, sequences.group_names))

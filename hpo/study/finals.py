@@ -108,7 +108,7 @@ def _begin(study: OpenStudy, row: StudyRow, wanted: list[Final]) -> OpenStudy:
 def finals_plan(plan: Plan, wanted: list[Final]) -> Plan:
     """The plan of a study's finals: its own, without pruning, which keeps the weights of every training."""
     study = replace(plan.config.study, pruner="none", warm_start=None)
-    train = replace(plan.config.train, keep_best=10_000)
+    train = replace(plan.config.train, keep_best=len(wanted))
     config = replace(plan.config, study=study, train=train, enqueue=())
     return replace(plan, config=config, finals=tuple(wanted), revision=0)
 
