@@ -10,7 +10,7 @@ PYTEST := $(PY) -m pytest --numprocesses auto --dist loadgroup
 help:
 	@echo 'make demo     set up .venv, then tune, promote, export and use a model on real data'
 	@echo 'make check    set up .venv, then check format, lint, types and layers, and run tests/unit: within a minute'
-	@echo 'make test     the same checks, and all tests: some ten minutes on two cores'
+	@echo 'make test     the same checks, and all tests: 20 to 45 minutes on two cores'
 	@echo 'make format   rewrite the code as the format check wants it'
 	@echo 'make clean    remove .venv and what builds and tools left'
 	@echo 'Options: PYTHON=/path/to/python3.12, HPO_TORCH=cpu|cuda, TESTS="tests/unit/test_data.py -k csv"'
