@@ -155,7 +155,8 @@ def run(
 ) -> Chaos:
     """One study under chaos. HPO_HOME and HPO_ARTIFACTS must name folders of this run's own.
 
-    server_s: only the server dies, so many seconds apart. judged: trials that are trained again, at most.
+    every_s: between two kills of a worker, longer where none came further since. server_s: only the server dies, so
+    many seconds apart. judged: trials that are trained again, at most.
     """
     from hpo.storage.artifacts import artifact_store
     from hpo.storage.database import database_url
@@ -172,7 +173,7 @@ def run(
     if server_s is not None:
         report.most_lost = 0
     with workers(count, folder) as running:
-        last = time.monotonic()
+        last, before = time.monotonic(), None
         pause_s = every_s if server_s is None else chance.uniform(*server_s)
         while (state := study.leases.snapshot(study.study_id)).status != "finished":
             time.sleep(0.2)
@@ -180,7 +181,10 @@ def run(
             ended = sum(state.counts[name] for name in ("complete", "pruned", "failed"))
             if time.monotonic() - last < pause_s or ended == trials:
                 continue
-            last = time.monotonic()
+            reached = (ended, sorted((trial.number, trial.epoch or 0) for trial in state.in_flight))
+            if reached == before:  # faster kills than workers can start would go on for ever
+                continue
+            last, before = time.monotonic(), reached
             if server_s is not None:
                 pause_s = chance.uniform(*server_s)
                 _attack(report, attacks[(report.stops + report.crashes) % 2], embedded.start)

@@ -1,43 +1,44 @@
 """Whether models are as good as they are said to be: what finals and the best trial's value promise, and what comes.
 
-    python benchmarks/finals.py FOLDER [--sets NAME …] [--seeds 0 1 2] [--trials 40] [--finalists 3] [--repeats 3]
-                                [--workers 2] [--lines FILE]
+    python benchmarks/finals.py FOLDER [--sets NAME …] [--seeds 0 1 2] [--trials 40] [--minutes 15] [--finalists 3]
+                                [--repeats 3] [--workers 2] [--code CHECKOUT] [--lines FILE]
     python benchmarks/finals.py FOLDER --table [--lines FILE]
 
 FOLDER holds NAME_train.npz and NAME_test.npz. Each study has the same file: metric accuracy, all defaults, finals. The
 promoted model is tested on the official test part, which tuning never sees. By study: the value by which it was
 selected, the mean of its fresh values with their 95 % interval, the test score, and the seconds that search and finals
-took. Then, over all: how often the interval holds the test score, and by how much what was promised is too good, for
-the fresh mean and for the selected value. Each line is appended to FILE; what is there already is not run again.
+took; and the test score of the default configuration alone (a study of one trial). Then, over all: how often the
+interval holds the test score, by how much what was promised is too good, for the fresh mean and for the selected value,
+and how often the promoted model is worse than the default one beyond noise (two standard errors of the difference of
+two shares of the test part). Each line is appended to FILE; what is there already is not run again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import quality
 
 
 def study(given: argparse.Namespace, name: str, seed: int, scratch: Path) -> dict[str, Any]:
     """The line of one study."""
-    path, data = scratch / "study.toml", given.folder.resolve() / name
-    path.write_text(
-        f'[study]\nname = "{name}-{seed}"\nmetric = "accuracy"\ntrials = {given.trials}\nseed = {seed}\n'
-        f"finalists = {given.finalists}\nrepeats = {given.repeats}\n"
-        f'[data]\ntrain = "{data}_train.npz"\ntest = "{data}_test.npz"\n'
-    )
-    done = quality.run(given, scratch, "launch", str(path), "--workers", str(given.workers), "--json", "--quiet")
-    found = json.loads(done.splitlines()[-1])
+    asked = f"trials = {given.trials}\nfinalists = {given.finalists}\nrepeats = {given.repeats}"
+    found = _launched(given, scratch, name, f"{name}-{seed}", seed, asked)
+    default = _launched(given, scratch, name, f"{name}-{seed}-default", seed, "trials = 1\nfinalists = 0")
     trained = [_training(given, scratch, each) for each in (f"{name}-{seed}", f"{name}-{seed}/finals")]
     return {
         "set": name,
         "seed": seed,
         "test": found["test"]["accuracy"],
+        "default": default["test"]["accuracy"],
+        "tested": len(np.load(given.folder / f"{name}_test.npz", allow_pickle=False)["y"]),
         "selected": found["estimate"]["selected"],
         "fresh": found["estimate"]["value"],
         "interval": found["estimate"]["interval"],
@@ -46,6 +47,18 @@ def study(given: argparse.Namespace, name: str, seed: int, scratch: Path) -> dic
         "seconds": found["seconds"],
         "trained": trained,
     }
+
+
+def _launched(given: argparse.Namespace, scratch: Path, name: str, study: str, seed: int, asked: str) -> dict[str, Any]:
+    """The summary of a study over that set."""
+    path, data = scratch / "study.toml", given.folder.resolve() / name
+    path.write_text(
+        f'[study]\nname = "{study}"\nmetric = "accuracy"\nseed = {seed}\ntimeout = "{given.minutes}m"\n{asked}\n'
+        f'[data]\ntrain = "{data}_train.npz"\ntest = "{data}_test.npz"\n'
+    )
+    done = quality.run(given, scratch, "launch", str(path), "--workers", str(given.workers), "--json", "--quiet")
+    found: dict[str, Any] = json.loads(done.splitlines()[-1])
+    return found
 
 
 def _training(given: argparse.Namespace, scratch: Path, name: str) -> float:
@@ -74,8 +87,8 @@ def measure(given: argparse.Namespace, sets: list[str], lines: list[dict[str, An
 def table(lines: list[dict[str, Any]]) -> None:
     """A row a study; then what was promised against what came."""
     print(
-        "| set | seed | selected | fresh mean | 95 % interval | test | holds it | search, finals (s) |\n"
-        + "|---" * 8
+        "| set | seed | selected | fresh mean | 95 % interval | test | holds it | default | search, finals (s) |\n"
+        + "|---" * 9
         + "|"
     )
     for line in sorted(lines, key=lambda each: (each["set"], each["seed"])):
@@ -84,7 +97,8 @@ def table(lines: list[dict[str, Any]]) -> None:
         held = "yes" if _holds(line) else "no"
         print(
             f"| {line['set']} | {line['seed']} | {line['selected']:.3f} | {line['fresh']:.3f} "
-            f"| {low:.3f} to {high:.3f} | {line['test']:.3f} | {held} | {search_s:.0f}, {finals_s:.0f} |"
+            f"| {low:.3f} to {high:.3f} | {line['test']:.3f} | {held} | {line['default']:.3f} "
+            f"| {search_s:.0f}, {finals_s:.0f} |"
         )
     print(f"\nThe interval holds the test score in {sum(map(_holds, lines))} of {len(lines)} studies.")
     for what in ("fresh", "selected"):
@@ -93,6 +107,13 @@ def table(lines: list[dict[str, Any]]) -> None:
         print(
             f"{what}: {100 * mean:+.2f} points from the test score on average, {100 * absolute:.2f} in absolute terms"
         )
+    worse = [f"{line['set']} {line['seed']}" for line in lines if _is_worse(line)]
+    print(f"Worse than the default configuration beyond noise: {len(worse)} ({', '.join(worse) or 'none'}).")
+
+
+def _is_worse(line: dict[str, Any]) -> bool:
+    variance = sum(share * (1 - share) for share in (line["test"], line["default"])) / line["tested"]
+    return bool(line["default"] - line["test"] > 2 * math.sqrt(variance))
 
 
 def _holds(line: dict[str, Any]) -> bool:
@@ -106,6 +127,7 @@ def main() -> None:
     options.add_argument("--sets", nargs="+")
     options.add_argument("--seeds", nargs="+", type=int, default=[0])
     options.add_argument("--trials", type=int, default=40)
+    options.add_argument("--minutes", type=int, default=15)
     options.add_argument("--finalists", type=int, default=3)
     options.add_argument("--repeats", type=int, default=3)
     options.add_argument("--workers", type=int, default=2)

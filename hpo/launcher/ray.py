@@ -41,6 +41,7 @@ log = logging.getLogger("hpo")
 LOOK_S = 2.0  # between two looks at the cluster
 PLACED_S = 20.0  # without a worker anywhere, before it is said
 TAIL_S = 10.0  # for actors to hand out their logs
+ANSWER_S = 10.0  # for actors that nobody has heard of yet, before they are ended as not placed
 
 
 @dataclass(frozen=True)
@@ -138,9 +139,9 @@ class RayWorkers:
     def stop(self) -> None:
         """SIGTERM to all workers of the study: finish the batch, give the trial back, end. Then their actors go too."""
         with contextlib.suppress(self.ray.exceptions.RayError):
-            self._collect_reports()
             for index in self._running():  # another launch's too
                 self.actors.setdefault(index, self._found(index))
+            self._collect_reports(ANSWER_S)  # Ray kills a worker together with an actor that was not asked to stop it
             alive = {index: actor for index, actor in self.actors.items() if index not in self.gone and actor}
             asked = [actor.stop.remote() for index, actor in alive.items() if index in self.reports]
             if asked:
@@ -197,13 +198,13 @@ class RayWorkers:
         except ValueError:  # gone meanwhile
             return self._place(index)
 
-    def _collect_reports(self) -> None:
-        """The reports that have come since, without waiting: an actor that is not placed, or moves, sends none."""
+    def _collect_reports(self, timeout_s: float = 0.2) -> None:
+        """The reports that come within that time: an actor that is not placed, or moves, sends none."""
         for index, actor in self.actors.items():
             if index not in self.gone and index not in self._asked:
                 self._asked[index] = actor.look.remote()
         asked = list(self._asked.values())
-        ready, _ = self.ray.wait(asked, num_returns=len(asked), timeout=0.2) if asked else ([], [])
+        ready, _ = self.ray.wait(asked, num_returns=len(asked), timeout=timeout_s) if asked else ([], [])
         for index in [index for index, reference in self._asked.items() if reference in ready]:
             try:
                 self.reports[index] = self.ray.get(self._asked.pop(index))

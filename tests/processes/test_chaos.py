@@ -40,7 +40,7 @@ def folder(short_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_kills_of_workers_and_of_the_server_lose_double_and_change_nothing(chaos: ModuleType, folder: Path) -> None:
-    report = chaos.run(folder, trials=120, count=3, every_s=1.5)
+    report = chaos.run(folder, trials=60, count=3, every_s=1.5)
     assert report.faults() == []
     assert report.kills >= 2
     assert (report.stops, report.crashes) == (1, 1)
