@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from hpo.errors import StudyFault
 from hpo.models.config import METRICS
+from hpo.models.costs import Costs
 from hpo.models.data.weights import relative
 
 Floats = NDArray[np.float64]
@@ -232,27 +233,39 @@ def confusion(probabilities: NDArray[Any], labels: Labels, threshold: float = 0.
     return np.asarray(counts[0], np.int64)
 
 
-def choose_threshold(probabilities: NDArray[Any], labels: Labels, metric: str, weights: Floats | None = None) -> float:
-    """The threshold on class 1 under which `metric` is best on these rows; 0.5 with more than two classes.
+def choose_threshold(
+    probabilities: NDArray[Any], labels: Labels, aim: str | Costs, weights: Floats | None = None
+) -> float:
+    """The threshold on class 1 under which a metric is best, or decisions are cheapest, on these rows; 0.5 with more
+    than two classes.
 
     A metric that does not depend on the threshold is replaced by balanced accuracy (its maximum is Youden's).
-    Candidates are 0.5 and the middles between neighbouring probabilities; of equal ones the nearest to 0.5.
+    Candidates are the middles between neighbouring probabilities and 0.5, or what the costs make of true probabilities;
+    of equal ones the nearest to that. With rows of one class, costs take it, and a metric has no best one.
     """
-    _known(metric)
+    expected = aim.threshold if isinstance(aim, Costs) else 0.5
+    if not isinstance(aim, Costs):
+        _known(aim)
     probabilities, labels, weights = counted(probabilities, labels, weights)
     if probabilities.shape[1] != 2:
         return 0.5
     if len(np.unique(labels)) < 2:
+        if isinstance(aim, Costs):
+            return expected
         raise MetricError("choosing a threshold needs rows of both classes, got one; keep 0.5 or use more rows")
     p = probabilities[:, 1].astype(np.float64)
     edges = np.concatenate([[0.0], np.unique(p), [1.0]])
-    thresholds = np.append((edges[1:] + edges[:-1]) / 2, 0.5)
+    thresholds = np.append((edges[1:] + edges[:-1]) / 2, expected)
     # Rows below the threshold are called 0: counts[c, class, predicted] for each candidate c.
     below = np.stack([_below(p[labels == c], weights[labels == c], thresholds) for c in (0, 1)], axis=1)
     counts = np.stack([below, np.bincount(labels, weights, minlength=2) - below], axis=2)
-    values = _by_confusion(metric if metric in BY_THRESHOLD else "balanced_accuracy", counts)
+    if isinstance(aim, Costs):
+        wrong = aim.false_positive * counts[:, 0, 1] + aim.false_negative * counts[:, 1, 0]
+        values = -wrong / (wrong.max() or 1.0)
+    else:
+        values = _by_confusion(aim if aim in BY_THRESHOLD else "balanced_accuracy", counts)
     best = thresholds[values >= values.max() - 1e-12]
-    return float(best[np.abs(best - 0.5).argmin()])
+    return float(best[np.abs(best - expected).argmin()])
 
 
 def _below(scores: Floats, weights: Floats, thresholds: Floats) -> Floats:

@@ -27,7 +27,7 @@ from hpo.models.training.memory import release_memory
 from hpo.models.training.training import StateError, Training
 from hpo.promote.finals import estimate as estimate_of
 from hpo.promote.finals import winner
-from hpo.promote.trained import Trained, pooled
+from hpo.promote.trained import Trained, decided, pooled
 from hpo.storage.artifacts import ArtifactStore, DamagedArtifactError, MissingArtifactError, artifact_store
 from hpo.storage.changes import dropped
 from hpo.storage.errors import LeaseLost
@@ -289,7 +289,7 @@ def _trained(plan: Plan, store: ArtifactStore, record: TrialRecord, sequences: S
         with _memory_for(device), rebuild(plan, record, sequences, device) as training:
             kept = _load_kept(plan, store, record, record.weights, training, sequences)
             if kept is not None:
-                return kept
+                return decided(plan, kept, sequences)
     with _memory_for(device), rebuild(plan, record, sequences, device) as training:  # whatever was loaded before
         while not training.finished and len(training.history) < record.epochs:
             training.advance()
@@ -297,7 +297,7 @@ def _trained(plan: Plan, store: ArtifactStore, record: TrialRecord, sequences: S
         exact = _trained_here(record, training) and set(record.origins) <= {training.origin, ""}
         trained = Trained.of(plan, record, training, sequences)
         _check_value(plan.metric, record, training, trained.scores, exact)
-        return trained
+        return decided(plan, trained, sequences)
 
 
 @contextmanager
@@ -398,6 +398,7 @@ def _bundle_config(study: OpenStudy, record: TrialRecord, finalist: Finalist | N
         metric=plan.metric,
         best_epoch=(record if finalist is None else finalist.first).best_epoch,
         columns=plan.config.data.columns,
+        costs=plan.config.promote.costs,
         provenance={
             "study": study.name,
             "trial": record.number,

@@ -63,7 +63,7 @@ def pooled(plan: Plan, repeats: Mapping[int, Trained], sequences: Sequences) -> 
     if first.chosen:
         weights = None if sequences.weights is None else sequences.weights[rows]
         threshold = choose_threshold(probabilities, sequences.labels[rows], plan.metric, weights)
-    return Trained(
+    together = Trained(
         members=[member for each in repeats.values() for member in each.members],
         scores=_scored(sequences, rows, probabilities, threshold, first.seed),
         rows=rows,
@@ -72,6 +72,21 @@ def pooled(plan: Plan, repeats: Mapping[int, Trained], sequences: Sequences) -> 
         chosen=first.chosen,
         seed=first.seed,
     )
+    return decided(plan, together, sequences)
+
+
+def decided(plan: Plan, trained: Trained, sequences: Sequences) -> Trained:
+    """With the threshold at which decisions cost least, where the study says what wrong ones cost. Like one that a
+    trial chooses, it is chosen by the probabilities that it is scored by."""
+    if plan.config.promote.costs is None:
+        return trained
+    assert sequences.labels is not None
+    weights = None if sequences.weights is None else sequences.weights[trained.rows]
+    threshold = choose_threshold(
+        trained.probabilities, sequences.labels[trained.rows], plan.config.promote.costs, weights
+    )
+    scores = _scored(sequences, trained.rows, trained.probabilities, threshold, trained.seed)
+    return replace(trained, threshold=threshold, scores=scores)
 
 
 def _scored(

@@ -7,10 +7,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from hpo.errors import StudyFault
+from hpo.models.costs import Costs
 from hpo.study.entries import show
 
 SHARE_LEAST = 1e-9  # one sequence of more than any file holds
 LONGEST_URL = 2_000  # characters
+COST_LEAST, COST_MOST = 1e-6, 1e6  # of a wrong decision
 _URL = re.compile(
     r"https?://([a-z0-9]([a-z0-9_.-]*[a-z0-9])?|\[[0-9a-f:.]+\])(:[0-9]{1,5})?([/?][\w.~:/?@!$&'()*+,;=%\[\]-]*)?",
     re.IGNORECASE | re.ASCII,
@@ -113,6 +115,17 @@ def duration(value: Any) -> float:
     if type(value) not in (int, float) or not 0 < value < 1e10:
         raise CheckError('must be above 0, such as "90s", "30m", "2h" or a number of seconds')
     return float(value)
+
+
+def costs(value: Any) -> Costs:
+    """What wrong decisions between two classes cost; what is left out costs 1."""
+    keys = ("false_positive", "false_negative")
+    table = value if isinstance(value, dict) else {}
+    if not table or not set(table) <= set(keys):
+        raise CheckError("must be a table such as { false_positive = 1, false_negative = 5 }")
+    if not all(type(each) in (int, float) and COST_LEAST <= each <= COST_MOST for each in table.values()):
+        raise CheckError(f"must hold numbers from {COST_LEAST:g} to {COST_MOST:g}")
+    return Costs(*(float(table.get(key, 1.0)) for key in keys))
 
 
 def gap(value: Any) -> int | float:

@@ -11,18 +11,20 @@ import re
 import tomllib
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from hpo.errors import StudyFault
 from hpo.models.config import METRICS, PRECISIONS, TrainingConfig
+from hpo.models.costs import Costs
 from hpo.models.data.columns import ROLES, clash
 from hpo.models.fields import Value, default, rules
 from hpo.study import space as spaces
 from hpo.study.checks import (
     Check,
     CheckError,
+    costs,
     duration,
     gap,
     lease,
@@ -156,6 +158,8 @@ class PromoteSection:
 
     # of the winner of finals: all of its repeats together, or the first alone, which is smaller and faster
     ensemble: str = field(default="repeats", metadata=checked(one_of(ENSEMBLES)))
+    # of wrong decisions between two classes: the threshold is where they are least; None: the trial's own threshold
+    costs: Costs | None = field(default=None, metadata=checked(costs))
 
 
 @dataclass(frozen=True)
@@ -469,6 +473,11 @@ def complete(
     `units` that a split leaves whole (None: each sequence by itself); fewer than five units are as many folds. Raises
     ConfigError where the space, or a configuration to try first, contradicts the data or the completed space.
     """
+    if config.promote.costs is not None and classes != 2:
+        raise ConfigError(
+            f"promote.costs are of wrong decisions between two classes, got {classes}; leave them out "
+            f"(study {config.study.name})"
+        )
     few = n * VALIDATION_SHARE < VALIDATION_LEAST
     validation = config.data.validation or (
         Folds(max(2, min(FOLDS, n if units is None else units))) if few else VALIDATION_SHARE
@@ -507,6 +516,8 @@ def _section_dict(name: str, section: StudySection | DataSection | TrainSection 
         values["patience"] = section.patience or 0
     if isinstance(section, DataSection) and isinstance(section.validation, Folds):
         values["validation"] = {"folds": section.validation.folds}
+    if isinstance(section, PromoteSection) and section.costs is not None:
+        values["costs"] = asdict(section.costs)
     return {key: value for key, value in values.items() if value is not None}
 
 

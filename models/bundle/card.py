@@ -45,6 +45,7 @@ def readme(config: BundleConfig, exported: str = "safetensors") -> str:
         "![training](curves.png)",
         _scores(config),
         *_by_class_and_group(config),
+        *_decisions(config),
         *_calibration(config),
         "## Use it",
         _code("python", f"import hpo\n\nmodel = hpo.load({'.'!r})  # this folder\nprint(model.predict(X).labels)")
@@ -207,6 +208,27 @@ def _by_class_and_group(config: BundleConfig) -> list[str]:
         "for, and how many of them."
     )
     return ["## Classes", text, *tables]
+
+
+def _decisions(config: BundleConfig) -> list[str]:
+    """What decisions cost, where that has chosen the threshold."""
+    if config.costs is None:
+        return []
+    first, second = map(_name, config.classes)
+    text = (
+        f"To take {first} for {second} costs {config.costs.false_positive:g}, to take {second} for {first} "
+        f"{config.costs.false_negative:g}. {second} is predicted from probability {config.threshold:.6g} up, where the "
+        "predictions for the validation part cost least. What a decision costs on average, and what it would without a "
+        "model, always the same class:"
+    )
+    rows = ["| | this model | always the cheaper class |", "|---|---|---|"]
+    for part, scores in (("validation", config.validation), ("test", config.test)):
+        if scores is not None:
+            counts = scores.confusion
+            rows.append(
+                f"| {part} | {config.costs.mean(counts):.4g} | {config.costs.least_without_model(counts):.4g} |"
+            )
+    return ["## Decisions", text, "\n".join(rows)]
 
 
 def _calibration(config: BundleConfig) -> list[str]:

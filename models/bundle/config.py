@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from hpo.errors import StudyFault, legible
 from hpo.models.calibration import COOLEST, HOTTEST, Comparison, Reliability
 from hpo.models.config import EARLIER_EPSILON, FLOAT32_MOST, METRICS, STEM, ClassifierConfig, ClassifierError
+from hpo.models.costs import Costs
 from hpo.models.data.columns import ROLES
 from hpo.models.data.sequences import UNKEPT, UNKEPT_RULE, default_names
 from hpo.models.estimate import Estimate
@@ -71,10 +72,13 @@ class BundleConfig:
     fill: tuple[float, ...] | None = None  # (F,) what a sequence is given that lacks the feature throughout; None: 0
     gaps: tuple[float, ...] | None = None  # (F,) share of missing values in the training part; None: not recorded
     estimate: Estimate | None = None  # of the metric, by trainings that nothing was chosen by; None: there were none
+    costs: Costs | None = None  # of wrong decisions, by which the threshold was chosen; None: it was not
 
     def __post_init__(self) -> None:
         if not COOLEST <= self.temperature <= HOTTEST:
             raise BundleError(f"temperature must be from {COOLEST} to {HOTTEST}, got {self.temperature!r}")
+        if self.costs is not None and self.classifier.classes != 2:
+            raise BundleError(f"costs are of wrong decisions between two classes, got {self.classifier.classes}")
         for what, names in (("classes", self.classes), ("features", self.features)):
             if len(names) != getattr(self.classifier, what):
                 expected = getattr(self.classifier, what)
@@ -132,7 +136,7 @@ def to_json(config: BundleConfig) -> str:
     """The content of config.json, without the names of groups: they are the data's, as of patients, and a model folder
     is passed on. Raises ValueError for a number that is not finite, which JSON has none for."""
     content = {"format": FORMAT, **asdict(config), "preprocessing": preprocessing(config)}
-    for name in ("named", "fill", "gaps", "estimate"):  # of an earlier version's model, or one without finals
+    for name in ("named", "fill", "gaps", "estimate", "costs"):  # of an earlier version's model, or one without them
         if content[name] is None:
             del content[name]
     for scores in filter(None, (content["validation"], content["test"])):
@@ -174,8 +178,9 @@ def from_json(text: bytes, source: str) -> BundleConfig:
             content[part] = _scores(content[part], f"{source}, {part}")
     if "calibration" in content:
         content["calibration"] = _calibration(content["calibration"], f"{source}, calibration")
-    content = {"named": None, "fill": None, "gaps": None, "estimate": None} | content  # earlier versions recorded none
+    content = dict.fromkeys(("named", "fill", "gaps", "estimate", "costs")) | content  # earlier versions had none
     content["estimate"] = _estimate(content["estimate"], f"{source}, estimate")
+    content["costs"] = _costs(content["costs"], f"{source}, costs")
     for name in ("fill", "gaps"):
         content[name] = _numbers(content[name], f"{source}: {name}")
     for names in ("classes", "features"):
@@ -289,6 +294,15 @@ def _estimate(content: Any, source: str) -> Estimate | None:
         raise BundleError(f"{source} must be numbers, of its interval two, and a method, got {str(content)[:80]!r}")
     low, high = found.interval
     return replace(found, interval=(low, high), values=tuple(listed))
+
+
+def _costs(content: Any, source: str) -> Costs | None:
+    if content is None:
+        return None
+    found = _exactly(Costs, content, source)
+    if not all(_is_number(each) and each > 0 for each in (found.false_positive, found.false_negative)):
+        raise BundleError(f"{source} must be numbers above 0, got {str(content)[:80]!r}")
+    return found
 
 
 def _groups(content: Any, source: str) -> Groups | None:

@@ -15,7 +15,8 @@ from hpo.datasets import fetch_sequences
 from hpo.models.bundle.bundle import unpack
 from hpo.models.bundle.evaluation import evaluate
 from hpo.models.calibration import calibrate, fit_temperature, measure_reliability
-from hpo.models.metrics import predict_labels
+from hpo.models.costs import Costs
+from hpo.models.metrics import confusion, predict_labels
 from hpo.promote.versions import model_folder
 from hpo.storage.artifacts import artifact_store
 from hpo.storage.trials import TrialStorage
@@ -85,6 +86,34 @@ def unseen(study: OpenStudy, record: TrialRecord) -> tuple[NDArray[np.float64], 
         assert training.row_weights is not None
         training.load(unpack(artifact_store().get(record.weights)))
         return training.validate(), training.labels, training.row_weights
+
+
+def test_a_threshold_by_costs_is_the_cheapest_one_of_these_predictions(tmp_path: Path, storage: TrialStorage) -> None:
+    """It decides in the scores of both parts, the trial's value stays what it was."""
+    file = write(tmp_path, 2)
+    file.write_text(file.read_text() + "[promote]\ncosts = { false_positive = 1, false_negative = 20 }\n")
+    study, record = promoted(file, storage)
+    model, costs = hpo.load(model_folder("sounds", 1)), Costs(1, 20)
+    config = model.config
+    probabilities, labels, weights = unseen(study, record)
+    given = calibrate(probabilities, config.temperature).astype(np.float32)
+    assert config.costs == costs
+    assert config.threshold < 0.4
+
+    def cost(threshold: float) -> float:
+        wrong = np.where(labels == 0, costs.false_positive, costs.false_negative)
+        return float(weights @ (wrong * (predict_labels(given, threshold) != labels)))
+
+    least = min(map(cost, np.unique(given[:, 1]).astype(np.float64)))
+    assert cost(config.threshold) == pytest.approx(least, rel=1e-12)
+    assert least < cost(record.threshold)
+    assert config.validation is not None
+    assert config.test is not None
+    assert config.validation.confusion == tuple(map(tuple, confusion(given, labels, config.threshold).tolist()))
+    assert study.plan.test is not None
+    test = evaluate(model, fetch_sequences(artifact_store(), study.plan.test))
+    assert test.scores.confusion == config.test.confusion
+    assert config.validation.metrics["accuracy"] < record.value
 
 
 @pytest.mark.parametrize("K", [2, 3])

@@ -195,6 +195,7 @@ OTHER = {  # another value for each key of a study file
     "study.finalists": "4",
     "study.repeats": "2",
     "promote.ensemble": '"none"',
+    "promote.costs": "{ false_positive = 1, false_negative = 5 }",
     "data.train": '"copy.npz"',
     "data.test": '"copy.npz"',
     "data.holdout": "0.3",

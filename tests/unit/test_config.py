@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpo.models.config import METRICS, PRECISIONS
+from hpo.models.costs import Costs
 from hpo.study import config as configs
 from hpo.study.config import ConfigError, DataSection, Folds, StudyConfig, StudySection, TrainSection
 from hpo.study.entries import Choices, Range, show
@@ -244,6 +245,13 @@ def test_an_error_elsewhere_is_not_blamed_on_an_override(folder: Path) -> None:
         ("validation = 0.2", "label = 'id'", "data.label, id, step, group, time and weight must be different"),
         ("validation = 0.2", "label = ''", "data.label must be a string in quotes that is not"),
         ("train = ", "# train = ", 'data.train must name the training file, such as "train.npz" (study.toml)'),
+        ("[train]", "[promote]\ncosts = 5\n[train]", "promote.costs must be a table such as { false_positive = 1, f"),
+        ("[train]", "[promote]\ncosts = { fp = 1 }\n[train]", "promote.costs must be a table such as { false_posit"),
+        (
+            "[train]",
+            "[promote]\ncosts = { false_negative = 0 }\n[train]",
+            "promote.costs must hold numbers from 1e-06 to 1e+06, got { false_negative = 0 } (study.toml)",
+        ),
         ("hidden_size = 64", "hidden_size = 65", "enqueue[0].hidden_size must lie in space.hidden_size"),
         ("[[enqueue]]", "[enqueue]", "enqueue must be tables [[enqueue]], got { hidden_size"),
     ],
@@ -373,6 +381,15 @@ def test_what_is_written_stays_when_completed(folder: Path) -> None:
     assert completed.study == config.study
     assert completed.data == config.data
     assert config.space.items() <= completed.space.items()
+
+
+def test_costs_are_read_kept_and_of_two_classes(folder: Path) -> None:
+    config = load(folder, DESIGN, "promote.costs={ false_negative = 5 }")
+    assert config.promote.costs == Costs(1.0, 5.0)
+    assert configs.from_dict(json.loads(json.dumps(configs.to_dict(config)))) == config
+    assert configs.complete(config, **POWER).promote.costs == Costs(1.0, 5.0)
+    with pytest.raises(ConfigError, match=r"between two classes, got 3; leave them out \(study italy-power\)"):
+        configs.complete(config, **POWER | {"classes": 3})
 
 
 def test_what_contradicts_the_data_or_a_default_names_the_study(folder: Path) -> None:
