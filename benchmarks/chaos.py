@@ -2,6 +2,7 @@
 
     python benchmarks/chaos.py [--trials 100] [--workers 4] [--every 2]
     python benchmarks/chaos.py --trials 1000 --pruner none --server 5 40     # about eight minutes
+    python benchmarks/chaos.py --finals 3 --trials 12 --epochs 300 --workers 2
 
 A study of real trials on an embedded server of its own. Every few seconds a random worker is killed with SIGKILL and
 started again; once the server is stopped with `immediate`, once its postmaster is killed with kill -9, each time it
@@ -9,6 +10,9 @@ is started again. With --server it is the server alone that dies, at random time
 these two ways, and then no trial may have lost an attempt. At the end every trial must have ended exactly once, and
 every curve must be, bit for bit, that of the same configuration trained undisturbed; of a large study so many, drawn
 by lot, are trained again. tests/processes/test_chaos.py runs both in a small form.
+
+With --finals so many finalists of three repeats follow the trials, and workers are killed during these alone. The study
+is run twice, undisturbed and under fire: winner, fresh values and weights must be the same.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -181,8 +185,7 @@ def run(
             ended = sum(state.counts[name] for name in ("complete", "pruned", "failed"))
             if time.monotonic() - last < pause_s or ended == trials:
                 continue
-            reached = (ended, sorted((trial.number, trial.epoch or 0) for trial in state.in_flight))
-            if reached == before:  # faster kills than workers can start would go on for ever
+            if (reached := _reached(state)) == before:  # faster kills than workers can start would go on for ever
                 continue
             last, before = time.monotonic(), reached
             if server_s is not None:
@@ -201,6 +204,75 @@ def run(
     storage.close()
     report.seconds = time.monotonic() - started
     return report
+
+
+@dataclass
+class Finals:
+    """What came of a study's finals."""
+
+    kills: int  # of workers
+    adopted: int  # trainings that ended under a second lease or a later one
+    winner: int
+    values: list[float | None]  # fresh, by number
+    weights: str  # SHA-256 of the model's file
+
+
+def run_finals(
+    folder: Path,
+    *,
+    finalists: int,
+    trials: int,
+    count: int,
+    epochs: int,
+    every_s: float,
+    tell: Callable[[str], None] = lambda _: None,
+) -> Finals:
+    """One study without pruning whose workers are killed during its finals, so many seconds apart; 0: never. HPO_HOME
+    and HPO_ARTIFACTS must name folders of this run's own."""
+    from hpo.promote.versions import model_folder
+    from hpo.storage.artifacts import artifact_store
+    from hpo.storage.database import database_url
+    from hpo.storage.registry import Registry
+    from hpo.storage.trials import trial_storage
+    from hpo.study.config import load
+    from hpo.study.lifecycle import create_or_open, finals_name
+
+    chance, kills = random.Random(0), 0
+    file = write_study(folder, trials, epochs, "none", attempts=100)
+    config = load(file, [f"study.finalists={finalists}", "train.patience=0"])
+    with closing(trial_storage(database_url())) as storage:
+        study = create_or_open(config, storage, artifact_store())
+        with workers(count, folder) as running:
+            last, before = time.monotonic(), None
+            while study.leases.snapshot(study.study_id).status != "finished":
+                time.sleep(0.1)
+                revive(running, folder)
+                found = study.leases.finals(study.study_id) if every_s else None
+                if found is None or time.monotonic() - last < every_s:
+                    continue
+                if (reached := _reached(study.leases.snapshot(found.study_id))) == before:
+                    continue
+                last, before, victim = time.monotonic(), reached, chance.choice(running)
+                if victim.poll() is None:
+                    victim.kill()
+                    kills += 1
+                tell(f"{kills} workers killed")
+        finals = storage.get_all_trials(storage.get_study_id_from_name(finals_name("chaos")))
+        sums = (model_folder("chaos", 1) / "SHA256SUMS").read_text().splitlines()
+        (model,) = Registry(storage.connection).models()
+    return Finals(
+        kills=kills,
+        adopted=sum(trial.user_attrs["attempt"] > 1 for trial in finals),
+        winner=model.trial_number,
+        values=[trial.value for trial in finals],
+        weights=next(line.split()[0] for line in sums if "safetensors" in line),
+    )
+
+
+def _reached(state: Any) -> tuple[Any, ...]:
+    """How far a study is: what has ended, and the epochs of what is in flight."""
+    ended = sum(state.counts[name] for name in ("complete", "pruned", "failed"))
+    return ended, sorted((trial.number, trial.epoch or 0) for trial in state.in_flight)
 
 
 def _kill(report: Chaos, victim: subprocess.Popen[bytes]) -> None:
@@ -246,11 +318,57 @@ def main() -> None:
     options.add_argument("--every", type=float, default=2.0, help="seconds between two kills")
     options.add_argument("--epochs", type=int, default=12)
     options.add_argument("--pruner", default="median")
+    options.add_argument("--finals", type=int, metavar="FINALISTS", help="workers die during finals, and then alone")
     options.add_argument(
         "--server", type=float, nargs=2, metavar=("LEAST", "MOST"), help="only the server dies, so many seconds apart"
     )
     given = options.parse_args()
+    faults = _finals(given) if given.finals else _trials(given)
+    print("\n".join(faults) or "nothing was lost, doubled or changed")
+    sys.exit(bool(faults))
+
+
+def _trials(given: argparse.Namespace) -> list[str]:
+    """The faults of a study under chaos."""
     server_s = None if given.server is None else (given.server[0], given.server[1])
+    with _home() as folder:
+        report = run(
+            folder,
+            trials=given.trials,
+            count=given.workers,
+            every_s=given.every,
+            epochs=given.epochs,
+            pruner=given.pruner,
+            server_s=server_s,
+            tell=print,
+        )
+    print(
+        f"{report.trials} trials on {given.workers} workers in {report.seconds:.0f} s: {report.kills} workers killed, "
+        f"server stopped {report.stops} and crashed {report.crashes} time(s); {report.states}, "
+        f"{report.adopted} adopted, {report.lost} attempts lost, {report.judged} trained again"
+    )
+    return report.faults()
+
+
+def _finals(given: argparse.Namespace) -> list[str]:
+    """In what finals under fire differ from undisturbed ones."""
+    found = []
+    for every_s in (0.0, given.every):
+        with _home() as folder:
+            study = {"finalists": given.finals, "trials": given.trials, "epochs": given.epochs}
+            found.append(run_finals(folder, **study, count=given.workers, every_s=every_s, tell=print))
+        print(found[-1])
+    calm, fire = found
+    return [
+        f"{name}: undisturbed {getattr(calm, name)}, under fire {getattr(fire, name)}"
+        for name in ("winner", "values", "weights")
+        if getattr(calm, name) != getattr(fire, name)
+    ]
+
+
+@contextmanager
+def _home() -> Iterator[Path]:
+    """A folder where the chaos has a home of its own."""
     with tempfile.TemporaryDirectory(prefix="chaos-") as scratch:
         folder = Path(scratch)
         folder.chmod(0o711)  # root's server runs as another user
@@ -260,26 +378,9 @@ def main() -> None:
         from hpo.storage.server import server as embedded
 
         try:
-            report = run(
-                folder,
-                trials=given.trials,
-                count=given.workers,
-                every_s=given.every,
-                epochs=given.epochs,
-                pruner=given.pruner,
-                server_s=server_s,
-                tell=print,
-            )
+            yield folder
         finally:
             embedded.stop()
-    print(
-        f"{report.trials} trials on {given.workers} workers in {report.seconds:.0f} s: {report.kills} workers killed, "
-        f"server stopped {report.stops} and crashed {report.crashes} time(s); {report.states}, "
-        f"{report.adopted} adopted, {report.lost} attempts lost, {report.judged} trained again"
-    )
-    faults = report.faults()
-    print("\n".join(faults) or "every trial ended exactly once, every curve is that of an undisturbed training")
-    sys.exit(bool(faults))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@
 FOLDER holds NAME_train.npz and NAME_test.npz. Each study has the same file: metric accuracy, all defaults, finals. The
 promoted model is tested on the official test part, which tuning never sees. By study: the value by which it was
 selected, the mean of its fresh values with their 95 % interval, the test score, and the seconds that search and finals
-took; and the test score of the default configuration alone (a study of one trial). Then, over all: how often the
+took; and the test score of the default configuration alone, which is the study's first trial, as a study of one trial.
+Then, over all: how often the
 interval holds the test score, by how much what was promised is too good, for the fresh mean and for the selected value,
 and how often the promoted model is worse than the default one beyond noise (two standard errors of the difference of
 two shares of the test part). Each line is appended to FILE; what is there already is not run again.
@@ -31,8 +32,11 @@ def study(given: argparse.Namespace, name: str, seed: int, scratch: Path) -> dic
     """The line of one study."""
     asked = f"trials = {given.trials}\nfinalists = {given.finalists}\nrepeats = {given.repeats}"
     found = _launched(given, scratch, name, f"{name}-{seed}", seed, asked)
-    default = _launched(given, scratch, name, f"{name}-{seed}-default", seed, "trials = 1\nfinalists = 0")
-    trained = [_training(given, scratch, each) for each in (f"{name}-{seed}", f"{name}-{seed}/finals")]
+    trials = [_trials(given, scratch, each) for each in (f"{name}-{seed}", f"{name}-{seed}/finals")]
+    first = {key.removeprefix("params."): value for key, value in trials[0][0].items() if key.startswith("params.")}
+    enqueue = [f"{key} = {json.dumps(value)}" for key, value in first.items() if value is not None]
+    asked = "trials = 1\nfinalists = 0\n[[enqueue]]\n" + "\n".join(enqueue)
+    default = _launched(given, scratch, name, f"{name}-{seed}-default", seed, asked)
     return {
         "set": name,
         "seed": seed,
@@ -45,7 +49,7 @@ def study(given: argparse.Namespace, name: str, seed: int, scratch: Path) -> dic
         "values": found["estimate"]["values"],
         "best": found["best"]["number"],
         "seconds": found["seconds"],
-        "trained": trained,
+        "trained": [round(sum(trial["training_seconds"] or 0.0 for trial in each), 1) for each in trials],
     }
 
 
@@ -53,18 +57,17 @@ def _launched(given: argparse.Namespace, scratch: Path, name: str, study: str, s
     """The summary of a study over that set."""
     path, data = scratch / "study.toml", given.folder.resolve() / name
     path.write_text(
-        f'[study]\nname = "{study}"\nmetric = "accuracy"\nseed = {seed}\ntimeout = "{given.minutes}m"\n{asked}\n'
         f'[data]\ntrain = "{data}_train.npz"\ntest = "{data}_test.npz"\n'
+        f'[study]\nname = "{study}"\nmetric = "accuracy"\nseed = {seed}\ntimeout = "{given.minutes}m"\n{asked}\n'
     )
     done = quality.run(given, scratch, "launch", str(path), "--workers", str(given.workers), "--json", "--quiet")
     found: dict[str, Any] = json.loads(done.splitlines()[-1])
     return found
 
 
-def _training(given: argparse.Namespace, scratch: Path, name: str) -> float:
-    """Seconds that the trials of a study trained."""
-    found = json.loads(quality.run(given, scratch, "trials", "list", name, "--format", "json"))
-    return round(sum(trial["training_seconds"] or 0.0 for trial in found), 1)
+def _trials(given: argparse.Namespace, scratch: Path, name: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(quality.run(given, scratch, "trials", "list", name, "--format", "json"))
+    return found
 
 
 def measure(given: argparse.Namespace, sets: list[str], lines: list[dict[str, Any]]) -> None:
