@@ -16,7 +16,7 @@ from hpo.study.space import is_active, steps_kept
 
 SINCE = 4  # of RULES
 LEARNING = ("tpe", "gp")  # samplers that go on from what was tried; of others the user wants their own draws
-SHARE = 4  # of a study's trials at most every fourth is one of these
+SHARE = 4  # at most every fourth of a study's trials is one of these, and the first in any case
 
 _CONVOLUTIONS: dict[str, Value] = {
     "normalization": "channel", "difference": False, "stem": "conv", "stem_layers": 3, "stem_width": 64,
@@ -47,7 +47,7 @@ def portfolio_of(plan: Plan) -> tuple[dict[str, Value], ...]:
 
 
 def first_configurations(space: Mapping[str, Entry], steps: int, trials: int) -> tuple[dict[str, Value], ...]:
-    """Those of the portfolio that a completed space holds, at most every fourth of `trials`.
+    """Those of the portfolio that a completed space holds, at most every fourth of `trials`, but one in any case.
 
     What the space has as a constant takes that value, and a number that it does not hold becomes the nearest one that
     it does; a configuration with another choice that it does not hold is left out. The choices of `missing` take turns,
@@ -66,7 +66,7 @@ def first_configurations(space: Mapping[str, Entry], steps: int, trials: int) ->
         active = {name: value for name, value in params.items() if is_active(name, params)}
         if active not in found:
             found.append(active)
-    return tuple(found[: trials // SHARE])
+    return tuple(found[: max(1, trials // SHARE)])
 
 
 def _nearest(entry: Entry, value: Value) -> Value | None:
