@@ -41,6 +41,8 @@ def study(given: argparse.Namespace, name: str, seed: int, scratch: Path) -> dic
         "set": name,
         "seed": seed,
         "test": found["test"]["accuracy"],
+        "validation": found["validation"]["accuracy"],
+        "validated": len(np.load(given.folder / f"{name}_train.npz", allow_pickle=False)["y"]),
         "default": default["test"]["accuracy"],
         "tested": len(np.load(given.folder / f"{name}_test.npz", allow_pickle=False)["y"]),
         "selected": found["estimate"]["selected"],

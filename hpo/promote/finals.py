@@ -12,7 +12,10 @@ from hpo.study.finals import Finalist
 from hpo.study.plan import Plan
 
 T_QUANTILE = 0.975  # of 95 % intervals
-METHOD = "intervals over sequences and, by Student, over seeds and splits, squares added"
+METHOD = (
+    "intervals over sequences and, by Student, over seeds and splits, squares added; as wide at least as the interval "
+    "of the model's own predictions for validation"
+)
 
 
 def winner(finalists: Sequence[Finalist], plan: Plan) -> Finalist | None:
@@ -56,22 +59,27 @@ def _log_loss(finalist: Finalist) -> float:
     return mean(record.log_loss for record in finalist.repeats.values())
 
 
-def estimate(finalist: Finalist, finalists: Sequence[Finalist], metric: str, scores: Mapping[int, Scores]) -> Estimate:
+def estimate(
+    finalist: Finalist, finalists: Sequence[Finalist], metric: str, scores: Mapping[int, Scores], model: Scores
+) -> Estimate:
     """How good a finalist is, with what it was selected by beside it. finalists: all of them; scores: of each of its
-    repeats, on what that validated on.
+    repeats, on what that validated on; model: of those together that are promoted.
 
     The 95 % interval is that of a mean of values on the same sequences. How far these few sequences may mislead is the
     mean of the repeats' own intervals (`METHODS` of hpo/models/metrics.py). How far seeds and splits may is Student's
     interval of a mean of so many repeats, by the variance within all finalists: two or three values say little of it.
     The distances of both ends are combined as the root of the sum of their squares (MOVER: Zou and Donner, Statistics
-    in Medicine 27, 2008).
+    in Medicine 27, 2008). Repeats that predict together are as a rule better than the mean of them, so the interval
+    reaches as far as that of their common predictions for validation.
     """
     values = [scores[repeat].metrics[metric] for repeat in sorted(scores)]
     found = [scores[repeat].intervals[metric] for repeat in sorted(scores)]
     center, spread = mean(values), _spread(finalists) / math.sqrt(len(values))
     below = mean(value - low for value, (low, _) in zip(values, found, strict=True))
     above = mean(high - value for value, (_, high) in zip(values, found, strict=True))
-    low, high = max(center - math.hypot(below, spread), 0.0), center + math.hypot(above, spread)
+    own_low, own_high = model.intervals[metric]
+    low = max(min(center - math.hypot(below, spread), own_low), 0.0)
+    high = max(center + math.hypot(above, spread), own_high)
     return Estimate(
         value=center,
         interval=(low, high if metric == "log_loss" else min(high, 1.0)),

@@ -173,7 +173,7 @@ def promote(
         members, validation, estimate = trained.members, trained.scores, None
         if finalist is not None:
             scores = {repeat: each.scores for repeat, each in repeats.items()}
-            estimate = estimate_of(finalist, finalists_of(study), plan.metric, scores)
+            estimate = estimate_of(finalist, finalists_of(study), plan.metric, scores, validation)
         calibration = _calibration(trained, sequences)
         config = replace(
             _bundle_config(study, record, finalist),

@@ -115,7 +115,7 @@ def scored(right: int, n: int = 100) -> object:
 
 def test_the_estimate_is_the_mean_with_an_interval_of_sequences_and_of_repeats() -> None:
     scores, own = {1: scored(90), 2: scored(94), 3: scored(92)}, finalist(1, 0.90, 0.94, 0.92)
-    found = estimate(own, [own, finalist(2, 0.80, 0.90)], "accuracy", scores)  # type: ignore[arg-type]
+    found = estimate(own, [own, finalist(2, 0.80, 0.90)], "accuracy", scores, scores[1])  # type: ignore[arg-type]
     assert found.value == pytest.approx(0.92)
     assert found.values == (0.90, 0.94, 0.92)
     assert found.selected == 0.99
@@ -127,15 +127,23 @@ def test_the_estimate_is_the_mean_with_an_interval_of_sequences_and_of_repeats()
     assert found.interval[1] <= 1.0
 
 
+def test_the_interval_holds_that_of_the_model_which_is_better_than_its_repeats() -> None:
+    scores, own, model = {1: scored(90), 2: scored(90)}, finalist(1, 0.90, 0.90), scored(98)
+    found = estimate(own, [own], "accuracy", scores, model)  # type: ignore[arg-type]
+    assert found.value == pytest.approx(0.90)
+    assert found.interval[1] == model.intervals["accuracy"][1]  # type: ignore[attr-defined]
+    assert found.interval[0] == pytest.approx(scores[1].intervals["accuracy"][0])  # type: ignore[attr-defined]
+
+
 def test_one_repeat_has_the_interval_of_its_sequences() -> None:
     scores = {1: scored(90)}
-    found = estimate(finalist(1, 0.90), [finalist(1, 0.90)], "accuracy", scores)  # type: ignore[arg-type]
+    found = estimate(finalist(1, 0.90), [finalist(1, 0.90)], "accuracy", scores, scores[1])  # type: ignore[arg-type]
     assert found.interval == pytest.approx(scores[1].intervals["accuracy"])  # type: ignore[attr-defined]
 
 
 def test_all_right_is_not_said_to_be_certain() -> None:
     scores, own = {repeat: scored(40, 40) for repeat in (1, 2, 3)}, finalist(1, 1.0, 1.0, 1.0)
-    found = estimate(own, [own], "accuracy", scores)  # type: ignore[arg-type]
+    found = estimate(own, [own], "accuracy", scores, scores[1])  # type: ignore[arg-type]
     assert found.value == 1.0
     assert found.interval[0] < 0.95
     assert found.interval[1] == 1.0
