@@ -46,6 +46,7 @@ sampler = "random"
 pruner = "{pruner}"
 lease = 3
 attempts = {attempts}
+finalists = 0
 [data]
 train = "waves.npz"
 validation = {{ folds = 3 }}

@@ -1,4 +1,4 @@
-"""How good the promoted models are by search alone: whole studies through the command line, against published figures.
+"""How good promoted models are by default: whole studies through the command line, against published figures.
 
     python benchmarks/quality.py FOLDER [--sets NAME …] [--seeds 0 1 2] [--minutes 15] [--trials 60] [--workers 2]
                                  [--label after] [--code CHECKOUT] [--lines FILE]

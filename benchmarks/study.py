@@ -50,6 +50,7 @@ STUDY = """[study]
 name = "{name}"
 metric = "{metric}"
 trials = {trials}
+finalists = 0
 {options}
 [data]
 train = "{folder}/train.npz"

@@ -44,6 +44,8 @@ ENSEMBLES = ("repeats", "none")
 EVENTS = ("end", "failure", "promotion")  # that an address may be told of
 DEEPEST = 50  # lists and tables within one another
 FOLDS = 5  # default where a share would validate on few sequences
+FINALISTS = 3  # by default at most
+FINALS_SHARE = 4  # by default finals are at most every fourth training as there are trials
 VALIDATION_SHARE = 0.2  # default else, share of the training part
 VALIDATION_LEAST = 500  # sequences that a validation share must hold to be the default
 
@@ -85,7 +87,8 @@ class StudySection:
     # name of a study whose trials the sampler sees
     warm_start: str | None = field(default=None, metadata=checked(text))
     # configurations that are trained again on fresh seeds and splits before one is promoted; 0: none, the best trial is
-    finalists: int = field(default=0, metadata=checked(whole(0, 100)))
+    # promoted; None: by the number of trials (`default_finalists`)
+    finalists: int | None = field(default=None, metadata=checked(whole(0, 100)))
     repeats: int = field(default=3, metadata=checked(whole(1, 100)))  # of each finalist
 
 
@@ -456,6 +459,11 @@ def default_name(train: str) -> str:
 # --- what follows from the data ---
 
 
+def default_finalists(study: StudySection) -> int:
+    """How many finalists a study has whose file names no number: none where finals would be much of its trainings."""
+    return min(FINALISTS, study.trials // (FINALS_SHARE * study.repeats))
+
+
 def complete(
     config: StudyConfig,
     *,
@@ -483,6 +491,7 @@ def complete(
         Folds(max(2, min(FOLDS, n if units is None else units))) if few else VALIDATION_SHARE
     )
     metric = config.study.metric or ("auroc" if classes <= 2 else "macro_f1")
+    finalists = default_finalists(config.study) if config.study.finalists is None else config.study.finalists
     facts: dict[str, Any] = {"n": n, "steps": steps, "features": features, "classes": classes}
     try:
         space = spaces.complete(config.space, **facts, variable=variable, gaps=gaps)
@@ -491,7 +500,7 @@ def complete(
         raise ConfigError(f"{error} (study {config.study.name})") from None
     return replace(
         config,
-        study=replace(config.study, metric=metric),
+        study=replace(config.study, metric=metric, finalists=finalists),
         data=replace(config.data, validation=validation),
         space=space,
         enqueue=enqueue,

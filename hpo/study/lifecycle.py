@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import optuna
@@ -105,8 +105,11 @@ def create_or_open(
         if stored is None:
             _check_warm_start(storage, config)
             study_id, wider = find_or_create(storage, plan, name), plan
+            config = replace(config, study=replace(config.study, finalists=plan.config.study.finalists))
         else:
             study_id = stored.study_id
+            if config.study.finalists is None:  # as it began
+                config = replace(config, study=replace(config.study, finalists=stored.finalists))
             begun = _plan_of(stored, storage)
             if begun.rules != plan.rules:
                 plan, train, test = make_plan(config, begun.rules)
@@ -120,7 +123,7 @@ def create_or_open(
         else:
             _widen(storage, study_id, begun, wider, config, owner or somebody())
             leases.set_notify(study_id, _notify(config))
-            leases.want_finals(study_id, finalists=config.study.finalists, repeats=config.study.repeats)
+            leases.want_finals(study_id, finalists=config.study.finalists or 0, repeats=config.study.repeats)
             leases.share(study_id, priority=config.study.priority, max_workers=config.study.max_workers)
         for line in readout(plan, train, test):
             log.info("%s: %s", name, line)
@@ -128,6 +131,9 @@ def create_or_open(
             log.warning("%s: %s", name, line)
         given, timeout_s = config.study, search_time(config)
         row = leases.reopen(study_id, trials=given.trials, timeout_s=timeout_s, patience=given.patience)
+        if row.finalists:
+            text = "%s: then finals of the best %d, %d trainings each on fresh seeds and splits (study.finalists)"
+            log.info(text, name, row.finalists, row.repeats)
         if row.standstill is not None and row.status != "open":
             log.warning("study %s: %s", name, over_by_patience(row.standstill))
         if row.budget > config.study.trials:
@@ -306,7 +312,7 @@ def _begin(storage: TrialStorage, leases: Leases, study_id: int, plan: Plan, own
         priority=study.priority,
         max_workers=study.max_workers,
         patience=study.patience,
-        finalists=study.finalists,
+        finalists=study.finalists or 0,
         repeats=study.repeats,
     )
     leases.open_study(study_id, terms, plan.to_json(), owner, _notify(plan.written))

@@ -96,6 +96,21 @@ def test_without_a_complete_trial_or_a_wish_there_are_none(config: StudyConfig, 
     assert prepare_finals(with_trials(none, storage, 0.5, 0.6)) is None
 
 
+def test_a_file_that_names_no_number_leaves_it_as_the_study_began(config: StudyConfig, storage: TrialStorage) -> None:
+    def finalists(trials: int, number: int | None = None) -> int:
+        study = replace(config.study, trials=trials, repeats=3, finalists=number)
+        opened = create_or_open(replace(config, study=study), storage, artifact_store())
+        row = opened.leases.study(opened.study_id)
+        assert row is not None
+        return row.finalists
+
+    assert finalists(24) == 2
+    assert finalists(99) == 2
+    assert finalists(99, 0) == 0
+    assert finalists(99) == 0
+    assert finalists(99, 5) == 5
+
+
 def test_equal_configurations_are_one_finalist(config: StudyConfig, storage: TrialStorage) -> None:
     fixed = replace(config, space={**config.space, "hidden_size": 8}, study=replace(config.study, name="fixed"))
     study = with_trials(fixed, storage, 0.5, 0.9, 0.7)

@@ -65,7 +65,8 @@ def launched(database_url: str, tmp_path: Path) -> Iterator[Callable[..., OpenSt
     def made(study: str = "trials = 20", more: str = "", **space: str) -> OpenStudy:
         entries = "\n".join(f"{name} = {entry}" for name, entry in {**SMALL, **space}.items() if entry)
         path = tmp_path / f"{uuid4()}.toml"
-        text = f'[study]\nname = "waves"\n{study}\n[data]\ntrain = "waves.npz"\n[space]\n{entries}\n{more}\n'
+        study = f'[study]\nname = "waves"\nfinalists = 0\n{study}'
+        text = f'{study}\n[data]\ntrain = "waves.npz"\n[space]\n{entries}\n{more}\n'
         path.write_text(text)
         storages.append(trial_storage(database_url))
         return create_or_open(load(path), storages[-1], store)

@@ -315,7 +315,7 @@ def test_a_finite_space_ends_the_study_early(
 def test_a_study_ends_when_its_trials_bring_nothing_more(
     cli: Cli, study_file: Callable[..., Path], trials: Callable[..., list[FrozenTrial]]
 ) -> None:
-    file = study_file(trials=60, epochs=1, study='patience = 3\nmetric = "accuracy"')
+    file = study_file(trials=60, epochs=1, study='patience = 3\nmetric = "accuracy"\nfinalists = 0')
     summary = summary_of(cli("launch", file, "--workers", 2, "--json"))
     found = trials()
     assert_exact(found, len(found))
@@ -346,7 +346,8 @@ def test_a_study_ends_when_its_trials_bring_nothing_more(
 def test_one_worker_and_one_seed_repeat_a_study(
     cli: Cli, study_file: Callable[..., Path], trials: Callable[..., list[FrozenTrial]]
 ) -> None:
-    file = study_file(trials=12, epochs=2, space="hidden_size = { low = 4, high = 12 }\nlayers = { low = 1, high = 2 }")
+    space = "hidden_size = { low = 4, high = 12 }\nlayers = { low = 1, high = 2 }"
+    file = study_file(trials=12, epochs=2, space=space, study="finalists = 0")
     for name in ("one", "two"):
         summary_of(cli("launch", file, "--workers", 1, "--json", "--set", f"study.name={name}"))
     one, two = trials("one"), trials("two")
@@ -466,7 +467,8 @@ def test_a_full_disk_is_a_clear_error_and_loses_no_finished_trial(
 def test_a_study_out_of_time_promotes_what_it_has(
     cli: Cli, study_file: Callable[..., Path], trials: Callable[..., list[FrozenTrial]]
 ) -> None:
-    file = study_file(trials=500, epochs=100000, study='pruner = "none"\ntimeout = 8\nlease = 2', train="patience = 0")
+    study = 'pruner = "none"\ntimeout = 8\nlease = 2\nfinalists = 0'
+    file = study_file(trials=500, epochs=100000, study=study, train="patience = 0")
     summary = summary_of(cli("launch", file, "--workers", 1, "--json"))
     assert summary["ended_by"] == "timeout"
     assert summary["trials"]["complete"] == len(trials()) == 1

@@ -376,11 +376,29 @@ def test_metric_validation_and_space_follow_from_the_data(folder: Path) -> None:
 
 
 def test_what_is_written_stays_when_completed(folder: Path) -> None:
-    config = load(folder, DESIGN, "study.metric=f1")
+    config = load(folder, DESIGN, "study.metric=f1", "study.finalists=2")
     completed = configs.complete(config, **POWER)
     assert completed.study == config.study
     assert completed.data == config.data
     assert config.space.items() <= completed.space.items()
+
+
+@pytest.mark.parametrize(
+    ("study", "finalists"),
+    [
+        ("trials = 11", 0),
+        ("trials = 12", 1),
+        ("trials = 24", 2),
+        ("trials = 60", 3),
+        ("trials = 999", 3),
+        ("trials = 20\nrepeats = 5", 1),
+        ("trials = 2\nfinalists = 2", 2),
+        ("trials = 60\nfinalists = 0", 0),
+    ],
+)
+def test_finals_are_a_small_part_of_a_study_unless_it_says_how_many(folder: Path, study: str, finalists: int) -> None:
+    file = DESIGN.replace("trials = 60", study)
+    assert configs.complete(load(folder, file), **POWER).study.finalists == finalists
 
 
 def test_costs_are_read_kept_and_of_two_classes(folder: Path) -> None:
