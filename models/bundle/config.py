@@ -35,6 +35,7 @@ TYPES: dict[str, type] = {
 LARGEST = 2**31 - 1  # of a whole number
 DEEPEST = 50  # objects and lists within one another
 MOST_BINS = 100  # of a reliability diagram
+OPTIONAL = ("named", "fill", "gaps", "estimate", "footprint")  # fields that are left out where they are None
 PARTS = ("validation", "test")  # of the data, that a model has scores of
 T = TypeVar("T")
 
@@ -44,6 +45,16 @@ class BundleError(StudyFault):
 
     def __init__(self, message: str) -> None:
         super().__init__(legible(message))
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What one prediction of a model takes, all networks together. JSON-able."""
+
+    latency_ms: float  # of one sequence, on one thread of a CPU
+    size_mb: float  # 10^6 bytes of weights
+    steps: int  # of that sequence
+    machine: str  # the CPU
 
 
 @dataclass(frozen=True)
@@ -71,6 +82,7 @@ class BundleConfig:
     fill: tuple[float, ...] | None = None  # (F,) what a sequence is given that lacks the feature throughout; None: 0
     gaps: tuple[float, ...] | None = None  # (F,) share of missing values in the training part; None: not recorded
     estimate: Estimate | None = None  # of the metric, by trainings that nothing was chosen by; None: there were none
+    footprint: Footprint | None = None  # None: not measured
 
     def __post_init__(self) -> None:
         if not COOLEST <= self.temperature <= HOTTEST:
@@ -132,7 +144,7 @@ def to_json(config: BundleConfig) -> str:
     """The content of config.json, without the names of groups: they are the data's, as of patients, and a model folder
     is passed on. Raises ValueError for a number that is not finite, which JSON has none for."""
     content = {"format": FORMAT, **asdict(config), "preprocessing": preprocessing(config)}
-    for name in ("named", "fill", "gaps", "estimate"):  # of an earlier version's model, or one without finals
+    for name in OPTIONAL:  # of an earlier version's model, or one without finals
         if content[name] is None:
             del content[name]
     for scores in filter(None, (content["validation"], content["test"])):
@@ -174,7 +186,8 @@ def from_json(text: bytes, source: str) -> BundleConfig:
             content[part] = _scores(content[part], f"{source}, {part}")
     if "calibration" in content:
         content["calibration"] = _calibration(content["calibration"], f"{source}, calibration")
-    content = {"named": None, "fill": None, "gaps": None, "estimate": None} | content  # earlier versions recorded none
+    content = dict.fromkeys(OPTIONAL) | content  # earlier versions recorded none
+    content["footprint"] = _footprint(content["footprint"], f"{source}, footprint")
     content["estimate"] = _estimate(content["estimate"], f"{source}, estimate")
     for name in ("fill", "gaps"):
         content[name] = _numbers(content[name], f"{source}: {name}")
@@ -289,6 +302,17 @@ def _estimate(content: Any, source: str) -> Estimate | None:
         raise BundleError(f"{source} must be numbers, of its interval two, and a method, got {str(content)[:80]!r}")
     low, high = found.interval
     return replace(found, interval=(low, high), values=tuple(listed))
+
+
+def _footprint(content: Any, source: str) -> Footprint | None:
+    if content is None:
+        return None
+    found = _exactly(Footprint, content, source)
+    numbers = all(_is_number(each) and each > 0 for each in (found.latency_ms, found.size_mb))
+    if not numbers or not _is_count(found.steps) or not _is_text(found.machine):
+        rule = "latency_ms and size_mb above 0, a number of steps and a machine"
+        raise BundleError(f"{source} must be {rule}, got {str(content)[:80]!r}")
+    return found
 
 
 def _groups(content: Any, source: str) -> Groups | None:
