@@ -300,6 +300,7 @@ def _status_view(states: Sequence[Snapshot], width: int, *, detailed: bool) -> G
     reasons = [Text(f"{state.name}: {state.best.why}") for state in states if state.best and state.best.why]
     reasons += [Text(line) for state in states for line in _where_finals_are(state)]
     reasons += [Text(f"{each.name}: ended by patience: {each.standstill.said}") for each in states if each.standstill]
+    reasons += [Text(f"{each.name}: trials not to be promoted: {each.beyond.said}") for each in states if each.beyond]
     reasons += [Text(line) for state in states for line in _dropped(state, detailed=detailed)]
     in_flight = states[0].in_flight if detailed else ()
     if width < TABLE_WIDTH:
@@ -451,6 +452,7 @@ def model_row(model: ModelVersion) -> dict[str, Any]:
         "trial": model.trial_number,
         "created": model.created_at.isoformat(),
         "estimate": model.scores.get("estimate"),
+        "footprint": model.scores.get("footprint"),
         "validation": model.scores["validation"],
         "test": model.scores.get("test"),
         "sequences": model.scores.get("sequences"),

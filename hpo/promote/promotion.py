@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import socket
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,8 +16,9 @@ import torch
 from hpo.datasets import fetch_sequences
 from hpo.errors import StudyFault, legible
 from hpo.models.bundle.bundle import assemble, load, save, unpack
-from hpo.models.bundle.config import BundleConfig, BundleError
+from hpo.models.bundle.config import BundleConfig, BundleError, Footprint
 from hpo.models.bundle.footprint import measure as measure_footprint
+from hpo.models.bundle.footprint import size_mb
 from hpo.models.calibration import Calibration, Comparison, calibration_of, measure_reliability
 from hpo.models.classifier import Weights
 from hpo.models.data.sequences import Sequences
@@ -185,7 +186,8 @@ def promote(
             threshold=calibration.threshold,
             estimate=estimate,
         )
-        config = replace(config, footprint=measure_footprint(config, members, sequences))
+        registry = Registry(study.storage.connection)
+        config = replace(config, footprint=_footprint(registry, study, record, config, members, sequences))
         test, compared = _test_scores(study.plan, store, config, members, device)
     except OutOfMemory as error:
         raise PromotionError(f"the model of trial {record.number} cannot be evaluated now: {error}") from None
@@ -196,7 +198,6 @@ def promote(
         save(folder, members, replace(config, validation=validation, test=test, calibration=reliable), curve)
         artifacts = publish(store, folder, model_prefix(_store_key(study), record.number))
     grouped = {"validation": validation.groups, "test": None if test is None else test.groups}
-    registry = Registry(study.storage.connection)
     earlier = _default(registry, study.name)
     able = {each.number for each in study.best_first()}
     replaces = as_default or (earlier is not None and _has_lost(study, earlier, able | {record.number}))
@@ -244,6 +245,26 @@ def is_better(study: OpenStudy, record: TrialRecord, earlier: ModelVersion, esti
         return estimate is not None
     old = scores["value"], scores["validation"]["log_loss"]
     return rank({0: old, 1: (record.value, record.log_loss)}, plan.metric, plan.resolution)[0] == 1
+
+
+def _footprint(
+    registry: Registry,
+    study: OpenStudy,
+    record: TrialRecord,
+    config: BundleConfig,
+    members: Sequence[Weights],
+    sequences: Sequences,
+) -> Footprint:
+    """What a prediction takes. It is measured once for a trial's model, which has the same files, and so is the same
+    version, however often it is promoted."""
+    size = size_mb(config.classifier, len(members))
+    for model in registry.models():
+        known = model.scores.get("footprint")
+        if (model.study_id, model.trial_number) == (study.study_id, record.number) and known is not None:
+            found = Footprint(**known)
+            if found.size_mb == size:
+                return found
+    return measure_footprint(config, members, sequences)
 
 
 def _has_lost(study: OpenStudy, version: ModelVersion, able: Collection[int]) -> bool:

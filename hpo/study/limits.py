@@ -19,6 +19,7 @@ from hpo.study.plan import Plan
 from hpo.study.record import trained_by_us
 
 CONSTRAINT = "constraints:"  # begins the system attributes in which Optuna keeps a trial's constraints
+FAR = 1e9  # the largest constraint: a sampler computes with it
 FIGURES = ("latency_ms", "size_mb")  # of a trial's user attributes
 
 
@@ -63,7 +64,8 @@ class Limits:
         ours = trial.user_attrs if trained_by_us(trial) else {}
         known = {name: _number(ours.get(name)) for name in FIGURES}
         excesses = self.excess(ours).values()
-        judged = bool(excesses) and None not in excesses
+        violated = any(excess is not None and excess > 0 for excess in excesses)
+        judged = violated or (bool(excesses) and None not in excesses)
         return {
             **{name: None if found is None else self.copies * found for name, found in known.items()},
             "feasible": self.admit(ours) if judged else None,
@@ -72,7 +74,7 @@ class Limits:
     def constraints(self, figures: Mapping[str, Any]) -> dict[str, float]:
         """The same as Optuna's constraints, by the names of their system attributes; a figure that is not known, as of
         an earlier version's trial, does not steer the search."""
-        return {CONSTRAINT + name: excess or 0.0 for name, excess in self.excess(figures).items()}
+        return {CONSTRAINT + name: min(excess or 0.0, FAR) for name, excess in self.excess(figures).items()}
 
     def too_large(self, plan: Plan, params: Mapping[str, Value]) -> bool:
         """Whether a configuration is beyond the limit of size, which is known before it is trained."""

@@ -17,8 +17,8 @@ MANY = 10  # names listed at most
 
 
 def readout(plan: Plan, train: Sequences, test: Sequences | None) -> list[str]:
-    """Sizes, features, classes with their counts, gaps, groups, parts, the distance of steps, the positive class, and what
-    the sampler does not learn."""
+    """Sizes, features, classes with their counts, gaps, groups, parts, the distance of steps, the positive class, and
+    what the sampler does not learn."""
     lines = [f"training part: {'; '.join([_sizes(train), *_absent(plan, train)])}"]
     if test is not None:
         lines.append(f"test part: {'; '.join([_sizes(test), *_absent(plan, test)])}")

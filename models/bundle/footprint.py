@@ -21,7 +21,7 @@ from hpo.models.machine import cpu_name
 NUMBER_BYTES = 4  # of a weight: float32
 MB = 1e6  # bytes
 WARM_UP = 2  # calls that are not measured
-FEWEST, MOST = 3, 30  # calls that are
+MOST = 30  # calls that are; one at least
 ENOUGH_S = 0.1  # after which no further one is made
 
 
@@ -48,7 +48,7 @@ def _seconds(bundle: Bundle, sequence: Sequences) -> float:
     for _ in range(WARM_UP):
         bundle.predict(sequence)
     taken: list[float] = []
-    while len(taken) < FEWEST or (len(taken) < MOST and sum(taken) < ENOUGH_S):
+    while not taken or (len(taken) < MOST and sum(taken) < ENOUGH_S):
         started = time.perf_counter()
         bundle.predict(sequence)
         taken.append(time.perf_counter() - started)

@@ -74,7 +74,7 @@ def error(folder: Path, text: str, *overrides: str) -> str:
 def to_toml(config: StudyConfig) -> str:
     """The configuration as a study file that `load` reads."""
     written = configs.to_dict(config)
-    headed = [(f"[{name}]", written[name]) for name in ("study", "data", "train", "space")]
+    headed = [(f"[{name}]", written[name]) for name in ("study", "data", "train", "limits", "space")]
     headed += [("[[enqueue]]", params) for params in written["enqueue"]]
     blocks = ["\n".join([head, *(f"{key} = {show(value)}" for key, value in table.items())]) for head, table in headed]
     return "\n\n".join(blocks) + "\n"
@@ -252,12 +252,12 @@ def test_an_error_elsewhere_is_not_blamed_on_an_override(folder: Path) -> None:
         (
             "[train]",
             "[limits]\nlatency_ms = inf\n[train]",
-            "limits.latency_ms must be a finite number above 0, got inf",
+            "latency_ms must be a finite number above 0, got inf",
         ),
         (
             "[train]",
             "[limits]\nlatency_ms = nan\n[train]",
-            "limits.latency_ms must be a finite number above 0, got nan",
+            "latency_ms must be a finite number above 0, got nan",
         ),
         ("[train]", "[limits]\nlatency = 3\n[train]", "unknown key limits.latency; did you mean limits.latency_ms?"),
     ],
