@@ -35,7 +35,7 @@ class Limits:
     @classmethod
     def of(cls, row: StudyRow) -> Limits:
         """Those of a study by its terms."""
-        config = row.config["config"]
+        config = row.config.get("config", {})
         given = config.get("limits", {})
         together = row.finalists > 0 and config.get("promote", {}).get("ensemble") != "none"
         return cls(**{name: given.get(name) for name in FIGURES}, copies=row.repeats if together else 1)
