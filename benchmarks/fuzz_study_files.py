@@ -49,6 +49,7 @@ STUDY: dict[str, Any] = {
     },
     "data": {"train": "waves.npz", "validation": {"folds": 3}, "label": "label", "group": "group"},
     "train": {"epochs": 4, "patience": 2, "precision": "float32", "keep_best": 2},
+    "limits": {"latency_ms": 1e9, "size_mb": 0.5},
     "space": {
         "hidden_size": {"low": 4, "high": 12, "step": 4},
         "layers": [1, 2],

@@ -363,7 +363,7 @@ class Client:
 
 def snapshot_of(study: Study) -> Snapshot:
     """What displays take; of its workers it knows the number alone."""
-    from hpo.storage.snapshot import BestTrial, Dropped, FinalsProgress, Snapshot, WorkerGroup
+    from hpo.storage.snapshot import BestTrial, BeyondLimits, Dropped, FinalsProgress, Snapshot, WorkerGroup
     from hpo.storage.terms import Standstill
 
     best = None
@@ -394,6 +394,7 @@ def snapshot_of(study: Study) -> Snapshot:
         finals=None if study.finals is None else FinalsProgress(**study.finals.model_dump()),
         patience=study.patience,
         standstill=None if study.standstill is None else Standstill(study.standstill.since, study.standstill.trials),
+        beyond=None if study.beyond_limits is None else BeyondLimits(**study.beyond_limits.model_dump()),
     )
 
 

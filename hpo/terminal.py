@@ -31,7 +31,7 @@ from hpo.models.class_scores import (
 )
 from hpo.models.config import METRICS
 from hpo.storage.masking import mask
-from hpo.storage.snapshot import Change, Dropped
+from hpo.storage.snapshot import BeyondLimits, Change, Dropped
 from hpo.storage.terms import Standstill
 from hpo.study.entries import show
 
@@ -128,7 +128,8 @@ def _best(state: Snapshot) -> str:
 
 def _counts(state: Snapshot) -> str:
     counts = [f"{state.counts.get(name, 0)} {name}" for name in ("complete", "pruned", "failed", "running")]
-    return ", ".join(counts + ([f"{waiting} waiting"] if (waiting := state.counts.get("waiting", 0)) else []))
+    counts += [f"{waiting} waiting"] if (waiting := state.counts.get("waiting", 0)) else []
+    return ", ".join(counts + ([] if state.beyond is None else [state.beyond.said]))
 
 
 def _finals(state: Snapshot) -> list[str]:
@@ -198,6 +199,7 @@ def status_row(state: Snapshot, scores: ModelScores | None = None) -> dict[str, 
         "best": None if state.best is None else {"number": state.best.number, "value": state.best.value},
         "best_why": None if state.best is None else state.best.why,
         "finals": None if state.finals is None else vars(state.finals),
+        "beyond_limits": None if state.beyond is None else vars(state.beyond),
         "version": state.promoted_version,
         "scores": None if scores is None else asdict(scores),
         "dropped": [dropped_row(each) for each in state.dropped],
@@ -298,6 +300,7 @@ def _status_view(states: Sequence[Snapshot], width: int, *, detailed: bool) -> G
     reasons = [Text(f"{state.name}: {state.best.why}") for state in states if state.best and state.best.why]
     reasons += [Text(line) for state in states for line in _where_finals_are(state)]
     reasons += [Text(f"{each.name}: ended by patience: {each.standstill.said}") for each in states if each.standstill]
+    reasons += [Text(f"{each.name}: trials not to be promoted: {each.beyond.said}") for each in states if each.beyond]
     reasons += [Text(line) for state in states for line in _dropped(state, detailed=detailed)]
     in_flight = states[0].in_flight if detailed else ()
     if width < TABLE_WIDTH:
@@ -449,6 +452,7 @@ def model_row(model: ModelVersion) -> dict[str, Any]:
         "trial": model.trial_number,
         "created": model.created_at.isoformat(),
         "estimate": model.scores.get("estimate"),
+        "footprint": model.scores.get("footprint"),
         "validation": model.scores["validation"],
         "test": model.scores.get("test"),
         "sequences": model.scores.get("sequences"),
@@ -603,6 +607,10 @@ def show_summary(summary: dict[str, Any]) -> None:
     )
     if (estimate := summary["estimate"]) is not None:
         _say(console, f"expect {summary['metric']} {_estimated(estimate)}")
+    if (footprint := summary.get("footprint")) is not None:  # which an earlier version's model does not tell
+        _say(console, f"one prediction takes {_footprint(footprint)}")
+    if (beyond := summary.get("beyond_limits")) is not None:
+        _say(console, f"trials that were not promoted for [limits]: {BeyondLimits(**beyond).said}")
     _say(
         console, "its configuration: " + ", ".join(f"{name} {_plain(value)}" for name, value in best["params"].items())
     )
@@ -632,6 +640,15 @@ def show_summary(summary: dict[str, Any]) -> None:
     elif model["version"] > 1:
         _say(console, f"the name means version {model['version']} now")
     _say(console, f"next: hpo predict {name} DATA --out FILE.csv; hpo export {name} --out FOLDER; hpo dashboard")
+
+
+def _footprint(found: Mapping[str, Any]) -> str:
+    """What a prediction takes, in words."""
+    steps = "1 step" if found["steps"] == 1 else f"{found['steps']:,} steps"
+    return (
+        f"{found['latency_ms']:.3g} ms for a sequence of {steps}, on one thread of {legible(found['machine'])}; "
+        f"weights {found['size_mb']:.3g} MB"
+    )
 
 
 def _estimated(estimate: Mapping[str, Any]) -> str:

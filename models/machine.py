@@ -1,9 +1,11 @@
-"""How a process that trains is set up: one thread, glibc's allocator, denormal numbers flushed to zero."""
+"""How a process that trains is set up: one thread, glibc's allocator, denormal numbers flushed to zero. And where."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import platform
+from pathlib import Path
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt(3)
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # before torch loads
@@ -36,6 +38,16 @@ def one_thread() -> None:
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32, on a GPU too
+
+
+def cpu_name() -> str:
+    """The CPU's model, else its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, "") or platform.processor() or platform.machine()
 
 
 def prepare_process() -> None:

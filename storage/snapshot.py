@@ -108,6 +108,20 @@ class FinalsProgress:
 
 
 @dataclass(frozen=True)
+class BeyondLimits:
+    """How many trials cannot be promoted, as a prediction of theirs takes more than the study's limits."""
+
+    limits: dict[str, float]  # by the keys of [limits]
+    trials: int  # complete and pruned ones
+
+    @property
+    def said(self) -> str:
+        """In words."""
+        named = " and ".join(f"{name} {limit:g}" for name, limit in self.limits.items())
+        return f"{self.trials} beyond {named}"
+
+
+@dataclass(frozen=True)
 class Snapshot:
     """A study at one moment, for displays."""
 
@@ -135,6 +149,7 @@ class Snapshot:
     patience: int | None = None  # so many trials in a row that bring nothing end it; None: however many
     standstill: Standstill | None = None  # what has ended it, if that was its patience
     finals: FinalsProgress | None = None  # None: they have not begun, or it wants none
+    beyond: BeyondLimits | None = None  # None: it has no limits
 
     @property
     def best_value(self) -> float | None:
@@ -152,7 +167,7 @@ class Snapshot:
 
 def read_snapshot(row: Row) -> Snapshot:
     """A snapshot from the row of the statement `snapshot`."""
-    known, (counts, best, in_flight, groups, *rest, dropped, winner, patience, still, finals) = row[:7], row[7:]
+    known, (counts, best, in_flight, groups, *rest, dropped, winner, patience, still, finals, beyond) = row[:7], row[7:]
     named = {name: (counts or {}).get(state, 0) for state, name in STATES.items()}
     trials = tuple(InFlight(*trial) for trial in in_flight or ())
     orphans = sum(not trial.alive for trial in trials)
@@ -161,6 +176,7 @@ def read_snapshot(row: Row) -> Snapshot:
     gone = tuple(Dropped(n, reason, by, datetime.fromisoformat(when)) for n, reason, by, when in dropped or ())
     fields: Row = (*known, named, _read_best(*best) if best else None, trials, workers, *rest, gone, winner)
     fields += (patience, read_standstill(still), FinalsProgress(*finals) if finals else None)
+    fields += (BeyondLimits(*beyond) if beyond else None,)
     return Snapshot(*fields)
 
 

@@ -239,10 +239,11 @@ class TrialStorage(BaseStorage):
         state: TrialState,
         values: Sequence[float] | None,
         user_attrs: Mapping[str, Any] | None = None,
+        system_attrs: Mapping[str, Any] | None = None,
     ) -> None:
-        """End a trial and set user attributes, in one round trip and transaction. Raises like its two parts."""
+        """End a trial and set attributes, in one round trip and transaction. Raises like its two parts."""
         with self.connection.lock:
-            self.set_trial_attrs(trial_id, user_attrs or {})
+            self.set_trial_attrs(trial_id, user_attrs or {}, system_attrs)
             self.set_trial_state_values(trial_id, state, values)
 
     def _change(self, trial_id: int, state: TrialState, values: Sequence[float] | None) -> bool:

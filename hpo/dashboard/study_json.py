@@ -27,6 +27,7 @@ from hpo.storage.leases import Leases
 from hpo.storage.snapshot import BestTrial, Dropped
 from hpo.storage.trials import TrialStorage
 from hpo.study import ranking
+from hpo.study.limits import NONE, Limits
 
 DROPPED = "dropped: does not count"  # name of the attribute that is shown with such a trial
 OF_TRIAL = re.compile(r"dashboard:(?:artifacts:)?(\d+):")  # a study's attribute that belongs to one of its trials
@@ -78,7 +79,8 @@ class StudyJson:
                 cache.resolution = self._resolution(study_id)
             encoded = _trials(cache, study, trials, gone)
             counted = [trial for trial in trials if trial.number not in gone]
-            chosen = _best(counted, cache.resolution, maximize=directions[0].name == "MAXIMIZE")
+            limits = NONE if cache.resolution is None else self._limits(study_id)
+            chosen = _best(counted, cache.resolution, limits, maximize=directions[0].name == "MAXIMIZE")
             if chosen is not None and chosen.why is not None:
                 study.user_attrs = {"best trial": chosen.why, **user}
             detail = _detail(study, cache, trials)
@@ -92,6 +94,10 @@ class StudyJson:
         if not isinstance(storage, TrialStorage) or not storage.dropped(study_id):
             return {}
         return dropped(storage, study_id)
+
+    def _limits(self, study_id: int) -> Limits:
+        row = Leases(self._storage).study(study_id) if isinstance(self._storage, TrialStorage) else None
+        return NONE if row is None else Limits.of(row)
 
     def _resolution(self, study_id: int) -> float | None:
         row = Leases(self._storage).study(study_id) if isinstance(self._storage, TrialStorage) else None
@@ -158,10 +164,10 @@ def _trial(study_id: int, trial: FrozenTrial, study_attrs: dict[str, Any]) -> by
     return json.dumps(serialized).encode()
 
 
-def _best(trials: list[FrozenTrial], resolution: float | None, *, maximize: bool) -> BestTrial | None:
+def _best(trials: list[FrozenTrial], resolution: float | None, limits: Limits, *, maximize: bool) -> BestTrial | None:
     """By the rule of hpo/study/ranking.py; for another program's study, as Optuna's storages choose."""
     if resolution is not None:
-        return ranking.best(ranking.scores_of(trials), resolution, maximize=maximize)
+        return ranking.best(ranking.scores_of(trials, limits), resolution, maximize=maximize)
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     if not complete:
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,7 +16,9 @@ import torch
 from hpo.datasets import fetch_sequences
 from hpo.errors import StudyFault, legible
 from hpo.models.bundle.bundle import assemble, load, save, unpack
-from hpo.models.bundle.config import BundleConfig, BundleError
+from hpo.models.bundle.config import BundleConfig, BundleError, Footprint
+from hpo.models.bundle.footprint import measure as measure_footprint
+from hpo.models.bundle.footprint import size_mb
 from hpo.models.calibration import Calibration, Comparison, calibration_of, measure_reliability
 from hpo.models.classifier import Weights
 from hpo.models.data.sequences import Sequences
@@ -131,13 +133,15 @@ def promote_trial(storage: TrialStorage, name: str, number: int | None, *, as_de
     as_default: it becomes the version that the name alone means, even if it is not better on validation.
     """
     study, store = open_study(name, storage), artifact_store()
-    complete, gone = study.best_first(), dropped(storage, study.study_id)
+    complete, gone = study.complete(), dropped(storage, study.study_id)
     if number in gone:
         why = f"trial {number} was dropped by {gone[number].by}: {legible(gone[number].reason)}"
         raise PromotionError(f"{why}; `hpo trials restore {name} {number}` lets it count again")
     chosen = _best(study) if number is None else None
     if number is not None and (wanted := [record for record in complete if record.number == number]):
         chosen = wanted[0], None
+    if chosen is None and number is None and (reason := study.none_within()) is not None:
+        raise PromotionError(f"study {name!r} has nothing to promote: {reason}")
     if chosen is None:
         known = ", ".join(str(record.number) for record in complete) or "none"
         what = "a completed trial" if number is None else f"trial {number}, completed"
@@ -161,10 +165,10 @@ def promote(
 ) -> ModelVersion:
     """Make a complete trial's model a version of the registry; finalist: its repeats in the finals, together.
 
-    It becomes the one that the name alone means if it is better on validation than that one, if that one's trial was
-    dropped, or `as_default`. The members are evaluated on validation, which must give the recorded score, and
-    calibrated by it (`_calibration`); then, together, they are evaluated once on the test part. Of rolling folds the
-    last member is the model. Raises PromotionError.
+    It becomes the one that the name alone means if it is within the study's limits and better on validation than that
+    one, if that one's trial was dropped or is beyond the limits, or `as_default`. The members are evaluated on
+    validation, which must give the recorded score, and calibrated by it (`_calibration`); then, together, they are
+    evaluated once on the test part. Of rolling folds the last member is the model. Raises PromotionError.
     """
     device, plan = choose_device(), study.plan
     try:
@@ -182,6 +186,8 @@ def promote(
             threshold=calibration.threshold,
             estimate=estimate,
         )
+        registry = Registry(study.storage.connection)
+        config = replace(config, footprint=_footprint(registry, study, record, config, members, sequences))
         test, compared = _test_scores(study.plan, store, config, members, device)
     except OutOfMemory as error:
         raise PromotionError(f"the model of trial {record.number} cannot be evaluated now: {error}") from None
@@ -192,9 +198,9 @@ def promote(
         save(folder, members, replace(config, validation=validation, test=test, calibration=reliable), curve)
         artifacts = publish(store, folder, model_prefix(_store_key(study), record.number))
     grouped = {"validation": validation.groups, "test": None if test is None else test.groups}
-    registry = Registry(study.storage.connection)
     earlier = _default(registry, study.name)
-    replaces = as_default or (earlier is not None and _was_dropped(study, earlier))
+    able = {each.number for each in study.best_first()}
+    replaces = as_default or (earlier is not None and _has_lost(study, earlier, able | {record.number}))
     model = registry.promote(
         name=study.name,
         study_id=study.study_id,
@@ -204,6 +210,7 @@ def promote(
             "metric": study.plan.metric,
             "value": record.value,
             **({} if estimate is None else {"estimate": asdict(estimate)}),
+            **({} if config.footprint is None else {"footprint": asdict(config.footprint)}),
             "validation": validation.metrics,
             "test": None if test is None else test.metrics,
             "sequences": {"validation": validation.sequences, "test": None if test is None else test.sequences},
@@ -212,7 +219,7 @@ def promote(
             "methods": None if test is None else test.methods,
             "undefined": None if test is None else test.undefined,
         },
-        latest=replaces or earlier is None or is_better(study, record, earlier, estimate),
+        latest=replaces or earlier is None or (record.number in able and is_better(study, record, earlier, estimate)),
         config={"params": record.params},
         group_names={part: groups.names for part, groups in grouped.items() if groups and groups.names},
         artifacts=artifacts,
@@ -240,9 +247,30 @@ def is_better(study: OpenStudy, record: TrialRecord, earlier: ModelVersion, esti
     return rank({0: old, 1: (record.value, record.log_loss)}, plan.metric, plan.resolution)[0] == 1
 
 
-def _was_dropped(study: OpenStudy, version: ModelVersion) -> bool:
-    """Whether a version is of a trial of this study that does not count any more."""
-    return version.study_id == study.study_id and version.trial_number in dropped(study.storage, study.study_id)
+def _footprint(
+    registry: Registry,
+    study: OpenStudy,
+    record: TrialRecord,
+    config: BundleConfig,
+    members: Sequence[Weights],
+    sequences: Sequences,
+) -> Footprint:
+    """What a prediction takes. It is measured once for a trial's model, which has the same files, and so is the same
+    version, however often it is promoted."""
+    size = size_mb(config.classifier, len(members))
+    for model in registry.models():
+        known = model.scores.get("footprint")
+        if (model.study_id, model.trial_number) == (study.study_id, record.number) and known is not None:
+            found = Footprint(**known)
+            if found.size_mb == size:
+                return found
+    return measure_footprint(config, members, sequences)
+
+
+def _has_lost(study: OpenStudy, version: ModelVersion, able: Collection[int]) -> bool:
+    """Whether a version is of a trial of this study that may not be promoted any more: it was dropped, or is beyond
+    the limits. able: numbers of those that may."""
+    return version.study_id == study.study_id and version.trial_number not in able
 
 
 def _default(registry: Registry, name: str) -> ModelVersion | None:

@@ -31,7 +31,8 @@ def summary_of(study: OpenStudy, store: ArtifactStore | None = None, *, with_nam
         raise NoModel(f"study {study.name!r} is not over yet: it is {state.status}")
     if state.promoted_version is None:
         timeout_s = row.timeout_s if row is not None and out_of_time else None
-        raise NoModel(_no_model(study.name, _failures(study), timeout_s))
+        reason = None if state.best is not None else study.none_within()
+        raise NoModel(_no_model(study.name, _failures(study), timeout_s, reason))
     registry = Registry(study.storage.connection)
     model = registry.get(study.name, state.promoted_version)
     scores = model.scores
@@ -50,6 +51,8 @@ def summary_of(study: OpenStudy, store: ArtifactStore | None = None, *, with_nam
             "params": model.config["params"],
         },
         "estimate": scores.get("estimate"),
+        "footprint": scores.get("footprint"),
+        "beyond_limits": None if state.beyond is None else vars(state.beyond),
         "best_why": None if best is None else best.why,
         "dropped": [each.number for each in state.dropped],
         "winner_dropped": state.dropped_winner is not None,
@@ -79,8 +82,11 @@ def _failures(study: OpenStudy) -> list[str]:
     return [reason for trial in trials if (reason := failure_of(trial)) is not None]
 
 
-def _no_model(name: str, failures: Sequence[str], timeout_s: float | None) -> str:
-    """Why a study ended without a model. timeout_s: its wall-clock budget, where that ran out."""
+def _no_model(name: str, failures: Sequence[str], timeout_s: float | None, limited: str | None) -> str:
+    """Why a study ended without a model. timeout_s: its wall-clock budget, where that ran out. limited: that its limits
+    left none of its trials."""
+    if limited is not None:
+        return f"study {name!r} ended without a model: {limited}"
     reason = f"; the first of {len(failures)} failures: {failures[0]}" if failures else ""
     if timeout_s is not None:
         reason += f"; its study.timeout of {timeout_s:g} s ran out: give it more and launch it again"

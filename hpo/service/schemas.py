@@ -72,6 +72,13 @@ class Standstill(BaseModel):
     trials: int  # that ended after it, before the study did
 
 
+class BeyondLimits(BaseModel):
+    """How many trials cannot be promoted, as a prediction of theirs takes more than the study's limits."""
+
+    limits: dict[str, float]  # latency_ms, size_mb
+    trials: int  # complete and pruned ones
+
+
 class Study(BaseModel):
     """A study at one moment."""
 
@@ -93,6 +100,7 @@ class Study(BaseModel):
     finals: Finals | None = None  # where they have begun
     patience: int | None = None  # so many trials in a row that bring nothing end it
     standstill: Standstill | None = None  # where they did
+    beyond_limits: BeyondLimits | None = None  # where it has limits
 
 
 class Trial(BaseModel):
@@ -113,6 +121,9 @@ class Trial(BaseModel):
     seed: int | None = None
     training_seconds: Number = None
     weight_count: int | None = None  # that were trained
+    latency_ms: Number = None  # of a prediction of one sequence, by the model that it becomes
+    size_mb: Number = None  # 10^6 bytes of that model's weights
+    feasible: bool | None = None  # whether it is within the study's limits; null without any
     device: str | None = None
     worker: str | None = None  # that trains it, or did so last
     attempt: int | None = None  # leases that it took

@@ -26,6 +26,7 @@ from hpo.service.models import knows_groups, model_of
 from hpo.service.problems import Problem
 from hpo.service.schemas import (
     Best,
+    BeyondLimits,
     Budget,
     Change,
     Dropped,
@@ -489,6 +490,7 @@ def _study(state: Snapshot) -> Study:
         finals=None if state.finals is None else Finals(**vars(state.finals)),
         patience=state.patience,
         standstill=None if state.standstill is None else Standstill(**vars(state.standstill)),
+        beyond_limits=None if state.beyond is None else BeyondLimits(**vars(state.beyond)),
     )
 
 

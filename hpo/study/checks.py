@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -89,6 +90,13 @@ def study_name(value: Any) -> str:
             "must be 1 to 100 letters, digits, dots, dashes or underscores in quotes, the first a letter or digit"
         )
     return value
+
+
+def positive(value: Any) -> float:
+    """A finite number above 0."""
+    if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
+        raise CheckError("must be a finite number above 0")
+    return float(value)
 
 
 def share(value: Any) -> float:

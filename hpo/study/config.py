@@ -13,7 +13,7 @@ import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from hpo.errors import StudyFault
 from hpo.models.config import METRICS, PRECISIONS, TrainingConfig
@@ -29,6 +29,7 @@ from hpo.study.checks import (
     gap,
     lease,
     one_of,
+    positive,
     share,
     some_of,
     study_name,
@@ -166,6 +167,15 @@ class PromoteSection:
 
 
 @dataclass(frozen=True)
+class LimitsSection:
+    """[limits]: what a prediction of the model may take. Trials beyond one of them are not promoted."""
+
+    # milliseconds of one sequence, on one thread of the worker's CPU; None: however long
+    latency_ms: float | None = field(default=None, metadata=checked(positive))
+    size_mb: float | None = field(default=None, metadata=checked(positive))  # 10^6 bytes of weights; None: any
+
+
+@dataclass(frozen=True)
 class NotifySection:
     """[notify]: who is told of the study. Kept beside the study's terms, not in its plan: it may change, and what is
     made of a plan is given to others."""
@@ -186,6 +196,7 @@ class StudyConfig:
     enqueue: tuple[Mapping[str, Value], ...] = ()  # configurations to try first, parts of one or whole
     notify: NotifySection = NotifySection()
     promote: PromoteSection = PromoteSection()
+    limits: LimitsSection = LimitsSection()
 
 
 @dataclass(frozen=True)
@@ -205,16 +216,19 @@ SECTIONS = {
     "data": DataSection,
     "train": TrainSection,
     "promote": PromoteSection,
+    "limits": LimitsSection,
     "notify": NotifySection,
 }
 KEYS = {name: _keys(section) for name, section in SECTIONS.items()}  # section -> key
-STORED = ("study", "data", "train", "promote")  # the sections of a plan
+STORED = ("study", "data", "train", "promote", "limits")  # the sections of a plan
 TABLES = (*KEYS, "space", "enqueue")
 _MAY_CHANGE = ("name", "trials", "timeout", "patience", "priority", "max_workers", "finalists", "repeats")
 # What may change in an existing study; data files are compared by their content.
 CHANGEABLE = {f"study.{key}" for key in _MAY_CHANGE} | {
     "data.train",
     "data.test",
+    "limits.latency_ms",
+    "limits.size_mb",
 }
 
 
@@ -369,6 +383,7 @@ def _parse(tables: Mapping[str, Any], source: _Source) -> StudyConfig:
         enqueue=_enqueue(tables.get("enqueue", []), space, source),
         notify=_notify(_table(tables, "notify", source), source),
         promote=_section(PromoteSection, "promote", _table(tables, "promote", source), source),
+        limits=_section(LimitsSection, "limits", _table(tables, "limits", source), source),
     )
 
 
@@ -379,7 +394,8 @@ def _table(tables: Mapping[str, Any], name: str, source: _Source) -> dict[str, A
     return table
 
 
-S = TypeVar("S", StudySection, DataSection, TrainSection, PromoteSection, NotifySection)
+Stored: TypeAlias = StudySection | DataSection | TrainSection | PromoteSection | LimitsSection
+S = TypeVar("S", StudySection, DataSection, TrainSection, PromoteSection, LimitsSection, NotifySection)
 
 
 def _section(kind: type[S], name: str, table: Mapping[str, Any], source: _Source) -> S:
@@ -519,7 +535,7 @@ def to_dict(config: StudyConfig) -> dict[str, Any]:
     return tables
 
 
-def _section_dict(name: str, section: StudySection | DataSection | TrainSection | PromoteSection) -> dict[str, Any]:
+def _section_dict(name: str, section: Stored) -> dict[str, Any]:
     values = {key: getattr(section, found.field) for key, found in KEYS[name].items()}
     if isinstance(section, TrainSection):
         values["patience"] = section.patience or 0

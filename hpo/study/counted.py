@@ -1,5 +1,5 @@
 """The trials of a study as its sampler and its pruner see them: without those that were dropped, and as if all had been
-drawn from the space that the study has now."""
+drawn from the space, and had ended under the limits, that the study has now."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 from hpo.storage.trials import TrialStorage
+from hpo.study.limits import CONSTRAINT, Limits
 from hpo.study.plan import Plan
 from hpo.study.space import distributions, walk
 
@@ -21,9 +22,10 @@ CMAES_STATE = f"{CMAES}optimizer"
 class CountedTrials(TrialStorage):
     """A view of a storage, over the same connections and the same cache."""
 
-    def __init__(self, storage: TrialStorage, plan: Plan | None = None) -> None:
-        """plan: of the study that is looked at; without one, its trials are as they were drawn."""
+    def __init__(self, storage: TrialStorage, plan: Plan | None = None, limits: Limits | None = None) -> None:
+        """plan, limits: of the study that is looked at; without them, its trials are as they were drawn and ended."""
         vars(self).update(vars(storage))
+        self._limits = limits
         self._plan = plan if plan is not None and plan.revision else None
         self._wide = {} if self._plan is None else distributions(self._plan.config.space)
         self._fitted: dict[int, FrozenTrial] = {}  # finished trials, by id
@@ -37,6 +39,8 @@ class CountedTrials(TrialStorage):
             first = min((self._finished[i].number for i in dropped if i in self._finished), default=None)
             if self._plan is not None:
                 trials = [self._fitting(self._plan, trial) for trial in trials]
+            if self._limits is not None:
+                trials = [_constrained(self._limits, trial) for trial in trials]
             if first is not None:
                 trials = [_without_state(trial, first) for trial in trials if trial._trial_id not in dropped]
         return copy.deepcopy(trials) if deepcopy else trials
@@ -76,6 +80,17 @@ def _fitted(plan: Plan, wide: dict[str, BaseDistribution], trial: FrozenTrial) -
     fitted.params, fitted.distributions = drawn, items
     fitted.system_attrs = {key: value for key, value in trial.system_attrs.items() if not key.startswith(CMAES)}
     return fitted
+
+
+def _constrained(limits: Limits, trial: FrozenTrial) -> FrozenTrial:
+    """The trial with a constraint for each of the limits: all have the same ones, as Optuna's GP needs it."""
+    wanted = limits.constraints(trial.user_attrs) if trial.state.is_finished() else {}
+    had = {name: value for name, value in trial.system_attrs.items() if name.startswith(CONSTRAINT)}
+    if wanted == had:
+        return trial
+    judged = copy.copy(trial)
+    judged.system_attrs = {key: value for key, value in trial.system_attrs.items() if key not in had} | wanted
+    return judged
 
 
 def _without_state(trial: FrozenTrial, first: int) -> FrozenTrial:

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from hpo.storage.terms import StudyRow, Terms
+from hpo.study.config import LimitsSection
 from hpo.study.lifecycle import SEARCH_SHARE, OpenStudy, finals_name, find_or_create, open_study
 from hpo.study.notes import describe_study
 from hpo.study.plan import Final, Plan
@@ -106,10 +107,10 @@ def _begin(study: OpenStudy, row: StudyRow, wanted: list[Final]) -> OpenStudy:
 
 
 def finals_plan(plan: Plan, wanted: list[Final]) -> Plan:
-    """The plan of a study's finals: its own, without pruning, which keeps the weights of every training."""
+    """The plan of a study's finals: its own, without pruning and limits, which keeps the weights of every training."""
     study = replace(plan.config.study, pruner="none", warm_start=None)
     train = replace(plan.config.train, keep_best=len(wanted))
-    config = replace(plan.config, study=study, train=train, enqueue=())
+    config = replace(plan.config, study=study, train=train, enqueue=(), limits=LimitsSection())
     return replace(plan, config=config, finals=tuple(wanted), revision=0)
 
 
@@ -121,7 +122,7 @@ def finalists_of(study: OpenStudy) -> list[Finalist]:
         return []
     finals = open_study(row.name, study.storage)
     ended: dict[int, dict[int, TrialRecord]] = {}
-    for record in finals.best_first():
+    for record in finals.complete():
         final = finals.plan.finals[record.number]
         ended.setdefault(final.trial, {})[final.repeat] = record
     return [

@@ -27,8 +27,10 @@ from hpo.storage.snapshot import Snapshot
 from hpo.storage.terms import Judgement, Notify, Patience, Standstill, StudyRow, Terms
 from hpo.storage.trials import TrialStorage
 from hpo.study.config import ConfigError, StudyConfig
+from hpo.study.config import to_dict as config_dict
 from hpo.study.counted import CountedTrials
 from hpo.study.entries import Entry, contains, distribution, unparse
+from hpo.study.limits import NONE, Limits, none_within
 from hpo.study.notes import METRIC_NAMES, announce_widening, describe_study
 from hpo.study.patience import judged
 from hpo.study.plan import MissingStudy, MissingTrial, Plan, StudyConflict, StudyError, make_plan, names_groups
@@ -64,16 +66,32 @@ class OpenStudy:
         """Those of its trials."""
         return Leases(self.storage)
 
+    @property
+    def limits(self) -> Limits:
+        """Those that it has now."""
+        row = self.leases.study(self.study_id)
+        return NONE if row is None else Limits.of(row)
+
     def best_first(self) -> list[TrialRecord]:
-        """The complete trials that our workers have trained, neither copied ones nor another program's; without those
-        that were dropped."""
+        """The complete trials that may be promoted: within the study's limits."""
+        limits = self.limits
+        return [record for record in self.complete() if limits.admit(vars(record))]
+
+    def complete(self) -> list[TrialRecord]:
+        """The complete trials that our workers have trained, neither copied ones nor another program's, the best first;
+        without those that were dropped."""
         trials = self.optuna_study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         return best_first(filter(None, map(TrialRecord.of, trials)), self.plan)
+
+    def none_within(self) -> str | None:
+        """Why it has no trial to promote, where that is its limits."""
+        trials = self.optuna_study.get_trials(deepcopy=False, states=JUDGED)
+        return none_within(self.limits, trials, self.name)
 
     def judge(self, patience: Patience) -> Judgement:
         """Whether the study has come to a standstill, by all of its trials that have ended."""
         trials = self.storage.get_all_trials(self.study_id, deepcopy=False, states=JUDGED)
-        return judged(trials, self.storage.dropped(self.study_id), self.plan, patience)
+        return judged(trials, self.storage.dropped(self.study_id), self.plan, patience, self.limits)
 
     def should_prune(self, trial_id: int) -> bool:
         """Whether the trial's reports so far are worth no further epoch."""
@@ -90,8 +108,8 @@ def create_or_open(
 ) -> OpenStudy:
     """The study of this file: a new one, or the one of that name if nothing contradicts it.
 
-    An existing study goes on under the file's trials, timeout, patience, priority and max_workers, and in its space
-    where that is a wider one; a new study belongs to `owner`.
+    An existing study goes on under the file's trials, timeout, patience, limits, priority and max_workers, and in its
+    space where that is a wider one; a new study belongs to `owner`.
     Raises StudyError with the differences, before anything is changed, and DataError for data that cannot be trained
     on.
     """
@@ -124,6 +142,7 @@ def create_or_open(
             _widen(storage, study_id, begun, wider, config, owner or somebody())
             leases.set_notify(study_id, _notify(config))
             leases.want_finals(study_id, finalists=config.study.finalists or 0, repeats=config.study.repeats)
+            leases.set_limits(study_id, config_dict(config)["limits"])
             leases.share(study_id, priority=config.study.priority, max_workers=config.study.max_workers)
         for line in readout(plan, train, test):
             log.info("%s: %s", name, line)
@@ -148,14 +167,14 @@ def open_study(name: str, storage: TrialStorage) -> OpenStudy:
     row = Leases(storage).study(study_id)
     if row is None:
         raise StudyError(f"study {name!r} was not made by `hpo launch`, so it has no plan to work from")
-    plan = _plan_of(row, storage)
+    plan, limits = _plan_of(row, storage), Limits.of(row)
     study = optuna.load_study(
         study_name=name,
-        storage=CountedTrials(storage, plan),
+        storage=CountedTrials(storage, plan, limits),
         sampler=optuna.samplers.RandomSampler(),
         pruner=make_pruner(plan, lambda: storage.dropped(study_id)),
     )
-    return OpenStudy(study_id, name, plan, storage, ConfigurationSampler(plan, study, storage), study)
+    return OpenStudy(study_id, name, plan, storage, ConfigurationSampler(plan, study, storage, limits), study)
 
 
 def over_by_patience(found: Standstill) -> str:
@@ -228,8 +247,10 @@ def trial_of(storage: TrialStorage, name: str, number: int) -> FrozenTrial:
 def trial_rows(storage: TrialStorage, study_id: int, trials: Sequence[FrozenTrial]) -> list[dict[str, Any]]:
     """What displays show of these trials of a study, a `study.record.trial_row` each."""
     gone = dropped(storage, study_id)
-    holders = Leases(storage).holders([trial._trial_id for trial in trials])
-    return [trial_row(trial, gone, holders) for trial in trials]
+    leases = Leases(storage)
+    holders, row = leases.holders([trial._trial_id for trial in trials]), leases.study(study_id)
+    limits = NONE if row is None else Limits.of(row)
+    return [{**trial_row(trial, gone, holders), **limits.of_trial(trial)} for trial in trials]
 
 
 def all_trial_rows(storage: TrialStorage, name: str) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ Trials count in the order in which they ended, as the sampler learns of them in 
 turns out to be the best, others have the whole patience to build on it, whatever has begun in between. Complete and
 pruned trials of our workers count; failed ones say nothing of the search, copied ones are another study's, and dropped
 ones are as if they had not been. A complete trial brings something if it is better than the last one that did by more
-than `Plan.resolution`, so that small gains add up; a pruned one never does.
+than `Plan.resolution`, so that small gains add up; a pruned one never does, nor does one beyond the study's limits.
 
 What was begun before is waited for: while a trial of a lower number is at work than those that brought nothing, as many
 as the patience allows, the study goes on. Otherwise many workers, of whose trials most are pruned early, would end it
@@ -21,19 +21,22 @@ from collections.abc import Collection, Sequence
 from optuna.trial import FrozenTrial
 
 from hpo.storage.terms import Judgement, Patience, Standstill
+from hpo.study.limits import NONE, Limits
 from hpo.study.plan import Plan
 from hpo.study.portfolio import portfolio_of
 from hpo.study.ranking import is_better
 from hpo.study.record import trained_by_us
 
 
-def judged(trials: Sequence[FrozenTrial], dropped: Collection[int], plan: Plan, patience: Patience) -> Judgement:
+def judged(
+    trials: Sequence[FrozenTrial], dropped: Collection[int], plan: Plan, patience: Patience, limits: Limits = NONE
+) -> Judgement:
     """What these trials, all of the study that are complete or pruned, say of its going on.
 
-    dropped: ids of those that do not count.
+    dropped: ids of those that do not count. limits: beyond which a trial brings nothing.
     """
     counted = [trial for trial in trials if trial._trial_id not in dropped and trained_by_us(trial)]
-    since, idle = _row(sorted(counted, key=_end), plan)
+    since, idle = _row(sorted(counted, key=_end), plan, limits)
     numbers = sorted(number for number in idle if number >= patience.since)
     seen = (patience, len(trials), tuple(sorted(dropped)))
     if since is None or len(numbers) < patience.trials:
@@ -44,11 +47,12 @@ def judged(trials: Sequence[FrozenTrial], dropped: Collection[int], plan: Plan, 
     return Judgement(*seen, Standstill(since, len(numbers)), max(numbers[patience.trials - 1], first - 1))
 
 
-def _row(trials: Sequence[FrozenTrial], plan: Plan) -> tuple[int | None, list[int]]:
+def _row(trials: Sequence[FrozenTrial], plan: Plan, limits: Limits) -> tuple[int | None, list[int]]:
     """The number of the last trial that brought something, and those of the trials that ended after it."""
     best, idle = None, list[int]()
     for trial in trials:
-        if trial.state.name == "COMPLETE" and (best is None or is_better(trial, best, plan)):
+        counts = trial.state.name == "COMPLETE" and limits.admit(trial.user_attrs)
+        if counts and (best is None or is_better(trial, best, plan)):
             best, idle = trial, []
         else:
             idle.append(trial.number)

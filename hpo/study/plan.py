@@ -6,14 +6,14 @@ import json
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hpo.errors import StudyFault
-from hpo.models.config import EARLIER_EPSILON
+from hpo.models.config import EARLIER_EPSILON, ClassifierConfig
 from hpo.models.data.canonical import fingerprint
 from hpo.models.data.gaps import has_gaps, usual_interval, without_gaps
 from hpo.models.data.order import in_order
@@ -88,7 +88,8 @@ class Plan:
     # sequences of each validation part, where these are in the order of time; None: they follow from share or folds
     validation_sizes: tuple[int, ...] | None = None
     fixed: Mapping[str, Value] = field(default_factory=dict)  # values of entries that had one each and now have more
-    revision: int = 0  # how often the space was widened, or the finals got further trainings
+    # how often the space was widened, the limits changed, or the finals got further trainings
+    revision: int = 0
     finals: tuple[Final, ...] = ()  # of the finals of a study: what trial 0, 1, … trains; empty: it is a study itself
 
     @property
@@ -106,6 +107,22 @@ class Plan:
         """Models that a trial trains: one a fold."""
         validation = self.config.data.validation
         return validation.folds if isinstance(validation, Folds) else 1
+
+    @property
+    def networks(self) -> int:
+        """Networks of a trial that predict together once it is promoted: of rolling folds the last alone."""
+        return 1 if self.config.data.time is not None else self.members
+
+    def classifier(self, params: Mapping[str, Any]) -> ClassifierConfig:
+        """The network of a trial's parameters."""
+        return ClassifierConfig(
+            features=len(self.features),
+            interval=self.interval if params.get("missing") == "mask" else 0.0,
+            classes=len(self.classes),
+            steps=self.steps,
+            epsilon=self.epsilon,
+            **fields_of(ClassifierConfig, params),
+        )
 
     @property
     def validated(self) -> int:
@@ -161,6 +178,12 @@ class Plan:
         configs = {name: from_dict(content[name]) for name in ("config", "written")}
         configs["config"] = replace(configs["config"], space={**EARLIER, **configs["config"].space})
         return cls(**{**content, **lists, **configs})
+
+
+def fields_of(kind: type, params: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the parameters that are fields of the configuration class."""
+    names = {item.name for item in fields(kind)}
+    return {name: value for name, value in params.items() if name in names}
 
 
 def make_plan(config: StudyConfig, rules: int = RULES) -> tuple[Plan, Sequences, Sequences | None]:

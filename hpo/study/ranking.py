@@ -13,6 +13,7 @@ from optuna.trial import FrozenTrial
 
 from hpo.models.metrics import direction
 from hpo.storage.snapshot import BestTrial
+from hpo.study.limits import NONE, Limits
 from hpo.study.plan import Plan
 from hpo.study.record import TrialRecord, trained_by_us
 
@@ -65,12 +66,13 @@ def is_better(trial: FrozenTrial, earlier: FrozenTrial, plan: Plan) -> bool:
     return cost + plan.resolution < before
 
 
-def scores_of(trials: Iterable[FrozenTrial]) -> dict[int, Score]:
-    """Value and log-loss of the complete trials that our workers trained, by number; infinite where not recorded."""
+def scores_of(trials: Iterable[FrozenTrial], limits: Limits = NONE) -> dict[int, Score]:
+    """Value and log-loss of the complete trials within the limits that our workers trained, by number; infinite where
+    not recorded."""
     return {
         trial.number: (trial.values[0], _number(trial.user_attrs.get("log_loss")))
         for trial in trials
-        if trial.state.name == "COMPLETE" and trial.values and trained_by_us(trial)
+        if trial.state.name == "COMPLETE" and trial.values and trained_by_us(trial) and limits.admit(trial.user_attrs)
     }
 
 

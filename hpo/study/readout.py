@@ -11,12 +11,14 @@ from hpo.models.data.sequences import Sequences
 from hpo.models.data.time_order import span
 from hpo.study.config import DataSection, Folds
 from hpo.study.plan import Plan
+from hpo.study.portfolio import LEARNING
 
 MANY = 10  # names listed at most
 
 
 def readout(plan: Plan, train: Sequences, test: Sequences | None) -> list[str]:
-    """Sizes, features, classes with their counts, gaps, groups, parts, the distance of steps, the positive class."""
+    """Sizes, features, classes with their counts, gaps, groups, parts, the distance of steps, the positive class, and
+    what the sampler does not learn."""
     lines = [f"training part: {'; '.join([_sizes(train), *_absent(plan, train)])}"]
     if test is not None:
         lines.append(f"test part: {'; '.join([_sizes(test), *_absent(plan, test)])}")
@@ -25,7 +27,15 @@ def readout(plan: Plan, train: Sequences, test: Sequences | None) -> list[str]:
         about.append(f"steps are usually {plan.interval:g} apart (dates: in seconds)")
     if len(train.classes) == 2:
         about.append(f"{train.classes[1]!r} is the positive class of f1, auroc and average_precision")
-    return [*lines, "; ".join(about)]
+    return [*lines, "; ".join(about), *_limits(plan)]
+
+
+def _limits(plan: Plan) -> list[str]:
+    """That a limit does not steer the search. Of size it always does: what is too large is drawn again."""
+    sampler = plan.config.study.sampler
+    if plan.config.limits.latency_ms is None or sampler in LEARNING:
+        return []
+    return [f'sampler "{sampler}" does not learn from limits.latency_ms: slower trials are drawn, and not promoted']
 
 
 def _validation(data: DataSection) -> str:

@@ -49,6 +49,10 @@ class TrialRecord:
     origins: list[str] = field(default_factory=list)  # of all epochs, each once, in the order of the epochs
     provenance: Mapping[str, Any] = field(default_factory=dict)
     weights: str | None = None  # artifact key of the best epoch's weights, while they are kept
+    # of one sequence, by the networks that predict together once the trial is promoted (see hpo/models/bundle/
+    # footprint.py); measured, so another time it is another. None: not recorded, or they give no probability
+    latency_ms: float | None = None
+    size_mb: float | None = None  # 10^6 bytes of these networks' weights
 
     @classmethod
     def of(cls, trial: FrozenTrial) -> TrialRecord | None:
@@ -62,9 +66,10 @@ class TrialRecord:
     def attributes(self) -> dict[str, Any]:
         """Optuna's user attributes, from which `of` makes the record again."""
         found = {name: getattr(self, name) for name in ATTRIBUTES}
-        return {name: value for name, value in found.items() if name != "weights" or value is not None}
+        return {name: value for name, value in found.items() if name not in OPTIONAL or value is not None}
 
 
+OPTIONAL = ("weights", "latency_ms", "size_mb")  # attributes that need not be there
 ATTRIBUTES = tuple(item.name for item in fields(TrialRecord) if item.metadata != COLUMN)
 _NUMBERS = {  # attributes that displays show of each trial
     "best_epoch": int,

@@ -17,6 +17,7 @@ from hpo.models.fields import Value
 from hpo.models.seeds import derive
 from hpo.storage.trials import TrialStorage
 from hpo.study.entries import Entry, distribution, values
+from hpo.study.limits import NONE, Limits
 from hpo.study.plan import Plan, StudyError
 from hpo.study.portfolio import portfolio_of
 from hpo.study.space import NEUTRAL, cardinality, distributions, walk
@@ -32,8 +33,8 @@ GRID_MOST = 100_000  # points that sampler "grid" can hold in memory
 class ConfigurationSampler:
     """Draws the configurations of one study's trials. For one thread at a time."""
 
-    def __init__(self, plan: Plan, study: optuna.Study, storage: TrialStorage) -> None:
-        self._plan, self._study, self._storage = plan, study, storage
+    def __init__(self, plan: Plan, study: optuna.Study, storage: TrialStorage, limits: Limits = NONE) -> None:
+        self._plan, self._study, self._storage, self._limits = plan, study, storage, limits
         self._first = portfolio_of(plan)
         self._signatures: dict[int, str] = {}  # of configurations, by trial number
 
@@ -41,7 +42,8 @@ class ConfigurationSampler:
         """Draw and record the parameters of a new trial, or read those of an adopted one.
 
         All are written in one statement, so that an adopted trial always has all of them or none. A configuration
-        that the study has had is drawn again, then drawn at random. Returns every value of the space, constants
+        that the study has had, or whose weights are beyond its limit of size, is drawn again, then drawn at random.
+        What somebody has queued is not. Returns every value of the space, constants
         included.
         """
         space = self._plan.config.space
@@ -53,10 +55,11 @@ class ConfigurationSampler:
             fixed = self._plan.finals[trial.number].params
         else:
             fixed = trial.system_attrs.get("fixed_params", {})
-        if not fixed and trial.number < len(self._first):
-            fixed = self._first[trial.number]
-        if (drawn := self._whole(fixed)) is None:
-            drawn = self._new(trial, fixed)
+        first = self._first[trial.number] if not fixed and trial.number < len(self._first) else None
+        if (drawn := self._whole(first or fixed)) is None:
+            drawn = self._new(trial, first or fixed)
+        if first and self._too_large(drawn):
+            drawn = self._new(trial, {})
         self._storage.set_trial_params(
             trial_id, {name: (item.to_internal_repr(value), item) for name, (value, item) in drawn.items()}
         )
@@ -89,12 +92,20 @@ class ConfigurationSampler:
         had = self._had()
         for attempt in range(DRAWS + RANDOM_DRAWS):
             drawn = self._draw(trial, fixed, attempt)
-            if fixed or _signature(_values(drawn)) not in had:
+            if fixed or (_signature(_values(drawn)) not in had and not self._too_large(drawn)):
                 return drawn
         return self._left(had) or drawn
 
+    def _too_large(self, drawn: Drawn) -> bool:
+        """Whether the weights of a configuration are beyond the limit of size."""
+        if self._limits.size_mb is None:
+            return False
+        return self._limits.too_large(self._plan, walk(self._plan.config.space, lambda name, _: drawn[name][0]))
+
     def _left(self, had: set[str]) -> Drawn | None:
-        """The first configuration of a space of few that the study has not had."""
+        """The first configuration of a space of few that the study has not had: one within the limit of size, if
+        there is one."""
+        large: Drawn | None = None
         space = self._plan.config.space
         try:
             points = grid(space)
@@ -104,8 +115,10 @@ class ConfigurationSampler:
             drawn = self._whole(dict(zip(points, point, strict=True)))
             assert drawn is not None  # a point has a value for each name
             if _signature(_values(drawn)) not in had:
-                return drawn
-        return None
+                if not self._too_large(drawn):
+                    return drawn
+                large = large or drawn
+        return large
 
     def _draw(self, trial: FrozenTrial, fixed: Mapping[str, Value], attempt: int) -> Drawn:
         """One proposal. The sampler sees all trials, not only those of its Hyperband bracket: a study of some

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from hpo.models.kernel.native import Kernel
 from hpo.models.kernel.native import load as load_kernel
 from hpo.models.training.training import Training
 from hpo.storage.home import home
-from hpo.study.plan import Plan, validation_parts
+from hpo.study.plan import Plan, fields_of, validation_parts
 from hpo.study.record import TrialRecord
 
 
@@ -70,14 +69,6 @@ def lstm_kernel() -> Kernel | None:
 
 def configurations(plan: Plan, params: Mapping[str, Any], seed: int) -> tuple[ClassifierConfig, TrainingConfig]:
     """The network and the training that a study's plan and a trial's parameters describe."""
-    classifier = ClassifierConfig(
-        features=len(plan.features),
-        interval=plan.interval if params.get("missing") == "mask" else 0.0,
-        classes=len(plan.classes),
-        steps=plan.steps,
-        epsilon=plan.epsilon,
-        **_fields_of(ClassifierConfig, params),
-    )
     train = plan.config.train
     config = TrainingConfig(
         metric=plan.metric,
@@ -85,12 +76,6 @@ def configurations(plan: Plan, params: Mapping[str, Any], seed: int) -> tuple[Cl
         patience=train.patience,
         precision=train.precision,
         seed=seed,
-        **_fields_of(TrainingConfig, params),
+        **fields_of(TrainingConfig, params),
     )
-    return classifier, config
-
-
-def _fields_of(kind: type, params: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the parameters that are fields of the configuration class."""
-    names = {item.name for item in fields(kind)}
-    return {name: value for name, value in params.items() if name in names}
+    return plan.classifier(params), config

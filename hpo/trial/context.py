@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -16,7 +16,9 @@ from optuna.trial import TrialState
 
 from hpo.datasets import Datasets
 from hpo.models.bundle.bundle import pack
-from hpo.models.data.sequences import Sequences
+from hpo.models.bundle.config import BundleConfig, BundleError
+from hpo.models.bundle.footprint import measure
+from hpo.models.data.sequences import DataError, Sequences
 from hpo.models.fields import Value
 from hpo.models.training.training import Epoch, StateError, Training, TrainingInterrupted
 from hpo.storage.artifacts import ArtifactStore, DamagedArtifactError, MissingArtifactError
@@ -26,6 +28,7 @@ from hpo.storage.keys import checkpoint_key, trial_key
 from hpo.storage.leases import Lease
 from hpo.storage.masking import mask
 from hpo.study.lifecycle import OpenStudy
+from hpo.study.limits import size_of
 from hpo.study.notes import attach_artifact
 from hpo.study.plan import Plan
 from hpo.study.ranking import displaced
@@ -230,11 +233,12 @@ class TrialContext:
         """
         best = training.best
         assert best is not None
-        dropped = self._displaced_weights(best) if complete else None
+        record = self._record(training, best, params, complete)
+        dropped = self._displaced_weights(record)
         if dropped is not None:
             files = {**files, WEIGHTS: pack(training.best_weights)}
         keys = self._keys(files)
-        record = self._record(training, best, params, complete, keys.get(WEIGHTS))
+        record = replace(record, weights=keys.get(WEIGHTS))
         try:
             self._store(files, keys)
             self._end(TrialState.COMPLETE if complete else TrialState.PRUNED, [record.value], record.attributes())
@@ -245,14 +249,13 @@ class TrialContext:
         for key in dropped or ():
             self.resources.store.delete(key)
 
-    def _displaced_weights(self, best: Epoch) -> list[str] | None:
-        """Weights to drop once this trial is complete; None where its own are not among the best that are kept."""
-        score = (best.value, best.log_loss)
-        return displaced(self._study.best_first(), self.plan, self.lease.number, score)
+    def _displaced_weights(self, record: TrialRecord) -> list[str] | None:
+        """Weights to drop once this trial has ended; None where its own are not among the best that are kept."""
+        if not record.complete or not self._study.limits.admit(vars(record)):
+            return None
+        return displaced(self._study.best_first(), self.plan, record.number, (record.value, record.log_loss))
 
-    def _record(
-        self, training: Training, best: Epoch, params: Mapping[str, Value], complete: bool, weights: str | None
-    ) -> TrialRecord:
+    def _record(self, training: Training, best: Epoch, params: Mapping[str, Value], complete: bool) -> TrialRecord:
         history = training.history
         return TrialRecord(
             trial_id=self.lease.trial_id,
@@ -276,8 +279,45 @@ class TrialContext:
             best_origin=best.origin,
             origins=list(dict.fromkeys(epoch.origin for epoch in history)),
             provenance=provenance(),
-            weights=weights,
+            latency_ms=self._latency_ms(training, params),
+            size_mb=size_of(self.plan, params),
         )
+
+    def _latency_ms(self, training: Training, params: Mapping[str, Value]) -> float | None:
+        """Of the networks that predict together once the trial is promoted; None where they give no probability."""
+        plan, networks = self.plan, training.best_weights[-self.plan.networks :]
+        config = BundleConfig(
+            plan.classifier(params),
+            plan.classes,
+            plan.features,
+            plan.metric,
+            members=len(networks),
+            named=plan.named,
+            fill=plan.fill,
+        )
+        try:
+            return measure(config, networks, self.sequences).latency_ms
+        except (BundleError, DataError) as error:
+            log.info("%s: the latency of a prediction was not measured: %s", self.name, error)
+            return None
+
+    def too_large(self, params: Mapping[str, Value]) -> bool:
+        """Whether these parameters' weights are beyond the study's limit of size."""
+        return self._study.limits.too_large(self.plan, params)
+
+    def prune_untrained(self, params: Mapping[str, Value]) -> None:
+        """End it without an epoch, as it is too large to be promoted: with its figure, for the sampler, and its log."""
+        attributes = {
+            "seed": self.seed,
+            "params": dict(params),
+            "size_mb": size_of(self.plan, params),
+            "device": device_name(self.resources.device),
+            "worker": self.resources.worker,
+            "attempt": self.lease.attempt,
+        }
+        files = {"log.csv": trial_log.written()}
+        self._store(files, self._keys(files))
+        self._end(TrialState.PRUNED, None, attributes)
 
     def give_back(self) -> None:
         """Let another worker go on with it, at once."""
@@ -298,7 +338,9 @@ class TrialContext:
         }
 
     def _end(self, state: TrialState, values: list[float] | None, attributes: Mapping[str, Any]) -> None:
-        self._study.storage.finish_trial(self.lease.trial_id, state, values, attributes)
+        """With the constraints by which Optuna's samplers and displays tell which trials are within the limits."""
+        constraints = self._study.limits.constraints(attributes) if "seed" in attributes else {}
+        self._study.storage.finish_trial(self.lease.trial_id, state, values, attributes, constraints)
 
     def _store(self, files: Mapping[str, bytes], keys: Mapping[str, str]) -> None:
         """All at once, as each waits for the disk; what can be looked at appears on the trial's page."""

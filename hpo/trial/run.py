@@ -133,6 +133,11 @@ def held_by_others(device: str) -> int:
 def _train(context: TrialContext) -> TrialState:
     """One training from its beginning or last checkpoint to the trial's end; its memory is free after it."""
     params = context.parameters()
+    if context.too_large(params):
+        log.info("%s is not trained: its weights are beyond limits.size_mb, %s", context.name, params)
+        context.prune_untrained(params)
+        context.drop_spent_checkpoints()
+        return TrialState.PRUNED
     with (
         _device_errors(context),
         build(

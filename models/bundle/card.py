@@ -60,7 +60,9 @@ def readme(config: BundleConfig, exported: str = "safetensors") -> str:
             [f"input: (T, {classifier.given}) float32: {', '.join(map(_name, config.features))}{_marks(classifier)}"]
         ),
         _list(preprocessing(config)),
-        _list([_architecture(classifier), *_temperature(config), *([decision] if decision else [])]),
+        _list(
+            [_architecture(classifier), *_temperature(config), *([decision] if decision else []), *_footprint(config)]
+        ),
         "## Where it comes from",
         _list([f"{_escaped(name)}: {_plain(value)}" for name, value in config.provenance.items()] or ["not recorded"]),
     ]
@@ -72,6 +74,18 @@ def _temperature(config: BundleConfig) -> list[str]:
     if config.temperature == 1:
         return []
     return [f"the probabilities p become softmax(log p / {config.temperature:.6g}): temperature scaling"]
+
+
+def _footprint(config: BundleConfig) -> list[str]:
+    """What a prediction takes."""
+    found = config.footprint
+    if found is None:
+        return []
+    steps = "1 step" if found.steps == 1 else f"{found.steps:,} steps"
+    return [
+        f"its weights take {found.size_mb:.3g} MB (10^6 bytes); a prediction of one sequence of {steps} takes "
+        f"{found.latency_ms:.3g} ms on one thread of {_escaped(found.machine)}: the median of some calls at promotion"
+    ]
 
 
 def _epochs(config: BundleConfig) -> str:

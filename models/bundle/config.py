@@ -36,6 +36,7 @@ TYPES: dict[str, type] = {
 LARGEST = 2**31 - 1  # of a whole number
 DEEPEST = 50  # objects and lists within one another
 MOST_BINS = 100  # of a reliability diagram
+OPTIONAL = ("named", "fill", "gaps", "estimate", "costs", "footprint")  # fields that are left out where they are None
 PARTS = ("validation", "test")  # of the data, that a model has scores of
 T = TypeVar("T")
 
@@ -45,6 +46,16 @@ class BundleError(StudyFault):
 
     def __init__(self, message: str) -> None:
         super().__init__(legible(message))
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What one prediction of a model takes, all networks together. JSON-able."""
+
+    latency_ms: float  # of one sequence, on one thread of a CPU
+    size_mb: float  # 10^6 bytes of weights
+    steps: int  # of that sequence
+    machine: str  # the CPU
 
 
 @dataclass(frozen=True)
@@ -73,6 +84,7 @@ class BundleConfig:
     gaps: tuple[float, ...] | None = None  # (F,) share of missing values in the training part; None: not recorded
     estimate: Estimate | None = None  # of the metric, by trainings that nothing was chosen by; None: there were none
     costs: Costs | None = None  # of wrong decisions, by which the threshold was chosen; None: it was not
+    footprint: Footprint | None = None  # None: not measured
 
     def __post_init__(self) -> None:
         if not COOLEST <= self.temperature <= HOTTEST:
@@ -136,7 +148,7 @@ def to_json(config: BundleConfig) -> str:
     """The content of config.json, without the names of groups: they are the data's, as of patients, and a model folder
     is passed on. Raises ValueError for a number that is not finite, which JSON has none for."""
     content = {"format": FORMAT, **asdict(config), "preprocessing": preprocessing(config)}
-    for name in ("named", "fill", "gaps", "estimate", "costs"):  # of an earlier version's model, or one without them
+    for name in OPTIONAL:  # of an earlier version's model, or one without finals
         if content[name] is None:
             del content[name]
     for scores in filter(None, (content["validation"], content["test"])):
@@ -178,7 +190,8 @@ def from_json(text: bytes, source: str) -> BundleConfig:
             content[part] = _scores(content[part], f"{source}, {part}")
     if "calibration" in content:
         content["calibration"] = _calibration(content["calibration"], f"{source}, calibration")
-    content = dict.fromkeys(("named", "fill", "gaps", "estimate", "costs")) | content  # earlier versions had none
+    content = dict.fromkeys(OPTIONAL) | content  # earlier versions recorded none
+    content["footprint"] = _footprint(content["footprint"], f"{source}, footprint")
     content["estimate"] = _estimate(content["estimate"], f"{source}, estimate")
     content["costs"] = _costs(content["costs"], f"{source}, costs")
     for name in ("fill", "gaps"):
@@ -302,6 +315,17 @@ def _costs(content: Any, source: str) -> Costs | None:
     found = _exactly(Costs, content, source)
     if not all(_is_number(each) and each > 0 for each in (found.false_positive, found.false_negative)):
         raise BundleError(f"{source} must be numbers above 0, got {str(content)[:80]!r}")
+    return found
+
+
+def _footprint(content: Any, source: str) -> Footprint | None:
+    if content is None:
+        return None
+    found = _exactly(Footprint, content, source)
+    numbers = all(_is_number(each) and each > 0 for each in (found.latency_ms, found.size_mb))
+    if not numbers or not _is_count(found.steps) or not _is_text(found.machine):
+        rule = "latency_ms and size_mb above 0, a number of steps and a machine"
+        raise BundleError(f"{source} must be {rule}, got {str(content)[:80]!r}")
     return found
 
 

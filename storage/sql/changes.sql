@@ -53,7 +53,7 @@ INSERT INTO hpo.changes (study_id, changed_by, what, detail)
 SELECT study_id, %(who)s, 'widen', jsonb_build_object('space', %(detail)s::jsonb, 'started', started) FROM wider
 
 -- fragment: revision
--- How often the space of a study was widened.
+-- How often the space of a study was widened, or its limits changed.
 coalesce((s.config ->> 'revision')::int, 0)
 
 -- name: exhaust_study

@@ -63,6 +63,28 @@ FROM (SELECT study_id, status = 'finished' AND %(finalists)s > 0
     FROM hpo.terms WHERE study_id = %(study)s FOR NO KEY UPDATE) n
 WHERE s.study_id = n.study_id
 
+-- name: set_limits
+-- What a prediction of the study's model may take, in the plan that its workers open anew. One that is finished is
+-- promoted again by other limits.
+-- types: study int, limits jsonb
+UPDATE hpo.terms s SET config = jsonb_set(jsonb_set(jsonb_set(s.config, '{config,limits}', %(limits)s),
+        '{written,limits}', %(limits)s), ARRAY['revision'], to_jsonb({revision} + 1)),
+    status = CASE WHEN status = 'finished' THEN 'exhausted' ELSE status END,
+    promoter = CASE WHEN status <> 'finished' THEN promoter END,
+    promoter_expires_at = CASE WHEN status <> 'finished' THEN promoter_expires_at END,
+    promoted_version = CASE WHEN status <> 'finished' THEN promoted_version END
+WHERE study_id = %(study)s AND coalesce(s.config #> '{config,limits}', '{}') <> %(limits)s::jsonb
+
+-- fragment: within_limits
+-- Whether the complete trial is within the limits of its study: the rule of hpo/study/limits.py. A figure counts as often
+-- as trainings predict together.
+NOT EXISTS (SELECT FROM jsonb_each_text(s.config #> '{config,limits}') AS x (name, most)
+    WHERE NOT coalesce((SELECT CASE WHEN value_json ~ '^\d+(\.\d+)?(e[+-]?\d+)?$' AND length(value_json) < 300
+                THEN value_json::float8 END
+            FROM trial_user_attributes a WHERE a.trial_id = c.trial_id AND a.key = x.name)
+        * CASE WHEN s.finalists > 0 AND s.config #>> '{config,promote,ensemble}' IS DISTINCT FROM 'none'
+            THEN s.repeats ELSE 1 END <= most::float8, false))
+
 -- name: reopen_finals
 -- Go on with the finals of a study, where they were stopped with it.
 -- types: study int
@@ -140,10 +162,10 @@ SELECT s.study_id, n.study_name, s.status, s.budget, s.started, CASE WHEN timeou
             WHERE t.study_id = s.study_id AND t.state = 'COMPLETE'
             AND NOT EXISTS (SELECT FROM hpo.dropped x WHERE x.trial_id = t.trial_id)),
         first AS (SELECT number, value, cost FROM (SELECT * FROM costs ORDER BY cost, number OFFSET 0) c
-            WHERE {trained_by_us} LIMIT 1)
+            WHERE {trained_by_us} AND {within_limits} LIMIT 1)
         SELECT json_build_array(c.number, c.value, CASE WHEN f.cost < c.cost THEN f.number END, f.value)
         FROM (SELECT c.* FROM costs c JOIN first f ON c.cost <= f.cost + s.resolution OFFSET 0) c, first f
-        WHERE {trained_by_us}
+        WHERE {trained_by_us} AND {within_limits}
         ORDER BY coalesce((SELECT nullif(CASE WHEN value_json ~ '^-?(\d+(\.\d+)?(e[+-]?\d+)?|Infinity)$'
                     AND length(value_json) < 300 THEN value_json::float8 END, 'NaN')
                 FROM trial_user_attributes a WHERE a.trial_id = c.trial_id AND a.key = 'log_loss'), 'Infinity'),
@@ -165,7 +187,10 @@ SELECT s.study_id, n.study_name, s.status, s.budget, s.started, CASE WHEN timeou
     (SELECT t.number FROM {versions_of_dropped} AND m.version = s.promoted_version), s.patience, s.standstill,
     (SELECT json_build_array(o.study_name, (SELECT count(*) FROM hpo.leases l
             WHERE l.study_id = f.study_id AND l.ended_at IS NOT NULL), f.budget)
-        FROM hpo.terms f JOIN studies o USING (study_id) WHERE f.finals_of = s.study_id)
+        FROM hpo.terms f JOIN studies o USING (study_id) WHERE f.finals_of = s.study_id),
+    CASE WHEN s.config #> '{config,limits}' <> '{}' THEN (SELECT json_build_array(s.config #> '{config,limits}', count(*))
+        FROM trials c WHERE c.study_id = s.study_id AND c.state IN ('COMPLETE', 'PRUNED') AND {trained_by_us}
+        AND NOT EXISTS (SELECT FROM hpo.dropped x WHERE x.trial_id = c.trial_id) AND NOT {within_limits}) END
 FROM hpo.terms s JOIN studies n USING (study_id)
     JOIN study_directions d ON d.study_id = s.study_id AND d.objective = 0
     CROSS JOIN LATERAL (SELECT min(t.datetime_start AT TIME ZONE 'UTC') AS started

@@ -196,6 +196,8 @@ OTHER = {  # another value for each key of a study file
     "study.repeats": "2",
     "promote.ensemble": '"none"',
     "promote.costs": "{ false_positive = 1, false_negative = 5 }",
+    "limits.latency_ms": "5.0",
+    "limits.size_mb": "0.5",
     "data.train": '"copy.npz"',
     "data.test": '"copy.npz"',
     "data.holdout": "0.3",
@@ -254,6 +256,12 @@ def test_a_changed_setting_of_a_study_that_exists_is_obeyed_or_refused(
         assert found == (changed.notify.url, list(changed.notify.on)) != ("https://example.org", list(EVENTS))
     elif key == "data.train":  # the same content
         assert create_or_open(changed, storage, store).plan == study.plan
+    elif key.startswith("limits."):
+        row = create_or_open(changed, storage, store).leases.study(study.study_id)
+        assert row is not None
+        limits = {key.removeprefix("limits."): float(OTHER[key])}
+        plan = before.config["config"] | {"limits": limits}, before.config["written"] | {"limits": limits}
+        assert row == replace(before, config=before.config | {"config": plan[0], "written": plan[1], "revision": 1})
     elif key in OBEYED:
         row = create_or_open(changed, storage, store).leases.study(study.study_id)
         changes: dict[str, Any] = {OBEYED[key]: int(OTHER[key])}

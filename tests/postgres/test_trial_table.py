@@ -32,6 +32,7 @@ COLUMNS = [
     *("number", "state", "value"),
     *(f"params.{name}" for name in PARAMETERS),
     *("best_epoch", "epochs", "log_loss", "threshold", "seed", "training_seconds", "weight_count"),
+    *("latency_ms", "size_mb", "feasible"),
     *("device", "worker", "attempt", "started", "ended"),
     *("failure", "dropped", "dropped_reason", "dropped_by", "dropped_at"),
 ]  # as people's scripts name them

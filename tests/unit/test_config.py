@@ -75,7 +75,7 @@ def error(folder: Path, text: str, *overrides: str) -> str:
 def to_toml(config: StudyConfig) -> str:
     """The configuration as a study file that `load` reads."""
     written = configs.to_dict(config)
-    headed = [(f"[{name}]", written[name]) for name in ("study", "data", "train", "space")]
+    headed = [(f"[{name}]", written[name]) for name in ("study", "data", "train", "limits", "space")]
     headed += [("[[enqueue]]", params) for params in written["enqueue"]]
     blocks = ["\n".join([head, *(f"{key} = {show(value)}" for key, value in table.items())]) for head, table in headed]
     return "\n\n".join(blocks) + "\n"
@@ -254,6 +254,20 @@ def test_an_error_elsewhere_is_not_blamed_on_an_override(folder: Path) -> None:
         ),
         ("hidden_size = 64", "hidden_size = 65", "enqueue[0].hidden_size must lie in space.hidden_size"),
         ("[[enqueue]]", "[enqueue]", "enqueue must be tables [[enqueue]], got { hidden_size"),
+        ("[train]", "[limits]\nsize_mb = 0\n[train]", "limits.size_mb must be a finite number above 0, got 0 (study"),
+        ("[train]", "[limits]\nsize_mb = true\n[train]", "limits.size_mb must be a finite number above 0, got true"),
+        ("[train]", "[limits]\nsize_mb = '1 MB'\n[train]", 'must be a finite number above 0, got "1 MB"'),
+        (
+            "[train]",
+            "[limits]\nlatency_ms = inf\n[train]",
+            "latency_ms must be a finite number above 0, got inf",
+        ),
+        (
+            "[train]",
+            "[limits]\nlatency_ms = nan\n[train]",
+            "latency_ms must be a finite number above 0, got nan",
+        ),
+        ("[train]", "[limits]\nlatency = 3\n[train]", "unknown key limits.latency; did you mean limits.latency_ms?"),
     ],
 )
 def test_a_wrong_file_is_an_error_with_rule_value_and_file(folder: Path, old: str, new: str, message: str) -> None:
@@ -294,6 +308,7 @@ def test_a_study_file_that_is_not_there_is_named(folder: Path) -> None:
 
 text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1).filter(str.strip)
 shares = st.floats(0.001, 0.999)
+above_0 = st.floats(0, exclude_min=True, allow_infinity=False) | st.integers(1, 2**63 - 1)
 
 
 @st.composite
@@ -328,6 +343,7 @@ def files(draw: st.DrawFn) -> dict[str, Any]:
         "train": draw(st.fixed_dictionaries({}, optional=train)),
         "space": space,
         "enqueue": draw(st.lists(known_good, max_size=2)),
+        "limits": draw(st.fixed_dictionaries({}, optional=dict.fromkeys(("latency_ms", "size_mb"), above_0))),
     }
 
 
@@ -433,6 +449,8 @@ def test_what_contradicts_the_data_or_a_default_names_the_study(folder: Path) ->
         ("study.trials=99", []),
         ("study.timeout=9h", []),
         ("data.train=test.npz", []),
+        ("limits.latency_ms=1e9", []),
+        ("limits.size_mb=1", []),
         ("space.layers={low=1, high=3, step=1}", []),
         ("space.dropout={low=0, high=0.5, log=false}", []),
     ],

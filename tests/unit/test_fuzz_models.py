@@ -62,6 +62,9 @@ def folder(whole: Path, tmp_path: Path) -> Path:
     return folder
 
 
+FOOTPRINT = {"latency_ms": 1.5, "size_mb": 0.1, "steps": 9, "machine": "a CPU"}
+
+
 def refused(folder: Path, message: str) -> None:
     with pytest.raises(BundleError, match=message) as found:
         bundle.load(folder)
@@ -93,6 +96,11 @@ def change(folder: Path, **given: Any) -> None:
         pytest.param({"classes": ["a", "a", "b"]}, "the names of the classes must differ", id="classes alike"),
         pytest.param({"classes": ["a", "b", "\ud800"]}, "neither a NUL nor half a character", id="half a character"),
         pytest.param({"features": ["a", "b\0"]}, "neither a NUL nor half a character", id="a NUL"),
+        pytest.param({"footprint": 3}, "footprint: missing latency_ms", id="no footprint"),
+        pytest.param({"footprint": FOOTPRINT | {"size_mb": 0}}, "size_mb above 0", id="no size"),
+        pytest.param({"footprint": FOOTPRINT | {"latency_ms": float("nan")}}, "latency_ms and size", id="no latency"),
+        pytest.param({"footprint": FOOTPRINT | {"steps": 1.5}}, "a number of steps", id="half a step"),
+        pytest.param({"footprint": FOOTPRINT | {"machine": None}}, "and a machine", id="no machine"),
         pytest.param({"provenance": {"a": json.loads("[" * 60 + "]" * 60)}}, "nest more", id="deep"),
     ],
 )

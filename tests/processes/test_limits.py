@@ -1,0 +1,137 @@
+"""Studies with [limits], by real processes: from the file to the model that is promoted, or to why none is."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from optuna.trial import FrozenTrial, TrialState
+from safetensors.torch import load_file
+
+import hpo
+from tests.conftest import Cli
+from tests.processes.test_finals import launch
+
+Study = Callable[..., Path]
+Read = Callable[..., list[FrozenTrial]]
+LARGE = 48  # hidden size that is enqueued beside a space of smaller ones
+SPACE = """
+hidden_size = { low = 4, high = 48, step = 4 }
+layers = 1
+head_size = 0
+batch_size = 16
+stem = "patch"
+difference = false
+bidirectional = false
+"""
+
+
+def limits(**given: float) -> str:
+    return "[limits]\n" + "\n".join(f"{name} = {limit!r}" for name, limit in given.items()) + "\n"
+
+
+def stored_mb(folder: str) -> float:
+    tensors = load_file(Path(folder) / "model.safetensors")
+    return sum(each.nbytes for each in tensors.values()) / 1e6
+
+
+def test_the_winner_is_within_the_limits_and_what_is_too_large_takes_no_epoch(
+    cli: Cli, study_file: Study, trials: Read
+) -> None:
+    large = f"[[enqueue]]\nhidden_size = {LARGE}\n"
+    study_file(trials=6, space=SPACE, more=large + limits(size_mb=0.1, latency_ms=1e9), study='pruner = "none"')
+    found = launch(cli)
+    own = trials()
+    assert len(own) == 6
+    first, *others = own
+    assert first.params["hidden_size"] == LARGE
+    assert (first.state, first.intermediate_values) == (TrialState.PRUNED, {})
+    assert first.user_attrs["size_mb"] > 0.1
+    assert first.constraints["size_mb"] == first.user_attrs["size_mb"] / 0.1 - 1 > 0
+    for trial in others:
+        assert trial.state == TrialState.COMPLETE
+        assert trial.user_attrs["size_mb"] <= 0.1
+        assert trial.user_attrs["latency_ms"] > 0
+        assert trial.constraints["size_mb"] <= 0
+        assert trial.constraints["latency_ms"] <= 0
+    assert found["beyond_limits"] == {"limits": {"size_mb": 0.1, "latency_ms": 1e9}, "trials": 1}
+    assert found["footprint"]["size_mb"] == stored_mb(found["model"]["path"]) <= 0.1
+    assert found["footprint"]["size_mb"] == own[found["best"]["number"]].user_attrs["size_mb"]
+    config = hpo.load(found["model"]["path"]).config
+    assert config.footprint is not None
+    assert config.footprint.latency_ms == found["footprint"]["latency_ms"] > 0
+    assert config.footprint.steps == 12
+    assert "on one thread of" in (Path(found["model"]["path"]) / "README.md").read_text()
+    rows = list(csv.DictReader(io.StringIO(cli("trials", "list", "waves", "--format", "csv").stdout)))
+    assert [row["feasible"] for row in rows] == ["false", *["true"] * 5]
+    assert [row["size_mb"] for row in rows] == [repr(trial.user_attrs["size_mb"]) for trial in own]
+    assert "1 beyond size_mb 0.1 and latency_ms 1e+09" in cli("status", "waves").stdout
+    status = json.loads(cli("status", "waves", "--json").stdout.splitlines()[0])
+    (status,) = status if isinstance(status, list) else (status,)
+    assert status["beyond_limits"]["trials"] == 1
+    again = cli("reproduce", "waves", "--trial", found["best"]["number"])
+    assert again.returncode == 0, again.stderr
+
+
+@pytest.fixture
+def too_slow(study_file: Study) -> Path:
+    return study_file(trials=3, study='sampler = "random"', more=limits(latency_ms=1e-6))
+
+
+def test_without_a_trial_within_the_limits_nothing_is_promoted_until_one_is_raised(
+    cli: Cli, too_slow: Path, trials: Read
+) -> None:
+    refused = cli("launch", too_slow, "--workers", 2, "--json", "--quiet")
+    assert refused.returncode != 0
+    figures = {trial.number: trial.user_attrs["latency_ms"] for trial in trials() if trial.state == TrialState.COMPLETE}
+    nearest = min(figures, key=lambda number: figures[number])
+    reason = (
+        f"no completed trial is within [limits] latency_ms at most 1e-06: the nearest, trial {nearest}, has latency_ms "
+        f"{figures[nearest]:.4g} and size_mb"
+    )
+    out = "raise the limit and launch again, or narrow [space] in a study of another name; `hpo promote waves --trial "
+    for said in (refused.stderr, cli("promote", "waves").stderr):
+        assert reason in " ".join(said.split())
+        assert f"{out}{nearest}` takes it all the same" in " ".join(said.split())
+    status = cli("status", "waves").stdout
+    assert "finished" in status
+    taken = cli("promote", "waves", "--trial", nearest)
+    assert taken.returncode == 0, taken.stderr
+    too_slow.write_text(too_slow.read_text().replace("latency_ms = 1e-06", "latency_ms = 1e9"))
+    found = launch(cli)
+    assert len(trials()) == 3  # none was trained again
+    assert found["best"]["number"] in figures
+    assert found["model"]["default"] == found["model"]["version"]
+
+
+def test_the_limits_are_of_all_networks_of_the_finals_winner(cli: Cli, study_file: Study, trials: Read) -> None:
+    finals = 'finalists = 2\nrepeats = 2\npruner = "none"'
+    study_file(trials=3, space=SPACE.replace("48", "12"), study=finals, more=limits(size_mb=0.2))
+    found = launch(cli)
+    own = trials()[found["best"]["number"]].user_attrs["size_mb"]
+    assert found["footprint"]["size_mb"] == stored_mb(found["model"]["path"]) == pytest.approx(2 * own)
+    assert 2 * own <= 0.2
+
+
+def test_figures_are_there_without_limits_and_do_not_belong_to_what_repeats(
+    cli: Cli, study_file: Study, trials: Read
+) -> None:
+    study_file(trials=2, study='pruner = "none"')
+    found = launch(cli, workers=1)
+    assert found["beyond_limits"] is None
+    assert found["footprint"]["latency_ms"] > 0
+    for trial in trials():
+        assert trial.user_attrs["latency_ms"] > 0
+        assert trial.user_attrs["size_mb"] > 0
+        assert trial.constraints == {}
+    shown: dict[str, Any] = json.loads(cli("trials", "list", "waves", "--format", "json").stdout)[0]
+    assert shown["feasible"] is None
+    assert cli("promote", "waves").returncode == 0
+    (model,) = json.loads(cli("models", "--json").stdout)  # measured once, it is the same version
+    assert model["footprint"] == found["footprint"]
+    assert "prediction takes" in cli("launch", "waves.toml").stdout
