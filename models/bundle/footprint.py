@@ -21,8 +21,8 @@ from hpo.models.machine import cpu_name
 NUMBER_BYTES = 4  # of a weight: float32
 MB = 1e6  # bytes
 WARM_UP = 2  # calls that are not measured
-MOST = 30  # calls that are; one at least
-ENOUGH_S = 0.1  # after which no further one is made
+MOST = 15  # calls that are; one at least
+ENOUGH_S = 0.05  # after which no further one is made
 
 
 def size_mb(classifier: ClassifierConfig, networks: int) -> float:
