@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from datetime import datetime
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ from hpo.storage.keys import content_hash
 from hpo.storage.registry import MissingModel, ModelVersion, Registry
 from hpo.storage.snapshot import Snapshot
 from hpo.study.config import Folds, StudyConfig, to_dict
+from hpo.study.counted import CountedTrials
 from hpo.study.entries import written
 from hpo.study.finals import Finalist, finalists_of
 from hpo.study.lifecycle import OpenStudy, open_study, trial_rows
@@ -45,7 +48,7 @@ from hpo.study.record import COPIED_FROM, TrialRecord, trained_by_us
 
 log = logging.getLogger("hpo")
 
-LEAST_TRIALS = 20  # complete ones, before importances say anything
+LEAST_TRIALS = 20  # complete and pruned ones, before importances say anything
 GOOD_SHARE, GOOD_LEAST = 0.1, 5  # of the trials that importances tell from others: a tenth, but so many at least
 SLICES, SLICE_LEAST = 6, 0.03  # parameters whose values are drawn, and the share of importance that each has at least
 
@@ -261,38 +264,68 @@ def _finals(finalists: Sequence[Finalist], plan: Plan, *, over: bool) -> list[Fi
     return best_first(found, maximize=direction(plan.metric) == "maximize")
 
 
-def _importances(study: OpenStudy) -> Importances | None:
-    """By PED-ANOVA over the complete trials that count; None for fewer than LEAST_TRIALS, or equal values.
+class _Judged(CountedTrials):
+    """These trials alone, whatever a study has."""
 
-    Its good trials are the best tenth, but five at least, as Optuna's documentation asks.
+    def __init__(self, study: OpenStudy, trials: list[FrozenTrial]) -> None:
+        super().__init__(study.storage)
+        self._judged = trials
+
+    def get_all_trials(
+        self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
+    ) -> list[FrozenTrial]:
+        return [trial for trial in self._judged if states is None or trial.state in states]
+
+
+def _importances(study: OpenStudy) -> Importances | None:
+    """By PED-ANOVA over the complete and pruned trials that count; None for too few, or equal values.
+
+    It tells the distribution of a parameter among the good trials from that among all. Pruned ones have no value to
+    compare, but others were better when they were stopped: they are none of the good. These are the best tenth, but
+    five at least, as Optuna's documentation asks.
     """
-    trials = [
-        trial
-        for trial in study.optuna_study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        if trial.values and abs(trial.values[0]) < float("inf")
+    trials = study.optuna_study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+    complete = [
+        trial for trial in trials if trial.state == TrialState.COMPLETE and trial.values and isfinite(trial.values[0])
     ]
-    if len(trials) < LEAST_TRIALS or len({trial.values[0] for trial in trials}) == 1:
+    values = [trial.values[0] for trial in complete]
+    if len(complete) < GOOD_LEAST or len(trials) < LEAST_TRIALS or len(set(values)) == 1:
         return None
+    import optuna
     from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances  # may import scikit-learn: 2 s
 
-    quantile = max(GOOD_SHARE, GOOD_LEAST / len(trials))
+    worse = min(values) - 1 if direction(study.plan.metric) == "maximize" else max(values) + 1
+    pruned = [_with_value(trial, worse) for trial in trials if trial.state == TrialState.PRUNED]
+    judged = [*complete, *pruned]
+    quantile = min(max(GOOD_SHARE, GOOD_LEAST / len(judged)), len(complete) / len(judged))
+    if quantile == 1.0:
+        return None
     evaluator = PedAnovaImportanceEvaluator(target_quantile=quantile)
-    shares = get_param_importances(study.optuna_study, evaluator=evaluator)
+    view = optuna.load_study(study_name=study.name, storage=_Judged(study, judged))
+    shares = get_param_importances(view, evaluator=evaluator)
     if not sum(shares.values()) > 0:
         return None
     slices = [
         Slice(
             name=name,
             importance=share,
-            log=any(getattr(trial.distributions.get(name), "log", False) for trial in trials),
+            log=any(getattr(trial.distributions.get(name), "log", False) for trial in complete),
             points=tuple(
-                (trial.params[name], float(trial.values[0]), trial.number) for trial in trials if name in trial.params
+                (trial.params[name], trial.values[0], trial.number) for trial in complete if name in trial.params
             ),
+            pruned=tuple(trial.params[name] for trial in pruned if name in trial.params),
         )
         for name, share in list(shares.items())[:SLICES]
         if share >= SLICE_LEAST
     ]
-    return Importances(tuple(shares.items()), tuple(slices), len(trials), quantile)
+    return Importances(tuple(shares.items()), tuple(slices), len(judged), quantile)
+
+
+def _with_value(trial: FrozenTrial, value: float) -> FrozenTrial:
+    """The trial as a complete one with that value."""
+    found = copy.copy(trial)
+    found.state, found.values = TrialState.COMPLETE, [value]
+    return found
 
 
 def _cost(trials: tuple[TrialFact, ...], trainings: tuple[TrialFact, ...]) -> Cost:

@@ -61,16 +61,25 @@ class Axis:
         if self.names:
             return [(float(i), name) for i, name in enumerate(self.names)]
         ticks = self.ticks or (_log_ticks(self.low, self.high) if self.log else round_ticks(self.low, self.high))
-        return [(value, _text(value, ticks)) for value in ticks]
+        return [(value, _text(value, () if self.log else ticks)) for value in ticks]
 
 
 class Chart:
     """Marks are added in the order in which they are drawn."""
 
     def __init__(
-        self, x: Axis, y: Axis, says: str, *, width: float = WIDTH, height: float = HEIGHT, left: float = LEFT
+        self,
+        x: Axis,
+        y: Axis,
+        says: str,
+        *,
+        width: float = WIDTH,
+        height: float = HEIGHT,
+        left: float = LEFT,
+        natural: bool = False,
     ) -> None:
-        """says: what the chart shows, for whoever does not see it."""
+        """says: what the chart shows, for whoever does not see it. natural: as large as it is, not as its place."""
+        self.natural = natural
         self.x, self.y, self.says = x, y, says
         self.width, self.height, self.left = width, height, left
         self.parts: list[Markup] = []
@@ -130,6 +139,11 @@ class Chart:
             f"box {kind}", min(a, c), min(b, d), abs(c - a), abs(d - b), shade, _title(title),
         )  # fmt: skip
 
+    def tick(self, x: float, kind: str) -> None:
+        """A short stroke at the foot of the plot."""
+        cx, cy = self.at(x, self.y.low)
+        self._add('<path class="{}" d="M{:.1f} {:.1f}v-7"/>', f"line {kind}", cx, cy)
+
     def text(self, x: float, y: float, text: str, kind: str = "", anchor: str = "start", dx: float = 0.0) -> None:
         """A text at a point, its middle at that height."""
         cx, cy = self.at(x, y)
@@ -140,8 +154,9 @@ class Chart:
 
     def svg(self) -> Markup:
         """The chart."""
-        return Markup('<svg class="chart" viewBox="0 0 {:g} {:g}" role="img" aria-label="{}">{}{}</svg>').format(
-            self.width, self.height, self.says, self._axes(), Markup("").join(self.parts)
+        size = Markup(' width="{:g}"').format(self.width) if self.natural else Markup("")
+        return Markup('<svg class="chart" viewBox="0 0 {:g} {:g}" role="img" aria-label="{}"{}>{}{}</svg>').format(
+            self.width, self.height, self.says, size, self._axes(), Markup("").join(self.parts)
         )
 
     def _add(self, template: str, *given: object) -> None:
@@ -201,7 +216,7 @@ def _log_ticks(low: float, high: float) -> tuple[float, ...]:
 
 
 def _text(value: float, ticks: Sequence[float]) -> str:
-    """A tick's number, with as many digits as tell the ticks apart."""
+    """A tick's number, with as many digits as tell these ticks apart; without any, with its own."""
     if value == 0:
         return "0"
     if abs(value) >= 1e5 or abs(value) < 1e-4:

@@ -103,7 +103,8 @@ class Slice:
     name: str
     importance: float  # share of all, 0 to 1
     log: bool
-    points: tuple[tuple[Any, float, int], ...]  # (value, score, trial)
+    points: tuple[tuple[Any, float, int], ...]  # (value, score, trial) of complete trials
+    pruned: tuple[Any, ...] = ()  # values of pruned ones
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class Importances:
 
     shares: tuple[tuple[str, float], ...]  # (parameter, share of all), the largest first
     slices: tuple[Slice, ...]  # of the most important ones
-    trials: int  # complete ones, that it was found by
+    trials: int  # complete and pruned ones, that it was found by
     quantile: float  # share of the trials that count as good
 
 

@@ -121,13 +121,18 @@ def slice_of(found: Slice, facts: Facts) -> Markup:
     scores = [score for _, score, _ in found.points]
     y = Axis.over(_without_outliers(scores, maximize=facts.asked.maximize))
     says = f"{facts.asked.metric} by {found.name} of {len(scores)} complete trials"
-    if all(isinstance(v, int | float) and not isinstance(v, bool) for v, _, _ in found.points) and _varied(found):
-        chart = Chart(Axis.over([value for value, _, _ in found.points], found.name, log=found.log), y, says)
+    values = [*(value for value, _, _ in found.points), *found.pruned]
+    if _numeric(values):
+        chart = Chart(Axis.over(values, found.name, log=found.log), y, says)
         places = [float(value) for value, _, _ in found.points]
+        pruned = [float(value) for value in found.pruned]
     else:
-        names = sorted({plain(value) for value, _, _ in found.points}, key=_natural)
+        names = sorted(set(map(plain, values)), key=_natural)
         chart = Chart(Axis.named(names, found.name), y, says)
         places = [names.index(plain(value)) + _spread(trial) for value, _, trial in found.points]
+        pruned = [names.index(plain(value)) + _spread(i) for i, value in enumerate(found.pruned)]
+    for place in pruned:
+        chart.tick(place, "pruned")
     for place, (value, score, trial) in zip(places, found.points, strict=True):
         kind = "winner" if trial == facts.winner else "complete soft"
         title = f"trial {trial}: {found.name} {plain(value)}, {number(score)}"
@@ -135,9 +140,10 @@ def slice_of(found: Slice, facts: Facts) -> Markup:
     return chart.svg()
 
 
-def _varied(found: Slice) -> bool:
-    """Whether numbers are many enough for an axis of numbers; a few have a place each."""
-    return len({value for value, _, _ in found.points}) > 5
+def _numeric(values: Sequence[Any]) -> bool:
+    """Whether these are numbers, and many enough for an axis of numbers; a few have a place each."""
+    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+    return numbers and len(set(values)) > 5
 
 
 def _spread(trial: int) -> float:
@@ -206,6 +212,7 @@ def confusion(counts: Sequence[Sequence[int]], classes: Sequence[str], part: str
         width=left + cell * K + 12,
         height=cell * K + 50,
         left=left,
+        natural=True,
     )
     for r, row in enumerate(counts):
         whole = max(sum(row), 1)
@@ -306,9 +313,13 @@ def best_first(found: Sequence[FinalistFact], *, maximize: bool) -> list[Finalis
     return sorted(found, key=lambda each: (-each.mean if maximize else each.mean, each.trial))
 
 
+NAMES = ("importances", "slices", "confusion", "reliability", "roc", "precision", "coloured", "hard")  # of a chart
+
+
 def figures(facts: Facts) -> dict[str, Any]:
-    """Every chart that the facts are enough for, by the name under which the template shows it."""
-    found: dict[str, Any] = {"history": history(facts), "finals": finals(facts), "learning": learning(facts)}
+    """Every chart by the name under which the template shows it; None or empty where the facts are not enough."""
+    found: dict[str, Any] = dict.fromkeys(NAMES)
+    found |= {"history": history(facts), "finals": finals(facts), "learning": learning(facts)}
     if facts.importances is not None:
         found["importances"] = importances(facts.importances)
         found["slices"] = [(each, slice_of(each, facts)) for each in facts.importances.slices]

@@ -61,7 +61,8 @@ def render(facts: Facts) -> str:
         answer=answer(facts),
         winner=facts.trial(facts.winner),
         finals_say=finals_say(facts),
-        best_trials=_best_trials(facts),
+        best_trials=(shown := _best_trials(facts)),
+        varied=_varied(shown),
         failures=_failures(facts.trials),
         spent=spent(facts.cost),
         bar=states_bar({each.state: each.held_s for each in spent(facts.cost)}),
@@ -113,8 +114,9 @@ def finals_say(facts: Facts) -> str | None:
         return f"{named}, and no other finalist comes within one standard error of the difference to it: it won."
     others = ", ".join(str(each.trial) for each in equal if each is not first)
     rest = (
-        f"{named}. Within one standard error of the difference to it (compared in pairs, over the same splits) "
-        f"{'lies trial' if len(equal) == 2 else 'lie trials'} {others}: the finals do not tell them apart. "
+        f"{named}. Within one standard error of the difference to it (compared in pairs, over the same splits), or "
+        f"within half a validation sequence, {'lies trial' if len(equal) == 2 else 'lie trials'} {others}: the finals "
+        "do not tell them apart. "
     )
     if winner.weights == first.weights and winner is first:
         return f"{rest}It won, as none of them has fewer weights."
@@ -155,6 +157,12 @@ def _best_trials(facts: Facts) -> list[TrialFact]:
     sign = -1 if facts.asked.maximize else 1
     found = [trial for trial in facts.trials if trial.counts and trial.value is not None]
     return sorted(found, key=lambda trial: (sign * (trial.value or 0.0), trial.number))[:TRIALS_SHOWN]
+
+
+def _varied(trials: Sequence[TrialFact]) -> list[str]:
+    """Names of the parameters that are not the same in all of these."""
+    names = dict.fromkeys(name for trial in trials for name in trial.params)
+    return [name for name in names if any(trial.params.get(name) != trials[0].params.get(name) for trial in trials)]
 
 
 def _failures(trials: Sequence[TrialFact]) -> list[tuple[str, int]]:
