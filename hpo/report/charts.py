@@ -31,6 +31,7 @@ class Axis:
     names: tuple[str, ...] = ()  # of the places 0, 1, …
     ticks: tuple[float, ...] | None = None  # None: round numbers
     inverted: bool = False  # the low end at the top
+    whole: bool = False  # of whole numbers, as epochs are
 
     @classmethod
     def over(cls, values: Iterable[float], label: str = "", *, log: bool = False, margin: float = 0.05) -> Axis:
@@ -60,7 +61,11 @@ class Axis:
         """Ticks with their texts."""
         if self.names:
             return [(float(i), name) for i, name in enumerate(self.names)]
-        ticks = self.ticks or (_log_ticks(self.low, self.high) if self.log else round_ticks(self.low, self.high))
+        ticks = self.ticks
+        if ticks is None:
+            ticks = _log_ticks(self.low, self.high) if self.log else round_ticks(self.low, self.high)
+        if self.whole:
+            ticks = tuple(tick for tick in ticks if tick == round(tick))
         return [(value, _text(value, () if self.log else ticks)) for value in ticks]
 
 

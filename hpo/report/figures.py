@@ -18,7 +18,8 @@ from hpo.report.words import number, plain
 
 MOST_POINTS = 1_500  # trials of one kind that are drawn
 MOST_CURVES = 60  # learning curves of other trials
-COUNTS_SHOWN = 14  # classes up to which the confusion matrix shows its numbers
+COUNTS_SHOWN = 14  # classes up to which the confusion matrix shows its numbers …
+MATRIX_MOST = 60  # … and up to which there is one
 CURVES_SHOWN = 6  # classes whose ROC curves have a colour; of more the worst
 LINES = 5  # colours
 HALF = 0.5
@@ -31,7 +32,7 @@ def history(facts: Facts) -> Markup | None:
         return None
     values = [each.value for each in counted if each.value is not None]
     low, high = _without_outliers(values, maximize=facts.asked.maximize)
-    y, x = Axis.over((low, high)), Axis(-0.5, max(facts.trials[-1].number, 1) + 0.5, "trial", ticks=None)
+    y, x = Axis.over((low, high)), Axis(-0.5, max(facts.trials[-1].number, 1) + 0.5, "trial", whole=True)
     says = (
         f"{facts.asked.metric} of {len(counted)} complete trials by number, from {number(min(values))} to "
         f"{number(max(values))}; the best so far as a line"
@@ -104,7 +105,7 @@ def importances(found: Importances) -> Markup:
     largest = max(share for _, share in shares)
     says = "importance of each parameter: " + ", ".join(f"{name} {100 * share:.0f} %" for name, share in shares)
     chart = Chart(
-        Axis(0, max(1.2 * largest, 0.01), "share of the importance, %", ticks=()),
+        Axis(0, max(1.2 * largest, 0.01), "share of the importance", ticks=()),
         Axis.named([name for name, _ in shares], inverted=True),
         says,
         height=54 + 22 * len(shares),
@@ -133,7 +134,8 @@ def slice_of(found: Slice, facts: Facts) -> Markup:
         pruned = [names.index(plain(value)) + _spread(i) for i, value in enumerate(found.pruned)]
     for place in pruned:
         chart.tick(place, "pruned")
-    for place, (value, score, trial) in zip(places, found.points, strict=True):
+    drawn = sorted(zip(places, found.points, strict=True), key=lambda each: each[1][2] == facts.winner)  # it on top
+    for place, (value, score, trial) in drawn:
         kind = "winner" if trial == facts.winner else "complete soft"
         title = f"trial {trial}: {found.name} {plain(value)}, {number(score)}"
         chart.dot(place, score, kind, title, 5 if kind == "winner" else 3)
@@ -190,7 +192,7 @@ def _learning(
         values += around[len(around) // 20 : len(around) - len(around) // 20]
     last = max([*(points[-1][0] for points in (*winners, *others) if points), 2.0])
     says = f"{title} by epoch of the winner, {len(winners)} {'line' if len(winners) == 1 else 'lines'}"
-    chart = Chart(Axis(1, last, "epoch"), Axis.over(values), says)
+    chart = Chart(Axis(1, last, "epoch", whole=True), Axis.over(values), says)
     for points in others:
         chart.line(points, "other-curve")
     for i, points in enumerate(winners):
@@ -198,15 +200,18 @@ def _learning(
     return chart.svg()
 
 
-def confusion(counts: Sequence[Sequence[int]], classes: Sequence[str], part: str) -> Markup:
-    """Counts, row = true class, shaded by their share of the row."""
+def confusion(counts: Sequence[Sequence[int]], classes: Sequence[str], part: str) -> Markup | None:
+    """Counts, row = true class, shaded by their share of the row; None for too many classes."""
     K = len(classes)
+    if K > MATRIX_MOST:
+        return None
+    few = K <= COUNTS_SHOWN
     right, total = sum(counts[k][k] for k in range(K)), max(sum(map(sum, counts)), 1)
     says = f"confusion matrix of the {part} part: {right} of {total} sequences get their class; the table has the rest"
-    cell = max(14.0, min(64.0, 330.0 / K))
+    cell = max(14.0, min(84.0, 330.0 / K))
     left = min(110.0, 14 + 6 * max(map(len, classes)))
     chart = Chart(
-        Axis.named(classes, "predicted class"),
+        Axis.named(classes if few else [""] * K, "predicted class" if few else "predicted class, in the rows’ order"),
         Axis.named(classes, inverted=True),
         says,
         width=left + cell * K + 12,
@@ -214,13 +219,14 @@ def confusion(counts: Sequence[Sequence[int]], classes: Sequence[str], part: str
         left=left,
         natural=True,
     )
+    chart.box((-HALF, -HALF), (K - HALF, K - HALF), "cell")
     for r, row in enumerate(counts):
         whole = max(sum(row), 1)
-        for c, count in enumerate(row):
+        for c, count in ((c, count) for c, count in enumerate(row) if count):
             title = f"{classes[r]} predicted as {classes[c]}: {count} of {sum(row)}"
             kind = "right" if r == c else "wrong"
             chart.box((c - HALF, r - HALF), (c + HALF, r + HALF), f"cell {kind}", title, 0.06 + 0.74 * count / whole)
-            if count and K <= COUNTS_SHOWN:
+            if few:
                 chart.text(c, r, f"{count:,}", "count", "middle")
     return chart.svg()
 
