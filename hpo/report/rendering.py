@@ -22,6 +22,13 @@ from hpo.report.words import FILTERS, counted, number
 
 CLASSES_SHOWN, GROUPS_SHOWN, TRIALS_SHOWN, FAILURES_SHOWN = 30, 15, 10, 5  # rows of tables
 
+ENDED = {  # in words
+    "budget": "all trials of its budget have begun",
+    "timeout": "its time is up",
+    "patience": "nothing better came for as long as its patience",
+    "exhausted space": "all of its space was tried",
+}
+
 _ENVIRONMENT = Environment(
     loader=PackageLoader("hpo.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
 )
@@ -61,6 +68,7 @@ def render(facts: Facts) -> str:
         answer=answer(facts),
         winner=facts.trial(facts.winner),
         finals_say=finals_say(facts),
+        ended=ENDED.get(facts.ended_by or "", facts.ended_by),
         best_trials=(shown := _best_trials(facts)),
         varied=_varied(shown),
         failures=_failures(facts.trials),

@@ -53,7 +53,6 @@ from hpo.storage.snapshot import Snapshot
 from hpo.study.checks import NAME
 from hpo.study.config import StudyConfig, config_of, default_name
 from hpo.study.lifecycle import (
-    check_no_finals,
     create_or_open,
     delete_study,
     finals_name,
@@ -169,7 +168,6 @@ def summary(name: str, token: Reader, backend: Uses) -> dict[str, Any]:
 def report(name: str, token: Reader, backend: Uses) -> HTMLResponse:
     """What the study was asked, what it found and how sure that is, over or not: one HTML file that needs nothing else.
     The sequences with the highest loss and what groups are called are for the study's owner and admins."""
-    check_no_finals(name, "report")
     with backend.database() as database:
         study = open_study(name, database.storage)
         private = knows_groups(database, token, study.study_id)

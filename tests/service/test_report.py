@@ -15,8 +15,9 @@ from playwright.sync_api import Browser as Chromium
 from playwright.sync_api import expect
 
 import hpo
+from hpo.storage.registry import Registry
 from tests.reports import check_report
-from tests.service.conftest import Service, publish_model, upload
+from tests.service.conftest import Service, upload
 from tests.service.test_browser import CONTRAST, NAMELESS, sign_in, tab_of
 from tests.service.test_page import Browser
 
@@ -89,7 +90,7 @@ def test_a_study_that_has_not_begun(service: Service) -> None:
     assert "No trial has begun of 24 trials" in report(service, "/v1/studies/idle/report")
 
 
-def test_nobody_gets_one_without_a_token_and_nothing_is_404(service: Service, tmp_path: Path) -> None:
+def test_nobody_gets_one_without_a_token_and_nothing_is_404(service: Service) -> None:
     with service.with_token(None) as client:
         for path in ("/v1/studies/gait/report", "/v1/models/gait/1/report"):
             assert client.get(path).status_code == 401
@@ -97,13 +98,19 @@ def test_nobody_gets_one_without_a_token_and_nothing_is_404(service: Service, tm
     with service.client() as client:
         assert client.get("/v1/studies/nothing/report").status_code == 404
         assert client.get("/v1/studies/gait/finals/report").status_code == 404
-        archive = zipfile.ZipFile(io.BytesIO(client.get("/v1/models/gait/1/bundle").content))
-        folder = tmp_path / "model"
-        archive.extractall(tmp_path / "all")
-        (tmp_path / "all" / "gait").rename(folder)
-        (folder / "report.html").unlink()
-        number = publish_model(service, "earlier", folder)
-        answer = client.get(f"/v1/models/earlier/{number}/report")
+        registry = Registry(service.database_url)
+        gait = registry.get("gait")
+        assert gait.study_id is not None
+        registry.promote(  # as an earlier version did
+            "earlier",
+            study_id=gait.study_id,
+            study_name="gait",
+            trial_number=0,
+            scores=gait.scores,
+            config=gait.config,
+            artifacts={name: key for name, key in gait.artifacts.items() if name != "report.html"},
+        )
+        answer = client.get("/v1/models/earlier/1/report")
         assert answer.status_code == 404
         assert "was promoted without a report" in answer.json()["detail"]
     with Browser(service.url, service.token("submit", "ada")) as browser:
