@@ -20,7 +20,7 @@ MOST_POINTS = 1_500  # trials of one kind that are drawn
 MOST_CURVES = 60  # learning curves of other trials
 COUNTS_SHOWN = 14  # classes up to which the confusion matrix shows its numbers …
 MATRIX_MOST = 60  # … and up to which there is one
-CURVES_SHOWN = 6  # classes whose ROC curves have a colour; of more the worst
+CURVES_SHOWN = 5  # classes whose ROC curves have a colour; of more the worst
 LINES = 5  # colours
 HALF = 0.5
 
