@@ -503,6 +503,29 @@ def promote(
 
 
 @app.command()
+def report(
+    name: StudyName,
+    out: Annotated[Path, typer.Option(help="HTML file to write; one that is there is replaced.")] = Path("report.html"),
+) -> None:
+    """One HTML file that explains a study, over or not: its answer, how sure that is, its trials, how to repeat it."""
+    _check_out(out)
+    if (client := _client()) is not None:
+        text = client.report(name)
+    else:
+        from hpo.promote.report import report_of
+        from hpo.storage.artifacts import artifact_store
+        from hpo.study.lifecycle import check_no_finals, open_study
+
+        check_no_finals(name, "report")
+        with _database() as (storage, _):
+            text = report_of(open_study(name, storage), artifact_store())
+    from hpo.storage.files import write_whole
+
+    write_whole(out, text)
+    typer.echo(f"the report of {name} is {out}")
+
+
+@app.command()
 def reproduce(
     name: StudyName,
     trial: Annotated[int, typer.Option(help="Number of a complete or pruned trial.")],

@@ -256,6 +256,10 @@ class Client:
         found = self._ask("GET", f"/v1/models/{name}/{version}/scores").json()
         return TypeAdapter(ModelScores).validate_python(found)
 
+    def report(self, study: str) -> str:
+        """The report of a study, over or not, as HTML; values of its data are for the study's owner and admins."""
+        return self._ask("GET", f"/v1/studies/{study}/report").text
+
     def download(self, name: str, out: str | Path, version: int | str = "latest") -> Path:
         """Write the folder of a version, which `hpo.load` reads, to `out`, a new one; it appears whole or not at all.
 

@@ -34,7 +34,7 @@ _ALL_VERSIONS, _VERSIONS_OF, _MODEL_NAMES = (
     statement("versions_of"),
     statement("model_names"),
 )
-_GROUP_NAMES = statement("group_names")
+_GROUP_NAMES, _DIAGNOSIS = statement("group_names"), statement("diagnosis")
 _SET_ALIAS, _DROP_ALIAS, _ALIAS_CHANGES = (statement(name) for name in ("set_alias", "drop_alias", "alias_changes"))
 _DELETE = [statement(name) for name in ("lock_model", "delete_versions", "latest_is_newest", "kept_artifacts")]
 
@@ -102,25 +102,29 @@ class Registry:
         config: Mapping[str, Any],
         artifacts: Mapping[str, str],
         group_names: Mapping[str, Sequence[str]] | None = None,
+        diagnosis: Mapping[str, Any] | None = None,
         latest: bool = True,
     ) -> ModelVersion:
         """The trial's model as the next version of `name`; one transaction.
 
         group_names: of each part of the data the names of the groups whose scores its files hold, in their order; only
-        `group_names` tells them again.
+        `group_names` tells them again. diagnosis: what a report draws of its predictions, which only `diagnosis` tells
+        again, as it holds values of the data.
         latest: whether it becomes "latest", the version that the name alone means; the first one does anyway. Where
         scores name a test_part, they are stored with test_looks: how many versions were measured on that part.
-        Safe with several promoters at once. The same trial with the same artifacts again is the version that
-        it was. Raises RegistryError for a name that breaks the rule, or values that JSON does not have (NaN).
+        Safe with several promoters at once. The same trial with the same artifacts again, whatever its report says by
+        now, is the version that it was. Raises RegistryError for a name that breaks the rule, or values that JSON does
+        not have (NaN).
         """
         _check_name("a model name", name)
+        hidden = {"group_names": group_names, "diagnosis": diagnosis}
         given = {
             "name": name,
             "study": study_id,
             "study_name": study_name,
             "trial_number": trial_number,
             "scores": _json("scores", scores),
-            "config": _json("config", {**config, **({"group_names": group_names} if group_names else {})}),
+            "config": _json("config", {**config, **{key: value for key, value in hidden.items() if value}}),
             "artifacts": json.dumps(dict(artifacts)),
             "latest": latest,
         }
@@ -140,6 +144,11 @@ class Registry:
         """The names of the groups by part, as `promote` got them; empty for a version without, or that is gone."""
         rows = self._connection.execute(_GROUP_NAMES, given={"name": model.name, "version": model.version})
         return next((names for (names,) in rows if names), {})
+
+    def diagnosis(self, model: ModelVersion) -> dict[str, Any] | None:
+        """What `promote` got to draw of the version's predictions; None where there is nothing, or no such version."""
+        rows = self._connection.execute(_DIAGNOSIS, given={"name": model.name, "version": model.version})
+        return next((found for (found,) in rows), None)
 
     def set_alias(self, name: str, alias: str, version: int | str | None = None) -> ModelVersion:
         """Let an alias such as "champion" name a version, the latest by default; it names one at a time."""

@@ -27,14 +27,19 @@ def winner(finalists: Sequence[Finalist], plan: Plan) -> Finalist | None:
     Friedman, Olshen and Stone, Classification and Regression Trees, 1984, 3.4.3) and than what one validation sequence
     tells apart. Only those with as many repeats as any take part.
     """
+    equal = contenders(finalists, plan)
+    return min(equal, key=lambda each: (_size(each), _log_loss(each), each.record.number), default=None)
+
+
+def contenders(finalists: Sequence[Finalist], plan: Plan) -> list[Finalist]:
+    """The finalists that the fresh values do not tell from the one with the best mean, and that one; see `winner`."""
     most = max((len(each.repeats) for each in finalists), default=0)
     ready = [each for each in finalists if len(each.repeats) == most > 0]
     if not ready:
-        return None
+        return []
     sign = 1 if direction(plan.metric) == "maximize" else -1
     first = max(ready, key=lambda each: sign * mean(_values(each)))  # of equal ones the study's better one
-    equal = [each for each in ready if _is_equal(first, each, plan.resolution)]
-    return min(equal, key=lambda each: (_size(each), _log_loss(each), each.record.number))
+    return [each for each in ready if _is_equal(first, each, plan.resolution)]
 
 
 def _is_equal(first: Finalist, other: Finalist, resolution: float) -> bool:

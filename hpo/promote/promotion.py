@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 
 from hpo.datasets import fetch_sequences
 from hpo.errors import StudyFault, legible
@@ -19,16 +20,18 @@ from hpo.models.bundle.bundle import assemble, load, save, unpack
 from hpo.models.bundle.config import BundleConfig, BundleError, Footprint
 from hpo.models.bundle.footprint import measure as measure_footprint
 from hpo.models.bundle.footprint import size_mb
-from hpo.models.calibration import Calibration, Comparison, calibration_of, measure_reliability
+from hpo.models.calibration import Calibration, Comparison, calibrate, calibration_of, measure_reliability
 from hpo.models.classifier import Weights
 from hpo.models.data.sequences import Sequences
 from hpo.models.device import OutOfMemory, device_errors
+from hpo.models.diagnosis import Diagnosis, diagnose
 from hpo.models.estimate import Estimate
 from hpo.models.metrics import Scores, count_groups, measure, predict_labels
 from hpo.models.training.memory import release_memory
-from hpo.models.training.training import StateError, Training
+from hpo.models.training.training import Rows, StateError, Training
 from hpo.promote.finals import estimate as estimate_of
 from hpo.promote.finals import winner
+from hpo.promote.report import report_at_promotion, without_paths
 from hpo.promote.trained import Trained, decided, pooled
 from hpo.storage.artifacts import ArtifactStore, DamagedArtifactError, MissingArtifactError, artifact_store
 from hpo.storage.changes import dropped
@@ -54,7 +57,7 @@ from hpo.trial.provenance import provenance
 
 log = logging.getLogger("hpo")
 
-MIMETYPES = {".png": "image/png", ".json": "application/json", ".md": "text/markdown"}
+MIMETYPES = {".png": "image/png", ".html": "text/html", ".json": "application/json", ".md": "text/markdown"}
 TOLERANCE = 1e-5  # the least between the recorded score and the same weights' on another machine or version
 OF_EACH_REPEAT = ("seed", "training_seconds", "device", "fused_optimizer", "lstm_kernel")
 RECORDED = ("params", "seed", "parameters", "training_seconds", "device", "fused_optimizer", "lstm_kernel")
@@ -188,14 +191,18 @@ def promote(
         )
         registry = Registry(study.storage.connection)
         config = replace(config, footprint=_footprint(registry, study, record, config, members, sequences))
-        test, compared = _test_scores(study.plan, store, config, members, device)
+        test, compared, diagnosis = _test_scores(study.plan, store, config, members, device)
     except OutOfMemory as error:
         raise PromotionError(f"the model of trial {record.number} cannot be evaluated now: {error}") from None
+    if diagnosis is None:
+        diagnosis = _diagnosed("validation", sequences, trained.probabilities, config, trained.rows)
+    reliable = {"validation": calibration.comparison, **({} if compared is None else {"test": compared})}
+    config = replace(config, validation=validation, test=test, calibration=reliable)
+    report = report_at_promotion(study, record, config, diagnosis)
     with scratch_folder() as scratch:
         folder = scratch / "model"
         curve = (record if finalist is None else finalist.first).curve
-        reliable = {"validation": calibration.comparison, **({} if compared is None else {"test": compared})}
-        save(folder, members, replace(config, validation=validation, test=test, calibration=reliable), curve)
+        save(folder, members, config, curve, report=report)
         artifacts = publish(store, folder, model_prefix(_store_key(study), record.number))
     grouped = {"validation": validation.groups, "test": None if test is None else test.groups}
     earlier = _default(registry, study.name)
@@ -221,6 +228,7 @@ def promote(
         },
         latest=replaces or earlier is None or (record.number in able and is_better(study, record, earlier, estimate)),
         config={"params": record.params},
+        diagnosis=None if diagnosis is None else diagnosis.to_json(),
         group_names={part: groups.names for part, groups in grouped.items() if groups and groups.names},
         artifacts=artifacts,
     )
@@ -432,26 +440,20 @@ def _bundle_config(study: OpenStudy, record: TrialRecord, finalist: Finalist | N
             "trial": record.number,
             "data": plan.train,
             "test_data": plan.test,
-            "config": _without_paths(to_dict(plan.config)),
+            "config": without_paths(to_dict(plan.config)),
             **recorded,
             **record.provenance,
         },
     )
 
 
-def _without_paths(tables: dict[str, Any]) -> dict[str, Any]:
-    """A study's tables for those to whom a model is given: the names of its files, not where they lie."""
-    data = {key: Path(value).name if key in ("train", "test") else value for key, value in tables["data"].items()}
-    return {**tables, "data": data}
-
-
 def _test_scores(
     plan: Plan, store: ArtifactStore, config: BundleConfig, members: list[Weights], device: str
-) -> tuple[Scores | None, Comparison | None]:
-    """The members together on the test part, calibrated, and what the calibration brings there: the only time that it
-    is touched."""
+) -> tuple[Scores | None, Comparison | None, Diagnosis | None]:
+    """The members together on the test part, calibrated, what the calibration brings there, and what a report draws of
+    it: the only time that it is touched."""
     if plan.test is None:
-        return None, None
+        return None, None, None
     test = fetch_sequences(store, plan.test)
     assert test.labels is not None
     model = assemble(config, members, device)
@@ -464,7 +466,21 @@ def _test_scores(
     right = predict_labels(probabilities, config.threshold) == test.labels
     reliable = (measure_reliability(each, test.labels, test.weights) for each in (before, probabilities))
     scores = replace(scores, groups=count_groups(right, test.groups, test.group_names))
-    return scores, Comparison(*reliable)
+    return scores, Comparison(*reliable), _diagnosed("test", test, probabilities, config)
+
+
+def _diagnosed(
+    part: str, sequences: Sequences, probabilities: NDArray[Any], config: BundleConfig, rows: Rows | None = None
+) -> Diagnosis | None:
+    """What a report draws of the model's predictions, those of the validation part calibrated here; None, with a
+    warning, where that fails: a report is no reason for a model to be lost."""
+    try:
+        if part == "validation":
+            probabilities = calibrate(probabilities, config.temperature)
+        return diagnose(part, sequences, probabilities, config.threshold, rows)
+    except Exception as error:
+        log.warning("the report has neither curves nor sequences: %s: %s", type(error).__name__, error)
+        return None
 
 
 def _show(storage: TrialStorage, study_id: int, record: TrialRecord, model: ModelVersion) -> None:
@@ -476,6 +492,7 @@ def _show(storage: TrialStorage, study_id: int, record: TrialRecord, model: Mode
     parts = {"validation": scores["validation"][metric], "test": (scores["test"] or {}).get(metric)}
     values = ", ".join(f"{value:.4f} on the {part} part" for part, value in parts.items() if value is not None)
     sentence = f"model `{model.name}` version {model.version} is trial {record.number}: {metric} {values}"
+    sentence += f"; its report is report.html among the trial's files, or `hpo report {model.name}`"
     announce_model(storage, study_id, sentence)
 
 

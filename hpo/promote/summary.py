@@ -42,7 +42,7 @@ def summary_of(study: OpenStudy, store: ArtifactStore | None = None, *, with_nam
     return {
         "study": study.name,
         "metric": scores["metric"],
-        "ended_by": _ended_by(state, out_of_time=out_of_time),
+        "ended_by": ended_by(state, out_of_time=out_of_time),
         "standstill": None if state.standstill is None else vars(state.standstill),
         "trials": {name: state.counts.get(name, 0) for name in ("complete", "pruned", "failed")},
         "best": {
@@ -71,7 +71,8 @@ def summary_of(study: OpenStudy, store: ArtifactStore | None = None, *, with_nam
     }
 
 
-def _ended_by(state: Snapshot, *, out_of_time: bool) -> str:
+def ended_by(state: Snapshot, *, out_of_time: bool) -> str:
+    """What has ended a study that is over."""
     if state.standstill is not None:
         return "patience"
     return "budget" if state.started >= state.budget else "timeout" if out_of_time else "exhausted space"

@@ -10,18 +10,31 @@ from http import HTTPStatus
 from typing import IO, Annotated
 
 from fastapi import APIRouter, Path
-from fastapi.responses import PlainTextResponse, StreamingResponse
+from fastapi.responses import HTMLResponse, PlainTextResponse, StreamingResponse
 
 from hpo.models.class_scores import ModelScores
 from hpo.promote.version_scores import version_scores
 from hpo.service.access import Reader, Submitter, Uses, Version, check_owner
 from hpo.service.backend import MIB, Backend, Database
+from hpo.service.problems import Problem
 from hpo.service.schemas import Alias, Model
 from hpo.storage.access import Token
 from hpo.storage.locks import exclusively
 from hpo.storage.registry import ModelVersion
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
+REPORT = "report.html"  # of a model's files
+# A report is a page with a style sheet within it and nothing else: no script of whoever wrote it runs, and nothing is
+# loaded.
+REPORT_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'; sandbox",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-store",
+}
 
 
 @router.get("")
@@ -68,8 +81,20 @@ class Markdown(PlainTextResponse):
     media_type = "text/markdown"
 
 
-@router.get("/{name}/{version}/report", response_class=Markdown)
-def report(name: str, version: Version, token: Reader, backend: Uses) -> Markdown:
+@router.get("/{name}/{version}/report", response_class=HTMLResponse)
+def report(name: str, version: Version, token: Reader, backend: Uses) -> HTMLResponse:
+    """The report of the study as of the model's promotion: one HTML file that needs nothing else. 404 for a model of an
+    earlier version, which has none; its study's report and its card say as much as is known."""
+    with backend.database() as database:
+        found = database.registry.get(name, version)
+    if REPORT not in found.artifacts:
+        what = f"{found.name} version {found.version} was promoted without a report"
+        raise Problem(HTTPStatus.NOT_FOUND, f"{what}: see its card, or its study's report")
+    return HTMLResponse(backend.store.get(found.artifacts[REPORT]), headers=REPORT_HEADERS)
+
+
+@router.get("/{name}/{version}/card", response_class=Markdown)
+def card(name: str, version: Version, token: Reader, backend: Uses) -> Markdown:
     """The model card, in Markdown."""
     with backend.database() as database:
         found = database.registry.get(name, version)

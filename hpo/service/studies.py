@@ -13,16 +13,17 @@ from typing import Annotated, Any
 
 from anyio.to_thread import run_sync
 from fastapi import APIRouter, Header, Path, Query, Request, Response
-from fastapi.responses import StreamingResponse
+from fastapi.responses import HTMLResponse, StreamingResponse
 
 from hpo.errors import HpoError
 from hpo.launcher.logs import read_logs
 from hpo.promote.promotion import promote_trial
+from hpo.promote.report import report_of
 from hpo.promote.summary import summary_of
 from hpo.service.access import Reader, Submitter, Uses, check_owner
 from hpo.service.backend import Backend, Database
 from hpo.service.body import as_sent, json_of
-from hpo.service.models import knows_groups, model_of
+from hpo.service.models import REPORT_HEADERS, knows_groups, model_of
 from hpo.service.problems import Problem
 from hpo.service.schemas import (
     Best,
@@ -162,6 +163,16 @@ def summary(name: str, token: Reader, backend: Uses) -> dict[str, Any]:
         study = open_study(name, database.storage)
         with_names = knows_groups(database, token, study.study_id)
         return summary_of(study, backend.store, with_names=with_names)
+
+
+@router.get("/{name}/report", response_class=HTMLResponse)
+def report(name: str, token: Reader, backend: Uses) -> HTMLResponse:
+    """What the study was asked, what it found and how sure that is, over or not: one HTML file that needs nothing else.
+    The sequences with the highest loss and what groups are called are for the study's owner and admins."""
+    with backend.database() as database:
+        study = open_study(name, database.storage)
+        private = knows_groups(database, token, study.study_id)
+        return HTMLResponse(report_of(study, backend.store, private=private), headers=REPORT_HEADERS)
 
 
 @router.get("/{name}/notices")

@@ -126,17 +126,18 @@ def unparse(entry: Entry) -> Any:
 
 def show(value: object) -> str:
     """A value as TOML writes it, on one line; its beginning where it is longer than SHOWN_MOST characters."""
-    text = _toml(value)
+    text = written(value)
     return text if len(text) <= SHOWN_MOST else f"{text[:SHOWN_MOST]}… ({len(text)} characters)"
 
 
-def _toml(value: object) -> str:
+def written(value: object) -> str:
+    """A value as TOML writes it, whole."""
     if isinstance(value, Range | Choices):
-        return _toml(unparse(value))
+        return written(unparse(value))
     if isinstance(value, Mapping):
-        return "{ " + ", ".join(f"{_key(key)} = {_toml(item)}" for key, item in value.items()) + " }"
+        return "{ " + ", ".join(f"{_key(key)} = {written(item)}" for key, item in value.items()) + " }"
     if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(_toml, value)) + "]"
+        return "[" + ", ".join(map(written, value)) + "]"
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return str(value).lower() if isinstance(value, bool) else str(value)

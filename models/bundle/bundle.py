@@ -4,6 +4,7 @@
     config.json         what the weights are: `BundleConfig` and the format's version
     README.md           model card: scores, how to use it with and without this project
     curves.png, confusion.png, reliability.png
+    report.html         of the study that it comes from; models of earlier versions have none
     SHA256SUMS          of all these, as `sha256sum -c` reads them; earlier versions wrote none
 
 Shapes: N sequences, T steps, F features, K classes, k members whose probabilities are averaged, then calibrated.
@@ -42,7 +43,8 @@ log = logging.getLogger("hpo")
 
 SOME = 0.01  # share of missing values that is worth no word
 APART = 100  # times the usual distance of two steps in training, or a part of it, that is worth a word
-FILES = ("model.safetensors", "config.json", "README.md", "curves.png", "confusion.png", "reliability.png")
+REPORT = "report.html"
+FILES = ("model.safetensors", "config.json", "README.md", "curves.png", "confusion.png", "reliability.png", REPORT)
 TYPES = {"torch.float32", "torch.float64", "torch.float16", "torch.bfloat16"}  # of weights, which become float32
 LARGEST_OTHER = 32 * 2**20  # bytes of a file other than the weights; a thousand classes have some megabytes of counts
 
@@ -205,13 +207,14 @@ def save(
     config: BundleConfig,
     curve: Mapping[str, Sequence[float]],
     *,
+    report: str | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Write a saved model and return its folder, which appears whole or not at all.
 
     members: k states of a `Classifier`. curve: per-epoch numbers by name, "train_loss" and "value" (of the
-    metric) at least, "log_loss" if at hand. `overwrite` replaces a saved model, never another folder.
-    Raises BundleError and OSError.
+    metric) at least, "log_loss" if at hand. report: HTML of the study, to lie beside the card. `overwrite` replaces a
+    saved model, never another folder. Raises BundleError and OSError.
     """
     if len(members) != config.members:
         raise BundleError(f"config.members is {config.members}, got the weights of {len(members)}")
@@ -228,6 +231,8 @@ def save(
             (beside / "confusion.png").write_bytes(card.confusion(scores.confusion, config.classes, title))
         if config.calibration:
             (beside / "reliability.png").write_bytes(card.reliability(config.calibration, config.temperature))
+        if report is not None:
+            (beside / REPORT).write_text(report, encoding="utf-8")
     return Path(folder)
 
 

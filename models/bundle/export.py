@@ -41,7 +41,10 @@ TOLERANCE = 1e-5
 grows a little over the steps (3e-6 measured over 300); a graph with a wrong step, direction or member differs by
 1e-2 and more. A temperature below 1 enlarges differences as much as it sharpens probabilities (`_tolerance`)."""
 STEPS_MOST = 2**17
-PNG = b"\x89PNG\r\n\x1a\n"  # how every picture of that format begins
+BEGINS = {
+    ".png": (b"\x89PNG\r\n\x1a\n", "PNG picture"),
+    ".html": (b"<!doctype html>", "page"),
+}  # of copied files
 CHECKED = 32  # real sequences that the graph is run on
 
 Run = Callable[[NDArray[np.float32], NDArray[np.int64]], NDArray[np.float32]]
@@ -85,16 +88,17 @@ def export(
 
 
 def _copy(file: Path, to: Path) -> None:
-    """Copy a file of a saved model. Raises BundleError for a picture that is none: a link may lead to a secret."""
-    if file.suffix != ".png":
+    """Copy a file of a saved model. Raises BundleError for a picture or page that is none, as a link may be."""
+    if file.suffix not in BEGINS:
         shutil.copyfile(file, to)
         return
     try:
         content = file.read_bytes()
     except OSError as error:
         raise BundleError(f"{file} cannot be read: {error.strerror or error}") from None
-    if not content.startswith(PNG):
-        raise BundleError(f"{file} is no PNG picture: remove it, or fetch the model again")
+    begin, what = BEGINS[file.suffix]
+    if not content.startswith(begin):
+        raise BundleError(f"{file} is no {what}: remove it, or fetch the model again")
     to.write_bytes(content)
 
 

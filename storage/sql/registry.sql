@@ -2,14 +2,16 @@
 -- in the same round trip and transaction.
 
 -- fragment: versions
--- What the groups of the data are called only group_names tells: they may be people.
-SELECT name, version, study_id, study_name, trial_number, created_at, scores, config - 'group_names', artifacts,
+-- What the groups of the data are called only group_names tells: they may be people; and values of the data diagnosis.
+SELECT name, version, study_id, study_name, trial_number, created_at, scores,
+    config - ARRAY['group_names', 'diagnosis'], artifacts,
     ARRAY(SELECT alias FROM hpo.aliases a WHERE a.name = m.name AND a.version = m.version ORDER BY alias)
 FROM hpo.models m
 
 -- fragment: same_model
--- The version of that name that was made of the same trial and the same files.
-name = %(name)s AND study_id = %(study)s AND trial_number = %(trial_number)s AND artifacts = %(artifacts)s
+-- The version of that name that was made of the same trial and the same files, but for what the report says by now.
+name = %(name)s AND study_id = %(study)s AND trial_number = %(trial_number)s
+    AND artifacts - ARRAY['report.html', 'SHA256SUMS'] = %(artifacts)s::jsonb - ARRAY['report.html', 'SHA256SUMS']
 
 -- fragment: looks
 -- How many versions, this one among them, were measured on the same test part; earlier ones said only of which study.
@@ -53,6 +55,11 @@ ON CONFLICT (name, alias) DO UPDATE SET version = excluded.version WHERE %(lates
 -- What the groups are called whose scores a version's files hold, by part of the data.
 -- types: name text, version int
 SELECT config -> 'group_names' FROM hpo.models WHERE name = %(name)s AND version = %(version)s
+
+-- name: diagnosis
+-- What a report draws of a version's predictions.
+-- types: name text, version int
+SELECT config -> 'diagnosis' FROM hpo.models WHERE name = %(name)s AND version = %(version)s
 
 -- name: model_names
 -- The names that there are.

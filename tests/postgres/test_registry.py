@@ -69,6 +69,24 @@ def test_a_version_reads_back_as_it_was_promoted(registry: Registry) -> None:
         read.version = 2  # type: ignore[misc]
 
 
+def test_a_report_that_says_something_else_by_now_makes_no_version(registry: Registry) -> None:
+    weights = {"model.safetensors": "key-3"}
+    first = promote(registry, artifacts={**weights, "report.html": "a", "SHA256SUMS": "of a"})
+    assert promote(registry, artifacts={**weights, "report.html": "b", "SHA256SUMS": "of b"}) == first
+    assert first.artifacts["report.html"] == "a"
+    assert promote(registry, artifacts=weights) == first
+    assert promote(registry, artifacts={"model.safetensors": "key-4", "report.html": "a"}).version == 2
+
+
+def test_a_diagnosis_is_told_by_one_question_alone(registry: Registry) -> None:
+    model = promote(registry, diagnosis={"hardest": ["Ada"]})
+    assert registry.diagnosis(model) == {"hardest": ["Ada"]}
+    assert "Ada" not in repr(registry.models())
+    assert registry.diagnosis(promote(registry, trial=4)) is None
+    registry.delete("power", 1)
+    assert registry.diagnosis(model) is None
+
+
 def test_promoting_the_same_trial_with_the_same_files_again_keeps_its_version(registry: Registry) -> None:
     first = promote(registry)
     promote(registry, trial=4)

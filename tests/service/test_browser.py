@@ -132,7 +132,7 @@ def test_from_a_file_to_predictions(browser: Browser, service: Service, waves: P
         csv = downloaded(tab, page.get_by_role("button", name="Predict to CSV"))
         assert csv.startswith(b"id,predicted,probability_fast,probability_slow\r\n")
         page.get_by_role("link", name="seen version 1").click()
-        page.get_by_role("link", name="Report").click()
+        page.get_by_role("link", name="Model card").click()
         expect(page.get_by_role("img", name="confusion")).to_be_visible()
         wait_for(lambda: page.evaluate("[...document.images].every((image) => image.naturalWidth > 0)"))
         page.get_by_role("link", name="Dashboard").click()
@@ -230,7 +230,7 @@ def paths(browser: Browser, service: Service, waves: Path, tmp_path_factory: pyt
         sign_in(tab, service, service.token())
         start(tab, service, grouped, "shown", 2)
         service.work("shown")
-    shown = ["/studies/shown", "/studies/shown/trials/0", "/models/shown", "/models/shown/1/report"]
+    shown = ["/studies/shown", "/studies/shown/trials/0", "/models/shown", "/models/shown/1/card"]
     return ["/", "/new", "/docs", "/studies/nothing", *shown]
 
 

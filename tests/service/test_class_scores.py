@@ -92,14 +92,21 @@ def test_only_the_owner_and_admins_are_told_what_the_groups_are_called(service: 
 
 def test_nobody_else_is_told_by_anything_that_the_service_has_of_the_model(service: Service) -> None:
     with service.client("submit", "bob") as client:
-        paths = ["", "/scores", "/report"]
+        paths = ["", "/scores", "/card", "/report"]
         told = [client.get(f"/v1/models/gait/1{path}").text for path in paths]
         told += [client.get(path).text for path in ("/v1/models", "/v1/studies/gait", "/v1/studies/gait/summary")]
         archive = zipfile.ZipFile(io.BytesIO(client.get("/v1/models/gait/1/bundle").content))
     assert not any("Patient" in text for text in told)
     assert not any(b"Patient" in archive.read(name) for name in archive.namelist())
     with Browser(service.url, service.token("submit", "bob")) as browser:
-        for path in ("/models/gait", "/models/gait/1/report", "/studies/gait", "/"):
+        for path in (
+            "/models/gait",
+            "/models/gait/1/card",
+            "/models/gait/1/report",
+            "/studies/gait/report",
+            "/studies/gait",
+            "/",
+        ):
             assert "Patient" not in browser.get(path).text
 
 

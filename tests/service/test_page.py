@@ -284,7 +284,7 @@ def test_every_page_lets_no_other_site_in(app: FastAPI, ada: Browser, finished: 
         "/docs",
         "/studies/waves",
         "/models/waves",
-        "/models/waves/1/report",
+        "/models/waves/1/card",
         "/studies/nothing",
         "/studies/waves/trials/0",
     ]
@@ -409,12 +409,12 @@ def test_a_models_page_has_scores_with_intervals_its_files_and_predicts(
     bundle = ada.get("/models/waves/latest/bundle")
     assert bundle.headers["content-disposition"] == 'attachment; filename="waves-v1.zip"'
     assert len(bundle.content) == len(archive)
-    report = ada.get("/models/waves/1/report").text
-    assert "<h1>waves</h1>" in report
-    assert "<table>" in report
+    card = ada.get("/models/waves/1/card").text
+    assert "<h1>waves</h1>" in card
+    assert "<table>" in card
     assert ada.get("/models/waves/1/curves.png").content.startswith(b"\x89PNG")
     assert ada.get("/models/waves/1/nothing.png").status_code == 404
-    assert ada.get("/models/waves/1/card").text.startswith("# waves")
+    assert ada.get("/models/waves/1/card.md").text.startswith("# waves")
     with waves.open("rb") as file:
         table = ada.send_form("/models/waves/1/predict", files={"file": ("waves.npz", file)}, **{"as": "table"})
     assert "60 predictions" in table.text

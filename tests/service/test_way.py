@@ -248,7 +248,7 @@ class TestModel:
         X = np.load(waves)["X"]
         few = client.post("/v1/models/waves/1/predict", json={"sequences": X[:3].tolist()}).json()
         np.testing.assert_allclose(few["probabilities"], expected.probabilities[:3], atol=1e-6)
-        assert client.get("/v1/models/waves/1/report").text.startswith("# waves")
+        assert client.get("/v1/models/waves/1/card").text.startswith("# waves")
 
     @pytest.mark.parametrize(
         "body",

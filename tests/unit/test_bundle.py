@@ -93,7 +93,7 @@ def make(
 
 def saved(folder: Path, members: int = 2, **given: Any) -> Path:
     states, config = make(members, **given)
-    return bundle.save(folder, states, config, CURVE)
+    return bundle.save(folder, states, config, CURVE, report="<!doctype html>\n<title>a study</title>\n")
 
 
 def sequences(*lengths: int, features: int = 2) -> list[np.ndarray[Any, np.dtype[np.float32]]]:

@@ -264,6 +264,11 @@ def test_a_file_of_gigabytes_is_refused(folder: Path, name: str) -> None:
 def test_an_export_gives_nothing_away_that_a_link_leads_to(folder: Path) -> None:
     (folder / "curves.png").unlink()
     (folder.parent / "secret").write_text("a key")
+    (folder / "report.html").unlink()
+    (folder / "report.html").symlink_to("../secret")
+    with pytest.raises(BundleError, match=r"report\.html is no page"):
+        export(folder, folder.parent / "out")
+    (folder / "report.html").unlink()
     (folder / "curves.png").symlink_to("../secret")
     with pytest.raises(BundleError, match=r"curves\.png is no PNG picture"):
         export(folder, folder.parent / "out")

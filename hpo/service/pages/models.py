@@ -1,4 +1,4 @@
-"""The models' pages: versions with scores, aliases, downloads, the report and predictions."""
+"""The models' pages: versions with scores, aliases, downloads, report, card and predictions."""
 
 from __future__ import annotations
 
@@ -57,18 +57,24 @@ def bundle(name: str, version: str, visitor: Looks, backend: Uses) -> StreamingR
 
 
 @router.get("/{name}/{version}/report")
-def report(name: str, version: str, request: Request, visitor: Looks, backend: Uses) -> Response:
-    """The model card as a page. No HTML of the card's own gets in."""
-    found = models.model(name, version, visitor.token, backend)
-    text = bytes(models.report(name, version, visitor.token, backend).body).decode()
-    return page(request, "report.html", model=found, card=Markup(_CARD.render(text)))
+def report(name: str, version: str, visitor: Looks, backend: Uses) -> Response:
+    """The report of the study as of the model's promotion, as it was stored."""
+    return models.report(name, version, visitor.token, backend)
 
 
 @router.get("/{name}/{version}/card")
-def card(name: str, version: str, visitor: Looks, backend: Uses) -> Response:
+def card(name: str, version: str, request: Request, visitor: Looks, backend: Uses) -> Response:
+    """The model card as a page. No HTML of the card's own gets in."""
+    found = models.model(name, version, visitor.token, backend)
+    text = bytes(models.card(name, version, visitor.token, backend).body).decode()
+    return page(request, "card.html", model=found, card=Markup(_CARD.render(text)))
+
+
+@router.get("/{name}/{version}/card.md")
+def markdown(name: str, version: str, visitor: Looks, backend: Uses) -> Response:
     """The model card in Markdown, to keep."""
     found = models.model(name, version, visitor.token, backend)
-    answer = models.report(name, version, visitor.token, backend)
+    answer = models.card(name, version, visitor.token, backend)
     answer.headers["Content-Disposition"] = f'attachment; filename="{found.name}-v{found.version}.md"'
     return answer
 
@@ -173,6 +179,7 @@ def _shown(
         chosen=chosen,
         named=named,
         owner=owner,
+        has_report=models.REPORT in version.artifacts,
         parts=parts_of(found),
         named_groups=named_groups,
         done=done,

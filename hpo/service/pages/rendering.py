@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Mapping
-from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import Any
 from urllib.parse import quote
@@ -14,10 +13,10 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, RedirectResponse
 from fastapi.routing import APIRoute
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 from starlette.exceptions import HTTPException
 
 from hpo.errors import HpoError
+from hpo.report.words import FILTERS
 from hpo.service.pages.visitor import LOGIN, Visitor, visitor_of
 from hpo.service.problems import Problem, told
 from hpo.storage.masking import mask
@@ -39,6 +38,7 @@ _ENVIRONMENT = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
+_ENVIRONMENT.filters.update(FILTERS, quoted=lambda text: quote(text, safe=""))
 
 
 def page(
@@ -102,56 +102,3 @@ async def failure(
         request.state.visitor = await run_sync(lambda: visitor_of(request, quiet=True))
     kept = {name: value for name, value in (headers or {}).items() if name != "WWW-Authenticate"}
     return page(request, "error.html", status, kept, code=status, reason=mask(reason))
-
-
-# ----------------------------------------------------------------------------------------------------------- filters
-
-
-def number(value: float | None) -> str:
-    """As people read it: four digits that count."""
-    if value is None:
-        return "–"
-    return f"{value:.4f}" if 1e-3 <= abs(value) < 1e3 or value == 0 else f"{value:.4g}"
-
-
-def plain(value: Any) -> str:
-    """A parameter's value."""
-    return f"{value:.3g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def lasted(seconds: float | None) -> str:
-    """A duration, in its two largest units."""
-    if seconds is None:
-        return "–"
-    if seconds < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes, hours, days = int(seconds // 60), int(seconds // 3600), int(seconds // 86400)
-    if days:
-        return f"{days} d {hours % 24} h"
-    return f"{hours} h {minutes % 60} min" if hours else f"{minutes} min {int(seconds) % 60} s"
-
-
-def moment(at: datetime | None) -> str:
-    """A time, in UTC."""
-    return "–" if at is None else f"{at.astimezone(UTC):%Y-%m-%d %H:%M} UTC"
-
-
-def counted(count: int, noun: str, many: str | None = None) -> str:
-    """A number of things."""
-    return f"{count:,} {noun if count == 1 else many or noun + 's'}"
-
-
-def words(name: str) -> Markup:
-    """A name that may be broken after its underscores."""
-    return Markup("_<wbr>").join(name.split("_"))
-
-
-_ENVIRONMENT.filters.update(
-    words=words,
-    number=number,
-    plain=plain,
-    lasted=lasted,
-    moment=moment,
-    counted=counted,
-    quoted=lambda text: quote(text, safe=""),
-)

@@ -82,6 +82,12 @@ def study(
     return _shown(request, backend, visitor.token, name, page_number, done=DONE.get(done or ""))
 
 
+@router.get("/studies/{name}/report")
+def report(name: str, visitor: Looks, backend: Uses) -> Response:
+    """What the study found so far, as one page to keep."""
+    return studies.report(name, visitor.token, backend)
+
+
 @router.get("/studies/{name}/trials/{number}")
 def trial(name: str, number: Number, request: Request, visitor: Looks, backend: Uses, done: Done = None) -> Response:
     """One trial: its curve, its parameters and its log, and whether it counts."""
