@@ -45,6 +45,7 @@ from hpo.storage.trials import TrialStorage
 from hpo.study.config import to_dict
 from hpo.study.finals import Finalist, finalists_of, prepare_finals
 from hpo.study.lifecycle import OpenStudy, open_study
+from hpo.study.limits import FIGURES
 from hpo.study.notes import announce_model, attach_artifact
 from hpo.study.plan import Plan
 from hpo.study.ranking import rank
@@ -176,14 +177,18 @@ def promote(
     device, plan = choose_device(), study.plan
     try:
         repeats = {} if finalist is None else _repeats(study, store, finalist, sequences, device)
-        trained = _model_of(plan, repeats, sequences) if repeats else _trained(plan, store, record, sequences, device)
+        used = {} if finalist is None else _together(study, finalist)
+        if len(used) > 1:
+            trained = pooled(plan, repeats, sequences)
+        else:
+            trained = repeats[min(used)] if used else _trained(plan, store, record, sequences, device)
         members, validation, estimate = trained.members, trained.scores, None
         if finalist is not None:
             scores = {repeat: each.scores for repeat, each in repeats.items()}
             estimate = estimate_of(finalist, finalists_of(study), plan.metric, scores, validation)
         calibration = _calibration(trained, sequences)
         config = replace(
-            _bundle_config(study, record, finalist),
+            _bundle_config(study, record, used),
             members=len(members),
             temperature=calibration.temperature,
             threshold=calibration.threshold,
@@ -291,11 +296,13 @@ def _store_key(study: OpenStudy) -> str:
     return row.store_key
 
 
-def _model_of(plan: Plan, repeats: Mapping[int, Trained], sequences: Sequences) -> Trained:
-    """A finalist's repeats together, or the first alone, which nothing was chosen by either."""
-    if plan.config.promote.ensemble == "none":
-        return repeats[min(repeats)]
-    return pooled(plan, repeats, sequences)
+def _together(study: OpenStudy, finalist: Finalist) -> Mapping[int, TrialRecord]:
+    """A finalist's repeats that are the model: all, or the first alone, which nothing was chosen by either, where the
+    study asks for that or all together are beyond its limits."""
+    whole = {name: len(finalist.repeats) * (getattr(finalist.record, name) or 0.0) for name in FIGURES}
+    if study.plan.config.promote.ensemble == "none" or not study.limits.admit(whole):
+        return {min(finalist.repeats): finalist.first}
+    return finalist.repeats
 
 
 def _repeats(
@@ -415,13 +422,12 @@ def _places(record: TrialRecord) -> str:
     return f"{record.device} with torch {record.provenance.get('torch')}"
 
 
-def _bundle_config(study: OpenStudy, record: TrialRecord, finalist: Finalist | None) -> BundleConfig:
-    """Of one trial's model; of a finalist, whose curve and best epoch are those of its first repeat."""
+def _bundle_config(study: OpenStudy, record: TrialRecord, used: Mapping[int, TrialRecord]) -> BundleConfig:
+    """Of one trial's model. used: repeats of finals that it is made of, whose first has its curve and best epoch."""
     plan = study.plan
     classifier, _ = configurations(plan, record.params, record.seed)
     recorded = {name: getattr(record, name) for name in RECORDED}
-    if finalist is not None:
-        used = finalist.repeats if plan.config.promote.ensemble == "repeats" else {1: finalist.first}
+    if used:
         recorded |= {"finals": {str(repeat): each.number for repeat, each in used.items()}}
         recorded |= {name: [getattr(each, name) for each in used.values()] for name in OF_EACH_REPEAT}
     return BundleConfig(
@@ -432,7 +438,7 @@ def _bundle_config(study: OpenStudy, record: TrialRecord, finalist: Finalist | N
         fill=plan.fill,
         gaps=plan.gaps,
         metric=plan.metric,
-        best_epoch=(record if finalist is None else finalist.first).best_epoch,
+        best_epoch=(used[min(used)] if used else record).best_epoch,
         columns=plan.config.data.columns,
         costs=plan.config.promote.costs,
         provenance={

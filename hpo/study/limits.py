@@ -25,20 +25,16 @@ FIGURES = ("latency_ms", "size_mb")  # of a trial's user attributes
 
 @dataclass(frozen=True)
 class Limits:
-    """The limits of a study, and what becomes of a trial's networks. The fragment `within_limits` of
-    storage/sql/studies.sql states the rule once more."""
+    """The limits of a study. The fragment `within_limits` of storage/sql/studies.sql states the rule once more."""
 
     latency_ms: float | None = None
     size_mb: float | None = None
-    copies: int = 1  # trainings of a configuration that predict together once it is promoted: the repeats of finals
 
     @classmethod
     def of(cls, row: StudyRow) -> Limits:
         """Those of a study by its terms."""
-        config = row.config.get("config", {})
-        given = config.get("limits", {})
-        together = row.finalists > 0 and config.get("promote", {}).get("ensemble") != "none"
-        return cls(**{name: given.get(name) for name in FIGURES}, copies=row.repeats if together else 1)
+        given = row.config.get("config", {}).get("limits", {})
+        return cls(**{name: given.get(name) for name in FIGURES})
 
     @property
     def given(self) -> dict[str, float]:
@@ -49,25 +45,25 @@ class Limits:
         """How far a trial is beyond each of the limits, as a share of it: 0.5 is half as much again, 0 and below is
         within. None: its figure is not known. figures: its user attributes, or its record's fields."""
         return {
-            name: None if (found := _number(figures.get(name))) is None else self.copies * found / limit - 1
+            name: None if (found := _number(figures.get(name))) is None else found / limit - 1
             for name, limit in self.given.items()
         }
 
     def admit(self, figures: Mapping[str, Any]) -> bool:
         """Whether a trial is known to be within all of the limits."""
         known = ((_number(figures.get(name)), limit) for name, limit in self.given.items())
-        return all(found is not None and self.copies * found <= limit for found, limit in known)
+        return all(found is not None and found <= limit for found, limit in known)
 
     def of_trial(self, trial: FrozenTrial) -> dict[str, Any]:
-        """What displays show of a trial: the figures of the model that it becomes, and whether it is within the limits;
-        None where that is not known, or there are none."""
+        """What displays show of a trial: its figures, and whether it is within the limits. None where that is not
+        known, or there are none."""
         ours = trial.user_attrs if trained_by_us(trial) else {}
         known = {name: _number(ours.get(name)) for name in FIGURES}
         excesses = self.excess(ours).values()
         violated = any(excess is not None and excess > 0 for excess in excesses)
         judged = violated or (bool(excesses) and None not in excesses)
         return {
-            **{name: None if found is None else self.copies * found for name, found in known.items()},
+            **known,
             "feasible": self.admit(ours) if judged else None,
         }
 
@@ -78,7 +74,7 @@ class Limits:
 
     def too_large(self, plan: Plan, params: Mapping[str, Value]) -> bool:
         """Whether a configuration is beyond the limit of size, which is known before it is trained."""
-        return self.size_mb is not None and self.copies * size_of(plan, params) > self.size_mb
+        return self.size_mb is not None and size_of(plan, params) > self.size_mb
 
     @property
     def said(self) -> str:

@@ -76,14 +76,11 @@ UPDATE hpo.terms s SET config = jsonb_set(jsonb_set(jsonb_set(s.config, '{config
 WHERE study_id = %(study)s AND coalesce(s.config #> '{config,limits}', '{}') <> %(limits)s::jsonb
 
 -- fragment: within_limits
--- Whether the complete trial is within the limits of its study: the rule of hpo/study/limits.py. A figure counts as often
--- as trainings predict together.
+-- Whether the complete trial is within the limits of its study: the rule of hpo/study/limits.py.
 NOT EXISTS (SELECT FROM jsonb_each_text(s.config #> '{config,limits}') AS x (name, most)
     WHERE NOT coalesce((SELECT CASE WHEN value_json ~ '^\d+(\.\d+)?(e[+-]?\d+)?$' AND length(value_json) < 300
                 THEN value_json::float8 END
-            FROM trial_user_attributes a WHERE a.trial_id = c.trial_id AND a.key = x.name)
-        * CASE WHEN s.finalists > 0 AND s.config #>> '{config,promote,ensemble}' IS DISTINCT FROM 'none'
-            THEN s.repeats ELSE 1 END <= most::float8, false))
+            FROM trial_user_attributes a WHERE a.trial_id = c.trial_id AND a.key = x.name) <= most::float8, false))
 
 -- name: reopen_finals
 -- Go on with the finals of a study, where they were stopped with it.

@@ -167,15 +167,6 @@ def test_a_trial_beyond_the_limits_brings_nothing_for_the_patience(opened: Opene
     assert study.leases.snapshot(study.study_id).standstill == Standstill(0, 2)
 
 
-def test_the_repeats_of_finals_count_in_every_display(opened: Opened) -> None:  # noqa: F811
-    study = opened(*limited("size_mb = 0.5", RANDOM + "finalists = 1\nrepeats = 3"))
-    run(study, 0.9, 0.2, 1.0)
-    run(study, 0.8, 0.15, 1.0)
-    assert best(study) == [1]
-    assert [row["size_mb"] for row in all_trial_rows(study.storage, "waves")] == [0.2 * 3, 0.15 * 3]
-    assert best(opened(*limited("size_mb = 0.5", RANDOM + "finalists = 1\nrepeats = 2"))) == [0, 1]
-
-
 def test_constraints_are_stored_with_the_end_of_a_trial_whoever_ends_it(opened: Opened) -> None:  # noqa: F811
     """Stock Optuna reads them: its `best_trial` is a feasible one."""
     study = opened(*limited("size_mb = 0.5"))

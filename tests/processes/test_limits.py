@@ -109,13 +109,26 @@ def test_without_a_trial_within_the_limits_nothing_is_promoted_until_one_is_rais
     assert found["model"]["default"] == found["model"]["version"]
 
 
-def test_the_limits_are_of_all_networks_of_the_finals_winner(cli: Cli, study_file: Study, trials: Read) -> None:
+def test_the_repeats_of_finals_are_one_model_only_within_the_limits(
+    cli: Cli, study_file: Study, trials: Read, tmp_path: Path
+) -> None:
     finals = 'finalists = 2\nrepeats = 2\npruner = "none"'
-    study_file(trials=3, space=SPACE.replace("48", "12"), study=finals, more=limits(size_mb=0.2))
+    file = study_file(trials=3, space=SPACE.replace("48", "12"), study=finals)
     found = launch(cli)
-    own = trials()[found["best"]["number"]].user_attrs["size_mb"]
+    number = found["best"]["number"]
+    own = trials()[number].user_attrs["size_mb"]
     assert found["footprint"]["size_mb"] == stored_mb(found["model"]["path"]) == pytest.approx(2 * own)
-    assert 2 * own <= 0.2
+    most = max(trial.user_attrs["size_mb"] for trial in trials())
+    file.write_text(f"{file.read_text()}\n[limits]\nsize_mb = {1.5 * most}\n")
+    again = launch(cli)
+    assert again["best"]["number"] == number
+    small = 2 * own > 1.5 * most
+    assert (
+        again["footprint"]["size_mb"] == stored_mb(again["model"]["path"]) == pytest.approx(own if small else 2 * own)
+    )
+    file.write_text(file.read_text().replace(f"size_mb = {1.5 * most}", f"size_mb = {1.01 * own}"))
+    last = launch(cli)
+    assert last["footprint"]["size_mb"] == stored_mb(last["model"]["path"]) <= 1.01 * own
 
 
 def test_figures_are_there_without_limits_and_do_not_belong_to_what_repeats(

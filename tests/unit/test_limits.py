@@ -8,7 +8,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
-import numpy as np
 import pytest
 import torch
 from optuna.trial import FrozenTrial, TrialState, create_trial
@@ -95,31 +94,8 @@ def test_a_saved_model_says_what_a_prediction_takes(tmp_path: Path) -> None:
 # --- which trials are within the limits ---
 
 
-def row(limits: dict[str, float], finalists: int = 0, repeats: int = 3, ensemble: str | None = "repeats") -> StudyRow:
-    config: dict[str, Any] = {"limits": limits} | ({"promote": {"ensemble": ensemble}} if ensemble else {})
-    return cast("StudyRow", SimpleNamespace(config={"config": config}, finalists=finalists, repeats=repeats))
-
-
-@pytest.mark.parametrize(
-    ("terms", "copies"),
-    [
-        ({}, 1),
-        ({"finalists": 2}, 3),
-        ({"finalists": 2, "ensemble": None}, 3),
-        ({"finalists": 2, "ensemble": "none"}, 1),
-        ({"finalists": 0, "repeats": 5}, 1),
-    ],
-)
-def test_the_repeats_of_finals_count_where_they_predict_together(terms: dict[str, Any], copies: int) -> None:
-    limits = Limits.of(row({"size_mb": 0.3}, **terms))
-    assert limits == Limits(size_mb=0.3, copies=copies)
-    assert limits.admit({"size_mb": 0.3 / copies})
-    assert not limits.admit({"size_mb": np.nextafter(0.3 / copies, 1) * 1.0001})
-    assert limits.of_trial(trial(0.1, 2.0))["size_mb"] == pytest.approx(0.1 * copies)
-
-
 def test_a_study_of_an_earlier_version_has_no_limits() -> None:
-    earlier = cast("StudyRow", SimpleNamespace(config={"config": {"study": {}}}, finalists=0, repeats=1))
+    earlier = cast("StudyRow", SimpleNamespace(config={"config": {"study": {}}}))
     assert Limits.of(earlier) == NONE
     assert NONE.admit({})
     assert NONE.constraints({"size_mb": 1.0}) == {}
