@@ -173,6 +173,7 @@ def asked(**given: Any) -> Asked:
         "sequences": 60,
         "steps": 12,
         "members": 5,
+        "limits": {},
         "columns": {},
     }
     return Asked(**{**known, **given})

@@ -44,6 +44,7 @@ from hpo.study.counted import CountedTrials
 from hpo.study.entries import written
 from hpo.study.finals import Finalist, finalists_of
 from hpo.study.lifecycle import OpenStudy, open_study, trial_rows
+from hpo.study.limits import Limits
 from hpo.study.plan import Plan
 from hpo.study.record import COPIED_FROM, TrialRecord, trained_by_us
 
@@ -101,7 +102,7 @@ def facts_of(study: OpenStudy, model: ModelFact | None, state: Snapshot, *, priv
         over=over,
         state="in its finals" if state.status not in ("open", "stopped") else state.status,
         ended_by=ended_by(state, out_of_time=row is not None and row.out_of_time) if over else None,
-        asked=_asked(plan, state, row),
+        asked=_asked(plan, state, row, study.limits),
         trials=trials,
         best=best[0].number if best else None,
         finals=tuple(_finals(finalists_of(study), plan, over=over)),
@@ -160,7 +161,7 @@ def _diagnosis(content: Mapping[str, Any] | None) -> Diagnosis | None:
 # --------------------------------------------------------------------------------------------------------- the study
 
 
-def _asked(plan: Plan, state: Snapshot, row: StudyRow | None) -> Asked:
+def _asked(plan: Plan, state: Snapshot, row: StudyRow | None, limits: Limits) -> Asked:
     study, data = plan.config.study, plan.config.data
     return Asked(
         metric=plan.metric,
@@ -181,6 +182,7 @@ def _asked(plan: Plan, state: Snapshot, row: StudyRow | None) -> Asked:
         steps=plan.steps,
         members=plan.members,
         columns=data.columns,
+        limits=limits.given,
     )
 
 
@@ -232,6 +234,7 @@ def _trial(row: Mapping[str, Any], trial: FrozenTrial, *, private: bool) -> Tria
         failure=row["failure"] if private else None if row["failure"] is None else _kind(row["failure"]),
         dropped=row["dropped"] is not None,
         curve=curve,
+        **{name: row[name] for name in ("latency_ms", "size_mb", "feasible")},
     )
 
 

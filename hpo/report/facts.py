@@ -41,6 +41,7 @@ class Asked:
     sequences: int  # of the training part
     steps: int
     members: int  # networks of a trial
+    limits: Mapping[str, float]  # by name: latency_ms, size_mb
     columns: Mapping[str, str]
 
 
@@ -59,6 +60,9 @@ class TrialFact:
     failure: str | None
     dropped: bool
     curve: Curve
+    latency_ms: float | None = None  # of one prediction by its networks together
+    size_mb: float | None = None
+    feasible: bool | None = None  # None: there are no limits, or it is not known
 
     @property
     def held_s(self) -> float | None:

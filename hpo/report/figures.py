@@ -13,7 +13,7 @@ from hpo.models.calibration import Comparison, Reliability
 from hpo.models.diagnosis import ClassCurves, Diagnosis, HardSequence
 from hpo.models.metrics import proportion_interval
 from hpo.report.charts import Axis, Chart, spark
-from hpo.report.facts import Curve, Facts, FinalistFact, Importances, Slice
+from hpo.report.facts import Curve, Facts, FinalistFact, Importances, Slice, TrialFact
 from hpo.report.words import number, plain
 
 MOST_POINTS = 1_500  # trials of one kind that are drawn
@@ -22,6 +22,7 @@ COUNTS_SHOWN = 14  # classes up to which the confusion matrix shows its numbers 
 MATRIX_MOST = 60  # … and up to which there is one
 CURVES_SHOWN = 5  # classes whose ROC curves have a colour; of more the worst
 LINES = 5  # colours
+LATENCIES_LEAST = 3  # trials from which latencies are drawn
 HALF = 0.5
 
 
@@ -97,6 +98,44 @@ def finals(facts: Facts) -> Markup | None:
         chart.dot(each.mean, place - 0.14, kind, f"trial {each.trial}: mean {number(each.mean)}", 4.5)
         chart.cross(each.selected, place - 0.14, "selected", f"trial {each.trial}: selected by {number(each.selected)}")
     return chart.svg()
+
+
+def latency(facts: Facts) -> Markup | None:
+    """Values by the latency of a prediction, with the front: trials than which none is both better and faster."""
+    found = [(t.latency_ms, t.value, t) for t in facts.trials if t.counts and t.latency_ms and t.value is not None]
+    if len(found) < LATENCIES_LEAST:
+        return None
+    limit = facts.asked.limits.get("latency_ms")
+    times = [ms for ms, _, _ in found]
+    reach = [*times, limit] if limit is not None and min(times) / 10 < limit < 10 * max(times) else times
+    y = Axis.over(_without_outliers([value for _, value, _ in found], maximize=facts.asked.maximize))
+    front = front_of(found, maximize=facts.asked.maximize)
+    says = (
+        f"{facts.asked.metric} of {len(found)} complete trials by the latency of a prediction; the front has "
+        f"{len(front)} of them, from {number(front[0][0])} to {number(front[-1][0])} ms"
+    )
+    x = Axis.over(reach, "ms for one sequence, one thread", log=True)
+    chart = Chart(x, y, says)
+    if len(reach) > len(times) and limit is not None:
+        chart.line([(limit, y.low), (limit, y.high)], "chance", f"limit: {limit:g} ms")
+    chart.steps([(ms, value) for ms, value, _ in front], "best", x.high)
+    for ms, value, trial in sorted(found, key=lambda each: each[2].number == facts.winner):  # it on top
+        kind = "winner" if trial.number == facts.winner else "faint" if trial.feasible is False else "complete soft"
+        title = f"trial {trial.number}: {number(value)}, {ms:.3g} ms, {number(trial.size_mb)} MB"
+        chart.dot(ms, value, kind, title, 5 if kind == "winner" else 3)
+    return chart.svg()
+
+
+def front_of(
+    found: Sequence[tuple[float, float, TrialFact]], *, maximize: bool
+) -> list[tuple[float, float, TrialFact]]:
+    """Of (latency, value, trial) those that no other one is better and no slower than."""
+    sign = 1 if maximize else -1
+    front: list[tuple[float, float, TrialFact]] = []
+    for each in sorted(found, key=lambda each: (each[0], -sign * each[1], each[2].number)):
+        if not front or sign * each[1] > sign * front[-1][1]:
+            front.append(each)
+    return front
 
 
 def importances(found: Importances) -> Markup:
@@ -326,6 +365,7 @@ def figures(facts: Facts) -> dict[str, Any]:
     """Every chart by the name under which the template shows it; None or empty where the facts are not enough."""
     found: dict[str, Any] = dict.fromkeys(NAMES)
     found |= {"history": history(facts), "finals": finals(facts), "learning": learning(facts)}
+    found["latency"] = latency(facts)
     if facts.importances is not None:
         found["importances"] = importances(facts.importances)
         found["slices"] = [(each, slice_of(each, facts)) for each in facts.importances.slices]

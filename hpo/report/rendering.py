@@ -118,6 +118,8 @@ def finals_say(facts: Facts) -> str | None:
     first = facts.finals[0]
     equal = [each for each in facts.finals if each.equal]
     named = f"Trial {first.trial} has the best mean of fresh values, {number(first.mean)}"
+    if len(facts.finals) == 1:
+        return f"Trial {first.trial} was the only finalist; the mean of its fresh values is {number(first.mean)}."
     if len(equal) < 2:
         return f"{named}, and no other finalist comes within one standard error of the difference to it: it won."
     others = ", ".join(str(each.trial) for each in equal if each is not first)

@@ -15,10 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, roc_auc_score
 
+from hpo.models.bundle.config import Footprint
+from hpo.models.costs import Costs
 from hpo.models.data.sequences import from_arrays
 from hpo.models.diagnosis import CLASSES, FEATURES, HARDEST, POINTS, STEPS, Diagnosis, class_curves, diagnose
 from hpo.promote.report import study_file
 from hpo.report.charts import Axis, round_ticks
+from hpo.report.figures import front_of
 from hpo.report.rendering import answer, finals_say, render, spent
 from hpo.study.config import Folds, config_of, load, to_dict
 from tests.reports import (
@@ -78,6 +81,51 @@ def test_everything_at_once() -> None:
         assert shown in text
     charts = found.tags.count("svg")
     assert charts == 1 + 1 + 1 + 3 + 3 + 1 + 2 + 2 + len(model_fact(("no", "yes")).diagnosis.hardest) + 1  # type: ignore[union-attr]
+
+
+def timed(*points: tuple[float, float | None]) -> tuple:  # type: ignore[type-arg]
+    """Trials of these values and latencies."""
+    return tuple(trial(i, value=value, latency_ms=ms, size_mb=0.5) for i, (value, ms) in enumerate(points))
+
+
+@pytest.mark.parametrize("maximize", [True, False])
+def test_the_front_holds_those_that_none_is_better_and_no_slower_than(maximize: bool) -> None:
+    points = [(0.5, 2.0), (0.6, 1.0), (0.7, 4.0), (0.7, 3.0), (0.4, 0.5), (0.65, 9.0)]
+    found = [
+        (ms, value if maximize else -value, each) for (value, ms), each in zip(points, timed(*points), strict=True)
+    ]
+    assert [each.number for _, _, each in front_of(found, maximize=maximize)] == [4, 1, 3]
+
+
+def test_score_and_latency_are_drawn_with_the_limit() -> None:
+    trials = (*timed((0.5, 2.0), (0.6, 1.0), (0.7, 4.0), (0.8, None)), trial(4, latency_ms=3.0, feasible=False))
+    text = render(facts(trials, asked=asked(limits={"latency_ms": 3.5, "size_mb": 1.0})))
+    found = check_report(text)
+    assert "latency" in found.ids
+    assert "accuracy of 4 complete trials by the latency of a prediction; the front has 2 of them" in text
+    assert "limit: 3.5 ms" in text
+    assert "latency_ms 3.5, size_mb 1" in text
+    for limits in ({}, {"size_mb": 1.0}):
+        free = render(facts(trials, asked=asked(limits=limits)))
+        assert "latency" in check_report(free).ids
+        assert "limit: " not in free
+    assert "latency" not in check_report(render(facts(timed((0.5, 2.0), (0.6, None), (0.7, None))))).ids
+
+
+def test_the_model_says_what_it_takes_and_what_its_mistakes_cost() -> None:
+    model = model_fact(("no", "yes"))
+    config = replace(model.config, footprint=Footprint(2.5, 1.25, 12, NASTY), costs=Costs(1, 5))
+    text = render(facts(model=replace(model, config=config)))
+    check_report(text)
+    assert "takes 2.5 ms on one thread of &lt;script" in text
+    assert "its weights take 1.25 MB" in text
+    assert "To take no for yes costs 1, the other way round 5" in text
+
+
+def test_the_only_finalist_is_not_said_to_be_better_than_others() -> None:
+    found = facts(finals=(finalist(0, (0.8, 0.9), winner=True, equal=True),))
+    assert finals_say(found) == "Trial 0 was the only finalist; the mean of its fresh values is 0.8500."
+    assert "not told apart" not in render(found)
 
 
 @pytest.mark.parametrize("maximize", [True, False])
