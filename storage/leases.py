@@ -59,7 +59,7 @@ _ACQUIRE_PROMOTION = statement("acquire_promotion")
 _RELEASE_PROMOTIONS = statement("release_promotions")
 _FINISH_PROMOTION = [statement(name) for name in ("lock_study", "finish_promotion")]
 _FINISH_FINALS, _WANT_FINALS = statement("finish_finals"), statement("want_finals")
-_SET_LIMITS = statement("set_limits")
+_SET_PROMOTION = statement("set_promotion")
 _PROMOTE_AGAIN = [statement(name) for name in ("lock_study", "promote_again")]
 
 
@@ -200,13 +200,10 @@ class Leases:
         given = {"study": study_id, "finalists": finalists, "repeats": repeats}
         self._session.execute(_WANT_FINALS, given=given, durable=True)
 
-    def set_limits(self, study_id: int, limits: Mapping[str, float]) -> None:
-        """Set what a prediction of the study's model may take, by the keys of [limits].
-
-        A study that is finished is promoted again, where that changes something.
-        """
-        given = {"study": study_id, "limits": json.dumps(dict(limits))}
-        self._session.execute(_SET_LIMITS, given=given, durable=True)
+    def set_promotion(self, study_id: int, limits: Mapping[str, float], promote: Mapping[str, Any]) -> None:
+        """Set what may be promoted and how: [limits] and [promote] by their keys. A finished study is promoted anew."""
+        given = {"study": study_id, "limits": json.dumps(dict(limits)), "promote": json.dumps(dict(promote))}
+        self._session.execute(_SET_PROMOTION, given=given, durable=True)
 
     def share(self, study_id: int, *, priority: int, max_workers: int | None) -> None:
         """Set how the study shares the standing workers, and how many of its trials run at once (None: no limit).

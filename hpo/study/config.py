@@ -227,6 +227,8 @@ _MAY_CHANGE = ("name", "trials", "timeout", "patience", "priority", "max_workers
 CHANGEABLE = {f"study.{key}" for key in _MAY_CHANGE} | {
     "data.train",
     "data.test",
+    "promote.ensemble",
+    "promote.costs",
     "limits.latency_ms",
     "limits.size_mb",
 }

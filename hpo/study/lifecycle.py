@@ -108,8 +108,8 @@ def create_or_open(
 ) -> OpenStudy:
     """The study of this file: a new one, or the one of that name if nothing contradicts it.
 
-    An existing study goes on under the file's trials, timeout, patience, limits, priority and max_workers, and in its
-    space where that is a wider one; a new study belongs to `owner`.
+    An existing study goes on under the file's trials, timeout, patience, finals, limits, way of promotion, priority
+    and max_workers, and in its space where that is a wider one; a new study belongs to `owner`.
     Raises StudyError with the differences, before anything is changed, and DataError for data that cannot be trained
     on.
     """
@@ -142,7 +142,9 @@ def create_or_open(
             _widen(storage, study_id, begun, wider, config, owner or somebody())
             leases.set_notify(study_id, _notify(config))
             leases.want_finals(study_id, finalists=config.study.finalists or 0, repeats=config.study.repeats)
-            leases.set_limits(study_id, config_dict(config)["limits"])
+            if (begun.config.limits, begun.config.promote) != (config.limits, config.promote):
+                written = config_dict(config)
+                leases.set_promotion(study_id, written["limits"], written["promote"])
             leases.share(study_id, priority=config.study.priority, max_workers=config.study.max_workers)
         for line in readout(plan, train, test):
             log.info("%s: %s", name, line)

@@ -63,17 +63,19 @@ FROM (SELECT study_id, status = 'finished' AND %(finalists)s > 0
     FROM hpo.terms WHERE study_id = %(study)s FOR NO KEY UPDATE) n
 WHERE s.study_id = n.study_id
 
--- name: set_limits
--- What a prediction of the study's model may take, in the plan that its workers open anew. One that is finished is
--- promoted again by other limits.
--- types: study int, limits jsonb
-UPDATE hpo.terms s SET config = jsonb_set(jsonb_set(jsonb_set(s.config, '{config,limits}', %(limits)s),
-        '{written,limits}', %(limits)s), ARRAY['revision'], to_jsonb({revision} + 1)),
+-- name: set_promotion
+-- What is promoted and how, the sections [limits] and [promote] of the plan, which the study's workers open anew. One
+-- that is finished is promoted again.
+-- types: study int, limits jsonb, promote jsonb
+UPDATE hpo.terms s SET config = jsonb_set(jsonb_set(jsonb_set(jsonb_set(jsonb_set(s.config,
+        '{config,limits}', %(limits)s), '{written,limits}', %(limits)s),
+        '{config,promote}', %(promote)s), '{written,promote}', %(promote)s),
+        ARRAY['revision'], to_jsonb({revision} + 1)),
     status = CASE WHEN status = 'finished' THEN 'exhausted' ELSE status END,
     promoter = CASE WHEN status <> 'finished' THEN promoter END,
     promoter_expires_at = CASE WHEN status <> 'finished' THEN promoter_expires_at END,
     promoted_version = CASE WHEN status <> 'finished' THEN promoted_version END
-WHERE study_id = %(study)s AND coalesce(s.config #> '{config,limits}', '{}') <> %(limits)s::jsonb
+WHERE study_id = %(study)s
 
 -- fragment: within_limits
 -- Whether the complete trial is within the limits of its study: the rule of hpo/study/limits.py.

@@ -25,7 +25,7 @@ from hpo.storage.artifacts import artifact_store
 from hpo.storage.errors import StudyOver
 from hpo.storage.leases import Lease
 from hpo.storage.trials import TrialStorage, trial_storage
-from hpo.study.config import EVENTS, KEYS, SAMPLERS, StudyConfig, load
+from hpo.study.config import EVENTS, KEYS, SAMPLERS, StudyConfig, load, to_dict
 from hpo.study.lifecycle import BEGUN, SEARCH_SHARE, OpenStudy, create_or_open, open_study
 from hpo.study.plan import Plan, StudyError, make_plan
 from hpo.study.pruning import make_pruner
@@ -256,11 +256,12 @@ def test_a_changed_setting_of_a_study_that_exists_is_obeyed_or_refused(
         assert found == (changed.notify.url, list(changed.notify.on)) != ("https://example.org", list(EVENTS))
     elif key == "data.train":  # the same content
         assert create_or_open(changed, storage, store).plan == study.plan
-    elif key.startswith("limits."):
+    elif key.startswith(("limits.", "promote.")):
         row = create_or_open(changed, storage, store).leases.study(study.study_id)
         assert row is not None
-        limits = {key.removeprefix("limits."): float(OTHER[key])}
-        plan = before.config["config"] | {"limits": limits}, before.config["written"] | {"limits": limits}
+        section, _, name = key.partition(".")
+        tables = {section: {**before.config["config"][section], name: to_dict(changed)[section][name]}}
+        plan = before.config["config"] | tables, before.config["written"] | tables
         assert row == replace(before, config=before.config | {"config": plan[0], "written": plan[1], "revision": 1})
     elif key in OBEYED:
         row = create_or_open(changed, storage, store).leases.study(study.study_id)

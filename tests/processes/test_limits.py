@@ -14,6 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 from safetensors.torch import load_file
 
 import hpo
+from hpo.models.costs import Costs
 from tests.conftest import Cli
 from tests.processes.test_finals import launch
 
@@ -129,6 +130,20 @@ def test_the_repeats_of_finals_are_one_model_only_within_the_limits(
     file.write_text(file.read_text().replace(f"size_mb = {1.5 * most}", f"size_mb = {1.01 * own}"))
     last = launch(cli)
     assert last["footprint"]["size_mb"] == stored_mb(last["model"]["path"]) <= 1.01 * own
+
+
+def test_a_study_that_is_over_is_promoted_anew_by_other_costs(cli: Cli, study_file: Study, trials: Read) -> None:
+    file = study_file(trials=2)
+    first = launch(cli)
+    file.write_text(f"{file.read_text()}\n[promote]\ncosts = {{ false_negative = 50 }}\n")
+    second, again = launch(cli), launch(cli)
+    assert len(trials()) == 2
+    assert first["best"] == second["best"]
+    assert [each["model"]["version"] for each in (first, second, again)] == [1, 2, 2]
+    before, after = (hpo.load(each["model"]["path"]).config for each in (first, second))
+    assert before.costs is None
+    assert after.costs == Costs(1.0, 50.0)
+    assert after.threshold < before.threshold
 
 
 def test_figures_are_there_without_limits_and_do_not_belong_to_what_repeats(
