@@ -198,6 +198,7 @@ def test_with_the_keys_alone(browser: Browser, service: Service, waves: Path) ->
         expect(page.locator("main")).to_be_focused()
         walk_to(page.get_by_role("main").get_by_role("link", name="New study").first)
         press("Enter")
+        page.wait_for_url("**/new")  # whole, or what is loaded late may take the focus back
         walk_to(page.get_by_label("Training data"))
         with page.expect_file_chooser() as chooser:
             press("Space")
