@@ -29,6 +29,7 @@ LATEST = "latest"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _LOCK_MODEL = statement("lock_model")
 _ADD_VERSION, _ADDED_VERSION = statement("add_version"), statement("added_version")
+_RENEW_REPORT = statement("renew_report")
 _ALL_VERSIONS, _VERSIONS_OF, _MODEL_NAMES = (
     statement("all_versions"),
     statement("versions_of"),
@@ -113,8 +114,8 @@ class Registry:
         latest: whether it becomes "latest", the version that the name alone means; the first one does anyway. Where
         scores name a test_part, they are stored with test_looks: how many versions were measured on that part.
         Safe with several promoters at once. The same trial with the same artifacts again, whatever its report says by
-        now, is the version that it was. Raises RegistryError for a name that breaks the rule, or values that JSON does
-        not have (NaN).
+        now, is the version that it was, with the new report. Raises RegistryError for a name that breaks the rule, or
+        values that JSON does not have (NaN).
         """
         _check_name("a model name", name)
         hidden = {"group_names": group_names, "diagnosis": diagnosis}
@@ -128,7 +129,7 @@ class Registry:
             "artifacts": json.dumps(dict(artifacts)),
             "latest": latest,
         }
-        (row,) = self._connection.execute(_LOCK_MODEL, _ADD_VERSION, _ADDED_VERSION, given=given)
+        (row,) = self._connection.execute(_LOCK_MODEL, _ADD_VERSION, _RENEW_REPORT, _ADDED_VERSION, given=given)
         return _version(row)
 
     def models(self) -> list[ModelVersion]:

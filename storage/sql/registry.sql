@@ -37,6 +37,12 @@ WITH added AS (INSERT INTO hpo.models
 INSERT INTO hpo.aliases (name, alias, version) SELECT name, 'latest', version FROM added
 ON CONFLICT (name, alias) DO UPDATE SET version = excluded.version WHERE %(latest)s
 
+-- name: renew_report
+-- The newest report, with the sums that hold for it, for the version that was made of this trial and these files: an
+-- earlier one's may be damaged.
+-- types: name text, study int, trial_number int, artifacts jsonb
+UPDATE hpo.models SET artifacts = %(artifacts)s WHERE {same_model} AND jsonb_exists(%(artifacts)s, 'report.html')
+
 -- name: added_version
 -- The newest version that was made of this trial and these files.
 -- types: name text, study int, trial_number int, artifacts jsonb

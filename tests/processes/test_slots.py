@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from optuna.trial import FrozenTrial, TrialState
 from hpo.models.training.training import TrainingInterrupted
 from hpo.study.config import TrainSection
 from hpo.study.entries import largest as most
+from hpo.study.plan import Plan
 from hpo.study.space import default_space
 from hpo.trial.device_lock import SharedExclusiveLock
 from hpo.worker import slots
@@ -200,8 +201,9 @@ class TestUsableMemory:
         plan = SimpleNamespace(
             config=SimpleNamespace(space=space, train=TrainSection(epochs=4)),
             **{"features": ("a", "b", "c"), "classes": ("x", "y"), "steps": 500, "metric": "auroc"},
-            **{"sequences": 1000, "members": 5, "validated": 200, "epsilon": 0.0},
+            **{"sequences": 1000, "members": 5, "validated": 200, "epsilon": 0.0, "interval": 0.0},
         )
+        plan.classifier = MethodType(Plan.classifier, plan)
         found = []
         for gib in (0, 20, 2**20):
             monkeypatch.setattr(slots, "usable_memory", lambda device, gib=gib: gib * 2**30)

@@ -23,7 +23,7 @@ def test_from_data_to_predictions_with_curl(tmp_path: Path, database_url: str, f
     """Shortened to a few epochs; the port is a free one."""
     blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
     people, curl = (block for block in blocks if "hpo serve &" in block or "curl -" in block)
-    assert curl.count("curl ") == 6
+    assert curl.count("curl ") == 7
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "hpo").write_text(f'#!/bin/sh\nexec "{sys.executable}" -P -m hpo "$@"\n')
@@ -46,4 +46,5 @@ def test_from_data_to_predictions_with_curl(tmp_path: Path, database_url: str, f
     last = json.loads(done.stdout.strip().splitlines()[-1])
     assert (last["model"], last["version"], len(last["labels"])) == ("demand", 1, 1029)
     assert (tmp_path / "demand.md").read_text().startswith("# demand\n")
+    assert (tmp_path / "demand.html").read_text().startswith("<!doctype html>")
     assert (tmp_path / "demand.zip").read_bytes().startswith(b"PK")

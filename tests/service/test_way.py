@@ -51,9 +51,10 @@ def events(client: httpx.Client, name: str, last: str | None = None) -> Iterator
         event: dict[str, object] = {}
         for line in stream.iter_lines():
             if not line:
-                yield event
+                if event:
+                    yield event
                 event = {}
-            else:
+            elif not line.startswith(":"):  # a comment, which only shows that the connection lives
                 name, _, value = line.partition(": ")
                 event[name] = json.loads(value) if name == "data" else value
 
