@@ -15,21 +15,13 @@ from safetensors.torch import load_file
 
 import hpo
 from hpo.models.costs import Costs
-from tests.conftest import Cli
+from tests.conftest import SMALL, Cli
 from tests.processes.test_finals import launch
 
 Study = Callable[..., Path]
 Read = Callable[..., list[FrozenTrial]]
 LARGE = 48  # hidden size that is enqueued beside a space of smaller ones
-SPACE = """
-hidden_size = { low = 4, high = 48, step = 4 }
-layers = 1
-head_size = 0
-batch_size = 16
-stem = "patch"
-difference = false
-bidirectional = false
-"""
+SPACE = SMALL.replace("high = 12", "high = 48") + "bidirectional = false\n"
 
 
 def limits(**given: float) -> str:
