@@ -256,23 +256,27 @@ def choose_threshold(
     p = probabilities[:, 1].astype(np.float64)
     edges = np.concatenate([[0.0], np.unique(p), [1.0]])
     thresholds = np.append((edges[1:] + edges[:-1]) / 2, expected)
-    # Rows below the threshold are called 0: counts[c, class, predicted] for each candidate c.
-    below = np.stack([_below(p[labels == c], weights[labels == c], thresholds) for c in (0, 1)], axis=1)
-    counts = np.stack([below, np.bincount(labels, weights, minlength=2) - below], axis=2)
+    # counts[c, class, predicted] for each candidate c
+    counts = np.stack([_decided(p[labels == c], weights[labels == c], thresholds) for c in (0, 1)], axis=1)
     if isinstance(aim, Costs):
         wrong = aim.false_positive * counts[:, 0, 1] + aim.false_negative * counts[:, 1, 0]
-        values = -wrong / (wrong.max() or 1.0)
+        best = thresholds[wrong <= wrong.min() * (1 + 1e-12)]
     else:
         values = _by_confusion(aim if aim in BY_THRESHOLD else "balanced_accuracy", counts)
-    best = thresholds[values >= values.max() - 1e-12]
+        best = thresholds[values >= values.max() - 1e-12]
     return float(best[np.abs(best - expected).argmin()])
 
 
-def _below(scores: Floats, weights: Floats, thresholds: Floats) -> Floats:
-    """What scores (n,) below each threshold weigh."""
+def _decided(scores: Floats, weights: Floats, thresholds: Floats) -> Floats:
+    """What scores (n,) below each threshold, which are called 0, and the others weigh: (candidates, 2).
+
+    Each is a sum of its own: a difference from all would leave a rounding error where nothing is, which counts if costs
+    differ much.
+    """
     order = np.argsort(scores, kind="stable")
-    sums = np.concatenate([[0.0], weights[order].cumsum()])
-    return np.asarray(sums[np.searchsorted(scores[order], thresholds)])
+    below = np.concatenate([[0.0], weights[order].cumsum()])
+    others = np.concatenate([[0.0], weights[order[::-1]].cumsum()])[::-1]
+    return np.stack([below, others], axis=1)[np.searchsorted(scores[order], thresholds)]
 
 
 def _known(name: str) -> None:

@@ -25,6 +25,7 @@ from hpo.models.data.sequences import Sequences
 from hpo.storage.artifacts import artifact_store
 from hpo.storage.keys import checkpoint_prefix
 from hpo.study.lifecycle import finals_name
+from hpo.study.ranking import rank
 from tests.conftest import Cli, assert_exact, processes_of, reports_wait, wait_for
 
 FINALS = 'finalists = 2\nrepeats = 3\npruner = "none"'  # which prunes none, or there may be one finalist alone
@@ -260,7 +261,9 @@ def test_another_finalist_is_promoted_where_the_winner_does_not_count_any_more(c
     assert len(newest["estimate"]["values"]) == 3
 
 
-def test_finals_that_ran_out_of_time_are_decided_by_what_is_whole(cli: Cli, study_file: Study, trials: Read) -> None:
+def test_finals_that_ran_out_of_time_are_decided_by_what_is_whole(
+    cli: Cli, study_file: Study, trials: Read, data: Path
+) -> None:
     """The study's own part of its time is long over then; a training that was cut off says nothing."""
     study_file(
         trials=2,
@@ -273,4 +276,5 @@ def test_finals_that_ran_out_of_time_are_decided_by_what_is_whole(cli: Cli, stud
     assert 0 < len(finals) < 6
     assert not any(trial.state == TrialState.COMPLETE for trial in finals)
     assert found["estimate"] is None
-    assert found["best"]["value"] == max(trial.value or 0.0 for trial in trials())
+    scores = {each.number: (each.value or 0.0, each.user_attrs["log_loss"]) for each in trials()}
+    assert found["best"]["number"] == rank(scores, "auroc", 0.5 / len(np.load(data)["y"]))[0]
