@@ -1,7 +1,7 @@
 """Whether models are as good as they are said to be: what finals and the best trial's value promise, and what comes.
 
     python benchmarks/finals.py FOLDER [--sets NAME …] [--seeds 0 1 2] [--trials 40] [--minutes 15] [--finalists 3]
-                                [--repeats 3] [--workers 2] [--code CHECKOUT] [--lines FILE]
+                                [--repeats 3] [--workers 2] [--code CHECKOUT] [--lines FILE] [--redraw]
     python benchmarks/finals.py FOLDER --table [--lines FILE]
 
 FOLDER holds NAME_train.npz and NAME_test.npz. Each study has the same file: metric accuracy, all defaults, finals. The
@@ -10,8 +10,12 @@ selected, the mean of its fresh values with their 95 % interval, the test score,
 took; and the test score of the default configuration alone, which is the study's first trial, as a study of one trial.
 Then, over all: how often the
 interval holds the test score, by how much what was promised is too good, for the fresh mean and for the selected value,
-and how often the promoted model is worse than the default one beyond noise (two standard errors of the difference of
-two shares of the test part). Each line is appended to FILE; what is there already is not run again.
+how often the promoted model is worse than the default one beyond noise (two standard errors of the difference of
+two shares of the test part), and the expected calibration error on the test part before and after calibration. Each
+line is appended to FILE; what is there already is not run again.
+
+Official parts may differ in kind, as when others recorded them, and no interval knows of that. With --redraw each study
+has parts of the same sizes, drawn by its seed from both together, class by class.
 """
 
 from __future__ import annotations
@@ -30,6 +34,8 @@ import quality
 
 def study(given: argparse.Namespace, name: str, seed: int, scratch: Path) -> dict[str, Any]:
     """The line of one study."""
+    if given.redraw:
+        redraw(given.folder / name, scratch / name, seed)
     asked = f"trials = {given.trials}\nfinalists = {given.finalists}\nrepeats = {given.repeats}"
     found = _launched(given, scratch, name, f"{name}-{seed}", seed, asked)
     trials = [_trials(given, scratch, each) for each in (f"{name}-{seed}", f"{name}-{seed}/finals")]
@@ -37,6 +43,7 @@ def study(given: argparse.Namespace, name: str, seed: int, scratch: Path) -> dic
     enqueue = [f"{key} = {json.dumps(value)}" for key, value in first.items() if value is not None]
     asked = "trials = 1\nfinalists = 0\n[[enqueue]]\n" + "\n".join(enqueue)
     default = _launched(given, scratch, name, f"{name}-{seed}-default", seed, asked)
+    model = json.loads((Path(found["model"]["path"]) / "config.json").read_text())
     return {
         "set": name,
         "seed": seed,
@@ -49,6 +56,7 @@ def study(given: argparse.Namespace, name: str, seed: int, scratch: Path) -> dic
         "fresh": found["estimate"]["value"],
         "interval": found["estimate"]["interval"],
         "values": found["estimate"]["values"],
+        "ece": [model["calibration"]["test"][when]["ece"] for when in ("before", "after")],
         "best": found["best"]["number"],
         "seconds": found["seconds"],
         "trained": [round(sum(trial["training_seconds"] or 0.0 for trial in each), 1) for each in trials],
@@ -57,7 +65,7 @@ def study(given: argparse.Namespace, name: str, seed: int, scratch: Path) -> dic
 
 def _launched(given: argparse.Namespace, scratch: Path, name: str, study: str, seed: int, asked: str) -> dict[str, Any]:
     """The summary of a study over that set."""
-    path, data = scratch / "study.toml", given.folder.resolve() / name
+    path, data = scratch / "study.toml", (scratch if given.redraw else given.folder.resolve()) / name
     path.write_text(
         f'[data]\ntrain = "{data}_train.npz"\ntest = "{data}_test.npz"\n'
         f'[study]\nname = "{study}"\nmetric = "accuracy"\nseed = {seed}\ntimeout = "{given.minutes}m"\n{asked}\n'
@@ -65,6 +73,22 @@ def _launched(given: argparse.Namespace, scratch: Path, name: str, study: str, s
     done = quality.run(given, scratch, "launch", str(path), "--workers", str(given.workers), "--json", "--quiet")
     found: dict[str, Any] = json.loads(done.splitlines()[-1])
     return found
+
+
+def redraw(source: Path, target: Path, seed: int) -> None:
+    """Write NAME_train.npz and NAME_test.npz with as many sequences of each class, drawn from both parts together."""
+    parts = [np.load(f"{source}_{part}.npz", allow_pickle=False) for part in ("train", "test")]
+    steps = max(each["X"].shape[1] for each in parts)
+    together = {name: np.concatenate([each[name] for each in parts]) for name in ("y", "lengths")}
+    padded = [np.pad(each["X"], ((0, 0), (0, steps - each["X"].shape[1]), (0, 0))) for each in parts]
+    classes, random = together["y"], np.random.default_rng(seed)
+    is_train = np.zeros(len(classes), bool)
+    for each in np.unique(classes):
+        wanted = np.count_nonzero(parts[0]["y"] == each)
+        is_train[random.permutation(np.flatnonzero(classes == each))[:wanted]] = True
+    for part, rows in (("train", is_train), ("test", ~is_train)):
+        kept = {name: values[rows] for name, values in together.items()}
+        np.savez(f"{target}_{part}.npz", X=np.concatenate(padded)[rows], **kept)  # type: ignore[arg-type]
 
 
 def _trials(given: argparse.Namespace, scratch: Path, name: str) -> list[dict[str, Any]]:
@@ -112,6 +136,10 @@ def table(lines: list[dict[str, Any]]) -> None:
         print(
             f"{what}: {100 * mean:+.2f} points from the test score on average, {100 * absolute:.2f} in absolute terms"
         )
+    errors = [line["ece"] for line in lines if "ece" in line]  # earlier lines have none
+    if errors:
+        before, after = (100 * statistics.mean(column) for column in zip(*errors, strict=True))
+        print(f"ECE on the test part of {len(errors)} studies: {before:.1f} % before calibration, {after:.1f} % after.")
     worse = [f"{line['set']} {line['seed']}" for line in lines if _is_worse(line)]
     print(f"Worse than the default configuration beyond noise: {len(worse)} ({', '.join(worse) or 'none'}).")
 
@@ -138,6 +166,7 @@ def main() -> None:
     options.add_argument("--workers", type=int, default=2)
     options.add_argument("--code", type=Path, default=quality.HERE)
     options.add_argument("--lines", type=Path, default=Path("finals.jsonl"))
+    options.add_argument("--redraw", action="store_true")
     options.add_argument("--table", action="store_true")
     given = options.parse_args()
     sets = given.sets or sorted(path.name.removesuffix("_train.npz") for path in given.folder.glob("*_train.npz"))

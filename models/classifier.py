@@ -7,6 +7,7 @@ D directions (1 or 2), K classes.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from functools import cache
 from typing import cast
@@ -317,17 +318,22 @@ def to_probabilities(logits: Tensor) -> Tensor:
     return logits.softmax(1)
 
 
-def averaged(logits: Sequence[Tensor], temperature: float = 1.0) -> Tensor:
+def averaged(logits: Sequence[Tensor], temperature: float = 1.0, weights: Sequence[float] | None = None) -> Tensor:
     """Logits of k members, each (B,) or (B, K), to the mean of their probabilities (B, K) in float32, p, and of that
-    softmax(log p / temperature).
+    softmax(log p / temperature). weights (k,) of the members in the mean, which sum to 1; None: all alike.
 
     That one is computed from logarithms: in float32 the probability 1 - p of a class that is nearly certain has few
     digits or none.
     """
     if temperature == 1:
-        return torch.stack([to_probabilities(one) for one in logits]).mean(0)
-    logs = torch.stack([_log_probabilities(one.float()) for one in logits]).logsumexp(0)  # but for log k, as of all
-    return (logs / temperature).softmax(1)
+        found = [to_probabilities(one) for one in logits]
+        if weights is None:
+            return torch.stack(found).mean(0)
+        return torch.stack([weight * one for weight, one in zip(weights, found, strict=True)]).sum(0)
+    logs = [_log_probabilities(one.float()) for one in logits]
+    if weights is not None:  # else but for log k, as of all
+        logs = [one + math.log(weight) for weight, one in zip(weights, logs, strict=True)]
+    return (torch.stack(logs).logsumexp(0) / temperature).softmax(1)
 
 
 def _log_probabilities(logits: Tensor) -> Tensor:

@@ -3,40 +3,37 @@
 from __future__ import annotations
 
 import logging
-import math
-import socket
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from numpy.typing import NDArray
 
 from hpo.datasets import fetch_sequences
 from hpo.errors import StudyFault, legible
-from hpo.models.bundle.bundle import assemble, load, save, unpack
-from hpo.models.bundle.config import BundleConfig, BundleError, Footprint
+from hpo.models.bundle.bundle import assemble, load, save
+from hpo.models.bundle.config import BundleConfig, Component, Footprint
 from hpo.models.bundle.footprint import measure as measure_footprint
-from hpo.models.bundle.footprint import size_mb
+from hpo.models.bundle.footprint import size_of
 from hpo.models.calibration import Calibration, Comparison, calibrate, calibration_of, measure_reliability
 from hpo.models.classifier import Weights
 from hpo.models.data.sequences import Sequences
-from hpo.models.device import OutOfMemory, device_errors
+from hpo.models.device import OutOfMemory
 from hpo.models.diagnosis import Diagnosis, diagnose
 from hpo.models.estimate import Estimate
 from hpo.models.metrics import Scores, count_groups, measure, predict_labels
-from hpo.models.training.memory import release_memory
-from hpo.models.training.training import Rows, StateError, Training
-from hpo.promote.finals import estimate as estimate_of
+from hpo.models.training.training import Rows
+from hpo.promote.composition import Share, compose
 from hpo.promote.finals import winner
 from hpo.promote.report import report_at_promotion, without_paths
-from hpo.promote.trained import Trained, decided, pooled
+from hpo.promote.trained import Trained
+from hpo.promote.weights import PromotionError
 from hpo.storage.artifacts import ArtifactStore, DamagedArtifactError, MissingArtifactError, artifact_store
 from hpo.storage.changes import dropped
 from hpo.storage.errors import LeaseLost
-from hpo.storage.keys import content_hash, model_prefix
+from hpo.storage.keys import model_prefix
 from hpo.storage.leases import Leases
 from hpo.storage.notices import Notices
 from hpo.storage.registry import ModelVersion, Registry, publish
@@ -45,27 +42,19 @@ from hpo.storage.trials import TrialStorage
 from hpo.study.config import to_dict
 from hpo.study.finals import Finalist, finalists_of, prepare_finals
 from hpo.study.lifecycle import OpenStudy, open_study
-from hpo.study.limits import FIGURES
 from hpo.study.notes import announce_model, attach_artifact
 from hpo.study.plan import Plan
 from hpo.study.ranking import rank
 from hpo.study.record import TrialRecord
-from hpo.trial.build import configurations, rebuild
 from hpo.trial.checkpoints import drop_all_checkpoints
 from hpo.trial.context import WorkerResources
-from hpo.trial.device import choose_device, device_name
-from hpo.trial.provenance import provenance
+from hpo.trial.device import choose_device
 
 log = logging.getLogger("hpo")
 
 MIMETYPES = {".png": "image/png", ".html": "text/html", ".json": "application/json", ".md": "text/markdown"}
-TOLERANCE = 1e-5  # the least between the recorded score and the same weights' on another machine or version
 OF_EACH_REPEAT = ("seed", "training_seconds", "device", "fused_optimizer", "lstm_kernel")
 RECORDED = ("params", "seed", "parameters", "training_seconds", "device", "fused_optimizer", "lstm_kernel")
-
-
-class PromotionError(StudyFault):
-    """There is nothing to promote, or the weights do not give the recorded score."""
 
 
 def promote_when_over(study: OpenStudy, resources: WorkerResources, leases: Leases) -> bool:
@@ -174,22 +163,14 @@ def promote(
     validation, which must give the recorded score, and calibrated by it (`_calibration`); then, together, they are
     evaluated once on the test part. Of rolling folds the last member is the model. Raises PromotionError.
     """
-    device, plan = choose_device(), study.plan
+    device = choose_device()
     try:
-        repeats = {} if finalist is None else _repeats(study, store, finalist, sequences, device)
-        used = {} if finalist is None else _together(study, finalist)
-        if len(used) > 1:
-            trained = pooled(plan, repeats, sequences)
-        else:
-            trained = repeats[min(used)] if used else _trained(plan, store, record, sequences, device)
-        members, validation, estimate = trained.members, trained.scores, None
-        if finalist is not None:
-            scores = {repeat: each.scores for repeat, each in repeats.items()}
-            estimate = estimate_of(finalist, finalists_of(study), plan.metric, scores, validation)
+        composed = compose(study, store, record, finalist, sequences, device)
+        trained, estimate = composed.trained, composed.estimate
+        members, validation = trained.members, trained.scores
         calibration = _calibration(trained, sequences)
         config = replace(
-            _bundle_config(study, record, used),
-            members=len(members),
+            _bundle_config(study, composed.shares),
             temperature=calibration.temperature,
             threshold=calibration.threshold,
             estimate=estimate,
@@ -270,7 +251,7 @@ def _footprint(
 ) -> Footprint:
     """What a prediction takes. It is measured once for a trial's model, which has the same files, and so is the same
     version, however often it is promoted."""
-    size = size_mb(config.classifier, len(members))
+    size = size_of(config)
     for model in registry.models():
         known = model.scores.get("footprint")
         if (model.study_id, model.trial_number) == (study.study_id, record.number) and known is not None:
@@ -296,25 +277,6 @@ def _store_key(study: OpenStudy) -> str:
     return row.store_key
 
 
-def _together(study: OpenStudy, finalist: Finalist) -> Mapping[int, TrialRecord]:
-    """A finalist's repeats that are the model: all, or the first alone, which nothing was chosen by either, where the
-    study asks for that or all together are beyond its limits."""
-    whole = {name: len(finalist.repeats) * (getattr(finalist.record, name) or 0.0) for name in FIGURES}
-    if study.plan.config.promote.ensemble == "none" or not study.limits.admit(whole):
-        return {min(finalist.repeats): finalist.first}
-    return finalist.repeats
-
-
-def _repeats(
-    study: OpenStudy, store: ArtifactStore, finalist: Finalist, sequences: Sequences, device: str
-) -> dict[int, Trained]:
-    """A finalist's trainings in the finals, by repeat."""
-    found = study.leases.finals(study.study_id)
-    assert found is not None  # or there was no finalist
-    plan = open_study(found.name, study.storage).plan
-    return {repeat: _trained(plan, store, record, sequences, device) for repeat, record in finalist.repeats.items()}
-
-
 def _calibration(trained: Trained, sequences: Sequences) -> Calibration:
     """By what networks say of sequences that they have not trained on; of rolling folds by those of all blocks, though
     the last network alone is the model: its own block has too few."""
@@ -323,115 +285,20 @@ def _calibration(trained: Trained, sequences: Sequences) -> Calibration:
     return calibration_of(trained.probabilities, sequences.labels[trained.rows], weights, trained.threshold)
 
 
-def _trained(plan: Plan, store: ArtifactStore, record: TrialRecord, sequences: Sequences, device: str) -> Trained:
-    """The best epoch's weights, as kept, else trained again (training is exact); with their scores on validation.
-
-    The device's memory is free again when it returns. Raises PromotionError where they do not give the recorded score.
-    """
-    if record.weights is not None:
-        with _memory_for(device), rebuild(plan, record, sequences, device) as training:
-            kept = _load_kept(plan, store, record, record.weights, training, sequences)
-            if kept is not None:
-                return decided(plan, kept, sequences)
-    with _memory_for(device), rebuild(plan, record, sequences, device) as training:  # whatever was loaded before
-        while not training.finished and len(training.history) < record.epochs:
-            training.advance()
-        training.load(training.best_weights)
-        exact = _trained_here(record, training) and set(record.origins) <= {training.origin, ""}
-        trained = Trained.of(plan, record, training, sequences)
-        _check_value(plan.metric, record, training, trained.scores, exact)
-        return decided(plan, trained, sequences)
-
-
-@contextmanager
-def _memory_for(device: str) -> Iterator[None]:
-    """Errors of the device become OutOfMemory and DeviceLost; what the block has taken of its memory is given back."""
-    with device_errors(torch.device(device), lambda: "evaluating a model"):
-        try:
-            yield
-        finally:
-            if device != "cpu":
-                release_memory(device)
-
-
-def _load_kept(
-    plan: Plan, store: ArtifactStore, record: TrialRecord, weights: str, training: Training, sequences: Sequences
-) -> Trained | None:
-    """Load the weights that were kept and measure them; None where they are gone or damaged."""
-    try:
-        training.load(unpack(store.get(weights)))
-        trained = Trained.of(plan, record, training, sequences)
-        _check_value(plan.metric, record, training, trained.scores, _trained_here(record, training))
-    except MissingArtifactError:
-        log.info("the weights %s were dropped for better trials': training again", weights)
-        return None
-    except (DamagedArtifactError, BundleError, StateError) as error:
-        log.warning("the weights %s are damaged: training again: %s", weights, error)
-        return None
-    except PromotionError as error:
-        if content_hash(weights) is not None:
-            raise  # they are what was stored
-        log.warning("the weights %s may be damaged: training again: %s", weights, error)
-        return None
-    if content_hash(weights) is None and not _same_log_loss(record, training, trained.scores.metrics["log_loss"]):
-        log.warning("the weights %s give another log-loss than recorded, they may be damaged: training again", weights)
-        return None
-    return trained
-
-
-def _same_log_loss(record: TrialRecord, training: Training, log_loss: float) -> bool:
-    """What tells weights without a hash from those that were scored: one bit of them shows in it."""
-    if log_loss == record.log_loss or not math.isfinite(record.log_loss):
-        return True
-    return not _trained_here(record, training) and math.isclose(log_loss, record.log_loss, rel_tol=1e-3)
-
-
-def _check_value(metric: str, record: TrialRecord, training: Training, scores: Scores, exact: bool) -> None:
-    """Raise PromotionError unless the study's metric on validation is the recorded value, `exact`ly where it was
-    computed here.
-
-    Another machine's rounding may turn the class or the rank of a sequence, so that a metric moves by a step.
-    """
-    value, weights = scores.metrics[metric], training.row_weights
-    step = 1 / len(training.labels) if weights is None else float(weights.max() / weights.sum())
-    near = math.isclose(value, record.value, abs_tol=max(TOLERANCE, step))
-    if value != record.value and (exact or not near):
-        raise PromotionError(
-            f"the promoted weights must give the recorded validation {metric} {record.value!r}, they "
-            f"give {value!r} on {training.origin}; trial {record.number} was trained on {_places(record)}"
-        )
-
-
-def _trained_here(record: TrialRecord, training: Training) -> bool:
-    """Whether the best epoch was computed on this machine's device with the same torch and kernel, so that its weights
-    give the same bits. Earlier versions recorded where the trial ended."""
-    if record.best_origin:
-        return record.best_origin == training.origin
-    return (
-        record.device == device_name(str(training.device))
-        and record.provenance.get("torch") == provenance()["torch"]
-        and record.lstm_kernel == training.lstm_kernel
-        and record.worker.rpartition("-")[0] == socket.gethostname()
-    )
-
-
-def _places(record: TrialRecord) -> str:
-    """Where a trial was trained, for a message."""
-    if record.best_origin:
-        return " then ".join(filter(None, record.origins))
-    return f"{record.device} with torch {record.provenance.get('torch')}"
-
-
-def _bundle_config(study: OpenStudy, record: TrialRecord, used: Mapping[int, TrialRecord]) -> BundleConfig:
-    """Of one trial's model. used: repeats of finals that it is made of, whose first has its curve and best epoch."""
-    plan = study.plan
-    classifier, _ = configurations(plan, record.params, record.seed)
-    recorded = {name: getattr(record, name) for name in RECORDED}
-    if used:
-        recorded |= {"finals": {str(repeat): each.number for repeat, each in used.items()}}
-        recorded |= {name: [getattr(each, name) for each in used.values()] for name in OF_EACH_REPEAT}
+def _bundle_config(study: OpenStudy, shares: Sequence[Share]) -> BundleConfig:
+    """Of a trial's model; the first of its repeats in the finals has its curve and best epoch."""
+    plan, own = study.plan, shares[0]
+    record, used = own.record, own.repeats
+    recorded = {name: getattr(record, name) for name in RECORDED} | _finals_recorded(own)
+    if len(shares) > 1:
+        recorded["ensemble"] = [
+            {"trial": each.record.number, "weight": each.weight, "params": each.record.params, **_finals_recorded(each)}
+            for each in shares
+        ]
     return BundleConfig(
-        classifier=classifier,
+        classifier=plan.classifier(record.params),
+        members=own.networks,
+        others=tuple(Component(plan.classifier(each.record.params), each.networks, each.weight) for each in shares[1:]),
         classes=plan.classes,
         features=plan.features,
         named=plan.named,
@@ -451,6 +318,15 @@ def _bundle_config(study: OpenStudy, record: TrialRecord, used: Mapping[int, Tri
             **record.provenance,
         },
     )
+
+
+def _finals_recorded(share: Share) -> dict[str, Any]:
+    """Which trainings of the finals a configuration's networks are of, and what is recorded of each."""
+    used = share.repeats
+    if not used:
+        return {}
+    numbers = {str(repeat): each.number for repeat, each in used.items()}
+    return {"finals": numbers} | {name: [getattr(each, name) for each in used.values()] for name in OF_EACH_REPEAT}
 
 
 def _test_scores(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -50,7 +50,6 @@ def pooled(plan: Plan, repeats: Mapping[int, Trained], sequences: Sequences) -> 
     Each sequence that any has validated on is scored by the mean of those that have: by networks that have not trained
     on it. A threshold that is chosen is chosen by these means.
     """
-    assert sequences.labels is not None
     first = repeats[min(repeats)]
     count = np.zeros(sequences.n)
     total = np.zeros((sequences.n, first.probabilities.shape[1]))
@@ -58,21 +57,44 @@ def pooled(plan: Plan, repeats: Mapping[int, Trained], sequences: Sequences) -> 
         np.add.at(count, each.rows, 1)
         np.add.at(total, each.rows, each.probabilities)
     rows = np.flatnonzero(count)
-    probabilities = total[rows] / count[rows, None]
-    threshold = first.threshold
-    if first.chosen:
-        weights = None if sequences.weights is None else sequences.weights[rows]
-        threshold = choose_threshold(probabilities, sequences.labels[rows], plan.metric, weights)
-    together = Trained(
-        members=[member for each in repeats.values() for member in each.members],
-        scores=_scored(sequences, rows, probabilities, threshold, first.seed),
-        rows=rows,
-        probabilities=probabilities,
-        threshold=threshold,
-        chosen=first.chosen,
-        seed=first.seed,
-    )
-    return decided(plan, together, sequences)
+    return _together(plan, list(repeats.values()), rows, total[rows] / count[rows, None], sequences)
+
+
+def mixed(plan: Plan, parts: Mapping[int, Trained], weights: Mapping[int, float], sequences: Sequences) -> Trained:
+    """Several configurations that have validated on the same sequences as one model, the first part's threshold chosen
+    anew if it was chosen. weights: by the same numbers, of each one's probabilities in the mean; they sum to 1."""
+    chosen = [parts[number] for number in weights]
+    return _together(plan, chosen, chosen[0].rows, averages(parts, weights), sequences)
+
+
+def averages(parts: Mapping[int, Trained], weights: Mapping[int, float]) -> NDArray[np.float64]:
+    """(n, K) weighted means of the probabilities of parts that have validated on the same sequences."""
+    rows = parts[next(iter(weights))].rows
+    assert all(np.array_equal(parts[number].rows, rows) for number in weights)
+    found: NDArray[np.float64] = sum(weight * parts[number].probabilities for number, weight in weights.items())  # type: ignore[assignment]
+    return found
+
+
+def _together(
+    plan: Plan, parts: Sequence[Trained], rows: Rows, probabilities: NDArray[np.float64], sequences: Sequences
+) -> Trained:
+    """The networks of all parts, which say this of those rows together; otherwise as the first part."""
+    found = replace(parts[0], rows=rows, members=[member for each in parts for member in each.members])
+    threshold = threshold_of(plan, found, probabilities, sequences)
+    scores = _scored(sequences, rows, probabilities, threshold, found.seed)
+    return replace(found, probabilities=probabilities, threshold=threshold, scores=scores)
+
+
+def threshold_of(plan: Plan, like: Trained, probabilities: NDArray[np.float64], sequences: Sequences) -> float:
+    """The threshold on these probabilities (n, K) of a model whose rows and whose way to a threshold are another's:
+    where decisions cost least if the study says what wrong ones cost, else where the metric is best if that one's was
+    chosen so, else that one's."""
+    aim = plan.config.promote.costs or (plan.metric if like.chosen else None)
+    if aim is None:
+        return like.threshold
+    assert sequences.labels is not None
+    weights = None if sequences.weights is None else sequences.weights[like.rows]
+    return choose_threshold(probabilities, sequences.labels[like.rows], aim, weights)
 
 
 def decided(plan: Plan, trained: Trained, sequences: Sequences) -> Trained:
@@ -80,13 +102,7 @@ def decided(plan: Plan, trained: Trained, sequences: Sequences) -> Trained:
     trial chooses, it is chosen by the probabilities that it is scored by."""
     if plan.config.promote.costs is None:
         return trained
-    assert sequences.labels is not None
-    weights = None if sequences.weights is None else sequences.weights[trained.rows]
-    threshold = choose_threshold(
-        trained.probabilities, sequences.labels[trained.rows], plan.config.promote.costs, weights
-    )
-    scores = _scored(sequences, trained.rows, trained.probabilities, threshold, trained.seed)
-    return replace(trained, threshold=threshold, scores=scores)
+    return _together(plan, [trained], trained.rows, trained.probabilities, sequences)
 
 
 def _scored(

@@ -65,7 +65,7 @@ class ServedModel:
 
     def __init__(self, name: str, version: int, bundle: Bundle, limits: Limits, threads: ThreadPoolExecutor) -> None:
         self.name, self.version, self._bundle, self._limits = name, version, bundle, limits
-        self._weights = weights_of(bundle.config.classifier)[0]
+        self._components = [(each, weights_of(each.classifier)[0]) for each in bundle.config.components]
         self._batches: Batches[Sequences, Predictions] = Batches(
             self._computed, threads, waiting=limits.waiting, together=TOGETHER, quick=self._quick
         )
@@ -124,10 +124,12 @@ class ServedModel:
 
     def _quick(self, given: Sequence[Sequences]) -> bool:
         """Whether that takes a few milliseconds: a step of a sequence is a multiplication for each weight."""
-        config = self._bundle.config
         rows, steps = sum(each.n for each in given), max(each.steps for each in given)
-        layers = config.classifier.layers * (1 + config.classifier.bidirectional)
-        return config.members * steps * (rows * self._weights + layers * STEP) <= QUICK
+        work = 0
+        for component, weights in self._components:
+            layers = component.classifier.layers * (1 + component.classifier.bidirectional)
+            work += component.members * (rows * weights + layers * STEP)
+        return steps * work <= QUICK
 
 
 class Predictor:

@@ -20,8 +20,8 @@ from hpo.launcher.logs import LogsError
 from hpo.models.bundle.config import BundleError
 from hpo.models.data.sequences import DataError
 from hpo.models.device import OutOfMemory
-from hpo.promote.promotion import PromotionError
 from hpo.promote.summary import NoModel
+from hpo.promote.weights import PromotionError
 from hpo.storage.access import AccessError, SubmissionConflict
 from hpo.storage.artifacts import ArtifactError, DamagedArtifactError, MissingArtifactError
 from hpo.storage.changes import ReasonError, UnfinishedTrial

@@ -41,7 +41,7 @@ from hpo.study.entries import Entry, SpaceError, show, unknown, unparse
 
 SAMPLERS = ("tpe", "gp", "cmaes", "random", "qmc", "grid")
 PRUNERS = ("hyperband", "halving", "median", "none")
-ENSEMBLES = ("repeats", "none")
+ENSEMBLES = ("repeats", "greedy", "none")
 EVENTS = ("end", "failure", "promotion")  # that an address may be told of
 DEEPEST = 50  # lists and tables within one another
 FOLDS = 5  # default where a share would validate on few sequences
@@ -160,7 +160,8 @@ class TrainSection:
 class PromoteSection:
     """[promote]: what the model is made of."""
 
-    # of the winner of finals: all of its repeats together, or the first alone, which is smaller and faster
+    # of the winner of finals: all of its repeats together, with those of other finalists that make these better, or the
+    # first alone, which is smaller and faster
     ensemble: str = field(default="repeats", metadata=checked(one_of(ENSEMBLES)))
     # of wrong decisions between two classes: the threshold is where they are least; None: the trial's own threshold
     costs: Costs | None = field(default=None, metadata=checked(costs))

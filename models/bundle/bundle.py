@@ -7,7 +7,8 @@
     report.html         of the study that it comes from; models of earlier versions have none
     SHA256SUMS          of all these, as `sha256sum -c` reads them; earlier versions wrote none
 
-Shapes: N sequences, T steps, F features, K classes, k members whose probabilities are averaged, then calibrated.
+Shapes: N sequences, T steps, F features, K classes, k members whose probabilities are averaged, then calibrated. They
+are of one configuration, or of several (`Component`), one after the other.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ from hpo.models.bundle.checksums import SUMS, check_folder, write_checksums
 from hpo.models.bundle.config import BundleConfig, BundleError, from_json, to_json
 from hpo.models.bundle.predictions import Predictions
 from hpo.models.classifier import Classifier, Weights, averaged, weights_of
+from hpo.models.config import ClassifierConfig
 from hpo.models.data.gaps import TIMES_NEEDED, inputs, usual_distance
 from hpo.models.data.readers import read
 from hpo.models.data.sequences import DataError, Indices, Sequences, Values, joined, matched
@@ -139,7 +141,7 @@ class Bundle:
     def _compare_intervals(self, sequences: Sequences) -> None:
         """Raise DataError where the networks need times that the data do not have; warn of times that seem to have
         another unit than in training."""
-        config = self.config.classifier
+        config = self.config.widest
         if config.marks < 2:
             return
         far = usual_distance(sequences)
@@ -151,9 +153,11 @@ class Bundle:
 
     def _check_lengths(self, sequences: Sequences) -> None:
         """Pooling `flatten` has weights for each step, so that every sequence must have as many."""
-        config = self.config.classifier
-        if config.pooling != "flatten":
-            return
+        for each in self.config.components:
+            if each.classifier.pooling == "flatten":
+                self._check_flattened(sequences, each.classifier)
+
+    def _check_flattened(self, sequences: Sequences, config: ClassifierConfig) -> None:
         kept = np.minimum(sequences.lengths, config.sequence_length or sequences.steps)
         for row in np.flatnonzero(kept != config.kept_steps)[:1].tolist():
             needed = f"exactly {config.steps}" if config.fixed_length else f"{config.kept_steps} or more"
@@ -177,28 +181,29 @@ class Bundle:
         result = np.empty((sequences.n, len(self.config.classes)), np.float32)
         for start in range(0, sequences.n, batch_size):
             rows = order[start : start + batch_size]
-            longest = int(sequences.lengths[rows[-1]])
-            result[rows] = self._batch(self._inputs(sequences, rows, longest), sequences.lengths[rows])
+            result[rows] = self._batch(sequences, rows)
             if progress is not None:
                 progress(len(rows))
         return result
 
     def _inputs(self, sequences: Sequences, rows: Indices, steps: int) -> Values:
-        """What the networks are given of these rows, (B, steps, given)."""
-        if not self.config.classifier.marks:
+        """What the networks are given of these rows, (B, steps, given): of each as much as it takes, from the left."""
+        if not self.config.widest.marks:
             return sequences.values[rows, :steps]
-        return inputs(sequences.take(rows), self.config.classifier)[:, :steps]
+        return inputs(sequences.take(rows), self.config.widest)[:, :steps]
 
-    def _batch(self, values: NDArray[np.float32], lengths: NDArray[np.int64]) -> NDArray[np.float32]:
-        device = self.models[0].mean.device
+    def _batch(self, sequences: Sequences, rows: Indices) -> NDArray[np.float32]:
+        """(B, K) of these rows, the longest last."""
+        device, lengths = self.models[0].mean.device, sequences.lengths[rows]
+        values = self._inputs(sequences, rows, int(lengths[-1]))
         whole = bool((lengths == values.shape[1]).all())  # no padding: the faster path
         batch, steps = torch.from_numpy(values).to(device), torch.from_numpy(lengths).to(device)
         found = []
         for model in self.models:
-            patches, counts = model.prepare(batch, steps)
+            patches, counts = model.prepare(batch[..., : model.config.given], steps)
             found.append(model.logits(patches, None if whole else counts))
-        probabilities: NDArray[np.float32] = averaged(found, self.config.temperature).cpu().numpy()
-        return probabilities
+        probabilities = averaged(found, self.config.temperature, self.config.weights)
+        return cast(NDArray[np.float32], probabilities.cpu().numpy())
 
 
 def save(
@@ -212,12 +217,12 @@ def save(
 ) -> Path:
     """Write a saved model and return its folder, which appears whole or not at all.
 
-    members: k states of a `Classifier`. curve: per-epoch numbers by name, "train_loss" and "value" (of the
-    metric) at least, "log_loss" if at hand. report: HTML of the study, to lie beside the card. `overwrite` replaces a
-    saved model, never another folder. Raises BundleError and OSError.
+    members: k states of a `Classifier`, by component. curve: per-epoch numbers by name, "train_loss" and "value" (of
+    the metric) at least, "log_loss" if at hand. report: HTML of the study, to lie beside the card. `overwrite` replaces
+    a saved model, never another folder. Raises BundleError and OSError.
     """
-    if len(members) != config.members:
-        raise BundleError(f"config.members is {config.members}, got the weights of {len(members)}")
+    if len(members) != config.networks:
+        raise BundleError(f"the configuration is of {config.networks} networks, got the weights of {len(members)}")
     content = pack(members)
     _models(config, parse_tensors(content), "these weights")  # they fit the configuration
     with model_folder(Path(folder), overwrite) as beside:
@@ -274,11 +279,19 @@ def _check_files(folder: Path) -> None:
 
 def _check_size(config: BundleConfig, size: int, source: str) -> None:
     """Raise BundleError for a file whose size in bytes is not that of the configuration's weights."""
-    count, tensors = weights_of(config.classifier)
-    if size < config.members * count or size > config.members * (8 * count + 1_000 * tensors) + 2**20:
-        wanted = f"{config.members} members of {config.classifier.layers} layers, {count:,} numbers each"
+    count = tensors = 0
+    for each in config.components:
+        numbers, names = weights_of(each.classifier)
+        count, tensors = count + each.members * numbers, tensors + each.members * names
+    if size < count or size > 8 * count + 1_000 * tensors + 2**20:
+        wanted = f"{_members_said(config)}, {count:,} numbers together"
         rule = f"{size:,} bytes are too few or too many for {wanted}"
         raise BundleError(f"{source} does not fit the configuration: {rule}")
+
+
+def _members_said(config: BundleConfig) -> str:
+    """In words, for a message."""
+    return " and ".join(f"{each.members} members of {each.classifier.layers} layers" for each in config.components[:5])
 
 
 def assemble(config: BundleConfig, members: Sequence[Weights], device: str = "cpu") -> Bundle:
@@ -330,14 +343,14 @@ def _check_free(out: Path, overwrite: bool) -> None:
 def _models(config: BundleConfig, tensors: dict[str, Tensor], source: str) -> list[Classifier]:
     """The members in evaluation mode, once every tensor is there in its shape and no other."""
     models = []
-    if config.members * weights_of(config.classifier)[1] > len(tensors):  # before as many are made
+    needed = sum(each.members * weights_of(each.classifier)[1] for each in config.components)
+    if needed > len(tensors):  # before as many are made
         raise BundleError(
-            f"{source} does not fit the configuration: {len(tensors)} tensors are too few for {config.members} members "
-            f"of {config.classifier.layers} layers"
+            f"{source} does not fit the configuration: {len(tensors)} tensors are too few for {_members_said(config)}"
         )
-    for _ in range(config.members):
+    for classifier in config.configurations:
         with torch.device("meta"):  # no memory, and no random initial weights drawn from the caller's state
-            models.append(Classifier(config.classifier).eval().requires_grad_(False))
+            models.append(Classifier(classifier).eval().requires_grad_(False))
     wanted = {f"member.{i}.{name}": t for i, model in enumerate(models) for name, t in model.state_dict().items()}
     faults = [f"missing {name}" for name in wanted if name not in tensors]
     faults += [f"unexpected {name}" for name in sorted(tensors) if name not in wanted]

@@ -31,9 +31,11 @@ CLASSES_SHOWN, GROUPS_SHOWN = 30, 10  # rows of a table, the worst
 
 def readme(config: BundleConfig, exported: str = "safetensors") -> str:
     """The model card, Markdown; `exported` adds how to run that format."""
-    classifier = config.classifier
+    classifier = config.widest
     names = ", ".join(map(_name, config.classes))
-    members = f"{config.members} networks, probabilities averaged" if config.members > 1 else "one network"
+    members = f"{config.networks} networks, probabilities averaged" if config.networks > 1 else "one network"
+    if config.others:
+        members = f"{config.networks} networks of {len(config.components)} configurations, probabilities averaged"
     title = config.provenance.get("study", "LSTM classifier")
     decision = (
         f"{_name(config.classes[1])} from probability {config.threshold:.6g} up" if len(config.classes) == 2 else ""
@@ -59,14 +61,33 @@ def readme(config: BundleConfig, exported: str = "safetensors") -> str:
         _list(
             [f"input: (T, {classifier.given}) float32: {', '.join(map(_name, config.features))}{_marks(classifier)}"]
         ),
-        _list(preprocessing(config)),
-        _list(
-            [_architecture(classifier), *_temperature(config), *([decision] if decision else []), *_footprint(config)]
-        ),
+        *_networks(config, [*_temperature(config), *([decision] if decision else []), *_footprint(config)]),
         "## Where it comes from",
         _list([f"{_escaped(name)}: {_plain(value)}" for name, value in config.provenance.items()] or ["not recorded"]),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _networks(config: BundleConfig, together: list[str]) -> list[str]:
+    """What happens to a sequence before the networks, what these are, by configuration, and what they have together."""
+    if not config.others:
+        classifier = config.classifier
+        return [_list(preprocessing(config, classifier)), _list([_architecture(classifier), *together])]
+    parts = []
+    for i, each in enumerate(config.components):
+        networks = "1 network" if each.members == 1 else f"{each.members} networks"
+        parts.append(f"### Configuration {i + 1}: weight {each.weight:.4g}")
+        parts.append(f"{networks}, number {_numbers(config, i)} of the weights' file:")
+        parts.append(_list([*preprocessing(config, each.classifier), _architecture(each.classifier)]))
+    text = "The probabilities of each configuration's networks are averaged, these averages by their weights."
+    return [*parts, "### Together", text, *([_list(together)] if together else [])]
+
+
+def _numbers(config: BundleConfig, component: int) -> str:
+    """Which networks of the weights' file are a component's."""
+    begin = sum(each.members for each in config.components[:component])
+    last = begin + config.components[component].members - 1
+    return f"{begin}" if last == begin else f"{begin} to {last}"
 
 
 def _temperature(config: BundleConfig) -> list[str]:
@@ -191,6 +212,11 @@ def _scores(config: BundleConfig) -> str:
 def _expected(config: BundleConfig, found: Estimate) -> str:
     """How good the model is, by its finals."""
     together = "all of these trainings together" if len(config.provenance.get("finals", ())) > 1 else "one of these"
+    if config.others:
+        together += (
+            f", with the trainings of {len(config.others)} other configurations that make them better for validation "
+            "(greedy selection: Caruana et al., 2004)"
+        )
     values = ", ".join(f"{value:.4f}" for value in found.values)
     low, high = found.interval
     return (
@@ -325,27 +351,51 @@ def _methods(parts: Sequence[Scores]) -> str:
 
 def _torch_example(config: BundleConfig) -> str:
     """The model in plain torch."""
-    k, T = config.members, config.temperature
-    result = f"sum(member(i, x) for i in range({k})) / {k}"
-    if T != 1:
-        result = f"(torch.stack([member(i, x) for i in range({k})]).logsumexp(0) / {T!r}).softmax(0)"
+    head = ["import torch", "from safetensors.torch import load_file", "", 'tensors = load_file("model.safetensors")']
+    code = [line for i in range(len(config.components)) for line in _component_code(config, i)]
     return "\n".join(
         [
-            "import torch",
-            "from safetensors.torch import load_file",
-            "",
-            'tensors = load_file("model.safetensors")',
-            "",
-            "",
-            "@torch.no_grad()",
-            f"def member(i, x):  # x: (T, {config.classifier.given}) float32, one sequence without padding",
-            *(f"    {line}" for line in _member_code(config.classifier, T != 1)),
+            *head,
+            *code,
             "",
             "",
             f"def probabilities(x):  # of {json.dumps(config.classes, ensure_ascii=False)}",
-            f"    return {result}",
+            *(f"    {line}" for line in _average_code(config)),
         ]
     )
+
+
+def _component_code(config: BundleConfig, component: int) -> list[str]:
+    """Lines of a function of one configuration's networks."""
+    classifier, widest = config.components[component].classifier, config.widest.given
+    narrower = [f"x = x[:, :{classifier.given}]"] if classifier.given < widest else []
+    return [
+        "",
+        "",
+        "@torch.no_grad()",
+        f"def {_member_name(config, component)}(i, x):  # x: (T, {widest}) float32, one sequence without padding",
+        *(f"    {line}" for line in (*narrower, *_member_code(classifier, config.temperature != 1))),
+    ]
+
+
+def _member_name(config: BundleConfig, component: int) -> str:
+    return f"member_{component + 1}" if config.others else "member"
+
+
+def _average_code(config: BundleConfig) -> list[str]:
+    """Lines that give the probabilities of a sequence x from those of the networks, or from the logarithms of these."""
+    k, T = config.networks, config.temperature
+    if not config.others:
+        if T == 1:
+            return [f"return sum(member(i, x) for i in range({k})) / {k}"]
+        return [f"return (torch.stack([member(i, x) for i in range({k})]).logsumexp(0) / {T!r}).softmax(0)"]
+    lines, begin = ["found = []"], 0
+    for i, each in enumerate(config.components):
+        call, weight = f"{_member_name(config, i)}(i, x)", repr(each.weight / each.members)
+        one = f"{call} * {weight}" if T == 1 else f"{call} + torch.tensor({weight}).log()"
+        lines.append(f"found += [{one} for i in range({begin}, {begin + each.members})]")
+        begin += each.members
+    return [*lines, "return sum(found)" if T == 1 else f"return (torch.stack(found).logsumexp(0) / {T!r}).softmax(0)"]
 
 
 def _member_code(c: ClassifierConfig, logs: bool) -> list[str]:
@@ -429,14 +479,15 @@ def _stem_code(c: ClassifierConfig) -> dict[str, bool]:
 
 def _exported(config: BundleConfig, exported: str) -> list[str]:
     """How to run the exported graph: heading and code."""
-    steps = config.classifier.steps if config.classifier.fixed_length else "T"
+    fixed = any(each.classifier.fixed_length for each in config.components)
+    steps = config.classifier.steps if fixed else "T"
     gaps = (
         "It fills no missing values: a NaN or an infinity within a sequence's length gives NaN for that sequence. What "
         "lies beyond the length never counts. Fill gaps as below."
     )
-    if config.classifier.marks:
+    if config.widest.marks:
         gaps += " It takes the marks of the features, described there, behind them."
-    inputs = f"values (N, {steps}, {config.classifier.given}) float32, zeros after each end; lengths (N,) int64"
+    inputs = f"values (N, {steps}, {config.widest.given}) float32, zeros after each end; lengths (N,) int64"
     if exported == "onnx":
         lines = ["import numpy as np", "import onnxruntime", ""]
         lines += ['session = onnxruntime.InferenceSession("model.onnx")', "", ""]

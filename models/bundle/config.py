@@ -18,6 +18,7 @@ from hpo.models.fields import default, rules
 from hpo.models.metrics import GROUPS_KEPT, Groups, Scores
 
 FORMAT = 5  # version of the folder's format; raised when an older reader would misread it
+OF_SEVERAL = 6  # the format of models of several configurations, which readers of 5 do not know
 # formats that are read too, with what their classifiers do not say; some of format 4 do not say what is LATER either.
 # None before 5 has a temperature.
 LATER: dict[str, Any] = {name: default(ClassifierConfig, name) for name in ("skip", "missing", "interval")}
@@ -36,6 +37,7 @@ TYPES: dict[str, type] = {
 LARGEST = 2**31 - 1  # of a whole number
 DEEPEST = 50  # objects and lists within one another
 MOST_BINS = 100  # of a reliability diagram
+MOST_COMPONENTS = 1_000  # of a model
 OPTIONAL = ("named", "fill", "gaps", "estimate", "costs", "footprint")  # fields that are left out where they are None
 PARTS = ("validation", "test")  # of the data, that a model has scores of
 T = TypeVar("T")
@@ -59,10 +61,19 @@ class Footprint:
 
 
 @dataclass(frozen=True)
+class Component:
+    """Networks of one configuration within a model, whose probabilities are averaged. JSON-able."""
+
+    classifier: ClassifierConfig
+    members: int  # networks
+    weight: float  # of their average in the model's probabilities; those of all components sum to 1
+
+
+@dataclass(frozen=True)
 class BundleConfig:
     """What a saved model is, how good it is, and where it comes from. JSON-able."""
 
-    classifier: ClassifierConfig
+    classifier: ClassifierConfig  # of `members`
     classes: tuple[str, ...]  # (K,) names, in the order of the probabilities
     features: tuple[str, ...]  # (F,) names, in the order of the training data
     metric: str  # that the study tuned
@@ -85,12 +96,15 @@ class BundleConfig:
     estimate: Estimate | None = None  # of the metric, by trainings that nothing was chosen by; None: there were none
     costs: Costs | None = None  # of wrong decisions, by which the threshold was chosen; None: it was not
     footprint: Footprint | None = None  # None: not measured
+    # networks of other configurations, behind `members` in the weights' file; what their weights leave is the members'
+    others: tuple[Component, ...] = ()
 
     def __post_init__(self) -> None:
         if not COOLEST <= self.temperature <= HOTTEST:
             raise BundleError(f"temperature must be from {COOLEST} to {HOTTEST}, got {self.temperature!r}")
         if self.costs is not None and self.classifier.classes != 2:
             raise BundleError(f"costs are of wrong decisions between two classes, got {self.classifier.classes}")
+        self._check_others()
         for what, names in (("classes", self.classes), ("features", self.features)):
             if len(names) != getattr(self.classifier, what):
                 expected = getattr(self.classifier, what)
@@ -105,15 +119,57 @@ class BundleConfig:
                 expected, got = self.classifier.classes, len(scores.confusion)
                 raise BundleError(f"{what}: a classifier of {expected} classes needs the counts of as many, got {got}")
 
+    def _check_others(self) -> None:
+        if len(self.others) >= MOST_COMPONENTS:
+            raise BundleError(f"a model is of at most {MOST_COMPONENTS} configurations, got {1 + len(self.others)}")
+        if any(each.members < 1 or each.weight <= 0 for each in self.components):
+            found = [(each.members, each.weight) for each in self.components]
+            rule = "each configuration needs networks and a weight above 0, and the weights must sum to 1"
+            raise BundleError(f"{rule}, got {str(found)[:80]}")
+        data = {(each.classifier.features, each.classifier.classes, each.classifier.steps) for each in self.components}
+        if len(data) > 1:
+            raise BundleError(f"configurations of one model need features, classes and steps alike, got {sorted(data)}")
+        intervals = {each.classifier.interval for each in self.components if each.classifier.marks == 2}
+        if len(intervals) > 1:
+            raise BundleError(f"configurations of one model need one interval of steps, got {sorted(intervals)}")
+
+    @property
+    def components(self) -> tuple[Component, ...]:
+        """The model's networks by configuration, in the order of their weights' numbers."""
+        rest = 1 - sum(each.weight for each in self.others)
+        return (Component(self.classifier, self.members, rest), *self.others)
+
+    @property
+    def networks(self) -> int:
+        """How many predict together."""
+        return sum(each.members for each in self.components)
+
+    @property
+    def configurations(self) -> list[ClassifierConfig]:
+        """(networks,) of each."""
+        return [each.classifier for each in self.components for _ in range(each.members)]
+
+    @property
+    def weights(self) -> list[float] | None:
+        """(networks,) of each in the mean of probabilities; None: all alike."""
+        if not self.others:
+            return None
+        return [each.weight / each.members for each in self.components for _ in range(each.members)]
+
+    @property
+    def widest(self) -> ClassifierConfig:
+        """The configuration that is given most: what others are given begins it."""
+        return max((each.classifier for each in self.components), key=lambda each: each.given)
+
     @property
     def has_names(self) -> bool:
         """Whether data with other names do not fit; else features are matched by place."""
         return self.features != default_names(len(self.features)) if self.named is None else self.named
 
 
-def preprocessing(model: BundleConfig) -> list[str]:
-    """What happens to a sequence (T, F) before the LSTM, step by step."""
-    config, none = model.classifier, "0" if model.fill is None else "`fill`, the training part's means"
+def preprocessing(model: BundleConfig, config: ClassifierConfig) -> list[str]:
+    """What happens to a sequence (T, F) before the LSTM of a network of that configuration, step by step."""
+    none = "0" if model.fill is None else "`fill`, the training part's means"
     steps = [f"missing values are filled: linearly between known steps, with the nearest at the ends, or with {none}"]
     if config.marks:
         steps.append(
@@ -147,7 +203,15 @@ def preprocessing(model: BundleConfig) -> list[str]:
 def to_json(config: BundleConfig) -> str:
     """The content of config.json, without the names of groups: they are the data's, as of patients, and a model folder
     is passed on. Raises ValueError for a number that is not finite, which JSON has none for."""
-    content = {"format": FORMAT, **asdict(config), "preprocessing": preprocessing(config)}
+    content = {
+        "format": OF_SEVERAL if config.others else FORMAT,
+        **asdict(config),
+        "preprocessing": preprocessing(config, config.classifier),
+    }
+    if not config.others:
+        del content["others"]
+    for described, other in zip(content.get("others", ()), config.others, strict=True):
+        described["preprocessing"] = preprocessing(config, other.classifier)
     for name in OPTIONAL:  # of an earlier version's model, or one without finals
         if content[name] is None:
             del content[name]
@@ -170,21 +234,16 @@ def from_json(text: bytes, source: str) -> BundleConfig:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise BundleError(f"{source} is not the configuration of a saved model") from None
     _check_depth(content, source)
-    if version not in (FORMAT, *EARLIER):
+    if version not in (OF_SEVERAL, FORMAT, *EARLIER):
         raise BundleError(
-            f"{source} has format {version}, this version of hpo reads up to {FORMAT}: install a newer hpo"
+            f"{source} has format {version}, this version of hpo reads up to {OF_SEVERAL}: install a newer hpo"
         )
     if version in EARLIER:
         content = content | UNCALIBRATED
-    if isinstance(content.get("classifier"), dict):
-        content["classifier"] = LATER | content["classifier"] | EARLIER.get(version, {})
-        _check_types(content["classifier"], {name: rule.kind for name, rule in rules(ClassifierConfig).items()}, source)
     _check_types(content, TYPES, source)
     _check_choices(content, source)
-    try:
-        content["classifier"] = _exactly(ClassifierConfig, content.get("classifier"), f"{source}, classifier")
-    except ClassifierError as error:
-        raise BundleError(f"{source}: {error}") from None
+    content["classifier"] = _classifier(content.get("classifier"), EARLIER.get(version, {}), source)
+    content["others"] = _others(content.get("others", []), source)
     for part in PARTS:
         if content.get(part) is not None:
             content[part] = _scores(content[part], f"{source}, {part}")
@@ -199,6 +258,32 @@ def from_json(text: bytes, source: str) -> BundleConfig:
     for names in ("classes", "features"):
         content[names] = tuple(content.get(names, ()))
     return _exactly(BundleConfig, content, source)
+
+
+def _classifier(content: Any, earlier: dict[str, Any], source: str) -> ClassifierConfig:
+    """earlier: what a format's classifiers do not say. Raises BundleError."""
+    if isinstance(content, dict):
+        content = LATER | content | earlier
+        _check_types(content, {name: rule.kind for name, rule in rules(ClassifierConfig).items()}, source)
+    try:
+        return _exactly(ClassifierConfig, content, f"{source}, classifier")
+    except ClassifierError as error:
+        raise BundleError(f"{source}: {error}") from None
+
+
+def _others(content: Any, source: str) -> tuple[Component, ...]:
+    """Raises BundleError."""
+    if not isinstance(content, list) or len(content) >= MOST_COMPONENTS:
+        raise BundleError(f"{source}: others must be a list of at most {MOST_COMPONENTS - 1} configurations")
+    return tuple(_component(each, f"{source}, others") for each in content)
+
+
+def _component(content: Any, source: str) -> Component:
+    if isinstance(content, dict):
+        content.pop("preprocessing", None)
+        _check_types(content, {"members": int, "weight": float}, source)
+    found = _exactly(Component, content, source)
+    return replace(found, classifier=_classifier(found.classifier, {}, source))
 
 
 def _check_types(content: dict[str, Any], types: dict[str, type], source: str) -> None:

@@ -3,7 +3,8 @@
 The graph takes `values` (N, T, F) float32 and `lengths` (N,) int64, both of any N and T (pooling `flatten`
 without a crop: of the training length), and gives `probabilities` (N, K), averaged over the k members and calibrated;
 NaN for a sequence that holds a NaN or an infinity, as a graph fills no gaps. What lies behind a sequence's end never
-counts. Of a model with missing = "mask" the marks of the features stand behind them (`hpo.models.data.gaps.inputs`).
+counts. Of a model with missing = "mask" the marks of the features stand behind them (`hpo.models.data.gaps.inputs`);
+of several configurations each network takes as many of a step's numbers as it is given, from the left.
 
 Exporters that follow the program, `torch.export` and with it the newer ONNX one, fix T of `nn.LSTM` to that of the
 sample. ONNX therefore comes from the tracing exporter, and pt2 (for the CPU) runs the recurrence as a `scan` over the
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -104,8 +105,9 @@ def _copy(file: Path, to: Path) -> None:
 
 def _check_steps(bundle: Bundle) -> None:
     """Raise ExportError for a model whose graph could be checked on sequences of unlikely length alone."""
-    config = bundle.config.classifier
-    if (longest := max(config.steps, config.sequence_length, config.reduction)) > STEPS_MOST:
+    found = [each.classifier for each in bundle.config.components]
+    longest = max(max(each.steps, each.sequence_length, each.reduction) for each in found)
+    if longest > STEPS_MOST:
         rule = f"a graph is checked on sequences as long as in training, and of at most {STEPS_MOST:,} steps"
         raise ExportError(f"{rule}, got {longest:,}; the safetensors export has no such limit")
 
@@ -142,8 +144,7 @@ def _tolerance(bundle: Bundle) -> float:
 
 def _difference(bundle: Bundle, run: Run, parts: list[Sequences]) -> float:
     """The largest difference between the graph's and torch's probabilities, NaN if one is not a number."""
-    config = bundle.config.classifier
-    found = [run(inputs(part, config), part.lengths) for part in parts]
+    found = [run(inputs(part, bundle.config.widest), part.lengths) for part in parts]
     differences = [np.abs(one - bundle.predict(part).probabilities) for one, part in zip(found, parts, strict=True)]
     return float(np.concatenate([difference.ravel() for difference in differences]).max())
 
@@ -152,7 +153,7 @@ def _silent_gaps(bundle: Bundle, run: Run, parts: list[Sequences]) -> str:
     """The value that the graph takes for a number, or that changes an answer from behind a sequence's end; or ""."""
     for gap in (np.nan, np.inf):
         for part in parts:
-            values = inputs(part, bundle.config.classifier).copy()
+            values = inputs(part, bundle.config.widest).copy()
             values[np.arange(part.steps) >= part.lengths[:, None]] = gap
             gapped = np.arange(part.n) % 2 == 0
             values[gapped, part.lengths[gapped] - 1, -1] = gap
@@ -165,16 +166,16 @@ def _silent_gaps(bundle: Bundle, run: Run, parts: list[Sequences]) -> str:
 
 def _drawn(bundle: Bundle) -> list[Sequences]:
     """Batches of normal random sequences: several and one, longer and shorter than in training, down to one step."""
-    config, rng = bundle.config.classifier, np.random.default_rng(0)
+    config, rng = bundle.config.widest, np.random.default_rng(0)
+    flattened = [each.classifier for each in bundle.config.components if each.classifier.pooling == "flatten"]
+    least = max((each.kept_steps for each in flattened), default=1)
     mean, deviation = (getattr(bundle.models[0], name)[: config.features].numpy() for name in ("mean", "deviation"))
     shapes = [(3, config.steps), (1, config.steps), (5, config.steps)]
-    if not config.fixed_length:
-        least = config.kept_steps if config.pooling == "flatten" else 1
+    if not _fixed_length(bundle):
         shapes += [(4, config.steps + 3), (2, max(least, config.steps // 2)), (1, least), (2, least)]
     batches = []
     for N, T in shapes:
-        low = config.kept_steps if config.pooling == "flatten" else 1
-        lengths = np.append(rng.integers(low, T + 1, N - 1), T if N > 1 else rng.integers(low, T + 1))
+        lengths = np.append(rng.integers(least, T + 1, N - 1), T if N > 1 else rng.integers(least, T + 1))
         values = rng.normal(size=(N, T, config.features)) * deviation + mean
         batches.append(from_arrays(values, lengths=lengths, features=bundle.config.features))
     return [_with_gaps(batch, config, rng) for batch in batches] if config.marks else batches
@@ -199,9 +200,24 @@ def _real(bundle: Bundle, sequences: Sequences) -> list[Sequences]:
 
 def _sample(bundle: Bundle) -> tuple[Tensor, Tensor]:
     """Inputs to trace with: N and T above 1, and T so long that no step of the preparation is left out."""
-    config = bundle.config.classifier
-    T = config.steps if config.fixed_length else max(config.steps, 2 * config.reduction, config.sequence_length) + 1
-    return torch.randn(3, T, config.given), torch.full((3,), T)
+    found = [each.classifier for each in bundle.config.components]
+    T = max(max(each.steps, 2 * each.reduction, each.sequence_length) for each in found) + 1
+    if _fixed_length(bundle):
+        T = bundle.config.classifier.steps
+    return torch.randn(3, T, bundle.config.widest.given), torch.full((3,), T)
+
+
+def _fixed_length(bundle: Bundle) -> bool:
+    """Whether every sequence must have exactly as many steps as in training."""
+    return any(each.classifier.fixed_length for each in bundle.config.components)
+
+
+def _known(probabilities: Tensor, unknown: Iterable[Tensor]) -> Tensor:
+    """The probabilities, NaN for sequences that any of these (B,) marks as having a gap in what networks take. ONNX
+    runtimes' LSTMs give numbers for it, and wrong ones."""
+    for gaps in unknown:
+        probabilities = probabilities.masked_fill(gaps[:, None], torch.nan)
+    return probabilities
 
 
 # ------------------------------------------------------------------ ONNX
@@ -213,16 +229,14 @@ class _Average(nn.Module):
     def __init__(self, bundle: Bundle) -> None:
         super().__init__()
         self.members = nn.ModuleList(bundle.models)
-        self.temperature = bundle.config.temperature
+        self.temperature, self.weights = bundle.config.temperature, bundle.config.weights
 
     def forward(self, values: Tensor, lengths: Tensor) -> Tensor:
-        found = [member(values, lengths) for member in self.members]
-        return _known(self.members[0], values, lengths, averaged(found, self.temperature))
-
-
-def _known(member: nn.Module, values: Tensor, lengths: Tensor, probabilities: Tensor) -> Tensor:
-    """The probabilities, NaN for sequences with a gap. ONNX runtimes' LSTMs give numbers for it, and wrong ones."""
-    return probabilities.masked_fill(cast(Classifier, member).unknown(values, lengths)[:, None], torch.nan)
+        members = cast(list[Classifier], list(self.members))
+        found = [member(values[..., : member.config.given], lengths) for member in members]
+        configurations = {member.config: member for member in members}.values()
+        unknown = (member.unknown(values[..., : member.config.given], lengths) for member in configurations)
+        return _known(averaged(found, self.temperature, self.weights), unknown)
 
 
 def _require_onnx() -> None:
@@ -235,7 +249,7 @@ def _require_onnx() -> None:
 
 def _write_onnx(bundle: Bundle, path: Path) -> None:
     batch = {0: "N"}
-    values = batch if bundle.config.classifier.fixed_length else {0: "N", 1: "T"}
+    values = batch if _fixed_length(bundle) else {0: "N", 1: "T"}
     torch.onnx.export(
         _Average(bundle).eval(),  # left in training mode otherwise: the exporter restores what it found
         _sample(bundle),
@@ -265,31 +279,57 @@ def _run_onnx(path: Path) -> Run:
 # ------------------------------------------------------------------ pt2
 
 
+class _AverageOfScans(nn.Module):
+    """`_Average` with each configuration's recurrence as a scan."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        super().__init__()
+        self.scans, begin = nn.ModuleList(), 0
+        for each in bundle.config.components:
+            self.scans.append(_Scan(bundle.models[begin : begin + each.members]))
+            begin += each.members
+        self.temperature, self.weights = bundle.config.temperature, bundle.config.weights
+
+    def forward(self, values: Tensor, lengths: Tensor) -> Tensor:
+        """values (B, T, given), lengths (B,) to probabilities (B, K)."""
+        scans = cast(list[_Scan], list(self.scans))
+        given = [scan.given(values) for scan in scans]
+        logits = [one for scan, its in zip(scans, given, strict=True) for one in scan(its, lengths)]
+        unknown = (scan.unknown(its, lengths) for scan, its in zip(scans, given, strict=True))
+        return _known(averaged(logits, self.temperature, self.weights), unknown)
+
+
 class _Scan(nn.Module):
-    """`_Average` with the recurrence as a scan, all members and directions in one.
+    """Networks of one configuration with the recurrence as a scan, all members and directions in one.
 
     G = k members times D directions; S, B, H as in `hpo.models.classifier`.
     """
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, members: Sequence[Classifier]) -> None:
         super().__init__()
-        self.members = nn.ModuleList(bundle.models)
-        self.config, self.temperature = bundle.config.classifier, bundle.config.temperature
+        self.members = nn.ModuleList(members)
+        self.config = members[0].config
 
-    def forward(self, values: Tensor, lengths: Tensor) -> Tensor:
-        """values (B, T, given), lengths (B,) to probabilities (B, K)."""
-        members = cast(list[Classifier], list(self.members))
-        # With spare steps at the end no branch on T is left: neither T < sequence_length nor a single patch.
+    def given(self, values: Tensor) -> Tensor:
+        """What of the model's values (B, T, …) these networks take, with spare steps at the end, so that no branch on T
+        is left: neither T < sequence_length nor a single patch."""
         spare = 0 if self.config.fixed_length else self.config.sequence_length or self.config.reduction
-        values = nn.functional.pad(values, (0, 0, 0, spare))
+        return nn.functional.pad(values[..., : self.config.given], (0, 0, 0, spare))
+
+    def unknown(self, values: Tensor, lengths: Tensor) -> Tensor:
+        """(B,) bool: sequences with a gap."""
+        return cast(Classifier, self.members[0]).unknown(values, lengths)
+
+    def forward(self, values: Tensor, lengths: Tensor) -> list[Tensor]:
+        """values (B, T + spare, given) of `given`, lengths (B,) to the k members' logits."""
+        members = cast(list[Classifier], list(self.members))
         embedded = [member.embed(*member.prepare(values, lengths)) for member in members]
         counts = cast(Tensor, embedded[0][1])
         inputs = torch.stack([each for each, _ in embedded], 1)  # (S, k, B, inputs)
         outputs = inputs
         for layer in range(self.config.layers):
             outputs = self._layer(outputs, counts, layer)
-        logits = [member.classify(outputs[:, i], inputs[:, i], counts) for i, member in enumerate(members)]
-        return _known(self.members[0], values, lengths, averaged(logits, self.temperature))
+        return [member.classify(outputs[:, i], inputs[:, i], counts) for i, member in enumerate(members)]
 
     def _layer(self, inputs: Tensor, counts: Tensor, layer: int) -> Tensor:
         """(S, k, B, inputs) to (S, k, B, D*H)."""
@@ -321,6 +361,7 @@ class _Scan(nn.Module):
             return [hidden, cell], hidden.clone()  # a scan's outputs must not share memory
 
         zeros = inputs.new_zeros(inputs.shape[1], inputs.shape[2], self.config.hidden_size)
+        torch.compiler.reset()  # a scan compiled before, for another length, would be tried and tie this one to its own
         outputs: Tensor = scan(step, [zeros, zeros.clone()], gates, dim=0)[1]
         return outputs
 
@@ -332,10 +373,10 @@ class _Scan(nn.Module):
 
 def _write_pt2(bundle: Bundle, path: Path) -> None:
     any_size = torch.export.Dim.DYNAMIC
-    values = {0: any_size} if bundle.config.classifier.fixed_length else {0: any_size, 1: any_size}
-    torch.compiler.reset()  # a scan compiled before, for another T, would be tried and tie this T to its own
+    values = {0: any_size} if _fixed_length(bundle) else {0: any_size, 1: any_size}
     with torch.no_grad():
-        program = torch.export.export(_Scan(bundle).eval(), _sample(bundle), dynamic_shapes=(values, {0: any_size}))
+        model = _AverageOfScans(bundle).eval()
+        program = torch.export.export(model, _sample(bundle), dynamic_shapes=(values, {0: any_size}))
     torch.export.save(program, path)
 
 

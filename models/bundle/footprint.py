@@ -30,6 +30,11 @@ def size_mb(classifier: ClassifierConfig, networks: int) -> float:
     return networks * weights_of(classifier)[0] * NUMBER_BYTES / MB
 
 
+def size_of(config: BundleConfig) -> float:
+    """10^6 bytes of a model's weights."""
+    return sum(size_mb(each.classifier, each.members) for each in config.components)
+
+
 def measure(config: BundleConfig, members: Sequence[Weights], sequences: Sequences) -> Footprint:
     """Size, and latency of `Bundle.predict` on one sequence, on one thread of this machine's CPU: the median of some
     calls.
@@ -41,7 +46,7 @@ def measure(config: BundleConfig, members: Sequence[Weights], sequences: Sequenc
     longest = sequences.take([int(np.argmax(sequences.lengths))])
     with _one_thread():
         latency_ms = 1e3 * _seconds(bundle, longest)
-    return Footprint(latency_ms, size_mb(config.classifier, len(members)), int(longest.lengths[0]), cpu_name())
+    return Footprint(latency_ms, size_of(config), int(longest.lengths[0]), cpu_name())
 
 
 def _seconds(bundle: Bundle, sequence: Sequences) -> float:

@@ -10,8 +10,8 @@ import pytest
 
 from hpo.models.metrics import score
 from hpo.models.training.training import Training
-from hpo.promote.promotion import PromotionError
 from hpo.promote.reproduce import reproduce
+from hpo.promote.weights import PromotionError
 from hpo.storage.artifacts import artifact_store
 from hpo.storage.registry import Registry
 from hpo.storage.trials import TrialStorage

@@ -18,6 +18,7 @@ import numpy as np
 import psutil
 import pytest
 from optuna.trial import FrozenTrial, TrialState
+from safetensors.numpy import load_file
 
 import hpo
 from hpo.models.bundle.bundle import Bundle
@@ -26,7 +27,7 @@ from hpo.storage.artifacts import artifact_store
 from hpo.storage.keys import checkpoint_prefix
 from hpo.study.lifecycle import finals_name
 from hpo.study.ranking import rank
-from tests.conftest import Cli, assert_exact, processes_of, reports_wait, wait_for
+from tests.conftest import SMALL, Cli, assert_exact, processes_of, reports_wait, wait_for
 
 FINALS = 'finalists = 2\nrepeats = 3\npruner = "none"'  # which prunes none, or there may be one finalist alone
 Read = Callable[..., list[FrozenTrial]]
@@ -237,6 +238,43 @@ def test_a_model_of_one_repeat_is_the_first_of_them(cli: Cli, study_file: Study,
     assert model.config.provenance["seed"] == [mine[0].user_attrs["seed"]]
     assert found["validation"]["auroc"] == mine[0].value
     assert "This model is one of these" in (Path(found["model"]["path"]) / "README.md").read_text()
+
+
+def test_other_finalists_predict_with_the_winner_where_that_is_better(
+    cli: Cli, study_file: Study, trials: Read, data: Path, tmp_path: Path
+) -> None:
+    """Which ones goes by the finals alone, so that another promotion gives the same model."""
+    space = f"{SMALL}\npooling = ['mean', 'last']"
+    asked = 'finalists = 4\nrepeats = 2\npruner = "none"\nmetric = "log_loss"\nsampler = "random"'
+    file = study_file(trials=4, study=asked, space=space)
+    plain = launch(cli)
+    file.write_text(f'{file.read_text()}\n[promote]\nensemble = "greedy"\n')
+    found, again = launch(cli), launch(cli)
+    assert [each["model"]["version"] for each in (plain, found, again)] == [1, 2, 2]
+    assert found["best"] == plain["best"]
+    assert found["estimate"]["values"] == plain["estimate"]["values"]
+    assert found["validation"]["log_loss"] <= plain["validation"]["log_loss"]
+    model = hpo.load(found["model"]["path"])
+    ensemble, config = model.config.provenance["ensemble"], model.config
+    assert ensemble[0]["trial"] == found["best"]["number"]
+    assert len(ensemble) == len(config.components) > 1
+    assert [each["weight"] for each in ensemble] == pytest.approx([each.weight for each in config.components])
+    assert len(model.models) == config.networks == 10 * len(ensemble)
+    finals = trials(finals_name("waves"))
+    for each in ensemble:
+        assert {finals[number].user_attrs["params"]["hidden_size"] for number in each["finals"].values()} == {
+            each["params"]["hidden_size"]
+        }
+    weights = load_file(Path(found["model"]["path"]) / "model.safetensors")
+    assert found["footprint"]["size_mb"] * 1e6 == pytest.approx(sum(each.nbytes for each in weights.values()))
+    assert "greedy selection" in (Path(found["model"]["path"]) / "README.md").read_text()
+    done = cli("predict", found["model"]["path"], data, "--out", tmp_path / "predictions.csv")
+    assert done.returncode == 0, done.stderr
+    done = cli("export", "waves", "--out", tmp_path / "out", "--format", "onnx")
+    assert done.returncode == 0, done.stderr
+    file.write_text(f"{file.read_text()}\n[limits]\nsize_mb = {1.01 * plain['footprint']['size_mb']}\n")
+    small = launch(cli)
+    assert small["footprint"]["size_mb"] <= 1.01 * plain["footprint"]["size_mb"]
 
 
 def test_finals_are_not_stopped_or_deleted_for_themselves(cli: Cli, study_file: Study, trials: Read) -> None:

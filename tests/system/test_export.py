@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 from hpo.models.bundle import bundle, export
+from hpo.models.bundle.config import to_json
 from hpo.models.data.gaps import inputs
 from hpo.models.data.sequences import Sequences
 from tests.system.test_export_checks import light, padded
 from tests.unit.test_classifier import POOLINGS
+from tests.unit.test_components import SEVERAL, make_several
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "channel": {"classes": 2, "normalization": "channel", "head_size": 4, "dropout": 0.5, "temperature": 2.5},
@@ -64,7 +66,7 @@ def check_graph(folder: Path, out: Path, format: str, pooling: str, keep: int = 
     run = {"onnx": export._run_onnx, "pt2": export._run_pt2}[format](out / f"model.{format}")
     for probe in probes(pooling, keep):
         expected = loaded.predict(probe).probabilities
-        given = inputs(probe, loaded.config.classifier)
+        given = inputs(probe, loaded.config.widest)
         np.testing.assert_allclose(run(given, probe.lengths), expected, atol=2e-6, rtol=0)
 
 
@@ -80,3 +82,14 @@ def test_pt2(tmp_path: Path, pooling: str, bidirectional: bool, layers: int, var
     rest = VARIANTS[variant] | {"pooling": pooling, "bidirectional": bidirectional, "layers": layers}
     folder = light(tmp_path / "model", **rest)
     check_graph(folder, tmp_path / "out", "pt2", pooling, rest.get("sequence_length", 0))
+
+
+@pytest.mark.parametrize("format", ["onnx", "pt2"])
+@pytest.mark.parametrize("name", SEVERAL)
+def test_of_several_configurations(tmp_path: Path, name: str, format: str) -> None:
+    states, config = make_several(name)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(bundle.pack(states))
+    (folder / "config.json").write_text(to_json(config))
+    check_graph(folder, tmp_path / "out", format, "flatten" if name == "fixed" else "last")

@@ -171,7 +171,7 @@ class TestFolder:
 
     def test_weights_that_do_not_fit_are_not_saved(self, tmp_path: Path) -> None:
         states, config = make()
-        with pytest.raises(BundleError, match=r"members is 2, got the weights of 1"):
+        with pytest.raises(BundleError, match=r"is of 2 networks, got the weights of 1"):
             bundle.save(tmp_path / "model", states[:1], config, CURVE)
         wider = replace(config, classifier=replace(config.classifier, hidden_size=6))
         with pytest.raises(BundleError, match=r"lstm.weight_ih_l0 has shape \(20, 2\), expected \(24, 2\)"):
@@ -271,8 +271,8 @@ class TestBrokenFolder:
             bundle.load(folder / "nowhere")
 
     def test_a_newer_format_names_the_way_out(self, folder: Path) -> None:
-        self.change(folder, format=6)
-        with pytest.raises(BundleError, match="has format 6, this version of hpo reads up to 5: install a newer hpo"):
+        self.change(folder, format=7)
+        with pytest.raises(BundleError, match="has format 7, this version of hpo reads up to 6: install a newer hpo"):
             bundle.load(folder)
 
     def test_missing_and_unexpected_keys_are_named(self, folder: Path) -> None:
@@ -689,7 +689,7 @@ class TestCard:
 
     def test_lists_what_happens_before_the_lstm(self) -> None:
         _, config = make(normalization="channel", patch_length=4, sequence_length=5)
-        steps = preprocessing(config)
+        steps = preprocessing(config, config.classifier)
         assert [word for word in ("last 5 steps", "`mean`", "4 consecutive") if any(word in s for s in steps)] == [
             "last 5 steps",
             "`mean`",
