@@ -23,6 +23,7 @@ import shutil
 import sys
 import tempfile
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,17 +58,17 @@ def used(path: Path) -> int:
 
 
 def write_models(folder: Path) -> None:
-    """A saved model of each kind, and one of the format before."""
+    """A saved model of each kind, one of several configurations, and one of the format before."""
     import torch
 
     from hpo.models.bundle.bundle import save
-    from hpo.models.bundle.config import BundleConfig
+    from hpo.models.bundle.config import BundleConfig, Component
     from hpo.models.calibration import calibration_of
     from hpo.models.classifier import Classifier
     from hpo.models.config import ClassifierConfig
     from hpo.models.metrics import measure
 
-    for i, kind in enumerate(KINDS):
+    for i, kind in enumerate((*KINDS, KINDS[0])):
         torch.manual_seed(i)
         members = kind.get("members", 1)
         sizes = {"features": 2, "classes": 3, "steps": 6, "hidden_size": 4, **kind}
@@ -82,10 +83,13 @@ def write_models(folder: Path) -> None:
             named=[None, True, False][i % 3], temperature=calibration.temperature if i else 1.0,
             calibration={"validation": calibration.comparison} if i else {},
         )  # fmt: skip
+        if i == len(KINDS):
+            others = (Component(ClassifierConfig(2, 3, 6, hidden_size=3, pooling="max"), 2, 0.4),)
+            config = replace(config, others=others)
         states = []
-        for _ in range(members):
-            model = Classifier(classifier)
-            model.fit_normalization(torch.randn(20, 6, classifier.features), torch.full((20,), 6))
+        for each in config.configurations:
+            model = Classifier(each)
+            model.fit_normalization(torch.randn(20, 6, each.features), torch.full((20,), 6))
             states.append(model.state_dict())
         save(folder / str(i), states, config, CURVE)
     shutil.copytree(STORED, folder / "earlier")

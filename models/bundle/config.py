@@ -38,6 +38,7 @@ LARGEST = 2**31 - 1  # of a whole number
 DEEPEST = 50  # objects and lists within one another
 MOST_BINS = 100  # of a reliability diagram
 MOST_COMPONENTS = 1_000  # of a model
+LEAST_WEIGHT = 1e-9  # of one
 OPTIONAL = ("named", "fill", "gaps", "estimate", "costs", "footprint")  # fields that are left out where they are None
 PARTS = ("validation", "test")  # of the data, that a model has scores of
 T = TypeVar("T")
@@ -122,9 +123,9 @@ class BundleConfig:
     def _check_others(self) -> None:
         if len(self.others) >= MOST_COMPONENTS:
             raise BundleError(f"a model is of at most {MOST_COMPONENTS} configurations, got {1 + len(self.others)}")
-        if any(each.members < 1 or each.weight <= 0 for each in self.components):
+        if any(each.members < 1 or each.weight < LEAST_WEIGHT for each in self.components):
             found = [(each.members, each.weight) for each in self.components]
-            rule = "each configuration needs networks and a weight above 0, and the weights must sum to 1"
+            rule = f"each configuration needs networks and a weight of at least {LEAST_WEIGHT}, which sum to 1"
             raise BundleError(f"{rule}, got {str(found)[:80]}")
         data = {(each.classifier.features, each.classifier.classes, each.classifier.steps) for each in self.components}
         if len(data) > 1:
