@@ -2,7 +2,7 @@
 
     python benchmarks/chaos.py [--trials 100] [--workers 4] [--every 2]
     python benchmarks/chaos.py --trials 1000 --pruner none --server 5 40     # about eight minutes
-    python benchmarks/chaos.py --finals 3 --trials 12 --epochs 300 --workers 2
+    python benchmarks/chaos.py --finals 3 --trials 6 --epochs 60 --sequences 200 --workers 2    # about seven minutes
 
 A study of real trials on an embedded server of its own. Every few seconds a random worker is killed with SIGKILL and
 started again; once the server is stopped with `immediate`, once its postmaster is killed with kill -9, each time it
@@ -11,8 +11,10 @@ these two ways, and then no trial may have lost an attempt. At the end every tri
 every curve must be, bit for bit, that of the same configuration trained undisturbed; of a large study so many, drawn
 by lot, are trained again. tests/processes/test_chaos.py runs both in a small form.
 
-With --finals so many finalists of three repeats follow the trials, and workers are killed during these alone. The study
-is run twice, undisturbed and under fire: winner, fresh values and weights must be the same.
+With --finals a study is launched twice, undisturbed and under fire: while trainings of its finals are left, a random
+worker is killed every few seconds, however far it has come. The launch's fork server starts it again after the
+launch's own pauses; a launch that gives its workers up is repeated. Winner, fresh values, curves and weights must be
+the same, no training may be missing or doubled, and no checkpoint may be left.
 """
 
 from __future__ import annotations
@@ -27,16 +29,20 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 sys.path[:] = [
     path for path in sys.path if Path(path or ".").resolve() != Path(__file__).resolve().parent
 ]  # storage.py
+
+REPEATS = 3  # of each finalist
+LAUNCHES = 20  # of one study, at most
 
 STUDY = """
 [study]
@@ -90,13 +96,13 @@ class Chaos:
         return found
 
 
-def write_study(folder: Path, trials: int, epochs: int, pruner: str, attempts: int) -> Path:
+def write_study(folder: Path, trials: int, epochs: int, pruner: str, attempts: int, sequences: int = 120) -> Path:
     """Noisy waves of two frequencies in folder/waves.npz, and a study file over them."""
     noise = np.random.default_rng(0)
-    labels = np.arange(120) % 2
+    labels = np.arange(sequences) % 2
     steps = np.arange(30)[None, :, None]
-    X = np.sin(steps * (0.5 + 0.3 * labels[:, None, None])) + noise.normal(0, 1.0, (120, 30, 2))
-    np.savez(folder / "waves.npz", X=X, y=labels, lengths=noise.integers(15, 31, 120))
+    X = np.sin(steps * (0.5 + 0.3 * labels[:, None, None])) + noise.normal(0, 1.0, (sequences, 30, 2))
+    np.savez(folder / "waves.npz", X=X, y=labels, lengths=noise.integers(15, 31, sequences))
     path = folder / "chaos.toml"
     path.write_text(STUDY.format(trials=trials, epochs=epochs, pruner=pruner, attempts=attempts))
     return path
@@ -209,13 +215,42 @@ def run(
 
 @dataclass
 class Finals:
-    """What came of a study's finals."""
+    """What was done to a study's finals, and what came of them."""
 
-    kills: int  # of workers
-    adopted: int  # trainings that ended under a second lease or a later one
-    winner: int
-    values: list[float | None]  # fresh, by number
-    weights: str  # SHA-256 of the model's file
+    trainings: int  # asked for
+    kills: int = 0  # of workers
+    idle: int = 0  # times that a worker was to be killed and none was there
+    launches: int = 1  # of `hpo launch`, one more for each that gave its workers up
+    lost: int = 0  # leases, over all trainings
+    adopted: int = 0  # trainings that ended under a second lease or a later one
+    states: dict[str, int] | None = None
+    numbers: list[int] | None = None
+    winner: int | None = None
+    values: list[float | None] | None = None  # fresh ones, by number
+    curves: list[dict[str, list[float]]] | None = None
+    weights: str | None = None  # the line of the model's file in SHA256SUMS
+    versions: int = 0  # of the model
+    leftovers: list[str] | None = None  # checkpoints that nobody deleted
+    seconds: float = 0.0
+    finals_s: float = 0.0  # of them from the first training of the finals to the end of the last
+
+    def faults(self) -> list[str]:
+        """What must not be."""
+        found = []
+        if self.numbers != list(range(self.trainings)) or self.states != {"COMPLETE": self.trainings}:
+            found.append(f"{self.trainings} trainings asked for, got {self.states}, numbered {self.numbers}")
+        if self.versions != 1:
+            found.append(f"{self.versions} versions of the model")
+        return found + [f"left in the artifact store: {key}" for key in self.leftovers or ()]
+
+    def differences(self, other: Finals) -> list[str]:
+        """In what it is not what other finals of the same study are."""
+        names = ("winner", "values", "curves", "weights")
+        return [
+            f"{name}: {getattr(self, name)} and {getattr(other, name)}"
+            for name in names
+            if getattr(self, name) != getattr(other, name)
+        ]
 
 
 def run_finals(
@@ -225,49 +260,114 @@ def run_finals(
     trials: int,
     count: int,
     epochs: int,
-    every_s: float,
+    every_s: float | None,
+    sequences: int = 120,
+    kills: int | None = None,
+    seed: int = 0,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Finals:
-    """One study without pruning whose workers are killed during its finals, so many seconds apart; 0: never. HPO_HOME
-    and HPO_ARTIFACTS must name folders of this run's own."""
+    """One launch of a study without pruning, whose workers are killed during its finals. HPO_HOME and HPO_ARTIFACTS
+    must name folders of this run's own.
+
+    every_s: between two kills; None: nobody is killed. kills: at most so many. A launch that gives its workers up is
+    repeated, as its user would.
+    """
+    from hpo.storage.database import database_url
+    from hpo.storage.trials import trial_storage
+    from hpo.study.lifecycle import finals_name
+
+    chance, report, started = random.Random(seed), Finals(REPEATS * finalists), time.monotonic()
+    write_study(folder, trials, epochs, "none", attempts=100, sequences=sequences)
+    with closing(trial_storage(database_url())) as storage:
+        launch = start_launch(folder, count, finalists)
+        try:
+            while (status := _after(launch, every_s)) != 0:
+                if status is not None:
+                    if every_s is None or report.launches == LAUNCHES:
+                        raise SystemExit(f"a launch ended with {status}: {(folder / 'launch.log').read_text()}")
+                    launch, report.launches = start_launch(folder, count, finalists), report.launches + 1
+                elif (kills is None or report.kills < kills) and (ended := _ended(storage)) is not None:
+                    _kill_forked(report, launch, chance)
+                    tell(f"{ended}/{report.trainings} trainings ended, {report.kills} workers killed")
+        finally:
+            launch.terminate()
+            launch.wait()
+        report.seconds = time.monotonic() - started
+        _look(report, storage, finals_name("chaos"))
+    return report
+
+
+def start_launch(folder: Path, count: int, finalists: int) -> subprocess.Popen[bytes]:
+    """`hpo launch` of the study in `folder`."""
+    command = [sys.executable, "-P", "-m", "hpo", "launch", str(folder / "chaos.toml"), "--workers", str(count)]
+    for override in (f"study.finalists={finalists}", f"study.repeats={REPEATS}", "train.patience=0"):
+        command += ["--set", override]
+    with (folder / "launch.log").open("ab") as log:
+        return subprocess.Popen(command, cwd=folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+
+
+def forked_workers(launcher: int) -> list[psutil.Process]:
+    """The workers of a launch that run at this moment: what its fork server has forked."""
+    found = []
+    with suppress(psutil.NoSuchProcess):
+        for server in psutil.Process(launcher).children():
+            if "hpo.launcher.forkserver_process" in server.cmdline():
+                found += [worker for worker in server.children() if worker.status() != psutil.STATUS_ZOMBIE]
+    return found
+
+
+def _kill_forked(report: Finals, launch: subprocess.Popen[bytes], chance: random.Random) -> None:
+    """One of a launch's workers, where one runs."""
+    found = forked_workers(launch.pid)
+    if not found:
+        report.idle += 1
+        return
+    with suppress(psutil.NoSuchProcess):  # it has just ended
+        chance.choice(found).kill()
+        report.kills += 1
+
+
+def _after(launch: subprocess.Popen[bytes], every_s: float | None) -> int | None:
+    """The status of a launch that ends within that time; None where it goes on."""
+    with suppress(subprocess.TimeoutExpired):
+        return launch.wait(every_s)
+    return None
+
+
+def _ended(storage: Any) -> int | None:
+    """How many trainings of the finals have ended; None before the first and after the last."""
+    from hpo.storage.leases import Leases
+    from hpo.study.lifecycle import finals_name
+
+    try:
+        study_id = storage.get_study_id_from_name(finals_name("chaos"))
+        state = Leases(storage).snapshot(study_id)
+    except KeyError:
+        return None
+    ended = sum(state.counts[name] for name in ("complete", "pruned", "failed"))
+    return ended if ended < state.budget else None
+
+
+def _look(report: Finals, storage: Any, name: str) -> None:
+    """What the finals have come to."""
     from hpo.promote.versions import model_folder
     from hpo.storage.artifacts import artifact_store
-    from hpo.storage.database import database_url
     from hpo.storage.registry import Registry
-    from hpo.storage.trials import trial_storage
-    from hpo.study.config import load
-    from hpo.study.lifecycle import create_or_open, finals_name
 
-    chance, kills = random.Random(0), 0
-    file = write_study(folder, trials, epochs, "none", attempts=100)
-    config = load(file, [f"study.finalists={finalists}", "train.patience=0"])
-    with closing(trial_storage(database_url())) as storage:
-        study = create_or_open(config, storage, artifact_store())
-        with workers(count, folder) as running:
-            last, before = time.monotonic(), None
-            while study.leases.snapshot(study.study_id).status != "finished":
-                time.sleep(0.1)
-                revive(running, folder)
-                found = study.leases.finals(study.study_id) if every_s else None
-                if found is None or time.monotonic() - last < every_s:
-                    continue
-                if (reached := _reached(study.leases.snapshot(found.study_id))) == before:
-                    continue
-                last, before, victim = time.monotonic(), reached, chance.choice(running)
-                if victim.poll() is None:
-                    victim.kill()
-                    kills += 1
-                tell(f"{kills} workers killed")
-        finals = storage.get_all_trials(storage.get_study_id_from_name(finals_name("chaos")))
-        sums = (model_folder("chaos", 1) / "SHA256SUMS").read_text().splitlines()
-        (model,) = Registry(storage.connection).models()
-    return Finals(
-        kills=kills,
-        adopted=sum(trial.user_attrs["attempt"] > 1 for trial in finals),
-        winner=model.trial_number,
-        values=[trial.value for trial in finals],
-        weights=next(line.split()[0] for line in sums if "safetensors" in line),
-    )
+    found = storage.get_all_trials(storage.get_study_id_from_name(name))
+    report.numbers = sorted(trial.number for trial in found)
+    report.states = dict(Counter(trial.state.name for trial in found))
+    report.lost = sum(trial.user_attrs["attempt"] - 1 for trial in found)
+    report.adopted = sum(trial.user_attrs["attempt"] > 1 for trial in found)
+    report.values = [trial.value for trial in found]
+    report.curves = [trial.user_attrs["curve"] for trial in found]
+    began = min(trial.datetime_start for trial in found)
+    report.finals_s = (max(trial.datetime_complete for trial in found) - began).total_seconds()
+    models = Registry(storage.connection).models()
+    report.versions, report.winner = len(models), models[0].trial_number
+    sums = (model_folder("chaos", models[0].version) / "SHA256SUMS").read_text().splitlines()
+    report.weights = next(line for line in sums if "safetensors" in line)
+    report.leftovers = list(artifact_store().keys("checkpoint-"))
 
 
 def _reached(state: Any) -> tuple[Any, ...]:
@@ -320,6 +420,8 @@ def main() -> None:
     options.add_argument("--epochs", type=int, default=12)
     options.add_argument("--pruner", default="median")
     options.add_argument("--finals", type=int, metavar="FINALISTS", help="workers die during finals, and then alone")
+    options.add_argument("--sequences", type=int, default=120, help="with --finals: of the data")
+    options.add_argument("--seed", type=int, default=0, help="with --finals: who is killed")
     options.add_argument(
         "--server", type=float, nargs=2, metavar=("LEAST", "MOST"), help="only the server dies, so many seconds apart"
     )
@@ -352,19 +454,23 @@ def _trials(given: argparse.Namespace) -> list[str]:
 
 
 def _finals(given: argparse.Namespace) -> list[str]:
-    """In what finals under fire differ from undisturbed ones."""
-    found = []
-    for every_s in (0.0, given.every):
+    """The faults of finals under fire, and in what they differ from undisturbed ones."""
+    study = {name: getattr(given, name) for name in ("trials", "epochs", "sequences")} | {"count": given.workers}
+    reports = []
+    for every_s in (None, given.every):
         with _home() as folder:
-            study = {"finalists": given.finals, "trials": given.trials, "epochs": given.epochs}
-            found.append(run_finals(folder, **study, count=given.workers, every_s=every_s, tell=print))
-        print(found[-1])
-    calm, fire = found
-    return [
-        f"{name}: undisturbed {getattr(calm, name)}, under fire {getattr(fire, name)}"
-        for name in ("winner", "values", "weights")
-        if getattr(calm, name) != getattr(fire, name)
-    ]
+            report = run_finals(folder, **study, finalists=given.finals, every_s=every_s, seed=given.seed, tell=print)
+        reports.append(report)
+        print(
+            f"{report.trainings} trainings of finals on {given.workers} workers in {report.finals_s:.0f} of "
+            f"{report.seconds:.0f} s: {report.kills} workers killed, {report.idle} times none was there, "
+            f"{report.lost} leases lost, {report.adopted} trainings adopted, {report.launches} launch(es); "
+            f"winner trial {report.winner}, fresh values {report.values}, {report.weights}"
+        )
+    calm, fire = reports
+    if fire.kills == 0:
+        return ["the finals were over before anybody was killed"]
+    return calm.faults() + fire.faults() + [f"undisturbed and under fire: {text}" for text in calm.differences(fire)]
 
 
 @contextmanager

@@ -50,7 +50,7 @@ _STEPS = (
 )
 _TAKE = [statement(f"take_{step}") for step in _STEPS]
 _TURNS, _SHARE = statement("turns"), statement("share")
-_OFFERS_TRIAL, _TRIALS_ENDED_BY = statement("offers_trial"), statement("trials_ended_by")
+_OFFERS_TRIAL, _TRIALS_ADVANCED_BY = statement("offers_trial"), statement("trials_advanced_by")
 _RENEW, _RELEASE, _LAPSE_TRIAL = statement("renew"), statement("release"), statement("lapse_trial")
 _CHECKPOINT = statement("checkpoint")
 _DROP_CHECKPOINT = [statement(name) for name in ("drop_checkpoint", "drop_reports", "last_checkpoint")]
@@ -428,9 +428,9 @@ class Leases:
         rows = self._session.execute(_OFFERS_TRIAL, given={"study": study_id, "held": self._session.held()})
         return bool(rows) and bool(rows[0][0])
 
-    def trials_ended_by(self, worker: str) -> int:
-        """How many trials a worker has trained to their end."""
-        count: int = self._session.execute(_TRIALS_ENDED_BY, given={"worker": worker})[0][0]
+    def trials_advanced_by(self, worker: str) -> int:
+        """How many trials a worker has trained to their end, or brought further and nobody else has taken since."""
+        count: int = self._session.execute(_TRIALS_ADVANCED_BY, given={"worker": worker})[0][0]
         return count
 
     # ------------------------------------------------------------------------------------------------- holding a trial

@@ -43,9 +43,9 @@ class _Process:
 class LocalWorkers:
     """Worker processes of this machine. A context manager: leaving it ends those that still run, and the fork server.
 
-    A worker that ends with an error is started again, RESTARTS times in a row. One that had trained a trial to its end
-    has all of them again: a few configurations that bring workers down end no study, and as the trials are counted, so
-    are the restarts.
+    A worker that ends with an error is started again, RESTARTS times in a row. One that had brought a trial further, to
+    its end or to another checkpoint, has all of them again: neither a few configurations that bring workers down end a
+    study, nor something that kills them now and then. As what there is to train is counted, so are the restarts.
 
     slots: trials at once in each; None: as many as fit. server: what forks them; None: each is started on its own.
     folder: of their logs; None: that of the first study of this name. leases: of the study's database, to ask what a
@@ -122,7 +122,7 @@ class LocalWorkers:
             return
         process.asked = process.popen
         with suppress(PostgresError):
-            if self.leases.trials_ended_by(worker_name(process.popen.pid)):
+            if self.leases.trials_advanced_by(worker_name(process.popen.pid)):
                 process.restarts = 0
 
     def _restart(self, process: _Process) -> None:

@@ -303,11 +303,11 @@ SELECT {offers} FROM hpo.terms s WHERE study_id = %(study)s
 SELECT l.trial_id, l.worker, coalesce(w.device, l.device), l.attempt
 FROM hpo.leases l LEFT JOIN hpo.workers w USING (worker) WHERE l.trial_id = ANY(%(trials)s)
 
--- name: trials_ended_by
--- How many trials a worker has trained to their end.
+-- name: trials_advanced_by
+-- How many trials a worker has trained to their end, or took last and brought further, by their checkpoints.
 -- types: worker text
 SELECT count(*) FROM hpo.leases l JOIN trials t USING (trial_id)
-WHERE l.worker = %(worker)s AND l.ended_at IS NOT NULL AND t.state IN ('COMPLETE', 'PRUNED')
+WHERE l.worker = %(worker)s AND CASE WHEN l.ended_at IS NULL THEN {further} ELSE t.state IN ('COMPLETE', 'PRUNED') END
 
 -- name: acquire_promotion
 -- Take or renew the lease to promote: nothing more is started and nothing is in flight.

@@ -8,7 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from datetime import datetime, timedelta
 from multiprocessing.process import BaseProcess
 from typing import TypeVar
@@ -380,6 +380,14 @@ class TestAFaultOfTheWorker:
         assert adopted is not None
         assert (adopted.attempt, adopted.lost, adopted.checkpoint_epoch) == (3, 0, 2)
 
+    def test_after_another_checkpoint_its_worker_has_got_on(self, leases: Leases, database_url: str) -> None:
+        study_id = open_study(leases, Terms(budget=1, lease_s=600))
+        for worker, epoch, advanced in (("a", 1, 1), ("b", None, 0), ("c", 2, 1)):
+            with closing(trial_storage(database_url)) as storage:
+                self.ends(Leases(storage), study_id, worker, epoch)
+            assert leases.trials_advanced_by(worker) == advanced
+        assert leases.trials_advanced_by("a") == 0  # others hold its trial
+
     def test_changes_nothing_of_a_trial_that_has_ended(self, leases: Leases, elsewhere: Leases) -> None:
         study_id = open_study(leases, Terms(budget=1))
         with suppress(WorkerFault), leases.take(study_id, "w") as lease:
@@ -388,13 +396,13 @@ class TestAFaultOfTheWorker:
             raise WorkerFault("cuda:0 is gone")
         (trial,) = elsewhere.storage.get_all_trials(study_id)
         assert (trial.state, trial.user_attrs) == (TrialState.COMPLETE, {"seed": 0})
-        assert leases.trials_ended_by("w") == 1
-        assert leases.trials_ended_by("other") == 0
+        assert leases.trials_advanced_by("w") == 1
+        assert leases.trials_advanced_by("other") == 0
 
     def test_and_a_trial_that_failed_is_none_that_its_worker_has_ended(self, leases: Leases) -> None:
         study_id = open_study(leases, Terms(budget=1))
         leases.storage.finish_trial(take(leases, study_id, "w").trial_id, TrialState.FAIL, None)
-        assert leases.trials_ended_by("w") == 0
+        assert leases.trials_advanced_by("w") == 0
 
 
 def test_a_study_says_whether_it_has_a_trial_to_take(leases: Leases, elsewhere: Leases) -> None:

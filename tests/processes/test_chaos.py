@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -51,3 +52,17 @@ def test_a_server_that_dies_again_and_again_costs_no_attempt(chaos: ModuleType, 
     assert report.faults() == []
     assert report.lost == 0
     assert report.stops >= 1
+
+
+def test_kills_during_finals_change_neither_winner_nor_weights(chaos: ModuleType, folder: Path) -> None:
+    study = {"finalists": 2, "trials": 2, "count": 2, "epochs": 12}
+    fire = chaos.run_finals(folder, **study, every_s=0.5, kills=4)
+    assert fire.faults() == []
+    assert fire.adopted >= 1
+    embedded.stop()
+    for name in ("HPO_HOME", "HPO_ARTIFACTS"):
+        shutil.rmtree(os.environ[name])
+    calm = chaos.run_finals(folder, **study, every_s=None)
+    assert calm.faults() == []
+    assert (calm.kills, calm.lost) == (0, 0)
+    assert fire.differences(calm) == []

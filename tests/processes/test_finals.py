@@ -1,21 +1,18 @@
-"""Finals by real processes: exact, adopted, stopped, extended, and the same whatever is killed."""
+"""Finals by real processes: exact, adopted, stopped, extended (what kills do to them: test_chaos.py)."""
 
 from __future__ import annotations
 
 import json
-import random
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 from optuna.trial import FrozenTrial, TrialState
 from safetensors.numpy import load_file
@@ -27,7 +24,7 @@ from hpo.storage.artifacts import artifact_store
 from hpo.storage.keys import checkpoint_prefix
 from hpo.study.lifecycle import finals_name
 from hpo.study.ranking import rank
-from tests.conftest import SMALL, Cli, assert_exact, processes_of, reports_wait, wait_for
+from tests.conftest import SMALL, Cli, assert_exact, reports_wait, wait_for
 
 FINALS = 'finalists = 2\nrepeats = 3\npruner = "none"'  # which prunes none, or there may be one finalist alone
 Read = Callable[..., list[FrozenTrial]]
@@ -47,10 +44,6 @@ def launch(cli: Cli, *more: object, workers: int = 2) -> dict[str, Any]:
 def ended(found: list[FrozenTrial]) -> list[tuple[float | None, dict[str, Any], list[float]]]:
     """What is the same however often workers were lost."""
     return [(trial.value, trial.user_attrs["params"], trial.user_attrs["curve"]["value"]) for trial in found]
-
-
-def sums(folder: str) -> str:
-    return next(line for line in (Path(folder) / "SHA256SUMS").read_text().splitlines() if "safetensors" in line)
 
 
 def test_the_best_are_trained_again_and_the_winners_trainings_are_the_model(
@@ -91,61 +84,6 @@ def test_the_best_are_trained_again_and_the_winners_trainings_are_the_model(
     assert "waves: 6 of 6 trainings of its finals have ended; hpo status waves/finals" in said
     assert "waves/finals" not in {row["study"] for row in json.loads(cli("status", "--json").stdout)}
     assert "trial 5" in cli("status", "waves/finals").stdout or "finished" in cli("status", "waves/finals").stdout
-
-
-@contextmanager
-def killed(home: str, wanted: Callable[[], bool], most: int) -> Iterator[list[int]]:
-    """Within the block a worker is killed whenever that is wanted, at most so often; how many so far."""
-    done, kills = threading.Event(), [0]
-
-    def kill() -> None:
-        while not done.wait(0.2) and kills[0] < most:
-            workers = [process for process in processes_of(home) if is_worker(process)]
-            if workers and wanted():
-                random.choice(workers).kill()
-                kills[0] += 1
-
-    thread = threading.Thread(target=kill)
-    thread.start()
-    try:
-        yield kills
-    finally:
-        done.set()
-        thread.join()
-
-
-def is_worker(process: psutil.Process) -> bool:
-    """Whether the server that forks has forked it."""
-    try:
-        parent = process.parent()
-        both = [process.cmdline(), [] if parent is None else parent.cmdline()]
-    except psutil.Error:  # it ended meanwhile
-        return False
-    return all(any("forkserver_process" in word for word in words) for words in both)
-
-
-def test_kills_during_finals_change_neither_winner_nor_weights(
-    cli: Cli, study_file: Study, trials: Read, environment: dict[str, str]
-) -> None:
-    name = finals_name("waves")
-
-    def in_training() -> bool:
-        with suppress(KeyError):
-            return any(not trial.state.is_finished() and trial.intermediate_values for trial in trials(name))
-        return False
-
-    study_file(trials=2, epochs=20, study=FINALS, train="patience = 0")
-    with killed(environment["HPO_HOME"], in_training, 4) as kills:
-        found = launch(cli)
-    first, weights = ended(trials(name)), sums(found["model"]["path"])
-    assert kills[0] > 0
-    assert_exact(trials(name), 6)
-    assert max(trial.user_attrs["attempt"] for trial in trials(name)) > 1
-    assert cli("delete", "waves", "--yes").returncode == 0
-    again = launch(cli)
-    assert ended(trials(name)) == first
-    assert again["best"]["number"] == found["best"]["number"]
-    assert sums(again["model"]["path"]) == weights
 
 
 def test_more_trials_later_train_only_what_finals_lack(cli: Cli, study_file: Study, trials: Read) -> None:

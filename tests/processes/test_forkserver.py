@@ -18,6 +18,7 @@ from hpo.launcher.forkserver import ForkedProcess, ForkServer, ForkServerError, 
 from hpo.launcher.local import LocalWorkers, start_forkserver
 from hpo.launcher.workers import LaunchError
 from hpo.storage.artifacts import artifact_store
+from hpo.storage.liveness import worker_name
 from hpo.storage.trials import trial_storage
 from hpo.study.config import load
 from hpo.study.lifecycle import OpenStudy, create_or_open
@@ -160,6 +161,31 @@ def test_a_killed_worker_is_started_again_and_trials_stay_exact(
         tend_until(group, lambda: over(study))
     assert_exact(trials(), 3)
     assert [process.restarts for process in group.processes] == [1, 0][:count]
+
+
+def test_a_worker_that_gets_on_before_each_kill_has_its_restarts_back(
+    opened: Callable[..., OpenStudy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("RESTARTS", 1), ("PAUSE_S", 0.01)):
+        monkeypatch.setattr(sys.modules["hpo.launcher.local"], name, value)
+    study = opened(trials=1, epochs=ENDLESS)
+    with start_forkserver() as server, LocalWorkers("waves", 1, server=server, leases=study.leases) as group:
+        for _ in range(4):
+            kill_after_a_checkpoint(study, group)
+        assert group.running()
+
+
+def kill_after_a_checkpoint(study: OpenStudy, group: LocalWorkers) -> None:
+    """Of the only worker, which is started again."""
+    worker = group.processes[0].popen
+    tend_until(group, lambda: worker.pid is not None and advanced(study, worker.pid))
+    assert worker.pid is not None
+    os.kill(worker.pid, signal.SIGKILL)
+    tend_until(group, lambda: group.processes[0].popen is not worker)
+
+
+def advanced(opened: OpenStudy, pid: int) -> bool:
+    return opened.leases.trials_advanced_by(worker_name(pid)) > 0
 
 
 @pytest.mark.parametrize("start", ["fork", "spawn"])
