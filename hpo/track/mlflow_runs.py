@@ -86,7 +86,8 @@ class MlflowRuns:
         if not trials:
             return
         since = int(1000 * min(trial.started for trial in trials))
-        wanted, found = {trial.key for trial in trials}, dict[str, list[Run]]()
+        wanted = {trial.key for trial in trials}
+        found: dict[str, list[Run]] = {}
         token = None
         while True:
             page = self._client.search_runs(

@@ -77,7 +77,7 @@ class Tracker:
         if self._loop is None:
             return
         with self._changed:
-            unwritten = {*self._due, self._at_work} - {None} if wait else set()
+            unwritten = {*self._due, *([self._at_work] if self._at_work else [])} if wait else set()
         for study in unwritten:
             self._write_now(study)
         self._loop.stop(timeout_s=0.0)
