@@ -28,6 +28,10 @@ class CheckError(StudyFault):
     """A value breaks its rule. The message is the rule alone, such as "must be above 0"."""
 
 
+class SecretError(CheckError):
+    """A value may hold a secret. The message is the rule; the value is quoted nowhere."""
+
+
 Check = Callable[[Any], Any]
 
 
@@ -94,8 +98,8 @@ def folder(value: Any) -> str:
 def tracking_uri(value: Any) -> str:
     """Where MLflow keeps runs: a server, or a file of SQLite. Whatever gives access is kept out of it, as it is stored
     and shown with the study."""
-    if isinstance(value, str) and value.startswith("http") and ("@" in value or "?" in value):
-        raise CheckError(
+    if isinstance(value, str) and not value.startswith(SQLITE) and ("@" in value or "?" in value):
+        raise SecretError(
             "must hold neither user, password nor a query, as it is stored with the study: set "
             "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, in the environment of "
             "launch and workers instead"

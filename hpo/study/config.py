@@ -20,12 +20,12 @@ from hpo.models.config import METRICS, PRECISIONS, TrainingConfig
 from hpo.models.costs import Costs
 from hpo.models.data.columns import ROLES, clash
 from hpo.models.fields import Value, default, rules
-from hpo.storage.masking import mask
 from hpo.study import space as spaces
 from hpo.study.checks import (
     SQLITE,
     Check,
     CheckError,
+    SecretError,
     costs,
     duration,
     folder,
@@ -440,8 +440,10 @@ def _section(kind: type[S], name: str, table: Mapping[str, Any], source: _Source
             raise source.error(full, _unknown(name, key))
         try:
             given[KEYS[name][key].field] = KEYS[name][key].check(value)
+        except SecretError as error:
+            raise source.error(full, f"{full} {error}") from None
         except CheckError as error:
-            raise source.error(full, f"{full} {error}, got {mask(show(value))}") from None
+            raise source.error(full, f"{full} {error}, got {show(value)}") from None
     return kind(**given)
 
 

@@ -61,14 +61,17 @@ class MlflowRuns:
         """
         experiment = self._experiment(ended.study)
         self._look(experiment, [trial for trial in ended.trials if trial.key not in self._known])
+        made = []
         for trial in ended.trials:
             run = self._known.get(trial.key)
             if run is None or not run.whole:
                 yield trial
+                made.append(trial)
                 run = self._written(experiment, trial, run)
             if run.notes != trial.notes:
                 yield trial
                 self._annotate(run, trial)
+        self._look(experiment, made)  # a request whose answer was lost has been repeated
 
     def _experiment(self, name: str) -> str:
         found = self._client.get_experiment_by_name(name)
