@@ -73,13 +73,14 @@ class Tracker:
             self._write_now(study)
 
     def close(self, *, wait: bool) -> None:
-        """Write what is due, as `settle` does, or leave it to others."""
+        """Write what is due, as `settle` does, but for what has just failed; or leave all of it to others."""
         if self._loop is None:
             return
         with self._changed:
-            unwritten = {*self._due, *([self._at_work] if self._at_work else [])} if wait else set()
-        for study in unwritten:
-            self._write_now(study)
+            unwritten = [*self._due, *([self._at_work] if self._at_work else [])]
+        for study in unwritten if wait else ():
+            if study not in self._faulty:
+                self._write_now(study)
         self._loop.stop(timeout_s=0.0)
 
     def _runs(self) -> bool:
@@ -131,8 +132,7 @@ class Tracker:
                 self._at_work = None
                 if again is not None:
                     self._due.setdefault(study, time.monotonic() + again)
-                if again == AGAIN_S:
-                    self._faulty.add(study)
+                (self._faulty.add if again == AGAIN_S else self._faulty.discard)(study)
                 self._changed.notify_all()
 
     def _sync(self, study: str) -> float | None:

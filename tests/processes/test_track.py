@@ -195,12 +195,15 @@ def workers_of(url: str) -> list[int]:
     return [pid for (pid,) in rows(url, "SELECT pid FROM hpo.workers")]
 
 
-WILD = SMALL + 'optimizer = "sgd"\ngradient_clip = 0.0\nlearning_rate = [0.01, 1e38]\n'
+WILD = (
+    SMALL.replace("high = 12", "high = 48")
+    + 'bidirectional = false\noptimizer = "sgd"\ngradient_clip = 0.0\nlearning_rate = [0.01, 1e38]\n'
+)
 THREE_ENDS = """
 [[enqueue]]
 learning_rate = 1e38
 [[enqueue]]
-hidden_size = 12
+hidden_size = 48
 learning_rate = 0.01
 [[enqueue]]
 hidden_size = 4
@@ -209,7 +212,7 @@ learning_rate = 0.01
 hidden_size = 8
 learning_rate = 0.01
 [limits]
-size_mb = 0.003
+size_mb = 0.04
 """  # one diverges, one is too large, others complete
 
 

@@ -88,5 +88,5 @@ def test_folders_are_made_and_one_that_cannot_be_is_named(tmp_path: Path) -> Non
     assert (tmp_path / "runs").is_dir()
     assert (tmp_path / "boards").is_dir()
     (tmp_path / "file").touch()
-    with pytest.raises(TrackError, match="track.tensorboard must lie in a folder that can be made: .*file"):
+    with pytest.raises(TrackError, match=r"track.tensorboard must lie in a folder that can be made: .*file"):
         prepare(TrackSection(tensorboard=str(tmp_path / "file" / "boards")))
