@@ -36,6 +36,7 @@ class _Known:
     run_id: str
     whole: bool  # all of the trial was written
     notes: dict[str, str]
+    deleted: bool = False  # by somebody, in MLflow
 
 
 class MlflowRuns:
@@ -53,6 +54,7 @@ class MlflowRuns:
 
         self._client = MlflowClient(tracking_uri=uri)
         self._known: dict[str, _Known] = {}  # by the trial's key
+        self._unchecked: list[EndedTrial] = []  # those that this process has written, until it has seen one run of each
 
     def write(self, ended: Ended) -> Iterator[EndedTrial]:
         """Write what is not there yet; yields each trial before its run is written, so that the caller may stop.
@@ -61,17 +63,19 @@ class MlflowRuns:
         """
         experiment = self._experiment(ended.study)
         self._look(experiment, [trial for trial in ended.trials if trial.key not in self._known])
-        made = []
         for trial in ended.trials:
             run = self._known.get(trial.key)
+            if run is not None and run.deleted:
+                continue
             if run is None or not run.whole:
                 yield trial
-                made.append(trial)
+                self._unchecked.append(trial)
                 run = self._written(experiment, trial, run)
             if run.notes != trial.notes:
                 yield trial
                 self._annotate(run, trial)
-        self._look(experiment, made)  # a request whose answer was lost has been repeated
+        self._look(experiment, self._unchecked)  # a request whose answer was lost has been repeated
+        self._unchecked = []
 
     def _experiment(self, name: str) -> str:
         found = self._client.get_experiment_by_name(name)
@@ -111,9 +115,9 @@ class MlflowRuns:
                 if other.info.lifecycle_stage == "active":
                     self._client.delete_run(other.info.run_id)
             tags = first.data.tags
-            gone = first.info.lifecycle_stage != "active"
+            deleted = first.info.lifecycle_stage != "active"
             notes = {name: tags[name] for name in NOTES if name in tags}
-            self._known[key] = _Known(first.info.run_id, gone or _is_whole(first), notes)
+            self._known[key] = _Known(first.info.run_id, _is_whole(first), notes, deleted)
 
     def _written(self, experiment: str, trial: EndedTrial, run: _Known | None) -> _Known:
         """The trial's run, begun anew or gone on with, with all that is known of the trial."""

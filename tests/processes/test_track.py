@@ -32,6 +32,12 @@ PLAIN = 'finalists = 0\npruner = "none"'
 pytestmark = pytest.mark.xdist_group("track")  # they share a server
 
 
+@pytest.fixture
+def environment(environment: dict[str, str]) -> dict[str, str]:
+    """Of a machine on which a server may be slow."""
+    return {**environment, "MLFLOW_HTTP_REQUEST_TIMEOUT": "60"}
+
+
 def track(**given: str) -> str:
     return "[track]\n" + "\n".join(f'{key} = "{value}"' for key, value in given.items()) + "\n"
 
@@ -163,7 +169,7 @@ def runs(mlflow: str, database_url: str) -> Runs:
 
 
 def rows(url: str, query: str) -> list[tuple[Any, ...]]:
-    with closing(psycopg2.connect(url)) as connection, connection.cursor() as cursor:
+    with closing(psycopg2.connect(url.replace("+psycopg2", ""))) as connection, connection.cursor() as cursor:
         cursor.execute(query)
         return cursor.fetchall()
 
@@ -201,6 +207,7 @@ WILD = (
 )
 THREE_ENDS = """
 [[enqueue]]
+hidden_size = 4
 learning_rate = 1e38
 [[enqueue]]
 hidden_size = 48
@@ -433,6 +440,7 @@ def test_a_server_that_is_away_fails_no_trial_and_is_one_warning(
     environment: dict[str, str],
     tmp_path: Path,
 ) -> None:
+    del environment["MLFLOW_HTTP_REQUEST_TIMEOUT"]
     study_file(trials=6, study=PLAIN, more=track(mlflow=nowhere, tensorboard="boards"))
     done = cli("launch", "waves.toml", "--workers", 1, "--json", "--quiet")
     assert summary(done)["trials"]["complete"] == 6
