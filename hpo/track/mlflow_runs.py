@@ -48,7 +48,7 @@ class MlflowRuns:
             os.environ.setdefault(name, value)
         for name in ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"):
             remember(os.environ.get(name))
-        for name in ("mlflow", "alembic"):
+        for name in ("mlflow", "alembic", "urllib3.connectionpool"):
             logging.getLogger(name).setLevel(logging.ERROR)
         from mlflow.tracking import MlflowClient
 
