@@ -31,6 +31,7 @@ LOOK_S = 0.25  # between two looks at what is due
 GATHER_S = 2.0  # after a trial has ended, for others that end soon
 BUSY_S = 4.0  # about, until the next try where another process writes the study's runs
 AGAIN_S = 30.0  # until the next try after a fault
+UNTRACKED_S = 30.0  # after which a study without [track] is asked for some again
 PATIENCE_S = 60.0  # that the end of a study waits for the next run to be written; a fault shows sooner
 WRITTEN = "hpo:tracked"  # a study's system attribute: what stands for all that MLflow has of it
 FAULT_MOST = 400  # characters of a fault
@@ -50,6 +51,7 @@ class Tracker:
         self._url, self._stop_requested = url, stop_requested or threading.Event()
         self._changed = threading.Condition()
         self._due: dict[str, float] = {}  # studies to write, and not before when, by the monotonic clock
+        self._untracked: dict[str, float] = {}  # studies without [track], and until when that is believed
         self._at_work: str | None = None  # the study whose runs are being written
         self._awaited: set[str] = set()  # studies whose end somebody waits for
         self._faulty: set[str] = set()  # studies whose last try failed
@@ -62,7 +64,11 @@ class Tracker:
     def note(self, storage: TrialStorage, study: str) -> None:
         """A trial of this study, or of these finals, has ended. Raises PostgresError."""
         name = study.removesuffix(FINALS)
-        if _is_tracked(storage, name) and self._runs():
+        if time.monotonic() < self._untracked.get(name, -math.inf):
+            return
+        if not _is_tracked(storage, name):
+            self._untracked[name] = time.monotonic() + UNTRACKED_S
+        elif self._runs():
             with self._changed:
                 self._due.setdefault(name, time.monotonic() + GATHER_S)
 
