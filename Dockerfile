@@ -27,7 +27,7 @@ RUN useradd --create-home --uid 10001 hpo && install --directory --owner=hpo --g
 WORKDIR /app
 COPY pyproject.toml README.md LICENSE ./
 COPY tools/setup.sh tools/
-RUN mkdir -p hpo/dashboard hpo/launcher hpo/promote hpo/report hpo/service/pages hpo/study hpo/trial hpo/worker \
+RUN mkdir -p hpo/dashboard hpo/launcher hpo/promote hpo/report hpo/service/pages hpo/study hpo/track hpo/trial hpo/worker \
         models/bundle models/data models/kernel models/training storage/server examples/data \
     && PIP_NO_CACHE_DIR=1 HPO_TORCH=${TORCH} sh tools/setup.sh s3,parquet,onnx
 COPY hpo hpo

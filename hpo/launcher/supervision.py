@@ -34,6 +34,8 @@ from hpo.storage.snapshot import Snapshot
 from hpo.storage.trials import trial_storage
 from hpo.study.config import ConfigError, StudyConfig, config_for_data, load
 from hpo.study.lifecycle import OpenStudy, create_or_open
+from hpo.track.settings import prepare
+from hpo.track.tracker import settle
 
 if TYPE_CHECKING:
     from hpo.launcher.ray import Cluster
@@ -75,6 +77,7 @@ def run_here(
             LocalWorkers(study.name, count, slots, forkserver, folder, study.leases) as group,
         ):
             wait(watched, group, stop, show)
+        settle(study.storage, study.name)  # what workers could not write, or was asked for once all had ended
         return summary(study, time.monotonic() - started, group.where_logs_are)
 
 
@@ -96,6 +99,7 @@ def run_on_ray(
             RayWorkers(study.name, workers, slots, cluster, most) as group,
         ):
             wait(watched, group, stop, show)
+        settle(study.storage, study.name)  # what workers could not write, or was asked for once all had ended
         return summary(study, time.monotonic() - started, group.where_logs_are)
 
 
@@ -119,6 +123,7 @@ def read_config(
 @contextmanager
 def _study_of(config: StudyConfig) -> Iterator[OpenStudy]:
     """Created or found; its connections are closed after the block."""
+    prepare(config.track)
     storage = trial_storage(database_url())
     try:
         storage.keep_deadlines(config.study.lease_s)

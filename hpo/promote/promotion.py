@@ -81,6 +81,8 @@ def promote_when_over(study: OpenStudy, resources: WorkerResources, leases: Leas
                 sequences = resources.datasets.get(study.plan.train)
                 record, finalist = found
                 version = promote(study, resources.store, record, sequences, finalist).version
+        if resources.tracker is not None:
+            resources.tracker.settle(study.storage, study.name)
         for each in (row, leases.study(running.study_id) if running is not None else None):
             if each is not None:
                 drop_all_checkpoints(resources.store, each.store_key)

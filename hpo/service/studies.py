@@ -404,6 +404,10 @@ def submit_study(backend: Backend, token: Token, tables: dict[str, Any], key: st
 
 def _config(backend: Backend, tables: dict[str, Any]) -> StudyConfig:
     """The configuration whose data files lie on this machine. Raises ConfigError, and Problem for other data."""
+    if "track" in tables:
+        rule = "[track] is not taken by the service: its workers would write to folders and hosts that they alone reach"
+        way = "leave it out, or have the study launched beside the database (`hpo launch`)"
+        raise Problem(HTTPStatus.UNPROCESSABLE_ENTITY, f"{rule}; {way}")
     data = tables.get("data")
     if not isinstance(data, Mapping):
         raise Problem(HTTPStatus.UNPROCESSABLE_ENTITY, "a study needs [data] train, a key that POST /v1/data gave")

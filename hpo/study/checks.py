@@ -13,6 +13,7 @@ from hpo.study.entries import show
 
 SHARE_LEAST = 1e-9  # one sequence of more than any file holds
 LONGEST_URL = 2_000  # characters
+SQLITE = "sqlite:///"  # begins the address of a database file
 COST_LEAST, COST_MOST = 1e-6, 1e6  # of a wrong decision
 _URL = re.compile(
     r"https?://([a-z0-9]([a-z0-9_.-]*[a-z0-9])?|\[[0-9a-f:.]+\])(:[0-9]{1,5})?([/?][\w.~:/?@!$&'()*+,;=%\[\]-]*)?",
@@ -25,6 +26,10 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # of a study
 
 class CheckError(StudyFault):
     """A value breaks its rule. The message is the rule alone, such as "must be above 0"."""
+
+
+class SecretError(CheckError):
+    """A value may hold a secret. The message is the rule; the value is quoted nowhere."""
 
 
 Check = Callable[[Any], Any]
@@ -80,6 +85,29 @@ def web_address(value: Any) -> str:
             f"must be an http:// or https:// URL of at most {LONGEST_URL} letters of ASCII, "
             "without user, password, fragment and spaces"
         )
+    return value
+
+
+def folder(value: Any) -> str:
+    """The path of a folder."""
+    if "://" in text(value):
+        raise CheckError("must be the path of a folder")
+    return str(value)
+
+
+def tracking_uri(value: Any) -> str:
+    """Where MLflow keeps runs: a server, or a file of SQLite. Whatever gives access is kept out of it, as it is stored
+    and shown with the study."""
+    if isinstance(value, str) and not value.startswith(SQLITE) and ("@" in value or "?" in value):
+        raise SecretError(
+            "must hold neither user, password nor a query, as it is stored with the study: set "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, in the environment of "
+            "launch and workers instead"
+        )
+    if isinstance(value, str) and value.startswith(SQLITE) and value != SQLITE and not set(value) & set("?#\0"):
+        return value
+    if not isinstance(value, str) or len(value) > LONGEST_URL or not _URL.fullmatch(value):
+        raise CheckError(f"must be the http:// or https:// URL of an MLflow server, or {SQLITE}FILE.db")
     return value
 
 

@@ -22,10 +22,13 @@ from hpo.models.data.columns import ROLES, clash
 from hpo.models.fields import Value, default, rules
 from hpo.study import space as spaces
 from hpo.study.checks import (
+    SQLITE,
     Check,
     CheckError,
+    SecretError,
     costs,
     duration,
+    folder,
     gap,
     lease,
     one_of,
@@ -34,6 +37,7 @@ from hpo.study.checks import (
     some_of,
     study_name,
     text,
+    tracking_uri,
     web_address,
     whole,
 )
@@ -187,6 +191,14 @@ class NotifySection:
 
 
 @dataclass(frozen=True)
+class TrackSection:
+    """[track]: where each trial that has ended is a run, too. Kept beside the study's plan, like [notify]."""
+
+    mlflow: str | None = field(default=None, metadata=checked(tracking_uri))  # of a server or a file; None: nowhere
+    tensorboard: str | None = field(default=None, metadata=checked(folder))  # path of the folder; None: nowhere
+
+
+@dataclass(frozen=True)
 class StudyConfig:
     """A whole study file."""
 
@@ -198,6 +210,7 @@ class StudyConfig:
     notify: NotifySection = NotifySection()
     promote: PromoteSection = PromoteSection()
     limits: LimitsSection = LimitsSection()
+    track: TrackSection = TrackSection()
 
 
 @dataclass(frozen=True)
@@ -219,6 +232,7 @@ SECTIONS = {
     "promote": PromoteSection,
     "limits": LimitsSection,
     "notify": NotifySection,
+    "track": TrackSection,
 }
 KEYS = {name: _keys(section) for name, section in SECTIONS.items()}  # section -> key
 STORED = ("study", "data", "train", "promote", "limits")  # the sections of a plan
@@ -295,7 +309,8 @@ def _load(tables: dict[str, Any], path: Path, overrides: Sequence[str]) -> Study
     config = _parse(tables, source)
     train = _resolved("train", config.data.train, path.parent, source)
     test = config.data.test and _resolved("test", config.data.test, path.parent, source)
-    return replace(config, data=replace(config.data, train=train, test=test))
+    track = _beside(config.track, path.parent, source)
+    return replace(config, data=replace(config.data, train=train, test=test), track=track)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -364,6 +379,22 @@ def _resolved(key: str, file: str, folder: Path, source: _Source) -> str:
     return str(path)
 
 
+def _beside(track: TrackSection, folder: Path, source: _Source) -> TrackSection:
+    """With the paths, which are relative to the study file, as absolute ones."""
+    found: dict[str, str] = {}
+    for key, value in vars(track).items():
+        if value is None or value.startswith("http"):
+            continue
+        scheme = SQLITE if value.startswith(SQLITE) else ""
+        try:
+            found[key] = scheme + str((folder / Path(value.removeprefix(scheme)).expanduser()).resolve())
+        except (OSError, RuntimeError, ValueError) as error:
+            raise source.error(
+                f"track.{key}", f"track.{key} must name a path: {error}, got {show(value[:200])}"
+            ) from None
+    return replace(track, **found)
+
+
 def from_dict(tables: Mapping[str, Any], where: str = "stored study") -> StudyConfig:
     """The inverse of `to_dict`; as strict as `load`, but the data files need not be there."""
     return _parse(tables, _Source(where))
@@ -387,6 +418,7 @@ def _parse(tables: Mapping[str, Any], source: _Source) -> StudyConfig:
         notify=_notify(_table(tables, "notify", source), source),
         promote=_section(PromoteSection, "promote", _table(tables, "promote", source), source),
         limits=_section(LimitsSection, "limits", _table(tables, "limits", source), source),
+        track=_section(TrackSection, "track", _table(tables, "track", source), source),
     )
 
 
@@ -398,7 +430,7 @@ def _table(tables: Mapping[str, Any], name: str, source: _Source) -> dict[str, A
 
 
 Stored: TypeAlias = StudySection | DataSection | TrainSection | PromoteSection | LimitsSection
-S = TypeVar("S", StudySection, DataSection, TrainSection, PromoteSection, LimitsSection, NotifySection)
+S = TypeVar("S", StudySection, DataSection, TrainSection, PromoteSection, LimitsSection, NotifySection, TrackSection)
 
 
 def _section(kind: type[S], name: str, table: Mapping[str, Any], source: _Source) -> S:
@@ -409,6 +441,8 @@ def _section(kind: type[S], name: str, table: Mapping[str, Any], source: _Source
             raise source.error(full, _unknown(name, key))
         try:
             given[KEYS[name][key].field] = KEYS[name][key].check(value)
+        except SecretError as error:
+            raise source.error(full, f"{full} {error}") from None
         except CheckError as error:
             raise source.error(full, f"{full} {error}, got {show(value)}") from None
     return kind(**given)
@@ -531,7 +565,7 @@ def complete(
 
 def to_dict(config: StudyConfig) -> dict[str, Any]:
     """The study file's tables with every default written out, for JSON; `from_dict` gives the same config, but for
-    [notify]."""
+    [notify] and [track]."""
     tables: dict[str, Any] = {name: _section_dict(name, getattr(config, name)) for name in STORED}
     tables["space"] = {name: unparse(entry) for name, entry in config.space.items()}
     tables["enqueue"] = [dict(params) for params in config.enqueue]
@@ -552,8 +586,8 @@ def _section_dict(name: str, section: Stored) -> dict[str, Any]:
 def differences(old: StudyConfig, new: StudyConfig) -> list[str]:
     """Where a new configuration contradicts a stored one, a line each; empty: the study can go on.
 
-    Both must be as written, or both completed. What is CHANGEABLE may change, and [notify]. Data files are not
-    compared: that is for their content.
+    Both must be as written, or both completed. What is CHANGEABLE may change, and so may [notify] and [track]. Data
+    files are not compared: that is for their content.
     """
     stored, file = _flat(old), _flat(new)
     return [

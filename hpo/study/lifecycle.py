@@ -26,7 +26,7 @@ from hpo.storage.scratch import scratch_folder
 from hpo.storage.snapshot import Snapshot
 from hpo.storage.terms import Judgement, Notify, Patience, Standstill, StudyRow, Terms
 from hpo.storage.trials import TrialStorage
-from hpo.study.config import ConfigError, StudyConfig
+from hpo.study.config import ConfigError, StudyConfig, TrackSection
 from hpo.study.config import to_dict as config_dict
 from hpo.study.counted import CountedTrials
 from hpo.study.entries import Entry, contains, distribution, unparse
@@ -47,6 +47,7 @@ log = logging.getLogger("hpo")
 SEARCH_SHARE = 0.75  # of a study's time is for its search where finals follow
 FINALS = "/finals"  # ends the name of a study's finals
 JUDGED = (TrialState.COMPLETE, TrialState.PRUNED)  # trials by which a study's patience goes
+TRACK = "hpo:track"  # a study's system attribute: where its trials are runs, too
 BEGUN = "hpo:begun"  # a study's system attribute: `hpo launch` has begun to fill it
 
 
@@ -108,8 +109,8 @@ def create_or_open(
 ) -> OpenStudy:
     """The study of this file: a new one, or the one of that name if nothing contradicts it.
 
-    An existing study goes on under the file's trials, timeout, patience, finals, limits, way of promotion, priority
-    and max_workers, and in its space where that is a wider one; a new study belongs to `owner`.
+    An existing study goes on under the file's trials, timeout, patience, finals, limits, way of promotion, tracking,
+    priority and max_workers, and in its space where that is a wider one; a new study belongs to `owner`.
     Raises StudyError with the differences, before anything is changed, and DataError for data that cannot be trained
     on.
     """
@@ -146,6 +147,7 @@ def create_or_open(
                 written = config_dict(config)
                 leases.set_promotion(study_id, written["limits"], written["promote"])
             leases.share(study_id, priority=config.study.priority, max_workers=config.study.max_workers)
+        set_track(storage, study_id, config.track)
         for line in readout(plan, train, test):
             log.info("%s: %s", name, line)
         for line in suspicions(train, test):
@@ -364,6 +366,17 @@ def search_time(config: StudyConfig) -> float | None:
 
 def _notify(config: StudyConfig) -> Notify:
     return Notify(config.notify.url, config.notify.on)
+
+
+def set_track(storage: TrialStorage, study_id: int, track: TrackSection) -> None:
+    """Where the study's trials are runs, too, from now on."""
+    if track != track_of(storage, study_id):
+        storage.set_study_system_attr(study_id, TRACK, vars(track))
+
+
+def track_of(storage: TrialStorage, study_id: int) -> TrackSection:
+    """Where the study's trials are runs, too. Raises MissingRecord for a study that was deleted."""
+    return TrackSection(**storage.get_study_system_attrs(study_id).get(TRACK, {}))
 
 
 def _publish(store: ArtifactStore, key: str | None, part: Sequences | None, rules: int) -> None:

@@ -33,6 +33,7 @@ from hpo.study.notes import attach_artifact
 from hpo.study.plan import Plan
 from hpo.study.ranking import displaced
 from hpo.study.record import FAILURE, TrialRecord
+from hpo.track.tracker import Tracker
 from hpo.trial import log as trial_log
 from hpo.trial.checkpoints import CheckpointSchedule, drop_spent_checkpoints
 from hpo.trial.curve import curve_of
@@ -70,6 +71,7 @@ class WorkerResources:
     datasets: Datasets
     device_lock: SharedExclusiveLock
     stop_requested: threading.Event  # once set, all slots of the worker end
+    tracker: Tracker | None = None  # writes the runs of [track]
 
 
 class TrialContext:

@@ -28,6 +28,7 @@ from hpo.storage.liveness import forget_end, note_end, worker_name
 from hpo.storage.trials import trial_storage
 from hpo.storage.url import mask
 from hpo.study.lifecycle import OpenStudy, open_study, study_id_of
+from hpo.track.tracker import Tracker
 from hpo.trial.build import native_wanted
 from hpo.trial.context import TrialContext, WorkerResources
 from hpo.trial.device import choose_device, device_name, use_device
@@ -70,8 +71,9 @@ class Worker:
         self.device = device or choose_device()
         self.stop_requested = stop_requested or threading.Event()
         store = artifact_store()
+        self.tracker = Tracker(self.url, self.stop_requested)
         self.resources = WorkerResources(
-            self.name, self.device, store, Datasets(store), SharedExclusiveLock(), self.stop_requested
+            self.name, self.device, store, Datasets(store), SharedExclusiveLock(), self.stop_requested, self.tracker
         )
         self.quarantine = Quarantine()
         self.over: set[str] = set()  # studies whose end is in the log
@@ -113,6 +115,7 @@ class Worker:
             send_last(self.storage.connection, study_id)
 
     def _leave(self) -> None:
+        self.tracker.close(wait=not self.stop_requested.is_set())
         try:
             self.leases.release_promotions(self.name)
             self.leases.retire(self.name)
@@ -317,6 +320,8 @@ class Slot:
         with self.worker.holding(lease), about(trial=lease.number):
             state = run_trial(TrialContext(study, lease, self.worker.resources, sequences))
         log.info("study %s, trial %d: %s", study.name, lease.number, "left" if state is None else state.name.lower())
+        if state is not None:
+            self.worker.tracker.note(self.worker.storage, study.name)
 
     def _promote(self, study: OpenStudy, ended: StudyOver) -> bool:
         """Whether nothing is left to do for this study, here or in another worker's hands."""

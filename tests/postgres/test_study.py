@@ -25,8 +25,8 @@ from hpo.storage.artifacts import artifact_store
 from hpo.storage.errors import StudyOver
 from hpo.storage.leases import Lease
 from hpo.storage.trials import TrialStorage, trial_storage
-from hpo.study.config import EVENTS, KEYS, SAMPLERS, StudyConfig, load, to_dict
-from hpo.study.lifecycle import BEGUN, SEARCH_SHARE, OpenStudy, create_or_open, open_study
+from hpo.study.config import EVENTS, KEYS, SAMPLERS, StudyConfig, TrackSection, load, to_dict
+from hpo.study.lifecycle import BEGUN, SEARCH_SHARE, OpenStudy, create_or_open, open_study, track_of
 from hpo.study.plan import Plan, StudyError, make_plan
 from hpo.study.pruning import make_pruner
 from hpo.terminal import show_predictions
@@ -216,6 +216,8 @@ OTHER = {  # another value for each key of a study file
     "train.keep_best": "7",
     "notify.url": '"https://example.org/other"',
     "notify.on": '["end"]',
+    "track.mlflow": '"http://localhost:5000"',
+    "track.tensorboard": '"runs"',
     "space.layers": "2",
     "enqueue": "[{ layers = 1 }]",
 }
@@ -254,6 +256,12 @@ def test_a_changed_setting_of_a_study_that_exists_is_obeyed_or_refused(
         create_or_open(changed, storage, store)
         (found,) = storage.connection.execute("SELECT notify_url, notify_on FROM hpo.terms")
         assert found == (changed.notify.url, list(changed.notify.on)) != ("https://example.org", list(EVENTS))
+    elif key.startswith("track."):
+        create_or_open(changed, storage, store)
+        assert track_of(storage, study.study_id) == changed.track != TrackSection()
+        create_or_open(load(tmp_path / "waves.toml"), storage, store)
+        assert track_of(storage, study.study_id) == TrackSection()
+        assert study.leases.study(study.study_id) == before
     elif key == "data.train":  # the same content
         assert create_or_open(changed, storage, store).plan == study.plan
     elif key.startswith(("limits.", "promote.")):

@@ -294,6 +294,15 @@ def test_an_error_names_files_as_they_were_sent(client: httpx.Client, key: str) 
     assert client.get("/v1/studies/positive").status_code == 404
 
 
+@pytest.mark.parametrize("track", [{"tensorboard": "/srv/boards"}, {"mlflow": "http://10.0.0.1:5000"}, {}, 1])
+def test_no_worker_writes_runs_to_folders_or_hosts_for_whoever_submits(
+    client: httpx.Client, key: str, track: object
+) -> None:
+    tables = {"study": {"name": "tracked"}, "data": {"train": key}, "track": track}
+    is_problem(client.post("/v1/studies", json=tables), 422, "[track] is not taken by the service")
+    assert client.get("/v1/studies/tracked").status_code == 404
+
+
 def test_a_submission_that_is_refused_makes_no_study(client: httpx.Client, service: Service, tmp_path: Path) -> None:
     """Data that can be read, and not be trained on."""
     (tmp_path / "one.csv").write_text("t0,label\n1,a\n2,a\n")

@@ -21,7 +21,7 @@ HEAVY = {
     "alembic", "fastapi", "httpx", "matplotlib", "numpy", "optuna", "optuna_dashboard", "psycopg2", "pydantic", "rich",
     "safetensors", "scipy", "sqlalchemy", "torch", "uvicorn", "waitress",
 }  # fmt: skip
-OPTIONAL = {"boto3", "botocore", "fcntl", "onnx", "onnxruntime", "pandas", "pyarrow", "ray", "resource"}
+OPTIONAL = {"boto3", "botocore", "fcntl", "mlflow", "onnx", "onnxruntime", "pandas", "pyarrow", "ray", "resource"}
 
 
 class Import(NamedTuple):
