@@ -453,6 +453,7 @@ def model_row(model: ModelVersion) -> dict[str, Any]:
         "created": model.created_at.isoformat(),
         "estimate": model.scores.get("estimate"),
         "footprint": model.scores.get("footprint"),
+        "calibration": model.scores.get("calibration"),
         "validation": model.scores["validation"],
         "test": model.scores.get("test"),
         "sequences": model.scores.get("sequences"),

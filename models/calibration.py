@@ -45,6 +45,12 @@ class Comparison:
     before: Reliability
     after: Reliability
 
+    @property
+    def summary(self) -> dict[str, dict[str, float]]:
+        """ECE and Brier score, both before and after; JSON-able."""
+        both = {"before": self.before, "after": self.after}
+        return {when: {"ece": each.ece, "brier": each.brier} for when, each in both.items()}
+
 
 @dataclass(frozen=True)
 class Calibration:

@@ -206,6 +206,7 @@ def promote(
             "value": record.value,
             **({} if estimate is None else {"estimate": asdict(estimate)}),
             **({} if config.footprint is None else {"footprint": asdict(config.footprint)}),
+            "calibration": {part: each.summary for part, each in reliable.items()},
             "validation": validation.metrics,
             "test": None if test is None else test.metrics,
             "sequences": {"validation": validation.sequences, "test": None if test is None else test.sequences},

@@ -75,9 +75,9 @@ def _networks(config: BundleConfig, together: list[str]) -> list[str]:
         return [_list(preprocessing(config, classifier)), _list([_architecture(classifier), *together])]
     parts = []
     for i, each in enumerate(config.components):
-        networks = "1 network" if each.members == 1 else f"{each.members} networks"
+        networks = "1 network, number" if each.members == 1 else f"{each.members} networks, numbers"
         parts.append(f"### Configuration {i + 1}: weight {each.weight:.4g}")
-        parts.append(f"{networks}, number {_numbers(config, i)} of the weights' file:")
+        parts.append(f"{networks} {_numbers(config, i)} of the weights' file:")
         parts.append(_list([*preprocessing(config, each.classifier), _architecture(each.classifier)]))
     text = "The probabilities of each configuration's networks are averaged, these averages by their weights."
     return [*parts, "### Together", text, *([_list(together)] if together else [])]

@@ -154,4 +154,6 @@ def test_figures_are_there_without_limits_and_do_not_belong_to_what_repeats(
     assert cli("promote", "waves").returncode == 0
     (model,) = json.loads(cli("models", "--json").stdout)  # measured once, it is the same version
     assert model["footprint"] == found["footprint"]
+    calibration = hpo.load(found["model"]["path"]).config.calibration
+    assert model["calibration"] == {part: each.summary for part, each in calibration.items()}
     assert "prediction takes" in cli("launch", "waves.toml").stdout

@@ -44,7 +44,11 @@ def test_they_are_shown_with_their_study_and_by_themselves(service: Service) -> 
         mine = [each.value for each in trainings if each.params == winner.params]
         assert summary["estimate"]["values"] == mine
         assert summary["estimate"]["selected"] == winner.value
-        assert client.model("waves").scores["estimate"] == summary["estimate"]
+        scores = client.model("waves").scores
+        assert scores["estimate"] == summary["estimate"]
+        found = scores["calibration"]["validation"]
+        assert found.keys() == {"before", "after"}
+        assert all(0 <= each["ece"] <= 1 and 0 <= each["brier"] <= 2 for each in found.values())
 
 
 @pytest.mark.usefixtures("over")
@@ -64,4 +68,5 @@ def test_the_pages_tell_of_them(service: Service) -> None:
     assert "Finals: 4 of 4 trainings of the best configurations" in study
     assert "Expect accuracy" in model or "Expect auroc" in model
     assert "the mean of 2 trainings on fresh seeds and splits" in model
+    assert "on the test part (ECE;" in model
     assert "waves/finals" not in overview

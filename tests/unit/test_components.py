@@ -112,7 +112,7 @@ def test_the_card_names_each_configuration() -> None:
     states, config = make_several("kinds")
     text = card.readme(config)
     assert "6 networks of 3 configurations" in text
-    assert "### Configuration 1: weight 0.5\n\n2 networks, number 0 to 1 of the weights' file:" in text
+    assert "### Configuration 1: weight 0.5\n\n2 networks, numbers 0 to 1 of the weights' file:" in text
     assert "### Configuration 2: weight 0.3\n\n1 network, number 2 of the weights' file:" in text
     assert text.count("-layer LSTM of 5 units") == 3
     measured = footprint.measure(config, states, data("kinds"))
