@@ -20,9 +20,10 @@ from http import HTTPStatus
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from hpo.doctor import NO, diagnose
 from hpo.errors import HpoError
@@ -43,6 +44,14 @@ if TYPE_CHECKING:
     from hpo.storage.snapshot import Snapshot
     from hpo.storage.trials import TrialStorage
 
+
+class ListedByName(TyperGroup):
+    """Commands of which `list` may be left out: `hpo trials NAME` is `hpo trials list NAME`."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        return super().resolve_command(ctx, args if args[0] in self.commands else ["list", *args])
+
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -53,7 +62,11 @@ db = typer.Typer(no_args_is_help=True, help="The database: the embedded server, 
 app.add_typer(db, name="db")
 token = typer.Typer(no_args_is_help=True, help="Who may use the service of `hpo serve`.")
 app.add_typer(token, name="token")
-trials_app = typer.Typer(no_args_is_help=True, help="A study's trials; those that are not to count.")
+trials_app = typer.Typer(
+    cls=ListedByName,
+    no_args_is_help=True,
+    help="A study's trials; those that are not to count. `hpo trials NAME` lists them.",
+)
 app.add_typer(trials_app, name="trials")
 models_app = typer.Typer(help="Promoted versions with their scores.")
 app.add_typer(models_app, name="models")

@@ -55,6 +55,7 @@ def test_a_winner_that_is_dropped_is_replaced_and_comes_back(cli: Cli, study_fil
     found = [(line["number"], line["value"]) for line in lines]
     assert found == [(str(number), repr(row["value"])) for number, row in enumerate(rows)]
     assert all(int(line["weight_count"]) > 0 and line["params.hidden_size"] and line["worker"] for line in lines)
+    assert json.loads(run("trials", "waves", "--json")) == rows
     assert json.loads(run("trials", "list", "waves", "--format", "json"))[4]["epochs"] == rows[4]["epochs"] > 0
     for wrong, text in (
         (("--format", "json", "--json"), "two forms of the same"),
