@@ -7,12 +7,12 @@
 FOLDER holds NAME_train.npz and NAME_test.npz. Each study has the same file: metric accuracy, all defaults, finals. The
 promoted model is tested on the official test part, which tuning never sees. By study: the value by which it was
 selected, the mean of its fresh values with their 95 % interval, the test score, and the seconds that search and finals
-took; and the test score of the default configuration alone, which is the study's first trial, as a study of one trial.
-Then, over all: how often the
-interval holds the test score, by how much what was promised is too good, for the fresh mean and for the selected value,
-how often the promoted model is worse than the default one beyond noise (two standard errors of the difference of
-two shares of the test part), and the expected calibration error on the test part before and after calibration. Each
-line is appended to FILE; what is there already is not run again.
+took; the test score of the default configuration alone, which is the study's first trial, as a study of one trial; and
+that of the same finals promoted as a greedy ensemble. Then, over all: how often the interval holds the test score, by
+how much what was promised is too good, for the fresh mean and for the selected value, how often the promoted model is
+worse than the default one beyond noise (two standard errors of the difference of two shares of the test part), and the
+expected calibration error on the test part before and after calibration. Each line is appended to FILE; what is there
+already is not run again.
 
 Official parts may differ in kind, as when others recorded them, and no interval knows of that. With --redraw each study
 has parts of the same sizes, drawn by its seed from both together, class by class.
@@ -36,13 +36,15 @@ def study(given: argparse.Namespace, name: str, seed: int, scratch: Path) -> dic
     """The line of one study."""
     if given.redraw:
         redraw(given.folder / name, scratch / name, seed)
-    asked = f"trials = {given.trials}\nfinalists = {given.finalists}\nrepeats = {given.repeats}"
-    found = _launched(given, scratch, name, f"{name}-{seed}", seed, asked)
+    whole = f"trials = {given.trials}\nfinalists = {given.finalists}\nrepeats = {given.repeats}"
+    found = _launched(given, scratch, name, f"{name}-{seed}", seed, whole)
     trials = [_trials(given, scratch, each) for each in (f"{name}-{seed}", f"{name}-{seed}/finals")]
     first = {key.removeprefix("params."): value for key, value in trials[0][0].items() if key.startswith("params.")}
     enqueue = [f"{key} = {json.dumps(value)}" for key, value in first.items() if value is not None]
     asked = "trials = 1\nfinalists = 0\n[[enqueue]]\n" + "\n".join(enqueue)
     default = _launched(given, scratch, name, f"{name}-{seed}-default", seed, asked)
+    # the study is over: its finals are promoted anew
+    together = _launched(given, scratch, name, f"{name}-{seed}", seed, f'{whole}\n[promote]\nensemble = "greedy"')
     model = json.loads((Path(found["model"]["path"]) / "config.json").read_text())
     return {
         "set": name,
@@ -51,6 +53,8 @@ def study(given: argparse.Namespace, name: str, seed: int, scratch: Path) -> dic
         "validation": found["validation"]["accuracy"],
         "validated": len(np.load(given.folder / f"{name}_train.npz", allow_pickle=False)["y"]),
         "default": default["test"]["accuracy"],
+        "greedy": together["test"]["accuracy"],
+        "greedy_mb": together["footprint"]["size_mb"] / found["footprint"]["size_mb"],
         "tested": len(np.load(given.folder / f"{name}_test.npz", allow_pickle=False)["y"]),
         "selected": found["estimate"]["selected"],
         "fresh": found["estimate"]["value"],
@@ -140,6 +144,12 @@ def table(lines: list[dict[str, Any]]) -> None:
     if errors:
         before, after = (100 * statistics.mean(column) for column in zip(*errors, strict=True))
         print(f"ECE on the test part of {len(errors)} studies: {before:.1f} % before calibration, {after:.1f} % after.")
+    if greedy := [line for line in lines if "greedy" in line]:
+        gain = 100 * statistics.mean(line["greedy"] - line["test"] for line in greedy)
+        size = statistics.mean(line["greedy_mb"] for line in greedy)
+        print(
+            f"A greedy ensemble: {gain:+.2f} points on the test part, {size:.1f} times as large ({len(greedy)} studies)."
+        )
     worse = [f"{line['set']} {line['seed']}" for line in lines if _is_worse(line)]
     print(f"Worse than the default configuration beyond noise: {len(worse)} ({', '.join(worse) or 'none'}).")
 
