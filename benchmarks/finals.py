@@ -147,9 +147,7 @@ def table(lines: list[dict[str, Any]]) -> None:
     if greedy := [line for line in lines if "greedy" in line]:
         gain = 100 * statistics.mean(line["greedy"] - line["test"] for line in greedy)
         size = statistics.mean(line["greedy_mb"] for line in greedy)
-        print(
-            f"A greedy ensemble: {gain:+.2f} points on the test part, {size:.1f} times as large ({len(greedy)} studies)."
-        )
+        print(f"A greedy ensemble: {gain:+.2f} points on test, {size:.1f} times as large ({len(greedy)} studies).")
     worse = [f"{line['set']} {line['seed']}" for line in lines if _is_worse(line)]
     print(f"Worse than the default configuration beyond noise: {len(worse)} ({', '.join(worse) or 'none'}).")
 
