@@ -269,8 +269,8 @@ def run_finals(
     """One launch of a study without pruning, whose workers are killed during its finals. HPO_HOME and HPO_ARTIFACTS
     must name folders of this run's own.
 
-    every_s: between two kills; None: nobody is killed. kills: at most so many. A launch that gives its workers up is
-    repeated, as its user would.
+    every_s: between two kills; None: nobody is killed. kills: at most so many, of workers that have a training; None:
+    any number, of all. A launch that gives its workers up is repeated, as its user would.
     """
     from hpo.storage.database import database_url
     from hpo.storage.trials import trial_storage
@@ -286,9 +286,9 @@ def run_finals(
                     if every_s is None or report.launches == LAUNCHES:
                         raise SystemExit(f"a launch ended with {status}: {(folder / 'launch.log').read_text()}")
                     launch, report.launches = start_launch(folder, count, finalists), report.launches + 1
-                elif (kills is None or report.kills < kills) and (ended := _ended(storage)) is not None:
-                    _kill_forked(report, launch, chance)
-                    tell(f"{ended}/{report.trainings} trainings ended, {report.kills} workers killed")
+                elif (kills is None or report.kills < kills) and (state := _unfinished(storage)) is not None:
+                    _kill_forked(report, launch, chance, state if kills is not None else None)
+                    tell(f"{_ended(state)}/{report.trainings} trainings ended, {report.kills} workers killed")
         finally:
             launch.terminate()
             launch.wait()
@@ -316,9 +316,14 @@ def forked_workers(launcher: int) -> list[psutil.Process]:
     return found
 
 
-def _kill_forked(report: Finals, launch: subprocess.Popen[bytes], chance: random.Random) -> None:
-    """One of a launch's workers, where one runs."""
+def _kill_forked(report: Finals, launch: subprocess.Popen[bytes], chance: random.Random, state: Any | None) -> None:
+    """One of a launch's workers, where one runs; state: of the finals, where it is to be one that has a training."""
+    from hpo.storage.liveness import worker_name
+
     found = forked_workers(launch.pid)
+    if state is not None:
+        holding = {each.worker for each in state.in_flight}
+        found = [each for each in found if worker_name(each.pid) in holding]
     if not found:
         report.idle += 1
         return
@@ -334,8 +339,8 @@ def _after(launch: subprocess.Popen[bytes], every_s: float | None) -> int | None
     return None
 
 
-def _ended(storage: Any) -> int | None:
-    """How many trainings of the finals have ended; None before the first and after the last."""
+def _unfinished(storage: Any) -> Any | None:
+    """The state of the finals; None before they begin and once all trainings have ended."""
     from hpo.storage.leases import Leases
     from hpo.study.lifecycle import finals_name
 
@@ -344,8 +349,11 @@ def _ended(storage: Any) -> int | None:
         state = Leases(storage).snapshot(study_id)
     except KeyError:
         return None
-    ended = sum(state.counts[name] for name in ("complete", "pruned", "failed"))
-    return ended if ended < state.budget else None
+    return state if _ended(state) < state.budget else None
+
+
+def _ended(state: Any) -> int:
+    return sum(state.counts[name] for name in ("complete", "pruned", "failed"))
 
 
 def _look(report: Finals, storage: Any, name: str) -> None:

@@ -55,8 +55,8 @@ def test_a_server_that_dies_again_and_again_costs_no_attempt(chaos: ModuleType, 
 
 
 def test_kills_during_finals_change_neither_winner_nor_weights(chaos: ModuleType, folder: Path) -> None:
-    study = {"finalists": 2, "trials": 2, "count": 2, "epochs": 12}
-    fire = chaos.run_finals(folder, **study, every_s=0.5, kills=4)
+    study = {"finalists": 2, "trials": 2, "count": 2, "epochs": 40}
+    fire = chaos.run_finals(folder, **study, every_s=0.25, kills=4)
     assert fire.faults() == []
     assert fire.adopted >= 1
     embedded.stop()
