@@ -118,7 +118,7 @@ class TestGraph:
     def test_a_graph_that_takes_a_gap_for_a_number_is_not_kept(
         self, tmp_path: Path, format: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(export, "_known", lambda member, values, lengths, probabilities: probabilities.nan_to_num())
+        monkeypatch.setattr(export, "_known", lambda probabilities, unknown: probabilities.nan_to_num())
         expected = rf"model.{format} must give NaN for a sequence with nan, and torch's probabilities for the others"
         with pytest.raises(ExportError, match=expected):
             export.export(light(tmp_path / "model", members=1), tmp_path / "out", format)
