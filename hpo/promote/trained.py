@@ -1,4 +1,4 @@
-"""A trial's networks as they were scored, and several of the same configuration as one model."""
+"""A trial's networks as they were scored, and those of several trials as one model."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from hpo.study.record import TrialRecord
 class Trained:
     """Networks, and what they say of the sequences that they validated on."""
 
-    members: list[Weights]  # of the model: one a fold; of rolling folds the last one alone
+    members: list[Weights]  # of the model: one a fold and training; of rolling folds the last one alone
     scores: Scores  # on validation
     rows: Rows  # (n,) of the training part that were validated on
-    probabilities: NDArray[np.float64]  # (n, K) each by a network that has not trained on that sequence
+    probabilities: NDArray[np.float64]  # (n, K) each by networks that have not trained on that sequence
     threshold: float
     chosen: bool  # the threshold was chosen by these probabilities
     seed: int
