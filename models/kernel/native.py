@@ -17,6 +17,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,6 +27,15 @@ from torch.autograd.function import once_differentiable
 
 from hpo.errors import HpoError
 from hpo.models.files import whole_file
+from hpo.models.kernel.structs import (
+    Data,
+    LstmGradients,
+    LstmInputs,
+    LstmShape,
+    Network,
+    NetworkBatches,
+    TrainingSettings,
+)
 
 if sys.platform != "win32":
     import grp
@@ -33,14 +43,23 @@ if sys.platform != "win32":
 
 log = logging.getLogger("hpo")
 
-SOURCE = Path(__file__).with_name("native.c")
+SOURCES = sorted(path for path in Path(__file__).parent.iterdir() if path.suffix in (".c", ".h"))
 COMPILERS = ("cc", "gcc", "clang")  # after the one that CC names
 COMPILE_TIMEOUT_S = 120
 ARM = platform.machine().lower() in ("arm64", "aarch64")
 # Tuned for processors in general: GCC's tuning for some AVX2 ones makes the kernel a fifth slower. Not -ffast-math: a
 # diverging training must show as NaN or infinity.
 MACHINE = ("-mcpu=native",) if ARM else ("-march=native", "-mtune=generic")
-FLAGS = ("-std=gnu11", "-O3", *MACHINE, "-ffp-contract=fast", "-shared", "-fPIC")
+FLAGS = (
+    "-std=gnu11",
+    "-O3",
+    *MACHINE,
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-shared",
+    "-fPIC",
+)
 LARGEST = 256  # hidden size up to which it is the faster one; at 512 torch is as fast, at 1024 some 1.1 times faster
 TOLERANCE = 1e-4  # of a fresh build compared with torch: any wrong sum is far off, rounding far below
 
@@ -49,48 +68,31 @@ class NativeError(HpoError):
     """The kernel cannot be built here, or does not take what it was given."""
 
 
-class _Shape(ctypes.Structure):
-    """`struct lstm_shape` of native.c, which says what the fields are; so do the next two."""
-
-    _fields_ = [
-        (name, ctypes.c_int64) for name in ("S", "B", "F", "H", "reverse", "training", "final", "step", "sequence")
-    ]
-
-
-class _Inputs(ctypes.Structure):
-    """`struct lstm_inputs`."""
-
-    _fields_ = [(name, ctypes.c_void_p) for name in ("x", "lengths", "w_ih", "w_hh", "b_ih", "b_hh")]
-
-
-class _Gradients(ctypes.Structure):
-    """`struct lstm_gradients`."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("dy", "w_ih", "w_hh", "dx")),
-        ("add", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("dw_ih", "dw_hh", "db_ih", "db_hh")),
-    ]
-
-
 class Kernel:
     """The compiled kernel. Any number of threads may call it at once; each call runs in the calling thread alone."""
 
     def __init__(self, library: Path, name: str) -> None:
         """Raises NativeError where the library cannot be loaded."""
         self.name = name  # of its source, compiler, flags and processor: same name and input, same bits
-        pointer = ctypes.c_void_p
+        pointer, integer = ctypes.c_void_p, ctypes.c_int64
         try:
-            functions = ctypes.CDLL(str(library))
+            loaded = ctypes.CDLL(str(library))
         except OSError as error:
             raise NativeError(f"the compiled kernel cannot be loaded: {error}") from None
-        self.bytes, self.forward, self.backward = functions.lstm_bytes, functions.lstm_forward, functions.lstm_backward
-        shape = ctypes.POINTER(_Shape)
-        self.bytes.argtypes = (shape,)
-        self.forward.argtypes = (shape, ctypes.POINTER(_Inputs), pointer, pointer)
-        self.backward.argtypes = (shape, ctypes.POINTER(_Gradients), pointer)
-        self.bytes.restype = self.forward.restype = ctypes.c_int64
-        self.backward.restype = None
+
+        def function(name: str, result: Any, *given: Any) -> Callable[..., Any]:
+            found = getattr(loaded, name)
+            found.restype, found.argtypes = result, given
+            return cast(Callable[..., Any], found)
+
+        shape, network, data, batches = map(ctypes.POINTER, (LstmShape, Network, Data, NetworkBatches))
+        self.lstm_bytes = function("lstm_bytes", integer, shape)
+        self.lstm_forward = function("lstm_forward", integer, shape, ctypes.POINTER(LstmInputs), pointer, pointer)
+        self.lstm_backward = function("lstm_backward", None, shape, ctypes.POINTER(LstmGradients), pointer)
+        self.network_bytes = function("network_bytes", integer, network, integer, integer, integer)
+        settings = ctypes.POINTER(TrainingSettings)
+        self.network_train = function("network_train", integer, network, data, settings, batches, pointer, pointer)
+        self.network_predict = function("network_predict", None, network, data, batches, pointer, pointer)
 
     def layer(self, inputs: Tensor, lengths: Tensor | None, *weights: Tensor, final: bool = False) -> Tensor:
         """One LSTM layer from a zero state: (S, B, F) and lengths (B,) int64 to (S, B, D*H), zero beyond each length.
@@ -116,14 +118,14 @@ class _Layer(torch.autograd.Function):
         ctx: Any, kernel: Kernel, final: bool, inputs: Tensor, lengths: Tensor | None, *weights: Tensor
     ) -> Tensor:
         outputs, memories = _forward(kernel, final, inputs, lengths, weights, training=True)
-        ctx.kernel, ctx.final, ctx.shape = kernel, final, inputs.shape
+        ctx.kernel, ctx.final, ctx.shape, ctx.lengths = kernel, final, inputs.shape, lengths
         ctx.save_for_backward(*memories, *weights)
         return outputs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (S, B, F), directions = ctx.shape, len(ctx.saved_tensors) // 5
+        (S, B, F), directions, lengths = ctx.shape, len(ctx.saved_tensors) // 5, ctx.lengths
         memories, weights = ctx.saved_tensors[:directions], ctx.saved_tensors[directions:]
         if gradient.stride(-1) != 1:
             gradient = gradient.contiguous()
@@ -133,13 +135,14 @@ class _Layer(torch.autograd.Function):
             own = slice(4 * reverse, 4 * reverse + 4)
             weight_ih, weight_hh, _, _ = weights[own]
             H = weight_hh.shape[1]
-            shape = _Shape(S, B, F, H, reverse, True, ctx.final, gradient.stride(0), gradient.stride(-2))
-            arguments = _Gradients(
+            shape = LstmShape(S, B, F, H, reverse, True, ctx.final, gradient.stride(0), gradient.stride(-2))
+            arguments = LstmGradients(
                 *(gradient.data_ptr() + 4 * reverse * H, weight_ih.data_ptr(), weight_hh.data_ptr()),
-                *(None if inputs is None else inputs.data_ptr(), reverse),
+                *(None if inputs is None else inputs.data_ptr(), B * F, F, reverse),
+                None if lengths is None else lengths.data_ptr(),
                 *(tensor.data_ptr() for tensor in gradients[own]),
             )
-            ctx.kernel.backward(shape, arguments, memory.data_ptr())
+            ctx.kernel.lstm_backward(shape, arguments, memory.data_ptr())
         return None, None, inputs, None, *gradients
 
 
@@ -151,13 +154,13 @@ def _forward(
     outputs = torch.empty((B, directions * H) if final else (S, B, directions * H))
     memories = []
     for reverse in range(directions):
-        shape = _Shape(S, B, F, H, reverse, training, final, B * directions * H, directions * H)
-        memory = torch.empty(kernel.bytes(shape), dtype=torch.uint8)
-        arguments = _Inputs(
-            *(inputs.data_ptr(), None if lengths is None else lengths.data_ptr()),
+        shape = LstmShape(S, B, F, H, reverse, training, final, B * directions * H, directions * H)
+        memory = torch.empty(kernel.lstm_bytes(shape), dtype=torch.uint8)
+        arguments = LstmInputs(
+            *(inputs.data_ptr(), B * F, F, None, None if lengths is None else lengths.data_ptr()),
             *(weight.data_ptr() for weight in weights[4 * reverse : 4 * reverse + 4]),
         )
-        wrong = kernel.forward(shape, arguments, outputs.data_ptr() + 4 * reverse * H, memory.data_ptr())
+        wrong = kernel.lstm_forward(shape, arguments, outputs.data_ptr() + 4 * reverse * H, memory.data_ptr())
         if wrong:
             raise NativeError(f"a length must be from 0 to the number of steps, {S}, got {cast(Tensor, lengths)}")
         memories.append(memory)
@@ -242,14 +245,14 @@ def _is_private(gid: int) -> bool:
 def _build(folder: Path) -> Kernel:
     compiler = _compiler()
     version = _run([*compiler, "--version"])
-    parts = (SOURCE.read_text(), shlex.join([*compiler, *FLAGS]), version, _processor())
+    parts = (*(path.read_text() for path in SOURCES), shlex.join([*compiler, *FLAGS]), version, _processor())
     name = "native-" + hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     library = folder / f"{name}.so"
     if _is_whole(library):
         return Kernel(library, name)
     try:
         with whole_file(library) as beside:
-            _run([*compiler, *FLAGS, str(SOURCE), "-o", str(beside)])
+            _run([*compiler, *FLAGS, *(str(path) for path in SOURCES if path.suffix == ".c"), "-lm", "-o", str(beside)])
             _compare(Kernel(beside, name))
             beside.chmod(0o700)
             with beside.open("ab") as file:  # after the end of a library comes what the loader does not read
