@@ -5,10 +5,23 @@
 
 #include <stdint.h>
 
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#define BETWEEN 64 /* bytes that nothing may touch, after each part */
+#else
+#define BETWEEN 0
+#endif
+
 /* The next part, whose start has the alignment of the largest vectors. */
 static inline void *take(uintptr_t *memory, int64_t bytes) {
     uintptr_t taken = *memory;
-    *memory += (uintptr_t)(bytes + 63) / 64 * 64;
+    *memory += (uintptr_t)(bytes + 63) / 64 * 64 + BETWEEN;
+#ifdef __SANITIZE_ADDRESS__
+    if (taken >= 4096) { /* not while sizes are counted from 0 */
+        ASAN_UNPOISON_MEMORY_REGION((void *)taken, bytes);
+        ASAN_POISON_MEMORY_REGION((void *)(taken + (uintptr_t)bytes), *memory - taken - (uintptr_t)bytes);
+    }
+#endif
     return (void *)taken;
 }
 

@@ -50,16 +50,8 @@ ARM = platform.machine().lower() in ("arm64", "aarch64")
 # Tuned for processors in general: GCC's tuning for some AVX2 ones makes the kernel a fifth slower. Not -ffast-math: a
 # diverging training must show as NaN or infinity.
 MACHINE = ("-mcpu=native",) if ARM else ("-march=native", "-mtune=generic")
-FLAGS = (
-    "-std=gnu11",
-    "-O3",
-    *MACHINE,
-    "-ffp-contract=fast",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-shared",
-    "-fPIC",
-)
+ARITHMETIC = ("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
+FLAGS = ("-std=gnu11", "-O3", *MACHINE, *ARITHMETIC, "-shared", "-fPIC")
 LARGEST = 256  # hidden size up to which it is the faster one; at 512 torch is as fast, at 1024 some 1.1 times faster
 TOLERANCE = 1e-4  # of a fresh build compared with torch: any wrong sum is far off, rounding far below
 
