@@ -17,11 +17,11 @@ struct layer {
     int64_t dstride;                   /* of `dgates`: row to row, no power of two (cache sets) */
     int64_t *order, *counts, *offsets; /* rank to sequence (B); rows of each step and before it (S + 1) */
     struct position *positions;        /* of each row in x, y and their gradients */
-    float *weights, *dweights;         /* (blocks, K, 4, LANES) */
+    float *weights, *dweights;         /* (blocks, K, 4, LANES), (K, 4, width) */
     float *inputs, *gates;             /* (rows, stride), (rows, blocks, 4, LANES); without training one step and block */
     float *cells, *squashed;           /* (rows, width), and their hyperbolic tangents */
-    float *recurrent, *entering;       /* w_hh and w_ih for the backward product: see pack_backward */
-    float *dgates[2], *dcells;         /* (rows of a chunk, blocks, 4, LANES), this chunk and the last; (B, width) */
+    float *recurrent, *entering;       /* w_hh and w_ih, packed for the backward product */
+    float *dgates[2], *dcells;         /* (rows of a chunk, 4, width), this chunk and the last; (B, width) */
     float *dh, *dx;                    /* (B, 4 LANES), (rows of a chunk, 4 LANES): units or inputs of up to four blocks */
     float *y;                          /* outputs (S, B, H), from step to step and from sequence to sequence: */
     const float *dy;                   /* their gradient, too */
@@ -107,25 +107,23 @@ static void pack_gates(const struct layer *l, const float *w_ih, const float *w_
 }
 
 static void unpack_gates(const struct layer *l, float *dw_ih, float *dw_hh, float *db_ih, float *db_hh) {
+    int64_t stride = 4 * l->width;
     for (int64_t j = 0; j < 4 * l->H; j++) {
-        const float *from = packed(l, l->dweights, j / l->H, j % l->H);
-        for (int64_t k = 0; k < l->F; k++, from += 4 * LANES) dw_ih[j * l->F + k] = *from;
-        db_ih[j] = db_hh[j] = *from, from += 4 * LANES;
-        for (int64_t k = 0; k < l->H; k++, from += 4 * LANES) dw_hh[j * l->H + k] = *from;
+        const float *from = l->dweights + j / l->H * l->width + j % l->H;
+        for (int64_t k = 0; k < l->F; k++, from += stride) dw_ih[j * l->F + k] = *from;
+        db_ih[j] = db_hh[j] = *from, from += stride;
+        for (int64_t k = 0; k < l->H; k++, from += stride) dw_hh[j * l->H + k] = *from;
     }
 }
 
-/* w (4 H, columns) to (groups, 4 width, vectors, LANES): groups of up to four vectors of columns, and the depth of
- * the product in the order of `dgates`. */
+/* w (4 H, columns) to a packed matrix (see matrix.h), whose depth is that of `dgates`. */
 static void pack_backward(const struct layer *l, const float *w, int64_t columns, float *to) {
     memset(to, 0, 4 * 4 * l->width * whole(columns));
     for (int64_t from = 0; from < columns; from += 4 * LANES) {
         int64_t many = columns - from < 4 * LANES ? columns - from : 4 * LANES;
-        for (int64_t unit = 0; unit < l->H; unit++)
-            for (int64_t gate = 0; gate < 4; gate++) {
-                int64_t depth = unit / LANES * 4 * LANES + gate * LANES + unit % LANES;
-                memcpy(to + depth * whole(many), w + (gate * l->H + unit) * columns + from, 4 * many);
-            }
+        for (int64_t gate = 0; gate < 4; gate++)
+            for (int64_t unit = 0; unit < l->H; unit++)
+                memcpy(to + (gate * l->width + unit) * whole(many), w + (gate * l->H + unit) * columns + from, 4 * many);
         to += 4 * l->width * whole(many);
     }
 }
@@ -218,13 +216,13 @@ static void backward_rows(const struct layer *l, int64_t s, int64_t first, int64
             if (dh) d = load(dh + (n - first) * vectors * LANES + v * LANES);
             if (!l->final || !dh) d += load_some(dy + unit, l->H - unit);
             vec dc = d * o * (1.0f - c * c);
-            float *kept = l->dcells + n * l->width + unit, *to = here + n * l->dstride + 4 * unit;
+            float *kept = l->dcells + n * l->width + unit, *to = here + n * l->dstride + unit;
             if (dh) dc += load(kept);
             store(kept, dc * f);
             store(to, dc * g * i * (1.0f - i));
-            store(to + LANES, dc * past * f * (1.0f - f));
-            store(to + 2 * LANES, dc * i * (1.0f - g * g));
-            store(to + 3 * LANES, d * c * o * (1.0f - o));
+            store(to + l->width, dc * past * f * (1.0f - f));
+            store(to + 2 * l->width, dc * i * (1.0f - g * g));
+            store(to + 3 * l->width, d * c * o * (1.0f - o));
         }
     }
 }
@@ -243,9 +241,9 @@ static void backward_step(const struct layer *l, int64_t s, const float *after, 
 
 /* Add what `count` rows from `row` on give to the weights' gradient. */
 static void weights_gradient(const struct layer *l, int64_t row, int64_t count, const float *dgates) {
-    for (int64_t block = 0; block < l->blocks; block++)
-        multiply(l->dweights + block * l->K * 4 * LANES, 4 * LANES, l->inputs + row * l->stride + l->start, 1, l->stride,
-                 l->K, count, dgates + block * 4 * LANES, l->dstride, 4, 1);
+    for (int64_t column = 0; column < 4 * l->width; column += 4 * LANES) /* a whole number of four vectors */
+        multiply(l->dweights + column, 4 * l->width, l->inputs + row * l->stride + l->start, 1, l->stride, l->K, count,
+                 dgates + column, l->dstride, 4, 1);
 }
 
 /* Write or, with `add`, add their gradient to dx. */

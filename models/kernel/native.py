@@ -17,7 +17,8 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -53,6 +54,8 @@ MACHINE = ("-mcpu=native",) if ARM else ("-march=native", "-mtune=generic")
 ARITHMETIC = ("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
 FLAGS = ("-std=gnu11", "-O3", *MACHINE, *ARITHMETIC, "-shared", "-fPIC")
 LARGEST = 256  # hidden size up to which it is the faster one; at 512 torch is as fast, at 1024 some 1.1 times faster
+MEASURED = ((50, 16, 1, 16), (50, 16, 8, 64))  # S, B, F, H that widths are compared at
+MEASUREMENTS = 20  # of each
 TOLERANCE = 1e-4  # of a fresh build compared with torch: any wrong sum is far off, rounding far below
 
 
@@ -244,7 +247,7 @@ def _build(folder: Path) -> Kernel:
         return Kernel(library, name)
     try:
         with whole_file(library) as beside:
-            _run([*compiler, *FLAGS, *(str(path) for path in SOURCES if path.suffix == ".c"), "-lm", "-o", str(beside)])
+            _compile_fastest(compiler, beside, _widths())
             _compare(Kernel(beside, name))
             beside.chmod(0o700)
             with beside.open("ab") as file:  # after the end of a library comes what the loader does not read
@@ -254,6 +257,54 @@ def _build(folder: Path) -> Kernel:
     if not _is_whole(library):
         raise NativeError(f"{library} is not what was compiled: {folder} does not keep what is written to it")
     return Kernel(library, name)
+
+
+def _widths() -> tuple[int, ...]:
+    """Numbers of a vector, of those widths among which it depends on the core which is the fastest; 0: the widest. Some
+    cores execute an instruction of AVX-512 in two halves."""
+    return (16, 8) if " avx512f " in f"{_processor()} ".replace("\n", " ") else (0,)
+
+
+def _compile_fastest(compiler: list[str], library: Path, widths: Sequence[int]) -> None:
+    """Compile for each of the widths, and keep what is fastest on this core. All give the same bits."""
+    if len(widths) == 1:
+        _compile(compiler, library, widths[0])
+        return
+    built = {width: library.with_name(f"{library.name}-{width}") for width in widths}
+    try:
+        for width, path in built.items():
+            _compile(compiler, path, width)
+        fastest = _fastest({width: Kernel(path, str(width)) for width, path in built.items()})
+        built[fastest].replace(library)
+    finally:
+        for path in built.values():
+            path.unlink(missing_ok=True)
+
+
+def _compile(compiler: list[str], library: Path, width: int) -> None:
+    lanes = [f"-DLANES={width}"] if width else []
+    sources = [str(path) for path in SOURCES if path.suffix == ".c"]
+    _run([*compiler, *FLAGS, *lanes, *sources, "-lm", "-o", str(library)])
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def _fastest(kernels: Mapping[int, Kernel]) -> int:
+    """The width whose training steps of a small and of a middling layer take the least time, one as important as the
+    other."""
+    shares = dict.fromkeys(kernels, 0.0)
+    for S, B, F, H in MEASURED:
+        inputs, weights = torch.zeros(S, B, F), _random_weights(F, H)
+        times: dict[int, list[float]] = {width: [] for width in kernels}
+        for _ in range(MEASUREMENTS):  # in turns: others may use the core
+            for width, kernel in kernels.items():
+                began = time.perf_counter()
+                kernel.layer(inputs, None, *weights, final=True).sum().backward()  # type: ignore[no-untyped-call]
+                times[width].append(time.perf_counter() - began)
+        least = {width: min(each) for width, each in times.items()}
+        for width in kernels:
+            shares[width] += least[width] / min(least.values())
+    return min(shares, key=shares.__getitem__)
 
 
 def _is_whole(library: Path) -> bool:
@@ -297,6 +348,13 @@ def _processor() -> str:
     return platform.machine() + "\n".join(line for line in first.splitlines() if line.startswith(keys))
 
 
+def _random_weights(F: int, H: int) -> list[Tensor]:
+    """Those of one direction of a layer."""
+    random = torch.Generator().manual_seed(0)
+    shapes = [(4 * H, F), (4 * H, H), (4 * H,), (4 * H,)]
+    return [torch.randn(shape, generator=random).div_(H**0.5).requires_grad_() for shape in shapes]
+
+
 @torch.inference_mode(False)
 @torch.enable_grad()
 def _compare(kernel: Kernel) -> None:
@@ -307,8 +365,7 @@ def _compare(kernel: Kernel) -> None:
     random = torch.Generator().manual_seed(0)
     S, B, F, H = 7, 9, 3, 19
     inputs = torch.randn(S, B, F, generator=random)
-    shapes = [(4 * H, F), (4 * H, H), (4 * H,), (4 * H,)]
-    weights = [torch.randn(shape, generator=random).div_(H**0.5).requires_grad_() for shape in shapes]
+    weights = _random_weights(F, H)
     lengths = torch.randint(1, S + 1, (B,), generator=random)
     inside = torch.arange(S)[:, None, None] < lengths[:, None]
     zeros = torch.zeros(1, B, H)

@@ -1,6 +1,7 @@
-/* Vectors of float32 in the width of the processor that this is compiled for, and the functions of gates.
+/* Vectors of float32, and the functions of gates.
  *
- * LANES numbers a vector, TILE rows of a product whose sums stay in registers.
+ * LANES numbers a vector, the widest that the processor has where the build does not say; TILE rows of a product whose
+ * sums stay in registers. Sums have an order that depends on neither: all widths give the same bits.
  */
 
 #ifndef VECTOR_H
@@ -13,7 +14,8 @@
 #include <immintrin.h>
 #endif
 
-#if defined(__AVX512F__)
+#if defined(LANES)
+#elif defined(__AVX512F__)
 #define LANES 16
 #elif defined(__AVX__)
 #define LANES 8
@@ -52,10 +54,10 @@ INLINE vec only(vec mask, vec value) { return (vec)((ivec)value & (ivec)mask); }
 INLINE vec vec_select(ivec mask, vec a, vec b) { return (vec)(((ivec)a & mask) | ((ivec)b & ~mask)); }
 
 /* The smaller and the greater of a bound and x; NaN stays NaN. */
-#if defined(__AVX512F__)
+#if LANES == 16 && defined(__AVX512F__)
 INLINE vec at_most(float bound, vec x) { return (vec)_mm512_min_ps((__m512)broadcast(bound), (__m512)x); }
 INLINE vec at_least(float bound, vec x) { return (vec)_mm512_max_ps((__m512)broadcast(bound), (__m512)x); }
-#elif defined(__AVX__)
+#elif LANES == 8 && defined(__AVX__)
 INLINE vec at_most(float bound, vec x) { return (vec)_mm256_min_ps((__m256)broadcast(bound), (__m256)x); }
 INLINE vec at_least(float bound, vec x) { return (vec)_mm256_max_ps((__m256)broadcast(bound), (__m256)x); }
 #else

@@ -93,7 +93,8 @@ def main() -> None:
     kernel = Kernel(Path(sys.argv[1]), "sanitized")
     for number, given in enumerate(itertools.chain(EDGES, map(drawn, range(MANY)))):
         train(kernel, given)
-        print(number, given, flush=True)
+        sys.stdout.write(f"{number} {given}\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +20,7 @@ from torch import Tensor
 from hpo.models.classifier import Classifier
 from hpo.models.config import ClassifierConfig, TrainingConfig
 from hpo.models.fields import rules
+from hpo.models.kernel import native
 from hpo.models.kernel.native import Kernel
 from hpo.models.seeds import derive
 from hpo.models.stem import StemLayer
@@ -268,3 +272,41 @@ def test_epochs_are_torchs(kernel: Kernel, numbers: Numbers, name: str, optimize
     for ours, torchs in zip(own.weights()[0].items(), theirs.weights()[0].items(), strict=True):
         assert ours[0] == torchs[0]
         torch.testing.assert_close(ours[1], torchs[1], atol=2e-3, rtol=2e-2)
+
+
+def test_every_width_of_vectors_gives_the_same_bits(tmp_path: Path) -> None:
+    """So that it may be chosen by a measurement, and no processor of a kind trains other weights than the next."""
+    compiler = native._compiler()
+    found = []
+    for width in (4, 8):
+        native._compile_fastest(compiler, tmp_path / f"{width}.so", (width,))
+        subjects = [
+            training(sequences(3), kernel=Kernel(tmp_path / f"{width}.so", "own"), hidden_size=21, **CASES[name])
+            for name in ("convolutions, all", "three layers of two directions", "augmented")
+        ]
+        found.append([run(subject, 2).weights()[0] for subject in subjects])
+    for one, other in zip(*found, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_faster_width_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = native._compiler()
+    for width in (4, 8):
+        monkeypatch.setattr(native, "_fastest", lambda kernels, width=width: width if len(kernels) == 2 else 0)
+        native._compile_fastest(compiler, tmp_path / "both.so", (8, 4))
+        native._compile_fastest(compiler, tmp_path / "one.so", (width,))
+        assert (tmp_path / "both.so").read_bytes() == (tmp_path / "one.so").read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"both.so", "one.so"}
+
+
+def test_the_width_that_takes_longer_is_not_the_fastest(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = copy.copy(kernel)
+    monkeypatch.setattr(native, "MEASUREMENTS", 3)
+
+    def layer(*given: Any, **more: Any) -> Tensor:
+        time.sleep(0.2)
+        return kernel.layer(*given, **more)
+
+    monkeypatch.setattr(slow, "layer", layer)
+    assert native._fastest({8: slow, 4: kernel}) == 4
+    assert native._fastest({4: kernel, 8: slow}) == 4
