@@ -5,6 +5,7 @@
 #include "memory.h"
 
 #define ROWS 16   /* of which gates are computed before their outputs */
+#define TURNED 8  /* columns */
 #define AHEAD 4   /* rows that are fetched from memory before they are used */
 #define CHUNK 128 /* rows whose gate gradients wait in cache until they go into the weights' gradient together */
 
@@ -106,19 +107,28 @@ static void pack_gates(const struct layer *l, const float *w_ih, const float *w_
     }
 }
 
-static void unpack_gates(const struct layer *l, float *dw_ih, float *dw_hh, float *db_ih, float *db_hh) {
-    int64_t stride = 4 * l->width;
-    for (int64_t j = 0; j < 4 * l->H; j++) {
-        const float *from = l->dweights + j / l->H * l->width + j % l->H;
-        for (int64_t k = 0; k < l->F; k++, from += stride) dw_ih[j * l->F + k] = *from;
-        db_ih[j] = db_hh[j] = *from, from += stride;
-        for (int64_t k = 0; k < l->H; k++, from += stride) dw_hh[j * l->H + k] = *from;
+/* From (columns, 4, width), of which `columns` begin at `from`, to torch's (4 H, columns). */
+static void unpack_columns(const struct layer *l, const float *from, int64_t columns, float *to) {
+    for (int64_t first = 0; first < columns; first += TURNED) { /* so many rows stay in cache while they are turned */
+        int64_t many = columns - first < TURNED ? columns - first : TURNED;
+        for (int64_t gate = 0; gate < 4; gate++)
+            for (int64_t unit = 0; unit < l->H; unit++)
+                for (int64_t k = 0; k < many; k++)
+                    to[(gate * l->H + unit) * columns + first + k] = from[(first + k) * 4 * l->width + gate * l->width + unit];
     }
+}
+
+static void unpack_gates(const struct layer *l, float *dw_ih, float *dw_hh, float *db_ih, float *db_hh) {
+    const float *bias = l->dweights + l->F * 4 * l->width;
+    unpack_columns(l, l->dweights, l->F, dw_ih);
+    unpack_columns(l, bias, 1, db_ih);
+    memcpy(db_hh, db_ih, 4 * 4 * l->H);
+    unpack_columns(l, bias + 4 * l->width, l->H, dw_hh);
 }
 
 /* w (4 H, columns) to a packed matrix (see matrix.h), whose depth is that of `dgates`. */
 static void pack_backward(const struct layer *l, const float *w, int64_t columns, float *to) {
-    memset(to, 0, 4 * 4 * l->width * whole(columns));
+    if (l->H < l->width || columns % LANES) memset(to, 0, 4 * 4 * l->width * whole(columns));
     for (int64_t from = 0; from < columns; from += 4 * LANES) {
         int64_t many = columns - from < 4 * LANES ? columns - from : 4 * LANES;
         for (int64_t gate = 0; gate < 4; gate++)

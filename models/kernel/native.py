@@ -1,4 +1,7 @@
-"""LSTM layers on a CPU through a kernel of our own, `native.c`, compiled for the machine at first use.
+"""Training on a CPU in native code: the C files beside this one, compiled for the machine at first use.
+
+`Kernel.network_train` and `.network_predict` run whole networks (see network.h), `Kernel.layer` a single LSTM layer
+under torch's autograd.
 
 Letters: S steps, B sequences, F inputs, H hidden size, D directions (1 or 2).
 """

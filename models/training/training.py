@@ -96,7 +96,7 @@ class Training:
     ) -> None:
         """sequences: the whole training file; folds: one (training rows, validation rows) pair a member.
 
-        kernel: the native one, for float32 on a CPU and sizes where it is the faster one; None: torch's own LSTM.
+        kernel: native code, for float32 on a CPU and sizes where it is the faster one; None: torch.
         graphs: on a GPU, replay captured steps; else, or where capture fails, run them one operation at a time: the
         bits are the same. fixed_shapes: steps of a few fixed shapes (see `FixedSteps`); None: on a GPU. columns: (F,)
         the place of each feature in an order that is not the file's, by which it gets its first weights.
