@@ -6,8 +6,7 @@
 
 #define ROWS 16   /* of which gates are computed before their outputs */
 #define TURNED 8  /* columns */
-#define AHEAD 4   /* rows that are fetched from memory before they are used */
-#define CHUNK 128 /* rows whose gate gradients wait in cache until they go into the weights' gradient together */
+#define CHUNK 96  /* rows whose gate gradients wait in cache until they go into the weights' gradient together */
 
 struct position { int32_t step, sequence; };
 
@@ -19,10 +18,12 @@ struct layer {
     int64_t *order, *counts, *offsets; /* rank to sequence (B); rows of each step and before it (S + 1) */
     struct position *positions;        /* of each row in x, y and their gradients */
     float *weights, *dweights;         /* (blocks, K, 4, LANES), (K, 4, width) */
-    float *inputs, *gates;             /* (rows, stride), (rows, blocks, 4, LANES); without training one step and block */
-    float *cells, *squashed;           /* (rows, width), and their hyperbolic tangents */
+    float *inputs;                     /* (rows, stride) */
+    /* Of each step (blocks, its rows, …), so that what a block of units writes is one piece: gates (4, LANES), cells and
+     * their hyperbolic tangents (LANES). Without training gates and tangents of one step and block. */
+    float *gates, *cells, *squashed;
     float *recurrent, *entering;       /* w_hh and w_ih, packed for the backward product */
-    float *dgates[2], *dcells;         /* (rows of a chunk, 4, width), this chunk and the last; (B, width) */
+    float *dgates[2], *dcells;         /* (rows of a chunk, 4, width), this chunk and the last; (blocks, B, LANES) */
     float *dh, *dx;                    /* (B, 4 LANES), (rows of a chunk, 4 LANES): units or inputs of up to four blocks */
     float *y;                          /* outputs (S, B, H), from step to step and from sequence to sequence: */
     const float *dy;                   /* their gradient, too */
@@ -55,7 +56,7 @@ static struct layer arrange(void *arena, const struct lstm_shape *shape, int64_t
         l.dx = take(&memory, 4 * chunk * 4 * LANES);
         l.dweights = take(&memory, 4 * l.K * 4 * l.width);
     } else {
-        l.gates = take(&memory, 4 * B * 4 * LANES);
+        l.gates = take(&memory, 4 * B * 4 * LANES), l.squashed = take(&memory, 4 * B * LANES);
     }
     *bytes = (int64_t)(memory - (uintptr_t)arena);
     return l;
@@ -141,47 +142,49 @@ static void pack_backward(const struct layer *l, const float *w, int64_t columns
 /* Where the rows of step s begin. */
 static int64_t begin(const struct layer *l, int64_t s) { return l->training ? l->offsets[s] : s % 2 * l->B; }
 
-/* Step s of all sequences that are still running, one block of units: from the sums of the gates (rows, 4, LANES), from
- * row to row `stride` floats, to gates, cells and outputs. First the gates of many rows, then their outputs: so many
- * chains of operations are under way at once. */
-static void activate(const struct layer *l, int64_t s, int64_t block, float *gates, int64_t stride) {
-    int64_t here = begin(l, s), next = begin(l, s + 1), lanes = l->H - block * LANES, width = l->width;
-    const float *past = s ? l->cells + begin(l, s - 1) * width + block * LANES : 0;
-    float *cells = l->cells + here * width + block * LANES, *squashed = l->squashed + here * width + block * LANES;
+/* Where those of a block of units begin, in vectors. */
+static int64_t piece(const struct layer *l, int64_t s, int64_t block) {
+    return begin(l, s) * l->blocks + block * l->counts[s];
+}
+
+/* Step s of all sequences that are still running, one block of units: from the sums of the gates to gates, cells and
+ * outputs. First the gates of many rows, then their outputs: so many chains of operations are under way at once. */
+static void activate(const struct layer *l, int64_t s, int64_t block, float *gates) {
+    int64_t next = begin(l, s + 1), lanes = l->H - block * LANES, at = piece(l, s, block) * LANES;
+    const float *past = s ? l->cells + piece(l, s - 1, block) * LANES : 0;
+    float *cells = l->cells + at, *squashed = l->squashed + (l->training ? at : 0);
     float *inputs = l->inputs + next * l->stride + l->start + l->F + 1 + block * LANES;
     /* Units that there are not stay 0, where an infinite input times their weight of 0 would be NaN. */
     vec there = load((const float *)(edge + 16 - (lanes < LANES ? lanes : LANES)));
     for (int64_t first = 0, count = l->counts[s]; first < count; first += ROWS) {
         int64_t end = count - first < ROWS ? count : first + ROWS;
         for (int64_t n = first; n < end; n++) {
-            float *z = gates + n * stride;
+            float *z = gates + n * 4 * LANES;
             vec i = vec_sigmoid(load(z)), f = vec_sigmoid(load(z + LANES)), g = vec_tanh(load(z + 2 * LANES));
             vec before = {0};
-            if (s) before = load(past + n * width);
-            store(cells + n * width, only(there, f * before + i * g));
+            if (s) before = load(past + n * LANES);
+            store(cells + n * LANES, only(there, f * before + i * g));
             store(z, only(there, i)), store(z + LANES, only(there, f)), store(z + 2 * LANES, only(there, g));
         }
         for (int64_t n = first; n < end; n++) {
-            float *z = gates + n * stride + 3 * LANES;
-            vec o = vec_sigmoid(load(z)), c = vec_tanh(load(cells + n * width)), h = only(there, o * c);
-            store(z, only(there, o));
-            if (l->training) store(squashed + n * width, c);
+            float *z = gates + n * 4 * LANES + 3 * LANES;
+            vec o = vec_sigmoid(load(z)), c = vec_tanh(load(cells + n * LANES)), h = only(there, o * c);
+            store(z, only(there, o)), store(squashed + n * LANES, c);
             if (n < l->counts[s + 1]) store(inputs + n * l->stride, h);
             if (l->final && n < l->counts[s + 1]) continue;
-            struct position at = l->positions[l->offsets[s] + n];
-            store_some(l->y + at.step * l->step + at.sequence * l->sequence + block * LANES, h, lanes);
+            struct position to = l->positions[l->offsets[s] + n];
+            store_some(l->y + to.step * l->step + to.sequence * l->sequence + block * LANES, h, lanes);
         }
     }
 }
 
 /* Step s of all sequences that are still running. */
 static void forward_step(const struct layer *l, int64_t s) {
-    int64_t stride = l->training ? 4 * l->width : 4 * LANES;
     for (int64_t block = 0; block < l->blocks; block++) {
-        float *gates = l->training ? l->gates + begin(l, s) * stride + block * 4 * LANES : l->gates;
-        multiply(gates, stride, l->inputs + begin(l, s) * l->stride + l->start, l->stride, 1, l->counts[s], l->K,
+        float *gates = l->gates + (l->training ? piece(l, s, block) * 4 * LANES : 0);
+        multiply(gates, 4 * LANES, l->inputs + begin(l, s) * l->stride + l->start, l->stride, 1, l->counts[s], l->K,
                  l->weights + block * l->K * 4 * LANES, 4 * LANES, 4, 0);
-        activate(l, s, block, gates, stride);
+        activate(l, s, block, gates);
     }
 }
 
@@ -209,31 +212,29 @@ int64_t lstm_forward(const struct lstm_shape *shape, const struct lstm_inputs *i
     return 0;
 }
 
-/* Gate gradients of the rows of step s that are ranked first .. end, units of `vectors` blocks from `block` on, from
- * the gradient of their outputs: dy plus, where the sequences run on, dh (rows, vectors * LANES). */
-static void backward_rows(const struct layer *l, int64_t s, int64_t first, int64_t end, int64_t block, int64_t vectors,
-                          const float *dh, float *here) {
+/* Gate gradients of the rows of step s that are ranked first .. end, one block of units, from the gradient of their
+ * outputs: dy plus, where the sequences run on, dh (rows, LANES, from row to row dh_stride floats). */
+static void backward_rows(const struct layer *l, int64_t s, int64_t first, int64_t end, int64_t block, const float *dh,
+                          int64_t dh_stride, float *here) {
+    int64_t piece_here = piece(l, s, block), unit = block * LANES;
+    const float *all_gates = l->gates + piece_here * 4 * LANES, *squashed = l->squashed + piece_here * LANES;
+    const float *pasts = s ? l->cells + piece(l, s - 1, block) * LANES : 0;
     for (int64_t n = first; n < end; n++) {
-        int64_t row = l->offsets[s] + n, ahead = row + AHEAD;
-        struct position at = l->positions[row];
-        const float *dy = l->dy + at.step * l->step + at.sequence * l->sequence;
-        for (int64_t v = 0, unit = block * LANES; v < vectors; v++, unit += LANES) {
-            const float *gates = l->gates + row * 4 * l->width + 4 * unit, *later = gates + AHEAD * 4 * l->width;
-            for (int64_t line = 0; ahead < l->offsets[s + 1] && line < 4 * LANES; line += 16) __builtin_prefetch(later + line);
-            vec i = load(gates), f = load(gates + LANES), g = load(gates + 2 * LANES), o = load(gates + 3 * LANES);
-            vec c = load(l->squashed + row * l->width + unit), past = {0}, d = {0};
-            if (s) past = load(l->cells + (row - l->counts[s - 1]) * l->width + unit);
-            if (dh) d = load(dh + (n - first) * vectors * LANES + v * LANES);
-            if (!l->final || !dh) d += load_some(dy + unit, l->H - unit);
-            vec dc = d * o * (1.0f - c * c);
-            float *kept = l->dcells + n * l->width + unit, *to = here + n * l->dstride + unit;
-            if (dh) dc += load(kept);
-            store(kept, dc * f);
-            store(to, dc * g * i * (1.0f - i));
-            store(to + l->width, dc * past * f * (1.0f - f));
-            store(to + 2 * l->width, dc * i * (1.0f - g * g));
-            store(to + 3 * l->width, d * c * o * (1.0f - o));
-        }
+        struct position at = l->positions[l->offsets[s] + n];
+        const float *dy = l->dy + at.step * l->step + at.sequence * l->sequence + unit, *gates = all_gates + n * 4 * LANES;
+        vec i = load(gates), f = load(gates + LANES), g = load(gates + 2 * LANES), o = load(gates + 3 * LANES);
+        vec c = load(squashed + n * LANES), past = {0}, d = {0};
+        if (s) past = load(pasts + n * LANES);
+        if (dh) d = load(dh + (n - first) * dh_stride);
+        if (!l->final || !dh) d += load_some(dy, l->H - unit);
+        vec dc = d * o * (1.0f - c * c);
+        float *kept = l->dcells + (block * l->B + n) * LANES, *to = here + n * l->dstride + unit;
+        if (dh) dc += load(kept);
+        store(kept, dc * f);
+        store(to, dc * g * i * (1.0f - i));
+        store(to + l->width, dc * past * f * (1.0f - f));
+        store(to + 2 * l->width, dc * i * (1.0f - g * g));
+        store(to + 3 * l->width, d * c * o * (1.0f - o));
     }
 }
 
@@ -244,8 +245,10 @@ static void backward_step(const struct layer *l, int64_t s, const float *after, 
         int64_t vectors = l->blocks - block < 4 ? l->blocks - block : 4;
         multiply(l->dh, vectors * LANES, after, l->dstride, 1, continuing, 4 * l->width,
                  l->recurrent + block * LANES * 4 * l->width, vectors * LANES, vectors, 0);
-        backward_rows(l, s, 0, continuing, block, vectors, l->dh, here);
-        backward_rows(l, s, continuing, count, block, vectors, 0, here);
+        for (int64_t v = 0; v < vectors; v++) {
+            backward_rows(l, s, 0, continuing, block + v, l->dh + v * LANES, vectors * LANES, here);
+            backward_rows(l, s, continuing, count, block + v, 0, 0, here);
+        }
     }
 }
 
