@@ -4,11 +4,14 @@
 #define MEMORY_H
 
 #include <stdint.h>
+#include <string.h>
 
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>
+#define SANITIZED 1
 #define BETWEEN 64 /* bytes that nothing may touch, after each part */
 #else
+#define SANITIZED 0
 #define BETWEEN 0
 #endif
 
@@ -23,6 +26,16 @@ static inline void *take(uintptr_t *memory, int64_t bytes) {
     }
 #endif
     return (void *)taken;
+}
+
+/* Memory that is laid out anew: with sanitizers all of it becomes NaN, so that what is read before it was written shows. */
+static inline void forget(void *memory, int64_t bytes) {
+#ifdef __SANITIZE_ADDRESS__
+    ASAN_UNPOISON_MEMORY_REGION(memory, bytes);
+    memset(memory, 0xFF, bytes);
+#else
+    (void)memory, (void)bytes;
+#endif
 }
 
 #endif

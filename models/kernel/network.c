@@ -46,7 +46,7 @@ static int64_t convolution_kernel(const struct network *net, int64_t i) {
 
 static int gathers(const struct network *net, int augmented) { return net->stem_layers || net->skip || augmented; }
 
-/* Lay out a batch in `memory`; returns the bytes that it takes. */
+/* Lay out a batch in `base`; returns the bytes that it takes. */
 static int64_t arrange(const struct network *net, struct batch *m, void *base, int64_t B, int64_t T, int64_t training) {
     uintptr_t memory = (uintptr_t)base;
     *m = (struct batch){.B = B, .T = T, .S = T, .training = training};
@@ -106,6 +106,11 @@ static int64_t arrange(const struct network *net, struct batch *m, void *base, i
 int64_t network_bytes(const struct network *net, int64_t B, int64_t T, int64_t training) {
     struct batch m;
     return arrange(net, &m, 0, B, T, training);
+}
+
+static void lay_out(const struct network *net, struct batch *m, void *memory, int64_t B, int64_t T, int64_t training) {
+    if (SANITIZED) forget(memory, network_bytes(net, B, T, training));
+    arrange(net, m, memory, B, T, training);
 }
 
 static const float *weight(const struct network *net, int64_t i) { return net->weights + net->places[i]; }
@@ -323,7 +328,7 @@ int64_t network_train(const struct network *net, const struct data *data, const 
         struct draw draw = {b->seed, (uint32_t)i, 0};
         struct batch m;
         float recent = 1.0f / (float)(i + 1), counted = 0.0f;
-        arrange(net, &m, memory, B, longest(data, rows, B), 1);
+        lay_out(net, &m, memory, B, longest(data, rows, B), 1);
         look_up(net, data, rows, &m);
         forward(net, data, training, rows, shares, draw, recent < 0.1f ? 0.1f : recent, &m);
         struct loss l = {B, net->outputs, whole(net->outputs), m.logits, m.labels, data->weights ? m.row_weights : 0,
@@ -346,7 +351,7 @@ void network_predict(const struct network *net, const struct data *data, const s
         int64_t begin = i ? b->ends[i - 1] : 0, B = b->ends[i] - begin;
         const int64_t *rows = b->rows + begin;
         struct batch m;
-        arrange(net, &m, memory, B, longest(data, rows, B), 0);
+        lay_out(net, &m, memory, B, longest(data, rows, B), 0);
         look_up(net, data, rows, &m);
         forward(net, data, 0, rows, 0, (struct draw){0}, 0.0f, &m);
         for (int64_t k = 0; k < B; k++)
