@@ -57,7 +57,7 @@ def test_a_trial_without_one_number_is_pruned_and_infinities_are_ranked() -> Non
 @pytest.mark.parametrize("pruner", ["hyperband", "halving", "median", "none"])
 @pytest.mark.parametrize("epochs", [1, 4, 30, 100])
 def test_after_an_epoch_that_cannot_end_a_trial_every_pruner_lets_it_go_on(pruner: str, epochs: int) -> None:
-    """Of trials that are asked after each epoch, as Optuna asks, and of trials that are asked only where it may matter."""
+    """Trials that are asked after each epoch, as Optuna's are, and trials that are asked where it may matter."""
     always, sparing = (_decisions(pruner, epochs, sparing=sparing) for sparing in (False, True))
     assert always == sparing
     if pruner != "none" and epochs > 4:
