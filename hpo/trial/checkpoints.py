@@ -8,7 +8,7 @@ from hpo.storage.artifacts import ArtifactStore
 from hpo.storage.keys import checkpoint_prefix
 from hpo.storage.leases import Leases
 
-FIRST_CHECKPOINT_S = 2.0  # a trial of less than that is soon trained again …
+FIRST_CHECKPOINT_S = 0.5  # a trial of less than that is soon trained again …
 CHECKPOINT_S = 10.0  # … and a long one loses no more than this
 
 
