@@ -73,9 +73,9 @@ class OpenStudy:
         row = self.leases.study(self.study_id)
         return NONE if row is None else Limits.of(row)
 
-    def best_first(self) -> list[TrialRecord]:
-        """The complete trials that may be promoted: within the study's limits."""
-        limits = self.limits
+    def best_first(self, limits: Limits | None = None) -> list[TrialRecord]:
+        """The complete trials that may be promoted: within the study's limits, where these are not known already."""
+        limits = limits or self.limits
         return [record for record in self.complete() if limits.admit(vars(record))]
 
     def complete(self) -> list[TrialRecord]:
@@ -176,13 +176,14 @@ def open_study(name: str, storage: TrialStorage) -> OpenStudy:
     if row is None:
         raise StudyError(f"study {name!r} was not made by `hpo launch`, so it has no plan to work from")
     plan, limits = _plan_of(row, storage), Limits.of(row)
+    counted = CountedTrials(storage, plan, limits)
     study = optuna.load_study(
         study_name=name,
-        storage=CountedTrials(storage, plan, limits),
+        storage=counted,
         sampler=optuna.samplers.RandomSampler(),
         pruner=make_pruner(plan, lambda: storage.dropped(study_id)),
     )
-    return OpenStudy(study_id, name, plan, storage, ConfigurationSampler(plan, study, storage, limits), study)
+    return OpenStudy(study_id, name, plan, storage, ConfigurationSampler(plan, study, counted, storage, limits), study)
 
 
 def over_by_patience(found: Standstill) -> str:

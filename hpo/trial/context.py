@@ -261,7 +261,7 @@ class TrialContext:
         """Weights to drop once this trial has ended; None where its own are not among the best that are kept."""
         if not record.complete or not limits.admit(vars(record)):
             return None
-        return displaced(self._study.best_first(), self.plan, record.number, (record.value, record.log_loss))
+        return displaced(self._study.best_first(limits), self.plan, record.number, (record.value, record.log_loss))
 
     def _record(
         self, training: Training, best: Epoch, params: Mapping[str, Value], complete: bool, limits: Limits
