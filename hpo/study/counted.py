@@ -4,7 +4,8 @@ drawn from the space, and had ended under the limits, that the study has now."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Container
+from collections.abc import Container, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from optuna.distributions import BaseDistribution
@@ -29,10 +30,37 @@ class CountedTrials(TrialStorage):
         self._plan = plan if plan is not None and plan.revision else None
         self._wide = {} if self._plan is None else distributions(self._plan.config.space)
         self._fitted: dict[int, FrozenTrial] = {}  # finished trials, by id
+        self._ids: dict[str, int] = {}  # of studies, by name
+        self._still: dict[int, list[FrozenTrial]] | None = None  # while nothing new is looked for: by study
+
+    @contextmanager
+    def still(self) -> Iterator[None]:
+        """Within the block a study's trials are those of the first look at them: a draw takes many, and goes by one
+        state of the study. For one thread at a time."""
+        self._still = {}
+        try:
+            yield
+        finally:
+            self._still = None
+
+    def get_study_id_from_name(self, study_name: str) -> int:
+        """Asked once, as Hyperband does at each of its decisions: an open study is deleted, never renamed."""
+        if study_name not in self._ids:
+            self._ids[study_name] = super().get_study_id_from_name(study_name)
+        return self._ids[study_name]
 
     def get_all_trials(
         self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
     ) -> list[FrozenTrial]:
+        if self._still is None:
+            trials = self._counted(study_id, states)
+        else:
+            if study_id not in self._still:
+                self._still[study_id] = self._counted(study_id, None)
+            trials = [trial for trial in self._still[study_id] if states is None or trial.state in states]
+        return copy.deepcopy(trials) if deepcopy else trials
+
+    def _counted(self, study_id: int, states: Container[TrialState] | None) -> list[FrozenTrial]:
         with self.connection.lock:
             trials = super().get_all_trials(study_id, deepcopy=False, states=states)
             dropped = self.dropped(study_id)
@@ -43,7 +71,7 @@ class CountedTrials(TrialStorage):
                 trials = [_constrained(self._limits, trial) for trial in trials]
             if first is not None:
                 trials = [_without_state(trial, first) for trial in trials if trial._trial_id not in dropped]
-        return copy.deepcopy(trials) if deepcopy else trials
+        return trials
 
     def _fitting(self, plan: Plan, trial: FrozenTrial) -> FrozenTrial:
         """The trial as the present space would have drawn it, kept once it has ended."""
