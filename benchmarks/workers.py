@@ -16,6 +16,7 @@ import os
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,13 +152,21 @@ def _server() -> list[psutil.Process]:
 
     data = embedded.status().data
     assert data is not None
-    return [psutil.Process(pid) for pid in server_processes(data)]
+    found = []
+    for pid in server_processes(data):
+        with suppress(psutil.NoSuchProcess):  # an autovacuum worker that has just ended
+            found.append(psutil.Process(pid))
+    return found
 
 
 def _server_s() -> float:
     """Seconds that the server's processes have been on a CPU."""
-    times = [process.cpu_times() for process in _server()]
-    return sum(time.user + time.system for time in times)
+    seconds = 0.0
+    for process in _server():
+        with suppress(psutil.NoSuchProcess):
+            times = process.cpu_times()
+            seconds += times.user + times.system
+    return seconds
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ class Session:
             rows = self.connection.execute_on(cursor, *bound)
         else:
             batch = dict(self._pending)
-            ahead = [bind(batch, self._fences)] if durable else [NO_WAIT, bind(batch, self._fences)]
+            ahead = [bind(batch, self._fences)] if durable else [*self._no_wait, bind(batch, self._fences)]
             try:
                 rows = self.connection.execute_on(cursor, *ahead, *bound)
             except psycopg2.DataError:  # a trial that may not be written to, or a value that the tables cannot hold
@@ -103,12 +103,18 @@ class Session:
             self._unsure.clear()
         return rows
 
+    @property
+    def _no_wait(self) -> list[BoundStatement]:
+        """What comes before writes whose commit need not wait for the disk, as a server that comes back without them is
+        noticed; behind a pooler it is not."""
+        return [] if self.connection.pooled else [NO_WAIT]
+
     def _write_pending(self, cursor: Cursor) -> None:
         """Write trial by trial, so that one lost trial does not hold up the others."""
         self._recall()
         for trial_id, writes in list(self._pending.items()):
             try:
-                self.connection.execute_on(cursor, NO_WAIT, bind({trial_id: writes}, self._fences))
+                self.connection.execute_on(cursor, *self._no_wait, bind({trial_id: writes}, self._fences))
                 self._sent({trial_id: writes})
             except psycopg2.errors.DivisionByZero:
                 self._give_up(trial_id)
