@@ -497,7 +497,7 @@ def main() -> None:
 def _trials(given: argparse.Namespace) -> list[str]:
     """The faults of a study under chaos."""
     server_s = None if given.server is None else (given.server[0], given.server[1])
-    with _home() as folder, _leading(folder, given.pooler):
+    with _home() as folder, leading(folder, given.pooler):
         report = run(
             folder,
             trials=given.trials,
@@ -537,7 +537,7 @@ def _finals(given: argparse.Namespace) -> list[str]:
 
 
 @contextmanager
-def _leading(folder: Path, size: int | None) -> Iterator[None]:
+def leading(folder: Path, size: int | None) -> Iterator[None]:
     """With a size: lead all that connects through a pooler while the block runs."""
     from hpo.storage.server import server as embedded
 

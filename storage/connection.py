@@ -135,19 +135,19 @@ def _timeouts(seconds: float) -> dict[str, str]:
 
 
 class _Lent(extensions.connection):
-    """A connection that is cut after some time, and makes our settings in each of its transactions."""
+    """A connection that is cut after some time."""
 
     deadline: Deadline
-    begin: bytes
+    begin: bytes  # of each transaction
 
 
 class _LentCursor(extensions.cursor):
-    """See `_Lent`."""
+    """Begins transactions as its connection says."""
 
     connection: _Lent
 
     def execute(self, query: Any, parameters: Any = None) -> None:
-        if self.connection.status == extensions.STATUS_READY:
+        if self.connection.begin and self.connection.status == extensions.STATUS_READY:
             super().execute(self.connection.begin)
         super().execute(query, parameters)
 
@@ -323,15 +323,16 @@ class Connection:
         return f"{first};\n{self._settings({}, seconds, 'SET LOCAL')};\n".encode()
 
     def lend(self, seconds: float) -> extensions.connection:
-        """Another connection, for libraries that make statements of their own; it is cut after so many seconds.
-
-        It leaves nothing on its session either: each of its transactions makes the settings.
-        """
+        """Another connection, for libraries that make statements of their own; it is cut after so many seconds."""
         self.with_retries(lambda _: None)  # so that the settings are known
         made: _Lent = psycopg2.connect(**self._arguments, connection_factory=_Lent, cursor_factory=_LentCursor)
         made.deadline = Deadline(made.fileno())
         made.deadline.end_after(seconds)
-        made.begin = self._locally(seconds)
+        made.begin = self._locally(seconds) if self.pooled else b""
+        if not self.pooled:
+            with made.cursor() as cursor:
+                cursor.execute(self._settings(SESSION, seconds))
+            made.commit()
         return made
 
     def _wait_or_raise(self, error: psycopg2.Error, too_late: bool, patience_s: float) -> None:

@@ -20,7 +20,10 @@ CMAES_STATE = f"{CMAES}optimizer"
 
 
 class CountedTrials(TrialStorage):
-    """A view of a storage, over the same connections and the same cache."""
+    """A view of a storage, over the same connections and the same cache; without the reports of running trials, which
+    neither asks for."""
+
+    shows_reports = False
 
     def __init__(self, storage: TrialStorage, plan: Plan | None = None, limits: Limits | None = None) -> None:
         """plan, limits: of the study that is looked at; without them, its trials are as they were drawn and ended."""
@@ -34,16 +37,24 @@ class CountedTrials(TrialStorage):
         self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
     ) -> list[FrozenTrial]:
         with self.connection.lock:
-            trials = super().get_all_trials(study_id, deepcopy=False, states=states)
-            dropped = self.dropped(study_id)
-            first = min((self._finished[i].number for i in dropped if i in self._finished), default=None)
-            if self._plan is not None:
-                trials = [self._fitting(self._plan, trial) for trial in trials]
-            if self._limits is not None:
-                trials = [_constrained(self._limits, trial) for trial in trials]
-            if first is not None:
-                trials = [_without_state(trial, first) for trial in trials if trial._trial_id not in dropped]
+            trials = self._counted(study_id, super().get_all_trials(study_id, deepcopy=False, states=states))
         return copy.deepcopy(trials) if deepcopy else trials
+
+    def drawn_trials(self, study_id: int) -> list[FrozenTrial]:
+        with self.connection.lock:
+            return self._counted(study_id, super().drawn_trials(study_id))
+
+    def _counted(self, study_id: int, trials: list[FrozenTrial]) -> list[FrozenTrial]:
+        """Of the study's trials those that count, as they are seen."""
+        dropped = self.dropped(study_id)
+        first = min((self._finished[i].number for i in dropped if i in self._finished), default=None)
+        if self._plan is not None:
+            trials = [self._fitting(self._plan, trial) for trial in trials]
+        if self._limits is not None:
+            trials = [_constrained(self._limits, trial) for trial in trials]
+        if first is not None:
+            trials = [_without_state(trial, first) for trial in trials if trial._trial_id not in dropped]
+        return trials
 
     def _fitting(self, plan: Plan, trial: FrozenTrial) -> FrozenTrial:
         """The trial as the present space would have drawn it, kept once it has ended."""

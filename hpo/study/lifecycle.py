@@ -172,13 +172,14 @@ def open_study(name: str, storage: TrialStorage) -> OpenStudy:
     if row is None:
         raise StudyError(f"study {name!r} was not made by `hpo launch`, so it has no plan to work from")
     plan, limits = _plan_of(row, storage), Limits.of(row)
+    counted = CountedTrials(storage, plan, limits)
     study = optuna.load_study(
         study_name=name,
-        storage=CountedTrials(storage, plan, limits),
+        storage=counted,
         sampler=optuna.samplers.RandomSampler(),
         pruner=make_pruner(plan, lambda: storage.dropped(study_id)),
     )
-    return OpenStudy(study_id, name, plan, storage, ConfigurationSampler(plan, study, storage, limits), study)
+    return OpenStudy(study_id, name, plan, storage, ConfigurationSampler(plan, study, counted, limits), study)
 
 
 def over_by_patience(found: Standstill) -> str:

@@ -34,6 +34,7 @@ class ConfigurationSampler:
     """Draws the configurations of one study's trials. For one thread at a time."""
 
     def __init__(self, plan: Plan, study: optuna.Study, storage: TrialStorage, limits: Limits = NONE) -> None:
+        """storage: the study's own, so that both see the same trials."""
         self._plan, self._study, self._storage, self._limits = plan, study, storage, limits
         self._first = portfolio_of(plan)
         self._signatures: dict[int, str] = {}  # of configurations, by trial number
@@ -162,8 +163,9 @@ class ConfigurationSampler:
     def _had(self) -> set[str]:
         """The signatures of the configurations that the study has had, but for those of trials that were dropped: these
         may be drawn again. A trial's parameters never change."""
-        self._study._thread_local.cached_all_trials = None  # what samplers read; only Study.ask and tell empty it
-        drawn = [trial for trial in self._study._get_trials(deepcopy=False, use_cache=True) if trial.params]
+        trials = self._storage.drawn_trials(self._study._study_id)
+        self._study._thread_local.cached_all_trials = trials  # what samplers read; only Study.ask and tell empty it
+        drawn = [trial for trial in trials if trial.params]
         for trial in drawn:
             if trial.number not in self._signatures:
                 self._signatures[trial.number] = _signature(trial.params)
