@@ -1,15 +1,16 @@
 """A whole study: `hpo launch` against a plain Optuna and PyTorch script (`plain_study.py`), in turns on one server.
 
     python benchmarks/study.py [--sets italy vowels levels] [--pruners none median] [--repeats 3] [--quick]
-        [--default-threads] [--score]
+        [--default-threads] [--score] [--seconds]
 
 Both get the same list of configurations, data, split, epochs and pruner, and two worker processes; neither stops a
 trial early of its own. Measured is the wall time from the command to its end, by when both have saved their best
 model and evaluated it on the test part. The plain script runs with one thread a process; --default-threads adds it at
 torch's own number of threads (minutes). --score: each with its own search space (ours the default one, with its
 pruner and patience) and the time until a trial completes that is as good as the plain script's best on the same
-validation part. The embedded server is started in a fresh home before all of it. Italy and vowels ship in
-examples/data; levels is made here: 2 classes, 20 to 200 steps, 4 features.
+validation part. --seconds: ours alone, over its default space, and where its seconds go (`spans.py`). The embedded
+server is started in a fresh home before all of it. Italy and vowels ship in examples/data; levels is made here: 2
+classes, 20 to 200 steps, 4 features.
 """
 
 from __future__ import annotations
@@ -33,8 +34,11 @@ from typing import Any
 
 import numpy as np
 
+HERE = Path(__file__).resolve().parent
 # Python looks for modules beside the script first, where `storage` would be the benchmark of that name.
-sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != Path(__file__).resolve().parent]
+sys.path[:] = [*(path for path in sys.path if Path(path or ".").resolve() != HERE), str(HERE)]
+
+from spans import Span, prepare, show, spans  # noqa: E402
 
 from hpo.models.data.readers import read  # noqa: E402
 from hpo.models.data.sequences import Sequences, from_arrays  # noqa: E402
@@ -42,7 +46,6 @@ from hpo.models.data.splits import split_share  # noqa: E402
 from hpo.models.machine import ONE_THREAD  # noqa: E402
 from hpo.models.seeds import derive  # noqa: E402
 
-HERE = Path(__file__).resolve().parent
 EXAMPLES = HERE.parent / "examples" / "data"
 WORKERS = 2
 SHARE = 0.2  # of the training part, for validation
@@ -172,7 +175,7 @@ def configurations(case: Case) -> list[dict[str, Any]]:
     return found
 
 
-def ours(case: Case, folder: Path, name: str, pruner: str | None) -> Run:
+def ours(case: Case, folder: Path, name: str, pruner: str | None, environment: dict[str, str] | None = None) -> Run:
     """`hpo launch` over the list, or, without a pruner named, over its default space with its default pruner."""
     from hpo.study.entries import show
 
@@ -185,7 +188,19 @@ def ours(case: Case, folder: Path, name: str, pruner: str | None) -> Run:
     path = folder / f"{name}.toml"
     path.write_text(text)
     command = [sys.executable, "-P", "-m", "hpo", "launch", str(path), "--workers", str(WORKERS), "--json", "--quiet"]
-    return timed(command, dict(os.environ), name, folder)
+    return timed(command, environment or dict(os.environ), name, folder)
+
+
+def seconds(case: Case, folder: Path, repeats: int) -> None:
+    """Where the seconds of our launch over its default space go."""
+    runs: list[tuple[list[Span], float, float, float]] = []
+    for index in range(repeats):
+        name = f"{case.name}-seconds-{index}"
+        environment, began = prepare(folder / f"spans-{index}"), time.monotonic()
+        run = ours(case, folder, name, None, environment)
+        runs.append((spans(folder / f"spans-{index}"), began, began + run.seconds, run.cpu))
+    print(f"\n{case.name}: {case.trials} trials of at most {case.epochs} epochs, {repeats} times, medians")
+    show(runs)
 
 
 def plain(case: Case, folder: Path, name: str, pruner: str, *, own_space: bool = False, threads: int = 1) -> Run:
@@ -206,6 +221,7 @@ def plain(case: Case, folder: Path, name: str, pruner: str, *, own_space: bool =
 
 def timed(command: list[str], environment: dict[str, str], name: str, folder: Path) -> Run:
     """Run a command to its end."""
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # what is compiled at each start is not what is measured here
     began, started, before = time.time(), time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
     with (folder / f"{name}.log").open("w") as log:
         popen = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
@@ -305,6 +321,7 @@ def main() -> None:
     options.add_argument("--quick", action="store_true", help="six trials of five epochs, once")
     options.add_argument("--default-threads", action="store_true", help="also the plain script at torch's threads")
     options.add_argument("--score", action="store_true", help="also the time to the plain script's best score")
+    options.add_argument("--seconds", action="store_true", help="ours alone, and where its seconds go")
     given = options.parse_args()
     cases = [case for case in CASES if case.name in given.sets]
     if given.quick:
@@ -323,6 +340,10 @@ def run(cases: list[Case], scratch: Path, given: argparse.Namespace) -> None:
         write_data(case, folders[case.name])
     first, tiny = folders[cases[0].name], replace(cases[0], trials=2, epochs=1)
     ours(tiny, first, "warm-ours", "none")  # both once, so that all files are in memory
+    if given.seconds:
+        for case in cases:
+            seconds(case, folders[case.name], given.repeats)
+        return
     plain(tiny, first, "warm-plain", "none")
     print(f"{WORKERS} workers, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; seconds: median (range)")
     if given.pruners:

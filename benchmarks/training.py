@@ -1,14 +1,15 @@
 """How many sequences a second train on all cores: ours beside the loops that people write, in turns in one run.
 
     python benchmarks/training.py [--quick] [--rounds 5] [--window 1.5] [--cases 0 1 …] [--forms ours lightning …]
+                                  [--before CHECKOUT]
 
 (a) threads: DataLoader, nn.LSTM, BCE, Adam, `loss.item()` each step, packed sequences where lengths vary, at torch's
 own number of threads: in one process, or in one a core; the faster of the two is the figure. (b) plain: the same with
 one thread a process, one process a core. (c) lightning and (d) skorch, with one thread a process too (extra
-`benchmarks`). Ours: our `Training`, one a core; as workers run it, on torch's LSTM instead of the kernel
-of our own, and in bfloat16. All train the same network on the same data, with the same Adam, rate and batch size. Every
-process stays for the whole run and takes orders over a pipe; those of one form start at the same instant and train for
-a window, the forms in turns, several rounds. Times are taken in the processes.
+`benchmarks`). Ours: our `Training`, one a core; as workers run it, on torch instead of native code, and in bfloat16;
+with --before, as another checkout of this project trains. All train the same network on the same data, with the same
+Adam, rate and batch size. Every process stays for the whole run and takes orders over a pipe; those of one form start
+at the same instant and train for a window, the forms in turns, several rounds. Times are taken in the processes.
 
 Shapes are (T, F, H, L, B): steps, features, hidden size, layers, batch size. Lengths: all T, or mean 0.55 T, or 0.3 T.
 The share of the cores' peak counts the multiplications of the valid steps alone, forward and backward, against float32
@@ -44,8 +45,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+CODE = "HPO_BENCHMARK_CODE"  # in the environment of processes that train as another checkout does
 # Python looks for modules beside the script first, where `storage` would be the benchmark of that name.
 sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != Path(__file__).resolve().parent]
+if CODE in os.environ:
+    sys.path.insert(0, os.environ[CODE])
 
 from hpo.models.config import ClassifierConfig, TrainingConfig  # noqa: E402
 from hpo.models.data.sequences import Sequences, from_arrays  # noqa: E402
@@ -61,7 +65,16 @@ TOLERANCE = 1e-5  # relative, between the losses of a batch: other orders of sum
 GEMM = 512  # rows of the square matrices that the peak is measured with where there is no compiler
 FMA_ROUNDS = 100_000  # of PEAK's loop in one call
 PEAK = """
-typedef float vector __attribute__((vector_size(64)));
+#if defined(__AVX512F__)
+#define LANES 16
+#elif defined(__AVX__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
+typedef float vector __attribute__((vector_size(4 * LANES)));
+
+long lanes(void) { return LANES; }
 
 float peak(long rounds)
 {
@@ -75,6 +88,7 @@ float peak(long rounds)
 """
 HOPELESS = 2.0  # times slower
 START_S = 0.05  # from the order to the instant at which all begin
+BEFORE = "before"  # the form of another checkout
 FORMS = ("threads", "plain", "ours", "torch", "bfloat16", "lightning", "skorch")
 OWN = ("ours", "torch", "bfloat16")  # which share a process: with the native kernel, without it, in bfloat16
 Train = Callable[[float], tuple[int, float]]  # until this time -> sequences trained, seconds
@@ -345,9 +359,10 @@ def peak(library: Path | None) -> Train:
         out = torch.empty(GEMM, GEMM)
         operations, run = 2 * GEMM**3, lambda: torch.mm(a, b, out=out)
     else:
-        function = ctypes.CDLL(str(library)).peak
+        loaded = ctypes.CDLL(str(library))
+        function = loaded.peak
         function.argtypes, function.restype = (ctypes.c_int64,), ctypes.c_float
-        operations, run = FMA_ROUNDS * 12 * 16 * 2, lambda: function(FMA_ROUNDS)
+        operations, run = FMA_ROUNDS * 12 * loaded.lanes() * 2, lambda: function(FMA_ROUNDS)
 
     def until(end: float) -> tuple[int, float]:
         began, count = time.monotonic(), 0
@@ -370,6 +385,9 @@ def difference(case: Case, native: bool) -> float:
     model.load_state_dict(known)
     optimizer = torch.optim.Adam(model.parameters(), lr=RATE)
     worst = before = 0.0
+    from hpo.models.training import native_steps  # not in earlier versions
+
+    native_steps.SECONDS = 0.0  # one batch a call
     batches = map(member.train.batch, member.train.epoch(case.B, trained.config.seed, 0, 1))
     for batch, step in itertools.islice(zip(batches, member.epoch(1, RATE), strict=True), CHECKED):
         optimizer.zero_grad()
@@ -394,12 +412,13 @@ MAKERS: dict[str, Callable[[Any], Train]] = {
     "lightning": lightning,
     "skorch": skorch,
     "peak": peak,
+    BEFORE: ours,
 }
 
 
 def work(form: str, orders: Any) -> None:
     """A process: it is told ("load", form, its case), ("check", case, native), ("train", form, start, end) or None."""
-    if form in OWN:
+    if form in (*OWN, BEFORE):
         prepare_process()
     elif form != "threads":
         torch.set_num_threads(1)
@@ -419,9 +438,12 @@ def work(form: str, orders: Any) -> None:
 class Group:
     """The processes of one form."""
 
-    def __init__(self, form: str) -> None:
+    def __init__(self, form: str, code: Path | None = None) -> None:
+        """code: the checkout that it trains as; None: this one."""
         before = dict(os.environ)
         os.environ.update({} if form == "threads" else ONE_THREAD)
+        if code is not None:
+            os.environ[CODE] = str(code.resolve())
         self.form, self.pipes, self.processes = form, [], []
         for _ in range(CORES):
             here, there = PROCESSES.Pipe()
@@ -529,7 +551,7 @@ def show(case: Case, rates: Rates, columns: list[str], reference: list[str], tar
 def head(columns: list[str], reference: list[str]) -> None:
     """The table's head; only where (a) is a reference there is a target."""
     names = {"threads": f"(a) {CORES} processes", "threads x1": "(a) 1 process", "plain": "(b)"}
-    names["torch"] = "ours on torch's LSTM"
+    names["torch"] = "ours on torch"
     cells = ["T, F, H, L, B", "mean length / T"] + [names.get(name, name) for name in columns]
     cells += [f"ours to {'(' + name + ')' if name == 'a' else names.get(name, name)}" for name in reference]
     cells += ["target to (a)"] if "a" in reference else []
@@ -546,6 +568,7 @@ def main() -> None:
     options.add_argument("--forms", nargs="+", default=list(FORMS), choices=FORMS)
     options.add_argument("--validate", action=argparse.BooleanOptionalAction, default=True, help="the second table")
     options.add_argument("--quick", action="store_true", help="two shapes, few sequences, one short round")
+    options.add_argument("--before", type=Path, help="another checkout, whose training is one more column")
     given = options.parse_args()
     if given.quick:
         given.rounds, given.window = 1, 0.3
@@ -560,6 +583,9 @@ def main() -> None:
     if given.quick:
         cases = [replace(case, n=8 * case.B) for case in cases]
     groups = {name: Group(name) for name in dict.fromkeys(map(home, forms))}
+    if given.before is not None:
+        groups[BEFORE] = Group(BEFORE, given.before)
+        forms.append(BEFORE)
     try:
         report(groups, forms, cases, given)
     finally:
@@ -589,12 +615,13 @@ def report(groups: dict[str, Group], forms: list[str], cases: list[Case], given:
         for group in groups.values():
             group.ask(("load", "peak", compiled_peak(Path(folder))))
     columns = ["threads", "threads x1", *(form for form in forms if form != "threads")]
-    head(columns, ["a", "plain", "lightning", "skorch"])
+    references = ["a", "plain", "lightning", "skorch", *([BEFORE] if BEFORE in forms else [])]
+    head(columns, references)
     peaks = []
     for case in cases:
         rates = measure(groups, forms, case, given.rounds, given.window)
         peaks += rates.of["peak"]
-        show(case, rates, columns, ["a", "plain", "lightning", "skorch"], case.target)
+        show(case, rates, columns, references, case.target)
     gigaflops = spread([value / 1e9 for value in peaks])
     print(f"\npeak: {gigaflops} GFLOP/s, float32, all cores at once; the highest of a line's rounds is its peak")
     if given.validate:

@@ -27,6 +27,7 @@ from typer.core import TyperGroup
 
 from hpo.doctor import NO, diagnose
 from hpo.errors import HpoError
+from hpo.launcher.cores import limit_threads
 from hpo.launcher.launch import launch as launch_study
 from hpo.launcher.ray_import import ClusterError
 from hpo.logs import say_error, set_up, wanted_format
@@ -122,6 +123,7 @@ class Role(StrEnum):
 def main() -> None:
     """Run a command; an HpoError becomes one line and its exit status. What else is raised is a defect of ours."""
     mask_errors()
+    limit_threads()
     atexit.register(gc.freeze)  # looking for garbage at exit takes half a second with Optuna and SQLAlchemy loaded
     try:
         with calls_end_with_a_signal(0.0):

@@ -189,19 +189,23 @@ def _device(wanted: str, works: str | None) -> Finding:
 
 
 def _kernel() -> list[Finding]:
-    """Whether LSTMs train on the compiled kernel."""
+    """Whether networks train in compiled code."""
     from hpo.models.kernel.native import LARGEST
     from hpo.trial.build import lstm_kernel, native_wanted
 
     if not native_wanted():
-        return [Finding("kernel", UNNEEDED, "HPO_NATIVE=0: LSTMs train on torch's")]
+        return [Finding("kernel", UNNEEDED, "HPO_NATIVE=0: networks train on torch")]
     reasons: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: reasons.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("hpo").setLevel(logging.INFO)
     logging.getLogger("hpo").addHandler(handler)
     if lstm_kernel() is not None:
-        return [Finding("kernel", OK, f"compiled, and equal to torch's; for LSTMs of up to {LARGEST} units on a CPU")]
+        return [
+            Finding(
+                "kernel", OK, f"compiled, and equal to torch; for networks of up to {LARGEST} hidden units on a CPU"
+            )
+        ]
     reason = reasons[-1] if reasons else "no reason was logged"
     state = UNNEEDED if "no C compiler" in reason else NO
     return [Finding("kernel", state, reason if state == UNNEEDED else f"{reason}; HPO_NATIVE=0 does without it")]

@@ -79,17 +79,17 @@ class StemLayer(nn.Module):
 
     def forward(self, values: Tensor, lengths: Tensor | None, rows: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """As `Stem.forward`."""
-        outputs = self.convolve(values)
+        outputs = self.convolve(values).float()
         inside = None
         if lengths is not None:
             lengths = (lengths + self.stride - 1) // self.stride
-            inside = valid(lengths, outputs.shape[0]).to(torch.float32)
+            inside = valid(lengths, outputs.shape[0]).to(outputs.dtype)
         if not self.training:
-            result = self._normalize(outputs.float())
+            result = self._normalize(outputs)
             return (result if inside is None else result * inside[:, :, None]), lengths
         if rows is not None:
             inside = rows.expand(outputs.shape[:2]) if inside is None else inside * rows
-        return self._train(outputs.float(), inside), lengths
+        return self._train(outputs, inside), lengths
 
     def convolve(self, values: Tensor) -> Tensor:
         """(T, B, C) to (S, B, W) as one product of matrices: its sums have the same order on every device."""

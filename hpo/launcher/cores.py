@@ -8,13 +8,28 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
+from hpo.models.machine import ONE_THREAD
+
 ROOT = Path("/")  # of /proc and /sys
 
 
 def usable_cores(root: Path = ROOT) -> int:
     """Whole cores, at least one: those of the affinity mask, and no more than the cgroups' CPU quotas allow."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    return max(1, math.floor(min(cores, cpu_quota(root))))
+    return max(1, math.floor(min(_affinity(), cpu_quota(root))))
+
+
+def limit_threads(root: Path = ROOT) -> None:
+    """Let numpy's and torch's libraries start no more threads than the cgroups allow cores, where nobody has said how
+    many; they go by the affinity mask alone. For a program's start, before they are loaded.
+    """
+    cores = usable_cores(root)
+    if cores < _affinity():
+        for name in ONE_THREAD:
+            os.environ.setdefault(name, str(cores))
+
+
+def _affinity() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
 def cpu_quota(root: Path = ROOT) -> float:

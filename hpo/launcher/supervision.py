@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import signal
@@ -76,6 +77,7 @@ def run_here(
             _server_kept_up(),
             LocalWorkers(study.name, count, slots, forkserver, folder, study.leases) as group,
         ):
+            importlib.import_module("scipy.special")  # the summary's intervals need it: now, while workers begin
             wait(watched, group, stop, show)
         settle(study.storage, study.name)  # what workers could not write, or was asked for once all had ended
         return summary(study, time.monotonic() - started, group.where_logs_are)

@@ -181,7 +181,7 @@ def _asked(plan: Plan, state: Snapshot, row: StudyRow | None, limits: Limits) ->
         sequences=plan.sequences,
         steps=plan.steps,
         members=plan.members,
-        columns=data.columns,
+        columns={role: name for role, name in data.columns.items() if name != role or role in ("time", "weight")},
         limits=limits.given,
     )
 

@@ -247,7 +247,7 @@ def confusion(counts: Sequence[Sequence[int]], classes: Sequence[str], part: str
     few = K <= COUNTS_SHOWN
     right, total = sum(counts[k][k] for k in range(K)), max(sum(map(sum, counts)), 1)
     says = f"confusion matrix of the {part} part: {right} of {total} sequences get their class; the table has the rest"
-    cell = max(14.0, min(84.0, 330.0 / K))
+    cell = max(14.0, min(84.0, 290.0 / K))
     left = min(110.0, 14 + 6 * max(map(len, classes)))
     chart = Chart(
         Axis.named(classes if few else [""] * K, "predicted class" if few else "predicted class, in the rows’ order"),

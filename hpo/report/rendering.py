@@ -68,6 +68,7 @@ def render(facts: Facts) -> str:
         answer=answer(facts),
         winner=facts.trial(facts.winner),
         finals_say=finals_say(facts),
+        made_of=None if facts.model is None else made_of(facts.model),
         ended=ENDED.get(facts.ended_by or "", facts.ended_by),
         best_trials=(shown := _best_trials(facts)),
         varied=_varied(shown),
@@ -85,10 +86,13 @@ def answer(facts: Facts) -> Answer | None:
     """Of the estimate by finals, the test score and the selected value the first that there is; None without any."""
     metric, model = facts.asked.metric, facts.model
     if model is not None and (found := model.config.estimate) is not None:
+        whose = "the winner’s" if model.config.others else "this"
         why = (
-            f"The mean of {counted(len(found.values), 'training')} of this configuration on fresh seeds and fresh "
+            f"The mean of {counted(len(found.values), 'training')} of {whose} configuration on fresh seeds and fresh "
             "splits, which nothing was chosen by: an honest expectation for sequences like those of training."
         )
+        if model.config.others:
+            why += " Other finalists predict with it, which this mean leaves out."
         return Answer(f"Expected {metric}", found.value, found.interval, why)
     if model is not None and (test := model.config.test) is not None and metric in test.metrics:
         looks = model.test_looks or 1
@@ -108,6 +112,20 @@ def answer(facts: Facts) -> Answer | None:
         "([data] holdout) or finals ([study] finalists) would say what to expect."
     )
     return Answer(f"Selected {metric}, flattering", winner.value, None, why)
+
+
+def made_of(model: ModelFact) -> str:
+    """Which networks a model is, and how they predict together."""
+    config = model.config
+    if not config.others:
+        many = f"{config.networks} networks of trial {model.trial}, whose probabilities are averaged"
+        return f"one network, of trial {model.trial}" if config.networks == 1 else many
+    shares = ", ".join(f"{each['trial']} ({each['weight']:.2g})" for each in config.provenance["ensemble"])
+    return (
+        f"{config.networks} networks: those of the winner, trial {model.trial}, and, by greedy selection, of "
+        f"{counted(len(config.others), 'other finalist')}. Trials with their weights in the mean of the probabilities: "
+        f"{shares}"
+    )
 
 
 def finals_say(facts: Facts) -> str | None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +24,7 @@ from fastapi import Request, Response
 from numpy.typing import NDArray
 from starlette.requests import ClientDisconnect
 
+from hpo.launcher.cores import usable_cores
 from hpo.models.bundle.bundle import Bundle, load
 from hpo.models.bundle.predictions import Predictions
 from hpo.models.classifier import weights_of
@@ -136,7 +136,7 @@ class Predictor:
     """The loaded models of a process, and the way of a request to its prediction."""
 
     def __init__(self, backend: Backend) -> None:
-        cores = os.cpu_count() or 1
+        cores = usable_cores()
         self._backend, self._limits = backend, backend.limits
         self._computing = ThreadPoolExecutor(cores, "hpo-predict", one_thread)
         self._loads, self._asking = ThreadPoolExecutor(cores, "hpo-load"), ThreadPoolExecutor(1, "hpo-admit")

@@ -4,7 +4,8 @@ drawn from the space, and had ended under the limits, that the study has now."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Container
+from collections.abc import Container, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from optuna.distributions import BaseDistribution
@@ -32,17 +33,36 @@ class CountedTrials(TrialStorage):
         self._plan = plan if plan is not None and plan.revision else None
         self._wide = {} if self._plan is None else distributions(self._plan.config.space)
         self._fitted: dict[int, FrozenTrial] = {}  # finished trials, by id
+        self._ids: dict[str, int] = {}  # of studies, by name
+        self._still: dict[int, list[FrozenTrial]] | None = None  # while nothing new is looked for: by study
+
+    @contextmanager
+    def still(self) -> Iterator[None]:
+        """Within the block a study's trials are those of the first look at them: a draw takes many, and goes by one
+        state of the study. For one thread at a time."""
+        self._still = {}
+        try:
+            yield
+        finally:
+            self._still = None
+
+    def get_study_id_from_name(self, study_name: str) -> int:
+        """Asked once, as Hyperband does at each of its decisions: an open study is deleted, never renamed."""
+        if study_name not in self._ids:
+            self._ids[study_name] = super().get_study_id_from_name(study_name)
+        return self._ids[study_name]
 
     def get_all_trials(
         self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
     ) -> list[FrozenTrial]:
         with self.connection.lock:
-            trials = self._counted(study_id, super().get_all_trials(study_id, deepcopy=False, states=states))
+            if self._still is None:
+                trials = self._counted(study_id, super().get_all_trials(study_id, deepcopy=False, states=states))
+            else:
+                if study_id not in self._still:
+                    self._still[study_id] = self._counted(study_id, self.drawn_trials(study_id))
+                trials = [trial for trial in self._still[study_id] if states is None or trial.state in states]
         return copy.deepcopy(trials) if deepcopy else trials
-
-    def drawn_trials(self, study_id: int) -> list[FrozenTrial]:
-        with self.connection.lock:
-            return self._counted(study_id, super().drawn_trials(study_id))
 
     def _counted(self, study_id: int, trials: list[FrozenTrial]) -> list[FrozenTrial]:
         """Of the study's trials those that count, as they are seen."""

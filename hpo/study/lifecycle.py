@@ -34,7 +34,7 @@ from hpo.study.limits import NONE, Limits, none_within
 from hpo.study.notes import METRIC_NAMES, announce_widening, describe_study
 from hpo.study.patience import judged
 from hpo.study.plan import MissingStudy, MissingTrial, Plan, StudyConflict, StudyError, make_plan, names_groups
-from hpo.study.pruning import make_pruner
+from hpo.study.pruning import make_pruner, may_prune
 from hpo.study.ranking import best_first
 from hpo.study.readout import readout, suspicions
 from hpo.study.record import COPIED_FROM, TrialRecord, trial_row
@@ -73,9 +73,9 @@ class OpenStudy:
         row = self.leases.study(self.study_id)
         return NONE if row is None else Limits.of(row)
 
-    def best_first(self) -> list[TrialRecord]:
-        """The complete trials that may be promoted: within the study's limits."""
-        limits = self.limits
+    def best_first(self, limits: Limits | None = None) -> list[TrialRecord]:
+        """The complete trials that may be promoted: within the study's limits, where these are not known already."""
+        limits = limits or self.limits
         return [record for record in self.complete() if limits.admit(vars(record))]
 
     def complete(self) -> list[TrialRecord]:
@@ -93,6 +93,10 @@ class OpenStudy:
         """Whether the study has come to a standstill, by all of its trials that have ended."""
         trials = self.storage.get_all_trials(self.study_id, deepcopy=False, states=JUDGED)
         return judged(trials, self.storage.dropped(self.study_id), self.plan, patience, self.limits)
+
+    def may_prune(self, number: int, epoch: int) -> bool:
+        """Whether `should_prune` may say so of trial `number` after this epoch; it needs no look at the database."""
+        return may_prune(self.plan, self.optuna_study, number, epoch)
 
     def should_prune(self, trial_id: int) -> bool:
         """Whether the trial's reports so far are worth no further epoch."""
@@ -179,7 +183,7 @@ def open_study(name: str, storage: TrialStorage) -> OpenStudy:
         sampler=optuna.samplers.RandomSampler(),
         pruner=make_pruner(plan, lambda: storage.dropped(study_id)),
     )
-    return OpenStudy(study_id, name, plan, storage, ConfigurationSampler(plan, study, counted, limits), study)
+    return OpenStudy(study_id, name, plan, storage, ConfigurationSampler(plan, study, counted, storage, limits), study)
 
 
 def over_by_patience(found: Standstill) -> str:

@@ -17,6 +17,7 @@ from hpo.models.seeds import derive
 from hpo.study.plan import Plan
 
 Ids = Callable[[], Set[int]]
+FACTOR = 3  # of successive halving: a third of the trials goes on to three times as many epochs
 
 
 def _none() -> Set[int]:
@@ -27,14 +28,36 @@ def make_pruner(plan: Plan, dropped: Ids = _none) -> optuna.pruners.BasePruner:
     """The pruner that the study file names. dropped: the ids of the trials that its study does not show it any more."""
     epochs = plan.config.train.epochs
     name = plan.config.study.pruner
-    least = max(1, min(epochs // 10, 5))  # epochs before a curve says anything
+    least = _least(plan)
     if name == "hyperband":
         return HyperbandPruner(plan.config.study.seed, least, epochs)
     if name == "halving":
-        return optuna.pruners.SuccessiveHalvingPruner(min_resource=least, reduction_factor=3)
+        return optuna.pruners.SuccessiveHalvingPruner(min_resource=least, reduction_factor=FACTOR)
     if name == "median":
         return MedianPruner(n_warmup_steps=least, dropped=dropped)
     return optuna.pruners.NopPruner()
+
+
+def may_prune(plan: Plan, study: Study, number: int, epoch: int) -> bool:
+    """Whether the pruner may end trial `number` after this epoch; False: whatever was reported, it lets it go on.
+
+    Successive halving decides at its rungs alone, of which a trial of 50 epochs has three at most.
+    """
+    name, least = plan.config.study.pruner, _least(plan)
+    if isinstance(study.pruner, HyperbandPruner):
+        return _is_rung(epoch, least * FACTOR ** study.pruner.bracket(study, number))
+    return _is_rung(epoch, least) if name == "halving" else name == "median" and epoch >= least
+
+
+def _least(plan: Plan) -> int:
+    """Epochs before a curve says anything."""
+    return max(1, min(plan.config.train.epochs // 10, 5))
+
+
+def _is_rung(epoch: int, first: int) -> bool:
+    while first < epoch:
+        first *= FACTOR
+    return first == epoch
 
 
 class HyperbandPruner(optuna.pruners.HyperbandPruner):
@@ -45,14 +68,18 @@ class HyperbandPruner(optuna.pruners.HyperbandPruner):
     """
 
     def __init__(self, seed: int, min_resource: int, max_resource: int) -> None:
-        super().__init__(min_resource, max_resource, reduction_factor=3)
+        super().__init__(min_resource, max_resource, reduction_factor=FACTOR)
         self._seed = seed
 
-    def _get_bracket_id(self, study: Study, trial: FrozenTrial) -> int:
+    def bracket(self, study: Study, number: int) -> int:
+        """That of trial `number`."""
         if not self._pruners:
-            return 0
+            self._try_initialization(study)
         ends = list(accumulate(self._trial_allocation_budgets))
-        return bisect(ends, derive(self._seed, "bracket", trial.number) % ends[-1])
+        return bisect(ends, derive(self._seed, "bracket", number) % ends[-1])
+
+    def _get_bracket_id(self, study: Study, trial: FrozenTrial) -> int:
+        return self.bracket(study, trial.number)
 
 
 class MedianPruner(optuna.pruners.MedianPruner):

@@ -16,6 +16,7 @@ from optuna.trial import FrozenTrial
 from hpo.models.fields import Value
 from hpo.models.seeds import derive
 from hpo.storage.trials import TrialStorage
+from hpo.study.counted import CountedTrials
 from hpo.study.entries import Entry, distribution, values
 from hpo.study.limits import NONE, Limits
 from hpo.study.plan import Plan, StudyError
@@ -33,9 +34,12 @@ GRID_MOST = 100_000  # points that sampler "grid" can hold in memory
 class ConfigurationSampler:
     """Draws the configurations of one study's trials. For one thread at a time."""
 
-    def __init__(self, plan: Plan, study: optuna.Study, storage: TrialStorage, limits: Limits = NONE) -> None:
-        """storage: the study's own, so that both see the same trials."""
+    def __init__(
+        self, plan: Plan, study: optuna.Study, counted: CountedTrials, storage: TrialStorage, limits: Limits = NONE
+    ) -> None:
+        """counted: what the study is a view of."""
         self._plan, self._study, self._storage, self._limits = plan, study, storage, limits
+        self._counted = counted
         self._first = portfolio_of(plan)
         self._signatures: dict[int, str] = {}  # of configurations, by trial number
 
@@ -56,15 +60,21 @@ class ConfigurationSampler:
             fixed = self._plan.finals[trial.number].params
         else:
             fixed = trial.system_attrs.get("fixed_params", {})
+        with self._counted.still():
+            drawn = self._next(trial, fixed)
+        self._storage.set_trial_params(
+            trial_id, {name: (item.to_internal_repr(value), item) for name, (value, item) in drawn.items()}
+        )
+        return walk(space, lambda name, _: drawn[name][0])
+
+    def _next(self, trial: FrozenTrial, fixed: Mapping[str, Value]) -> Drawn:
+        """What is queued, the portfolio's where it is the trial's turn, or a new configuration."""
         first = self._first[trial.number] if not fixed and trial.number < len(self._first) else None
         if (drawn := self._whole(first or fixed)) is None:
             drawn = self._new(trial, first or fixed)
         if first and self._too_large(drawn):
             drawn = self._new(trial, {})
-        self._storage.set_trial_params(
-            trial_id, {name: (item.to_internal_repr(value), item) for name, (value, item) in drawn.items()}
-        )
-        return walk(space, lambda name, _: drawn[name][0])
+        return drawn
 
     def exhausted(self) -> bool:
         """Whether a finite space has no configuration left that the study has not had."""
@@ -163,9 +173,8 @@ class ConfigurationSampler:
     def _had(self) -> set[str]:
         """The signatures of the configurations that the study has had, but for those of trials that were dropped: these
         may be drawn again. A trial's parameters never change."""
-        trials = self._storage.drawn_trials(self._study._study_id)
-        self._study._thread_local.cached_all_trials = trials  # what samplers read; only Study.ask and tell empty it
-        drawn = [trial for trial in trials if trial.params]
+        self._study._thread_local.cached_all_trials = None  # what samplers read; only Study.ask and tell empty it
+        drawn = [trial for trial in self._study._get_trials(deepcopy=False, use_cache=True) if trial.params]
         for trial in drawn:
             if trial.number not in self._signatures:
                 self._signatures[trial.number] = _signature(trial.params)

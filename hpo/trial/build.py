@@ -31,8 +31,7 @@ def build(
 ) -> Training:
     """The training of one configuration on the training part. Raises OutOfMemory.
 
-    split: of the data, see `Plan.split`. native: run the LSTM on a CPU through the native kernel, where this machine
-    can build it.
+    split: of the data, see `Plan.split`. native: train on a CPU in native code, where this machine can build it.
     """
     classifier, config = configurations(plan, params, seed)
     kernel = lstm_kernel() if native and device == "cpu" else None
@@ -51,7 +50,7 @@ def native_wanted() -> bool:
     """Whether HPO_NATIVE leaves the native kernel on. Raises HpoError for another value than 0 and 1."""
     given = os.environ.get("HPO_NATIVE", "1")
     if given not in ("0", "1"):
-        raise HpoError(f"HPO_NATIVE must be 0 (train on torch's LSTM) or 1 (on the native kernel), got {given!r}")
+        raise HpoError(f"HPO_NATIVE must be 0 (train on torch) or 1 (in native code), got {given!r}")
     return given == "1"
 
 

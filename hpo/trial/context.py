@@ -17,7 +17,7 @@ from optuna.trial import TrialState
 from hpo.datasets import Datasets
 from hpo.models.bundle.bundle import pack
 from hpo.models.bundle.config import BundleConfig, BundleError
-from hpo.models.bundle.footprint import measure
+from hpo.models.bundle.footprint import CALLS, measure
 from hpo.models.data.sequences import DataError, Sequences
 from hpo.models.fields import Value
 from hpo.models.training.training import Epoch, StateError, Training, TrainingInterrupted
@@ -28,7 +28,7 @@ from hpo.storage.keys import checkpoint_key, trial_key
 from hpo.storage.leases import Lease
 from hpo.storage.masking import mask
 from hpo.study.lifecycle import OpenStudy
-from hpo.study.limits import size_of
+from hpo.study.limits import NONE, Limits, size_of
 from hpo.study.notes import attach_artifact
 from hpo.study.plan import Plan
 from hpo.study.ranking import displaced
@@ -44,6 +44,7 @@ from hpo.trial.provenance import provenance
 log = logging.getLogger("hpo")
 
 WEIGHTS = "weights.safetensors"
+FEW_CALLS = 3  # that the latency of a pruned trial is measured by, where no limit asks for it
 SHOWN = {"curve.svg": "image/svg+xml", "log.csv": "text/csv"}  # on the trial's page; the weights are not
 
 
@@ -223,6 +224,9 @@ class TrialContext:
         self.reported = epoch.number
 
     def should_prune(self) -> bool:
+        """Whether the epoch that was reported last is to be the last one."""
+        if not self._study.may_prune(self.lease.number, self.reported):
+            return False  # without a look at the database, which most epochs need not wait for
         return self._study.should_prune(self.lease.trial_id)
 
     def finish(
@@ -235,15 +239,17 @@ class TrialContext:
         """
         best = training.best
         assert best is not None
-        record = self._record(training, best, params, complete)
-        dropped = self._displaced_weights(record)
+        limits = self._study.limits
+        record = self._record(training, best, params, complete, limits)
+        dropped = self._displaced_weights(record, limits)
         if dropped is not None:
             files = {**files, WEIGHTS: pack(training.best_weights)}
         keys = self._keys(files)
         record = replace(record, weights=keys.get(WEIGHTS))
         try:
             self._store(files, keys)
-            self._end(TrialState.COMPLETE if complete else TrialState.PRUNED, [record.value], record.attributes())
+            state = TrialState.COMPLETE if complete else TrialState.PRUNED
+            self._end(state, [record.value], record.attributes(), limits)
         except (LeaseLost, MissingRecord):
             for key in keys.values():
                 self.resources.store.delete(key)
@@ -251,14 +257,16 @@ class TrialContext:
         for key in dropped or ():
             self.resources.store.delete(key)
 
-    def _displaced_weights(self, record: TrialRecord) -> list[str] | None:
+    def _displaced_weights(self, record: TrialRecord, limits: Limits) -> list[str] | None:
         """Weights to drop once this trial has ended; None where its own are not among the best that are kept."""
-        if not record.complete or not self._study.limits.admit(vars(record)):
+        if not record.complete or not limits.admit(vars(record)):
             return None
-        return displaced(self._study.best_first(), self.plan, record.number, (record.value, record.log_loss))
+        return displaced(self._study.best_first(limits), self.plan, record.number, (record.value, record.log_loss))
 
-    def _record(self, training: Training, best: Epoch, params: Mapping[str, Value], complete: bool) -> TrialRecord:
-        history = training.history
+    def _record(
+        self, training: Training, best: Epoch, params: Mapping[str, Value], complete: bool, limits: Limits
+    ) -> TrialRecord:
+        history, asked = training.history, complete or limits.latency_ms is not None
         return TrialRecord(
             trial_id=self.lease.trial_id,
             number=self.lease.number,
@@ -281,12 +289,13 @@ class TrialContext:
             best_origin=best.origin,
             origins=list(dict.fromkeys(epoch.origin for epoch in history)),
             provenance=provenance(),
-            latency_ms=self._latency_ms(training, params),
+            latency_ms=self._latency_ms(training, params, CALLS if asked else FEW_CALLS),
             size_mb=size_of(self.plan, params),
         )
 
-    def _latency_ms(self, training: Training, params: Mapping[str, Value]) -> float | None:
-        """Of the networks that predict together once the trial is promoted; None where they give no probability."""
+    def _latency_ms(self, training: Training, params: Mapping[str, Value], calls: int) -> float | None:
+        """Of the networks that predict together once the trial is promoted, by so many calls at most; None where they
+        give no probability."""
         plan, networks = self.plan, training.best_weights[-self.plan.networks :]
         config = BundleConfig(
             plan.classifier(params),
@@ -298,7 +307,7 @@ class TrialContext:
             fill=plan.fill,
         )
         try:
-            return measure(config, networks, self.sequences).latency_ms
+            return measure(config, networks, self.sequences, calls).latency_ms
         except (BundleError, DataError) as error:
             log.info("%s: the latency of a prediction was not measured: %s", self.name, error)
             return None
@@ -319,7 +328,7 @@ class TrialContext:
         }
         files = {"log.csv": trial_log.written()}
         self._store(files, self._keys(files))
-        self._end(TrialState.PRUNED, None, attributes)
+        self._end(TrialState.PRUNED, None, attributes, self._study.limits)
 
     def give_back(self) -> None:
         """Let another worker go on with it, at once."""
@@ -339,9 +348,11 @@ class TrialContext:
             for name, content in files.items()
         }
 
-    def _end(self, state: TrialState, values: list[float] | None, attributes: Mapping[str, Any]) -> None:
+    def _end(
+        self, state: TrialState, values: list[float] | None, attributes: Mapping[str, Any], limits: Limits = NONE
+    ) -> None:
         """With the constraints by which Optuna's samplers and displays tell which trials are within the limits."""
-        constraints = self._study.limits.constraints(attributes) if "seed" in attributes else {}
+        constraints = limits.constraints(attributes)
         self._study.storage.finish_trial(self.lease.trial_id, state, values, attributes, constraints)
 
     def _store(self, files: Mapping[str, bytes], keys: Mapping[str, str]) -> None:

@@ -21,7 +21,7 @@ from hpo.models.machine import cpu_name
 NUMBER_BYTES = 4  # of a weight: float32
 MB = 1e6  # bytes
 WARM_UP = 2  # calls that are not measured
-MOST = 15  # calls that are; one at least
+CALLS = 15  # that are, at most; one at least
 ENOUGH_S = 0.05  # after which no further one is made
 
 
@@ -35,9 +35,9 @@ def size_of(config: BundleConfig) -> float:
     return sum(size_mb(each.classifier, each.members) for each in config.components)
 
 
-def measure(config: BundleConfig, members: Sequence[Weights], sequences: Sequences) -> Footprint:
+def measure(config: BundleConfig, members: Sequence[Weights], sequences: Sequences, calls: int = CALLS) -> Footprint:
     """Size, and latency of `Bundle.predict` on one sequence, on one thread of this machine's CPU: the median of some
-    calls.
+    calls, of so many at most.
 
     It is the longest of the sequences, because a limit is to hold for every one. Raises BundleError for weights, and
     DataError for networks, that give no probability.
@@ -45,15 +45,15 @@ def measure(config: BundleConfig, members: Sequence[Weights], sequences: Sequenc
     bundle = assemble(replace(config, gaps=None), members)  # without a word on what is missing in that one sequence
     longest = sequences.take([int(np.argmax(sequences.lengths))])
     with _one_thread():
-        latency_ms = 1e3 * _seconds(bundle, longest)
+        latency_ms = 1e3 * _seconds(bundle, longest, calls)
     return Footprint(latency_ms, size_of(config), int(longest.lengths[0]), cpu_name())
 
 
-def _seconds(bundle: Bundle, sequence: Sequences) -> float:
+def _seconds(bundle: Bundle, sequence: Sequences, calls: int) -> float:
     for _ in range(WARM_UP):
         bundle.predict(sequence)
     taken: list[float] = []
-    while not taken or (len(taken) < MOST and sum(taken) < ENOUGH_S):
+    while not taken or (len(taken) < calls and sum(taken) < ENOUGH_S):
         started = time.perf_counter()
         bundle.predict(sequence)
         taken.append(time.perf_counter() - started)

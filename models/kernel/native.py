@@ -1,4 +1,7 @@
-"""LSTM layers on a CPU through a kernel of our own, `native.c`, compiled for the machine at first use.
+"""Training on a CPU in native code: the C files beside this one, compiled for the machine at first use.
+
+`Kernel.network_train` and `.network_predict` run whole networks (see network.h), `Kernel.layer` a single LSTM layer
+under torch's autograd.
 
 Letters: S steps, B sequences, F inputs, H hidden size, D directions (1 or 2).
 """
@@ -17,6 +20,8 @@ import stat
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,6 +31,15 @@ from torch.autograd.function import once_differentiable
 
 from hpo.errors import HpoError
 from hpo.models.files import whole_file
+from hpo.models.kernel.structs import (
+    Data,
+    LstmGradients,
+    LstmInputs,
+    LstmShape,
+    Network,
+    NetworkBatches,
+    TrainingSettings,
+)
 
 if sys.platform != "win32":
     import grp
@@ -33,44 +47,23 @@ if sys.platform != "win32":
 
 log = logging.getLogger("hpo")
 
-SOURCE = Path(__file__).with_name("native.c")
+SOURCES = sorted(path for path in Path(__file__).parent.iterdir() if path.suffix in (".c", ".h"))
 COMPILERS = ("cc", "gcc", "clang")  # after the one that CC names
 COMPILE_TIMEOUT_S = 120
 ARM = platform.machine().lower() in ("arm64", "aarch64")
 # Tuned for processors in general: GCC's tuning for some AVX2 ones makes the kernel a fifth slower. Not -ffast-math: a
 # diverging training must show as NaN or infinity.
 MACHINE = ("-mcpu=native",) if ARM else ("-march=native", "-mtune=generic")
-FLAGS = ("-std=gnu11", "-O3", *MACHINE, "-ffp-contract=fast", "-shared", "-fPIC")
+ARITHMETIC = ("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
+FLAGS = ("-std=gnu11", "-O3", *MACHINE, *ARITHMETIC, "-shared", "-fPIC")
 LARGEST = 256  # hidden size up to which it is the faster one; at 512 torch is as fast, at 1024 some 1.1 times faster
+MEASURED = ((50, 16, 1, 16), (50, 16, 8, 64))  # S, B, F, H that widths are compared at
+MEASUREMENTS = 20  # of each
 TOLERANCE = 1e-4  # of a fresh build compared with torch: any wrong sum is far off, rounding far below
 
 
 class NativeError(HpoError):
     """The kernel cannot be built here, or does not take what it was given."""
-
-
-class _Shape(ctypes.Structure):
-    """`struct lstm_shape` of native.c, which says what the fields are; so do the next two."""
-
-    _fields_ = [
-        (name, ctypes.c_int64) for name in ("S", "B", "F", "H", "reverse", "training", "final", "step", "sequence")
-    ]
-
-
-class _Inputs(ctypes.Structure):
-    """`struct lstm_inputs`."""
-
-    _fields_ = [(name, ctypes.c_void_p) for name in ("x", "lengths", "w_ih", "w_hh", "b_ih", "b_hh")]
-
-
-class _Gradients(ctypes.Structure):
-    """`struct lstm_gradients`."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("dy", "w_ih", "w_hh", "dx")),
-        ("add", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("dw_ih", "dw_hh", "db_ih", "db_hh")),
-    ]
 
 
 class Kernel:
@@ -79,18 +72,25 @@ class Kernel:
     def __init__(self, library: Path, name: str) -> None:
         """Raises NativeError where the library cannot be loaded."""
         self.name = name  # of its source, compiler, flags and processor: same name and input, same bits
-        pointer = ctypes.c_void_p
+        pointer, integer = ctypes.c_void_p, ctypes.c_int64
         try:
-            functions = ctypes.CDLL(str(library))
+            loaded = ctypes.CDLL(str(library))
         except OSError as error:
             raise NativeError(f"the compiled kernel cannot be loaded: {error}") from None
-        self.bytes, self.forward, self.backward = functions.lstm_bytes, functions.lstm_forward, functions.lstm_backward
-        shape = ctypes.POINTER(_Shape)
-        self.bytes.argtypes = (shape,)
-        self.forward.argtypes = (shape, ctypes.POINTER(_Inputs), pointer, pointer)
-        self.backward.argtypes = (shape, ctypes.POINTER(_Gradients), pointer)
-        self.bytes.restype = self.forward.restype = ctypes.c_int64
-        self.backward.restype = None
+
+        def function(name: str, result: Any, *given: Any) -> Callable[..., Any]:
+            found = getattr(loaded, name)
+            found.restype, found.argtypes = result, given
+            return cast(Callable[..., Any], found)
+
+        shape, network, data, batches = map(ctypes.POINTER, (LstmShape, Network, Data, NetworkBatches))
+        self.lstm_bytes = function("lstm_bytes", integer, shape)
+        self.lstm_forward = function("lstm_forward", integer, shape, ctypes.POINTER(LstmInputs), pointer, pointer)
+        self.lstm_backward = function("lstm_backward", None, shape, ctypes.POINTER(LstmGradients), pointer)
+        self.network_bytes = function("network_bytes", integer, network, integer, integer, integer)
+        settings = ctypes.POINTER(TrainingSettings)
+        self.network_train = function("network_train", integer, network, data, settings, batches, pointer, pointer)
+        self.network_predict = function("network_predict", None, network, data, batches, pointer, pointer)
 
     def layer(self, inputs: Tensor, lengths: Tensor | None, *weights: Tensor, final: bool = False) -> Tensor:
         """One LSTM layer from a zero state: (S, B, F) and lengths (B,) int64 to (S, B, D*H), zero beyond each length.
@@ -116,14 +116,14 @@ class _Layer(torch.autograd.Function):
         ctx: Any, kernel: Kernel, final: bool, inputs: Tensor, lengths: Tensor | None, *weights: Tensor
     ) -> Tensor:
         outputs, memories = _forward(kernel, final, inputs, lengths, weights, training=True)
-        ctx.kernel, ctx.final, ctx.shape = kernel, final, inputs.shape
+        ctx.kernel, ctx.final, ctx.shape, ctx.lengths = kernel, final, inputs.shape, lengths
         ctx.save_for_backward(*memories, *weights)
         return outputs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (S, B, F), directions = ctx.shape, len(ctx.saved_tensors) // 5
+        (S, B, F), directions, lengths = ctx.shape, len(ctx.saved_tensors) // 5, ctx.lengths
         memories, weights = ctx.saved_tensors[:directions], ctx.saved_tensors[directions:]
         if gradient.stride(-1) != 1:
             gradient = gradient.contiguous()
@@ -133,13 +133,14 @@ class _Layer(torch.autograd.Function):
             own = slice(4 * reverse, 4 * reverse + 4)
             weight_ih, weight_hh, _, _ = weights[own]
             H = weight_hh.shape[1]
-            shape = _Shape(S, B, F, H, reverse, True, ctx.final, gradient.stride(0), gradient.stride(-2))
-            arguments = _Gradients(
+            shape = LstmShape(S, B, F, H, reverse, True, ctx.final, gradient.stride(0), gradient.stride(-2))
+            arguments = LstmGradients(
                 *(gradient.data_ptr() + 4 * reverse * H, weight_ih.data_ptr(), weight_hh.data_ptr()),
-                *(None if inputs is None else inputs.data_ptr(), reverse),
+                *(None if inputs is None else inputs.data_ptr(), B * F, F, reverse),
+                None if lengths is None else lengths.data_ptr(),
                 *(tensor.data_ptr() for tensor in gradients[own]),
             )
-            ctx.kernel.backward(shape, arguments, memory.data_ptr())
+            ctx.kernel.lstm_backward(shape, arguments, memory.data_ptr())
         return None, None, inputs, None, *gradients
 
 
@@ -151,13 +152,13 @@ def _forward(
     outputs = torch.empty((B, directions * H) if final else (S, B, directions * H))
     memories = []
     for reverse in range(directions):
-        shape = _Shape(S, B, F, H, reverse, training, final, B * directions * H, directions * H)
-        memory = torch.empty(kernel.bytes(shape), dtype=torch.uint8)
-        arguments = _Inputs(
-            *(inputs.data_ptr(), None if lengths is None else lengths.data_ptr()),
+        shape = LstmShape(S, B, F, H, reverse, training, final, B * directions * H, directions * H)
+        memory = torch.empty(kernel.lstm_bytes(shape), dtype=torch.uint8)
+        arguments = LstmInputs(
+            *(inputs.data_ptr(), B * F, F, None, None if lengths is None else lengths.data_ptr()),
             *(weight.data_ptr() for weight in weights[4 * reverse : 4 * reverse + 4]),
         )
-        wrong = kernel.forward(shape, arguments, outputs.data_ptr() + 4 * reverse * H, memory.data_ptr())
+        wrong = kernel.lstm_forward(shape, arguments, outputs.data_ptr() + 4 * reverse * H, memory.data_ptr())
         if wrong:
             raise NativeError(f"a length must be from 0 to the number of steps, {S}, got {cast(Tensor, lengths)}")
         memories.append(memory)
@@ -242,14 +243,14 @@ def _is_private(gid: int) -> bool:
 def _build(folder: Path) -> Kernel:
     compiler = _compiler()
     version = _run([*compiler, "--version"])
-    parts = (SOURCE.read_text(), shlex.join([*compiler, *FLAGS]), version, _processor())
+    parts = (*(path.read_text() for path in SOURCES), shlex.join([*compiler, *FLAGS]), version, _processor())
     name = "native-" + hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     library = folder / f"{name}.so"
     if _is_whole(library):
         return Kernel(library, name)
     try:
         with whole_file(library) as beside:
-            _run([*compiler, *FLAGS, str(SOURCE), "-o", str(beside)])
+            _compile_fastest(compiler, beside, _widths())
             _compare(Kernel(beside, name))
             beside.chmod(0o700)
             with beside.open("ab") as file:  # after the end of a library comes what the loader does not read
@@ -259,6 +260,54 @@ def _build(folder: Path) -> Kernel:
     if not _is_whole(library):
         raise NativeError(f"{library} is not what was compiled: {folder} does not keep what is written to it")
     return Kernel(library, name)
+
+
+def _widths() -> tuple[int, ...]:
+    """Numbers of a vector, of those widths among which it depends on the core which is the fastest; 0: the widest. Some
+    cores execute an instruction of AVX-512 in two halves."""
+    return (16, 8) if " avx512f " in f"{_processor()} ".replace("\n", " ") else (0,)
+
+
+def _compile_fastest(compiler: list[str], library: Path, widths: Sequence[int]) -> None:
+    """Compile for each of the widths, and keep what is fastest on this core. All give the same bits."""
+    if len(widths) == 1:
+        _compile(compiler, library, widths[0])
+        return
+    built = {width: library.with_name(f"{library.name}-{width}") for width in widths}
+    try:
+        for width, path in built.items():
+            _compile(compiler, path, width)
+        fastest = _fastest({width: Kernel(path, str(width)) for width, path in built.items()})
+        built[fastest].replace(library)
+    finally:
+        for path in built.values():
+            path.unlink(missing_ok=True)
+
+
+def _compile(compiler: list[str], library: Path, width: int) -> None:
+    lanes = [f"-DLANES={width}"] if width else []
+    sources = [str(path) for path in SOURCES if path.suffix == ".c"]
+    _run([*compiler, *FLAGS, *lanes, *sources, "-lm", "-o", str(library)])
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def _fastest(kernels: Mapping[int, Kernel]) -> int:
+    """The width whose training steps of a small and of a middling layer take the least time, one as important as the
+    other."""
+    shares = dict.fromkeys(kernels, 0.0)
+    for S, B, F, H in MEASURED:
+        inputs, weights = torch.zeros(S, B, F), _random_weights(F, H)
+        times: dict[int, list[float]] = {width: [] for width in kernels}
+        for _ in range(MEASUREMENTS):  # in turns: others may use the core
+            for width, kernel in kernels.items():
+                began = time.perf_counter()
+                kernel.layer(inputs, None, *weights, final=True).sum().backward()  # type: ignore[no-untyped-call]
+                times[width].append(time.perf_counter() - began)
+        least = {width: min(each) for width, each in times.items()}
+        for width in kernels:
+            shares[width] += least[width] / min(least.values())
+    return min(shares, key=shares.__getitem__)
 
 
 def _is_whole(library: Path) -> bool:
@@ -302,6 +351,13 @@ def _processor() -> str:
     return platform.machine() + "\n".join(line for line in first.splitlines() if line.startswith(keys))
 
 
+def _random_weights(F: int, H: int) -> list[Tensor]:
+    """Those of one direction of a layer."""
+    random = torch.Generator().manual_seed(0)
+    shapes = [(4 * H, F), (4 * H, H), (4 * H,), (4 * H,)]
+    return [torch.randn(shape, generator=random).div_(H**0.5).requires_grad_() for shape in shapes]
+
+
 @torch.inference_mode(False)
 @torch.enable_grad()
 def _compare(kernel: Kernel) -> None:
@@ -312,8 +368,7 @@ def _compare(kernel: Kernel) -> None:
     random = torch.Generator().manual_seed(0)
     S, B, F, H = 7, 9, 3, 19
     inputs = torch.randn(S, B, F, generator=random)
-    shapes = [(4 * H, F), (4 * H, H), (4 * H,), (4 * H,)]
-    weights = [torch.randn(shape, generator=random).div_(H**0.5).requires_grad_() for shape in shapes]
+    weights = _random_weights(F, H)
     lengths = torch.randint(1, S + 1, (B,), generator=random)
     inside = torch.arange(S)[:, None, None] < lengths[:, None]
     zeros = torch.zeros(1, B, H)

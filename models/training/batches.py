@@ -48,7 +48,7 @@ class Batches:
         rows: the part's rows of these, all of them if None. Parts may share the tensors. weights (N,): how much each
         sequence counts; None, or equal ones in the part: all alike.
         """
-        self.values = values.contiguous()
+        self.values = values
         self.lengths = lengths
         self.labels = labels
         self.rows = np.arange(len(lengths)) if rows is None else rows
@@ -91,8 +91,12 @@ class Batches:
 
     def evaluation(self, batch_size: int) -> Iterator[Batch]:
         """Every sequence once, sorted by length."""
-        order = np.argsort(self._lengths, kind="stable")
+        order = self.by_length()
         return (self.batch(order[i : i + batch_size]) for i in range(0, len(order), batch_size))
+
+    def by_length(self) -> NDArray[np.int64]:
+        """The part's indices (n,), by length."""
+        return np.argsort(self._lengths, kind="stable")
 
     def batch(self, indices: NDArray[np.int64], shares: NDArray[np.float32] | None = None) -> Batch:
         """These sequences of the part, cropped to their longest. shares (B,): see `Batch`."""

@@ -35,6 +35,7 @@ from hpo.models.seeds import derive
 from hpo.models.training.batches import Batches
 from hpo.models.training.member import Member
 from hpo.models.training.memory import memory_bytes
+from hpo.models.training.native_steps import Memory
 from hpo.models.training.origin import origin_of
 from hpo.models.training.schedules import learning_rate
 
@@ -95,7 +96,7 @@ class Training:
     ) -> None:
         """sequences: the whole training file; folds: one (training rows, validation rows) pair a member.
 
-        kernel: the native one, for float32 on a CPU and sizes where it is the faster one; None: torch's own LSTM.
+        kernel: native code, for float32 on a CPU and sizes where it is the faster one; None: torch.
         graphs: on a GPU, replay captured steps; else, or where capture fails, run them one operation at a time: the
         bits are the same. fixed_shapes: steps of a few fixed shapes (see `FixedSteps`); None: on a GPU. columns: (F,)
         the place of each feature in an order that is not the file's, by which it gets its first weights.
@@ -236,8 +237,7 @@ class Training:
             for step in member.epoch(number, rate):
                 if interrupted():
                     raise TrainingInterrupted
-                step()
-                self.batches += 1
+                self.batches += step()
 
     def _validate(self) -> NDArray[np.float64]:
         return torch.cat([member.validate() for member in self.members]).cpu().numpy().astype(np.float64)
@@ -284,6 +284,7 @@ class Training:
             ]
             places = torch.tensor(steps, device=self.device)
         found: list[Member] = []
+        memory = Memory()
         whole: tuple[torch.Tensor, torch.Tensor] | None = None  # what members share that prepare their data alike
         for index, (train, validation) in enumerate(folds):
             model = _model(self.classifier, derive("weights", self.config.seed, index), columns)
@@ -293,10 +294,13 @@ class Training:
             if whole is None or self.classifier.normalization == "channel":
                 with torch.no_grad():
                     patches, counts = model.prepare(values.to(self.device), lengths.to(self.device))
-                whole = patches.contiguous(), counts
+                if self.kernel is not None and not fixed_shapes:  # which reads a sequence's steps one after another
+                    whole = patches.transpose(0, 1).contiguous().transpose(0, 1), counts
+                else:
+                    whole = patches.contiguous(), counts
             parts = Batches(*whole, labels, train, sequences.weights), Batches(*whole, labels, validation)
             kinds: dict[str, Any] = {"fixed_shapes": fixed_shapes, "graphs": graphs, "places": places}
-            found.append(Member(model, *parts, self.config, index, **kinds))
+            found.append(Member(model, *parts, self.config, index, memory=memory, **kinds))
         return found
 
     def _threshold(self, probabilities: NDArray[np.float64]) -> float:

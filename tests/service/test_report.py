@@ -131,10 +131,11 @@ VISIBLE = """() => [...document.querySelectorAll("svg")].filter((svg) => {
   const marks = [...svg.querySelectorAll("path, circle, rect")].filter((e) => e.getBBox().width + e.getBBox().height);
   return !(box.width > 40 && box.height > 8 && marks.length);
 }).map((svg) => svg.outerHTML.slice(0, 200))"""
-# What lies outside the page and not within a box that scrolls.
+# What lies outside the page and not within a box that scrolls, in which only captions have to lie within the page.
 OUTSIDE = """() => [...document.querySelectorAll("main *")].filter((e) => {
   const box = e.getBoundingClientRect();
-  return box.right > document.documentElement.clientWidth + 1 && !e.closest(".scroll, pre, svg");
+  const scrolled = e.closest(".scroll, pre, svg") && !e.matches("caption");
+  return box.right > document.documentElement.clientWidth + 1 && !scrolled;
 }).map((e) => e.outerHTML.slice(0, 200))"""
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hpo.launcher import count
-from hpo.launcher.cores import cpu_quota, usable_cores, usable_memory
+from hpo.launcher.cores import cpu_quota, limit_threads, usable_cores, usable_memory
 
 V2 = "29 23 0:26 {shown} /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate"
 V1 = "33 25 0:29 {shown} /sys/fs/cgroup/cpu,cpuacct rw,nosuid shared:9 - cgroup cgroup rw,cpu,cpuacct"
@@ -84,6 +84,17 @@ def test_there_are_whole_cores_and_at_least_one(
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     root = write(tmp_path, "0::/\n", V2.format(shown="/"), **{"cpu.max": f"{quota} 100000"})
     assert usable_cores(root) == cores
+
+
+@pytest.mark.parametrize(("quota", "threads"), [("50000", "1"), ("350000", "3"), ("900000", None), ("max", None)])
+def test_libraries_start_no_more_threads_than_the_quota_has_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quota: str, threads: str | None
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setattr(os, "environ", {"MKL_NUM_THREADS": "5"})
+    limit_threads(write(tmp_path, "0::/\n", V2.format(shown="/"), **{"cpu.max": f"{quota} 100000"}))
+    found = [os.environ.get(name) for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")]
+    assert found == [threads, threads, "5"]
 
 
 def test_a_launch_takes_as_many_workers_as_it_may_use_cores(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,7 +59,7 @@ def test_the_latency_is_of_few_predictions_of_the_longest_sequence(monkeypatch: 
     assert found.steps == max(LENGTHS)
     assert found.machine
     assert {(each.n, int(each.lengths[0])) for each in asked} == {(1, max(LENGTHS))}
-    assert footprint.WARM_UP < len(asked) <= footprint.WARM_UP + footprint.MOST
+    assert footprint.WARM_UP < len(asked) <= footprint.WARM_UP + footprint.CALLS
 
 
 @pytest.mark.parametrize("given", [{}, {"layers": 2, "bidirectional": True, "head_size": 3}, {"stem": "conv"}])

@@ -300,7 +300,7 @@ COMPILERS = {
         """#!/bin/sh
 for word; do
     case $word in
-        *native.c) sed 's/1.44269504f/1.5f/; s/0.5f + r/0.4f + r/' "$word" > "$0.c"; set -- "$@" "$0.c";;
+        *lstm.c) sed "s/vec_tanh/vec_sigmoid/" "$word" > "$0.c"; set -- "$@" -I"${word%/*}" "$0.c";;
         *) set -- "$@" "$word";;
     esac
     shift

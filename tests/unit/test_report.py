@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from hpo.models.bundle.config import Footprint
+from hpo.models.bundle.config import Component, Footprint
 from hpo.models.costs import Costs
 from hpo.models.data.sequences import from_arrays
 from hpo.models.diagnosis import CLASSES, FEATURES, HARDEST, POINTS, STEPS, Diagnosis, class_curves, diagnose
@@ -120,6 +120,26 @@ def test_the_model_says_what_it_takes_and_what_its_mistakes_cost() -> None:
     assert "takes 2.5 ms on one thread of &lt;script" in text
     assert "its weights take 1.25 MB" in text
     assert "To take no for yes costs 1, the other way round 5" in text
+
+
+def test_a_model_of_several_finalists_says_how_much_each_counts_and_what_the_estimate_leaves_out() -> None:
+    model = model_fact(("no", "yes"), estimate=estimate())
+    others = (Component(model.config.classifier, 2, 0.2), Component(model.config.classifier, 3, 0.05))
+    shares = [{"trial": trial, "weight": weight} for trial, weight in ((0, 0.75), (4, 0.2), (2, 0.05))]
+    config = replace(model.config, others=others, provenance={"ensemble": shares})
+    text = render(facts(model=replace(model, config=config)))
+    check_report(text)
+    assert "is 6 networks: those of the winner, trial 0, and, by greedy selection, of 2 other finalists." in text
+    assert "0 (0.75), 4 (0.2), 2 (0.05). Its probabilities are calibrated, with temperature 1.3." in text
+    assert "Other finalists predict with it, which this mean leaves out." in text
+    assert "by greedy selection" not in render(facts(model=model))
+
+
+def test_the_winner_of_finals_is_not_called_the_best_of_the_study() -> None:
+    trials = (trial(0, value=0.9), trial(1, value=0.8))
+    text = render(facts(trials, model=model_fact(("no", "yes"), trial=1)))
+    check_report(text)
+    assert "Value by which trial 1 was selected" in text
 
 
 def test_the_only_finalist_is_not_said_to_be_better_than_others() -> None:
