@@ -32,12 +32,14 @@ import numpy as np
 import quality
 
 
-def study(given: argparse.Namespace, name: str, seed: int, scratch: Path) -> dict[str, Any]:
-    """The line of one study."""
+def study(given: argparse.Namespace, name: str, seed: int, scratch: Path) -> dict[str, Any] | None:
+    """The line of one study; None where the time was over before its finals were."""
     if given.redraw:
         redraw(given.folder / name, scratch / name, seed)
     whole = f"trials = {given.trials}\nfinalists = {given.finalists}\nrepeats = {given.repeats}"
     found = _launched(given, scratch, name, f"{name}-{seed}", seed, whole)
+    if found["estimate"] is None:
+        return None
     trials = [_trials(given, scratch, each) for each in (f"{name}-{seed}", f"{name}-{seed}/finals")]
     first = {key.removeprefix("params."): value for key, value in trials[0][0].items() if key.startswith("params.")}
     enqueue = [f"{key} = {json.dumps(value)}" for key, value in first.items() if value is not None]
@@ -109,6 +111,9 @@ def measure(given: argparse.Namespace, sets: list[str], lines: list[dict[str, An
         try:
             for seed, name in [(seed, name) for seed in given.seeds for name in sets if (name, seed) not in done]:
                 line = study(given, name, seed, scratch)
+                if line is None:
+                    print(f"{name} {seed}: no estimate, as no finals ended in {given.minutes} minutes", flush=True)
+                    continue
                 lines.append(line)
                 print(json.dumps(line), flush=True)
                 with given.lines.open("a") as file:

@@ -34,6 +34,7 @@ struct batch { /* what one batch of B sequences of up to T steps takes; S: the L
     float *outputs[2], *doutputs[2];                /* (B, S, width), of one layer and the next */
     float *pooled_rows, *dpooled;                   /* (B, stride) */
     float *scores;                                  /* (B, S) of attention */
+    float *noise[2], *shares;                       /* (C), (C), (width or inputs) to compute with */
     float *hidden, *dhidden, *logits, *dlogits;     /* (B, whole(head)), (B, whole(outputs)) */
     struct linear linear[2];
     int64_t layers, site;                           /* site: of the next random numbers */
@@ -90,6 +91,8 @@ static int64_t arrange(const struct network *net, struct batch *m, void *base, i
     m->pooled = times * m->width + 2 * m->inputs * net->skip, m->stride = whole(m->pooled);
     m->pooled_rows = take(&memory, 4 * B * m->stride);
     m->scores = take(&memory, 4 * B * m->S);
+    for (int i = 0; i < 2; i++) m->noise[i] = take(&memory, 4 * net->channels);
+    m->shares = take(&memory, 4 * (m->width > m->inputs ? m->width : m->inputs));
     m->logits = take(&memory, 4 * B * whole(net->outputs));
     if (net->head) m->hidden = take(&memory, 4 * B * whole(net->head));
     if (training) {
@@ -154,7 +157,7 @@ static void gather(const struct network *net, const struct data *data, const str
             to[t * C + c] = value;
         }
     if (!training || !training->added) return;
-    float factor[C], normal[C];
+    float *factor = m->noise[0], *normal = m->noise[1];
     struct draw factors = *draw, terms = *draw;
     terms.site++;
     normal_row(&factors, b, C, normal);
@@ -271,7 +274,8 @@ static void backward(const struct network *net, struct draw draw, struct batch *
     struct steps y = steps_of(m, m->outputs[last], m->width, m->width), dy = y;
     dy.values = m->doutputs[last];
     if (net->pooling != POOL_LAST)
-        pool_backward(net->pooling, &y, &dy, net->hidden, &attention, m->pooled_rows, m->dpooled, m->stride);
+        pool_backward(net->pooling, &y, &dy, net->hidden, &attention, m->pooled_rows, m->dpooled, m->stride,
+                      m->shares);
     draw.site = (uint32_t)m->site + (net->dropout > 0 ? (uint32_t)net->layers - 1 : 0);
     for (int64_t depth = net->layers - 1; depth >= 0; depth--) {
         for (int64_t reverse = 0; reverse < net->directions; reverse++) {
@@ -296,7 +300,7 @@ static void backward(const struct network *net, struct draw draw, struct batch *
         struct steps x = steps_of(m, m->values, m->inputs, m->x_stride), dx = x;
         dx.values = m->dvalues;
         int64_t from = m->pooled - 2 * m->inputs;
-        pool_skip_backward(&x, &dx, m->pooled_rows + from, m->dpooled + from, m->stride);
+        pool_skip_backward(&x, &dx, m->pooled_rows + from, m->dpooled + from, m->stride, m->shares);
     }
     for (int64_t i = net->stem_layers - 1; i >= 0; i--) {
         struct convolution_gradients g = {gradient(net, 3 * i), gradient(net, 3 * i + 1), gradient(net, 3 * i + 2),

@@ -40,8 +40,8 @@ static void add_mean(const struct steps *dy, int64_t b, const float *from) {
 }
 
 /* Steps that share a maximum share its gradient, as in torch's amax. */
-static void add_max(const struct steps *y, const struct steps *dy, int64_t b, const float *most, const float *from) {
-    float share[y->width];
+static void add_max(const struct steps *y, const struct steps *dy, int64_t b, const float *most, const float *from,
+                    float *share) {
     memset(share, 0, 4 * y->width);
     for (int64_t s = 0; s < y->lengths[b]; s++) {
         const float *row = step(y, b, s);
@@ -120,17 +120,17 @@ void pool(int64_t kind, const struct steps *y, int64_t hidden, const struct atte
 }
 
 void pool_backward(int64_t kind, const struct steps *y, const struct steps *dy, int64_t hidden,
-                   const struct attention *attention, const float *pooled, const float *dpooled,
-                   int64_t pooled_stride) {
+                   const struct attention *attention, const float *pooled, const float *dpooled, int64_t pooled_stride,
+                   float *shares) {
     if (kind == POOL_ATTENTION) memset(attention->dweight, 0, 4 * y->width), attention->dbias[0] = 0.0f;
     for (int64_t b = 0; b < y->B; b++, pooled += pooled_stride, dpooled += pooled_stride) {
         for (int64_t s = 0; s < dy->lengths[b]; s++) memset(step(dy, b, s), 0, 4 * dy->width);
         if (kind == POOL_LAST) add_last(dy, b, hidden, dpooled);
         if (kind == POOL_MEAN) add_mean(dy, b, dpooled);
-        if (kind == POOL_MAX) add_max(y, dy, b, pooled, dpooled);
+        if (kind == POOL_MAX) add_max(y, dy, b, pooled, dpooled, shares);
         if (kind == POOL_ATTENTION) attend_backward(y, dy, b, attention, pooled, dpooled);
         if (kind == POOL_CONCAT) {
-            add_max(y, dy, b, pooled, dpooled);
+            add_max(y, dy, b, pooled, dpooled, shares);
             add_mean(dy, b, dpooled + y->width);
             add_last(dy, b, hidden, dpooled + 2 * y->width);
         }
@@ -147,9 +147,9 @@ void pool_skip(const struct steps *x, float *pooled, int64_t pooled_stride) {
 }
 
 void pool_skip_backward(const struct steps *x, const struct steps *dx, const float *pooled, const float *dpooled,
-                        int64_t pooled_stride) {
+                        int64_t pooled_stride, float *shares) {
     for (int64_t b = 0; b < x->B; b++, pooled += pooled_stride, dpooled += pooled_stride) {
-        add_max(x, dx, b, pooled, dpooled);
+        add_max(x, dx, b, pooled, dpooled, shares);
         add_mean(dx, b, dpooled + x->width);
     }
 }

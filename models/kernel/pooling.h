@@ -27,15 +27,16 @@ struct attention {
 void pool(int64_t kind, const struct steps *y, int64_t hidden, const struct attention *attention, float *pooled,
           int64_t pooled_stride);
 
-/* dy of all valid steps from y, the pooled rows and their gradient. */
+/* dy of all valid steps from y, the pooled rows and their gradient. shares: (width) to compute with. */
 void pool_backward(int64_t kind, const struct steps *y, const struct steps *dy, int64_t hidden,
-                   const struct attention *attention, const float *pooled, const float *dpooled, int64_t pooled_stride);
+                   const struct attention *attention, const float *pooled, const float *dpooled, int64_t pooled_stride,
+                   float *shares);
 
 /* Maximum and mean of x's steps to 2 * width numbers a row. */
 void pool_skip(const struct steps *x, float *pooled, int64_t pooled_stride);
 
-/* Adds to dx. */
+/* Adds to dx. shares: (width) to compute with. */
 void pool_skip_backward(const struct steps *x, const struct steps *dx, const float *pooled, const float *dpooled,
-                        int64_t pooled_stride);
+                        int64_t pooled_stride, float *shares);
 
 #endif

@@ -23,6 +23,7 @@ void stem_arrange(struct convolution *l, int64_t training, uintptr_t *memory) {
     l->packed = take(memory, 4 * l->k * l->c * l->w);
     l->normal = take(memory, 4 * rows * l->w);
     l->inverse = take(memory, 4 * l->w);
+    for (int i = 0; i < 4; i++) l->columns[i] = take(memory, 4 * l->w);
     if (training) {
         l->reversed = take(memory, 4 * l->k * l->w * whole(l->C));
         l->padded = take(memory, 4 * l->B * padded_sequence(l));
@@ -78,7 +79,7 @@ static void statistics(const struct convolution *l, float *mean, float *variance
 
 void stem_forward(const struct convolution *l, float recent) {
     int64_t S = stem_steps(l->T, l->R);
-    float mean[l->w], variance[l->w], scale[l->w], shift[l->w];
+    float *mean = l->columns[0], *variance = l->columns[1], *scale = l->columns[2], *shift = l->columns[3];
     pack_windows(l);
     for (int64_t b = 0; b < l->B; b++)
         multiply_packed(l->normal + b * S * l->w, l->inputs + b * sequence(l), l->R * l->c, length(l, b),
@@ -114,7 +115,7 @@ void stem_forward(const struct convolution *l, float recent) {
  * sequence, in l->padded. */
 static void backward_normalization(const struct convolution *l, const struct convolution_gradients *g) {
     int64_t S = stem_steps(l->T, l->R), count = 0;
-    float shift[l->w], slope[l->w], factor[l->w];
+    float *shift = l->columns[0], *slope = l->columns[1], *factor = l->columns[2];
     for (int64_t b = 0; b < l->B; b++) count += length(l, b);
     for (int64_t w = 0; w < l->w; w += LANES) {
         vec shifts = {0}, slopes = {0};

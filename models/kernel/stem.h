@@ -23,6 +23,7 @@ struct convolution {
     int64_t outputs_sequence;
     /* the rest lies in memory that stem_bytes counts */
     float *packed, *normal, *inverse; /* the weights, (B, S, w) of normalised values, (W) 1 / deviation */
+    float *columns[4];                /* (w) each: sums and factors of one pass */
     float *reversed, *padded, *dweight; /* for the backward pass */
 };
 

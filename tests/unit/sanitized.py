@@ -31,6 +31,8 @@ EDGES: tuple[dict[str, Any], ...] = (  # steps, sequences, and what else is not 
     {"steps": 40, "n": 9, "batch_size": 7, "hidden_size": LARGEST, "bidirectional": True, "layers": 2, "dropout": 0.5},
     {"steps": 9, "n": 70, "batch_size": 64, "hidden_size": 1, "pooling": "flatten", "equal": True},
     {"steps": 150, "n": 5, "batch_size": 5, "patch_length": 1, "hidden_size": 3, "pooling": "attention"},
+    # whatever has the width of the data must not lie on the stack
+    {"steps": 6, "n": 4, "features": 2**16, "patch_length": 6, "hidden_size": 1, "skip": True, "jitter": 0.1},
     {"steps": 30, "n": 8, "batch_size": 8, "stem": "conv", "stem_width": 100, "stem_layers": 4, "features": 70},
 )
 
