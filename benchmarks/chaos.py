@@ -2,6 +2,7 @@
 
     python benchmarks/chaos.py [--trials 100] [--workers 4] [--every 2]
     python benchmarks/chaos.py --trials 1000 --pruner none --server 5 40     # about eight minutes
+    python benchmarks/chaos.py --pooler 4     # all through pgbouncer with four connections to the server
     python benchmarks/chaos.py --finals 3 --trials 6 --epochs 60 --sequences 200 --workers 2    # about seven minutes
 
 A study of real trials on an embedded server of its own. Every few seconds a random worker is killed with SIGKILL and
@@ -23,6 +24,7 @@ import argparse
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -36,11 +38,24 @@ from typing import Any
 
 import numpy as np
 import psutil
+import psycopg2
 
 sys.path[:] = [
     path for path in sys.path if Path(path or ".").resolve() != Path(__file__).resolve().parent
 ]  # storage.py
 
+POOLER = """[databases]
+* = host={host} port={port} user={username} password={password}
+[pgbouncer]
+listen_addr = 127.0.0.1
+listen_port = {listen}
+unix_socket_dir =
+auth_type = any
+pool_mode = {mode}
+default_pool_size = {size}
+max_client_conn = 1000
+server_login_retry = 1
+"""
 REPEATS = 3  # of each finalist
 LAUNCHES = 20  # of one study, at most
 
@@ -133,6 +148,44 @@ def revive(running: list[subprocess.Popen[bytes]], folder: Path) -> None:
             running[index] = start_worker(folder)
 
 
+@contextmanager
+def pooler(
+    url: str, folder: Path, mode: str = "transaction", size: int = 4, program: str = "pgbouncer"
+) -> Iterator[str]:
+    """The address of a pooler before the server of a URL, with so many connections to it for each database.
+
+    folder: for its settings, which every user may enter.
+    """
+    from sqlalchemy import make_url
+
+    parts = make_url(url)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    file = folder / f"pgbouncer-{port}.ini"
+    given = {name: getattr(parts, name) for name in ("host", "port", "username", "password")}
+    file.write_text(POOLER.format(**given, listen=port, mode=mode, size=size))
+    file.chmod(0o644)
+    as_other = ["-u", "nobody"] if os.getuid() == 0 else []  # it does not run as root
+    running = subprocess.Popen([program, "--quiet", *as_other, str(file)])
+    try:
+        address = parts.set(port=port, password="any", drivername="postgresql").render_as_string(hide_password=False)
+        while not _answers(address):
+            if running.poll() is not None:
+                raise SystemExit(f"{program} ended with {running.returncode}")
+            time.sleep(0.05)
+        yield address
+    finally:
+        running.kill()
+        running.wait()
+
+
+def _answers(url: str) -> bool:
+    with suppress(psycopg2.OperationalError):
+        psycopg2.connect(url).close()
+        return True
+    return False
+
+
 def crash_postmaster() -> None:
     """kill -9 to the embedded server's first process."""
     from hpo.storage.server import server as embedded
@@ -164,7 +217,8 @@ def run(
     judged: int = 300,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Chaos:
-    """One study under chaos. HPO_HOME and HPO_ARTIFACTS must name folders of this run's own.
+    """One study under chaos. HPO_HOME and HPO_ARTIFACTS must name folders of this run's own; HPO_DATABASE_URL, if it is
+    set, what leads to the embedded server.
 
     every_s: between two kills of a worker, longer where none came further since. server_s: only the server dies, so
     many seconds apart. judged: trials that are trained again, at most.
@@ -433,6 +487,7 @@ def main() -> None:
     options.add_argument(
         "--server", type=float, nargs=2, metavar=("LEAST", "MOST"), help="only the server dies, so many seconds apart"
     )
+    options.add_argument("--pooler", type=int, metavar="SIZE", help="through pgbouncer, with so many connections")
     given = options.parse_args()
     faults = _finals(given) if given.finals else _trials(given)
     print("\n".join(faults) or "nothing was lost, doubled or changed")
@@ -442,7 +497,7 @@ def main() -> None:
 def _trials(given: argparse.Namespace) -> list[str]:
     """The faults of a study under chaos."""
     server_s = None if given.server is None else (given.server[0], given.server[1])
-    with _home() as folder:
+    with _home() as folder, leading(folder, given.pooler):
         report = run(
             folder,
             trials=given.trials,
@@ -479,6 +534,19 @@ def _finals(given: argparse.Namespace) -> list[str]:
     if fire.kills == 0:
         return ["the finals were over before anybody was killed"]
     return calm.faults() + fire.faults() + [f"undisturbed and under fire: {text}" for text in calm.differences(fire)]
+
+
+@contextmanager
+def leading(folder: Path, size: int | None) -> Iterator[None]:
+    """With a size: lead all that connects through a pooler while the block runs."""
+    from hpo.storage.server import server as embedded
+
+    if size is None:
+        yield
+        return
+    with pooler(embedded.start(), folder, size=size) as address:
+        os.environ["HPO_DATABASE_URL"] = address
+        yield
 
 
 @contextmanager

@@ -1,4 +1,9 @@
-"""The process's connection to Postgres: made when first used, renewed after a loss or a fork."""
+"""The process's connection to Postgres: made when first used, renewed after a loss or a fork.
+
+It may lead to a pooler that gives each transaction another of its own connections to the server. Then nothing is left
+on a session: each transaction makes its settings itself, and no statement is prepared. That is known by the number of
+the server's process, which poolers do not pass on: the one that libpq was told is not the one that answers.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +14,7 @@ import re
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import psycopg2
@@ -25,7 +30,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 Row = tuple[Any, ...]
 
-# What the connection relies on, whatever the server, the database or the role sets. Set by a statement, as poolers
+# What every transaction relies on, whatever the server, the database or the role sets. Set by a statement, as poolers
 # reject them as options of the connection; a server that does not know one keeps its own. Not among them:
 # standard_conforming_strings, as psycopg2 quotes by what it was when the connection was made.
 SETTINGS = {
@@ -35,31 +40,39 @@ SETTINGS = {
     "extra_float_digits": "3",
     "bytea_output": "hex",
     "timezone": "UTC",
-    # A commit is one, and sees what others have committed.
-    "default_transaction_isolation": "read committed",
-    "default_transaction_read_only": "off",
-    "default_transaction_deferrable": "off",
     "synchronous_commit": "on",
-    # A stopped or cut-off process must not keep others waiting for its locks, nor its socket for hours.
-    "idle_in_transaction_session_timeout": "10s",
-    "idle_session_timeout": "0",
+    "idle_in_transaction_session_timeout": "10s",  # a stopped process must not keep others waiting for its locks
     "transaction_timeout": "0",
-    "tcp_keepalives_idle": "10",
-    "tcp_keepalives_interval": "5",
-    "tcp_keepalives_count": "4",
     # Plans are kept while tables grow from nothing, so they must go by an index from the start.
-    "plan_cache_mode": "force_generic_plan",
     "enable_seqscan": "off",
     "enable_indexscan": "on",
     "enable_nestloop": "on",
     "jit": "off",
 }
-# Optuna's tables are looked for where ours say that they are; without any, they are made in a schema that there is.
-SEARCH_PATH = """SELECT set_config('search_path', quote_ident(n.nspname), false)
-FROM pg_namespace m JOIN pg_class c ON c.relnamespace = m.oid JOIN pg_constraint k ON k.conrelid = c.oid
-    JOIN pg_class t ON t.oid = k.confrelid JOIN pg_namespace n ON n.oid = t.relnamespace
-WHERE m.nspname = 'hpo' AND c.relname = 'terms' AND k.contype = 'f';
-SELECT set_config('search_path', 'public', false) WHERE current_schema() IS NULL"""
+# … and what a session of our own has beside that.
+SESSION = {
+    # A commit is one, and sees what others have committed.
+    "default_transaction_isolation": "read committed",
+    "default_transaction_read_only": "off",
+    "default_transaction_deferrable": "off",
+    # A connection that is cut off must not last for hours.
+    "idle_session_timeout": "0",
+    "tcp_keepalives_idle": "10",
+    "tcp_keepalives_interval": "5",
+    "tcp_keepalives_count": "4",
+    "plan_cache_mode": "force_generic_plan",
+}
+# How a transaction through a pooler begins; the rest is for a role or a database whose transactions only read.
+TRANSACTION, WRITING = "SET TRANSACTION ISOLATION LEVEL READ COMMITTED", ", READ WRITE"
+# Who answers; where Optuna's tables are: where ours say so, without any in a schema that there is; which of the
+# settings the server knows; and whether it only reads until it is told to write.
+FIRST = """SELECT pg_backend_pid(), coalesce((SELECT quote_literal(n.nspname)
+    FROM pg_namespace m JOIN pg_class c ON c.relnamespace = m.oid JOIN pg_constraint k ON k.conrelid = c.oid
+        JOIN pg_class t ON t.oid = k.confrelid JOIN pg_namespace n ON n.oid = t.relnamespace
+    WHERE m.nspname = 'hpo' AND c.relname = 'terms' AND k.contype = 'f' LIMIT 1),
+        CASE WHEN current_schema() IS NULL THEN quote_literal('public') END),
+    ARRAY(SELECT name FROM unnest(%s) name WHERE current_setting(name, true) IS NOT NULL),
+    current_setting('default_transaction_read_only')::bool AND NOT pg_is_in_recovery()"""
 DEFAULTS = {
     "application_name": "hpo",
     "connect_timeout": 5,
@@ -115,31 +128,28 @@ def _own_settings(arguments: dict[str, Any]) -> set[str]:
     return {name.lower() for name in re.findall(r"(?:-c\s*|--)(\w+)\s*=", arguments.get("options", ""))}
 
 
-def _settings(seconds: float, own: set[str]) -> str:
-    """The statements that set what a connection relies on. seconds: that one of its statements may take."""
+def _timeouts(seconds: float) -> dict[str, str]:
+    """The settings for statements that may take so many seconds."""
     milliseconds = int(1000 * seconds)
-    timed = {"statement_timeout": f"{milliseconds}", "lock_timeout": f"{int(0.8 * milliseconds)}"}
-    pairs = ", ".join(f"('{k}', '{v}')" for k, v in {**SETTINGS, **timed}.items() if k not in own)
-    known = f"SELECT set_config(k, v, false) FROM (VALUES {pairs}) s (k, v) WHERE current_setting(k, true) IS NOT NULL"
-    return known if "search_path" in own else f"{known};\n{SEARCH_PATH}"
+    return {"statement_timeout": f"{milliseconds}", "lock_timeout": f"{int(0.8 * milliseconds)}"}
 
 
-class _Timed(extensions.connection):
+class _Lent(extensions.connection):
     """A connection that is cut after some time."""
 
     deadline: Deadline
+    begin: bytes  # of each transaction
 
 
-def connect_for(url: str, seconds: float) -> extensions.connection:
-    """A connection for libraries that make statements of their own; it is cut after so many seconds."""
-    arguments = connect_arguments(url)
-    made: _Timed = psycopg2.connect(**arguments, connection_factory=_Timed)
-    made.deadline = Deadline(made.fileno())
-    made.deadline.end_after(seconds)
-    with made.cursor() as cursor:
-        cursor.execute(_settings(seconds, _own_settings(arguments)))
-    made.commit()
-    return made
+class _LentCursor(extensions.cursor):
+    """Begins transactions as its connection says."""
+
+    connection: _Lent
+
+    def execute(self, query: Any, parameters: Any = None) -> None:
+        if self.connection.begin and self.connection.status == extensions.STATUS_READY:
+            super().execute(self.connection.begin)
+        super().execute(query, parameters)
 
 
 class Connection:
@@ -149,7 +159,9 @@ class Connection:
     what they are given must be safe to repeat. A call without an answer within `deadline_s` is a lost connection too.
     They raise DatabaseUnavailable after that, DatabaseRefusal where another try would not help, and psycopg2's errors
     for data that the server rejects. `generation` counts connections made: a change means that commits made with
-    synchronous_commit=off may be gone. `outage`: the last time in which the database was away.
+    synchronous_commit=off may be gone. `outage`: the last time in which the database was away. `pooled`, once there is
+    a connection: whether a pooler is in front of the server. Then no session is ours, and a server that has restarted
+    behind it is not noticed, so every commit must wait for the disk.
     """
 
     def __init__(self, url: str, retry_s: float = 60.0) -> None:
@@ -158,12 +170,17 @@ class Connection:
         self.generation = 0
         self.trips = 0  # statements sent, for the benchmarks
         self.outage = Pause()
+        self.pooled = False
         self._arguments = connect_arguments(url)
         self._own = _own_settings(self._arguments)
         self._connection: extensions.connection | None = None
         self._deadline: Deadline | None = None  # of the connection's calls
         self._overdue = 0  # calls in a row that took too long
         self._prepared: set[Statement] = set()  # on this connection
+        self._begin = b""  # of each transaction
+        self._known: set[str] = set()  # settings that the server knows, but for those of the URL
+        self._schema: str | None = None  # of Optuna's tables, as a literal; None: where the search path points to
+        self._only_reads = False  # transactions that are not told to write
         _OPEN.add(self)
 
     @property
@@ -178,26 +195,35 @@ class Connection:
 
     def execute_on(self, cursor: extensions.cursor, *bound: BoundStatement) -> list[Row]:
         """`execute` on the cursor that `with_retries` gives. The statements go together, in one transaction."""
-        new = [
-            each for each, _ in bound if isinstance(each, Statement) and each.prepared and each not in self._prepared
-        ]
+        new = [each for each, _ in bound if isinstance(each, Statement) and self._prepares(each)]
         texts = [each.prepare.encode() for each in new]
         for each, given in bound:
-            texts.append(cursor.mogrify(each.execute if isinstance(each, Statement) else each, given))
+            texts.append(cursor.mogrify(self._text(each), given))
         self._prepared.update(new)
         try:
             self._send(cursor, b";\n".join(texts))
         except psycopg2.Error as error:
-            if error.pgcode in MIXED:
-                raise DatabaseUnavailable(
-                    f"the database at {self.address} mixes up what its clients have prepared: a pooler in front of it "
-                    "gives each transaction another connection; set its pool_mode to session"
-                ) from error
+            if error.pgcode in MIXED and not self.pooled:
+                log.info(
+                    "a pooler in front of the database at %s mixes up what was prepared: no more of it", self.address
+                )
+                self.pooled = True
+                self._drop()
+                raise psycopg2.OperationalError("a pooler mixes up what was prepared") from error
             if new and not cursor.connection.closed:  # which of them the server got to is not known
                 self._prepared.clear()
                 self._send(cursor, b"DEALLOCATE ALL")
             raise
         return cursor.fetchall() if cursor.description else []
+
+    def _prepares(self, given: Statement) -> bool:
+        """Whether it is to be prepared on this connection now."""
+        return given.prepared and not self.pooled and given not in self._prepared
+
+    def _text(self, given: Statement | str) -> str:
+        if isinstance(given, str):
+            return given
+        return given.direct if self.pooled else given.execute
 
     def with_retries(self, work: Callable[[extensions.cursor], T], retry_s: float | None = None) -> T:
         """Call `work(cursor)`, again after each loss of the connection. retry_s: instead of the connection's own."""
@@ -247,7 +273,7 @@ class Connection:
         assert deadline is not None
         self.trips += 1
         with deadline.within(seconds + min(1.0, seconds / 4)):
-            cursor.execute(text)
+            cursor.execute(self._begin + text)
 
     @property
     def _patience_s(self) -> float:
@@ -264,12 +290,50 @@ class Connection:
             self._prepared.clear()
             try:
                 with made.cursor() as cursor:
-                    self._send(cursor, _settings(self._patience_s, self._own).encode())
+                    self._meet(cursor)
             except psycopg2.Error:
                 made.close()  # without its settings it is of no use
                 raise
             self.generation += 1
         return self._connection
+
+    def _meet(self, cursor: extensions.cursor) -> None:
+        """Learn whom a new connection leads to, and see to it that its settings are made."""
+        self._begin, names = b"", [*SETTINGS, *SESSION, *_timeouts(0.0)]
+        self._send(cursor, cursor.mogrify(FIRST, (names,)))
+        ((process, self._schema, known, self._only_reads),) = cursor.fetchall()
+        self._known = set(known) - self._own
+        self.pooled = self.pooled or process != cursor.connection.info.backend_pid
+        if self.pooled:
+            self._begin = self._locally(self._patience_s)
+        else:
+            self._send(cursor, self._settings(SESSION, self._patience_s).encode())
+
+    def _settings(self, more: Mapping[str, str], seconds: float, kind: str = "SET") -> str:
+        """The statements that make all settings and `more`. seconds: that a statement may take."""
+        wanted = {**SETTINGS, **more, **_timeouts(seconds)}
+        values = {name: f"'{value}'" for name, value in wanted.items() if name in self._known}
+        if self._schema is not None and "search_path" not in self._own:
+            values["search_path"] = self._schema
+        return ";\n".join(f"{kind} {name} = {value}" for name, value in values.items())
+
+    def _locally(self, seconds: float) -> bytes:
+        """What a transaction begins with on a session that is not ours: settings that end with it."""
+        first = TRANSACTION + WRITING if self._only_reads else TRANSACTION
+        return f"{first};\n{self._settings({}, seconds, 'SET LOCAL')};\n".encode()
+
+    def lend(self, seconds: float) -> extensions.connection:
+        """Another connection, for libraries that make statements of their own; it is cut after so many seconds."""
+        self.with_retries(lambda _: None)  # so that the settings are known
+        made: _Lent = psycopg2.connect(**self._arguments, connection_factory=_Lent, cursor_factory=_LentCursor)
+        made.deadline = Deadline(made.fileno())
+        made.deadline.end_after(seconds)
+        made.begin = self._locally(seconds) if self.pooled else b""
+        if not self.pooled:
+            with made.cursor() as cursor:
+                cursor.execute(self._settings(SESSION, seconds))
+            made.commit()
+        return made
 
     def _wait_or_raise(self, error: psycopg2.Error, too_late: bool, patience_s: float) -> None:
         """Return where another try may help, else raise."""

@@ -24,14 +24,14 @@ from hpo.storage.background import BackgroundLoop
 from hpo.storage.connection import Row
 from hpo.storage.deadlines import last_freeze
 from hpo.storage.errors import LeaseLost, MissingRecord, PostgresError, Reason, StudyOver
-from hpo.storage.heartbeat import BEATS, Heartbeat, Progress
+from hpo.storage.heartbeat import BEATS, Heartbeat, Progress, Renewals
 from hpo.storage.liveness import Fate, fate, process_start, this_machine
 from hpo.storage.masking import mask
 from hpo.storage.snapshot import RECENT, Holder, Snapshot, WorkerRow, read_snapshot
 from hpo.storage.statements import statement
 from hpo.storage.terms import NOBODY, FinalsRow, Judgement, Notify, Patience, StudyRow, Terms, read_study
 from hpo.storage.trials import TrialStorage
-from hpo.storage.writes import Fence
+from hpo.storage.writes import NO_WAIT, Fence
 
 _OPEN_STUDY, _SET_NOTIFY = statement("open_study"), statement("set_notify")
 _STUDY_TERMS, _STUDY_IDS = statement("study_terms"), statement("study_ids")
@@ -116,6 +116,8 @@ class Leases:
         self.storage = storage
         self._session = storage.session
         self._execute_durably = partial(storage.session.execute, durable=True)
+        self._renewals = Renewals(self._beat)
+        self._renewed: set[Lease] = set()  # those that `take` holds
         self._fault: WorkerFault | None = None  # of this process, which takes nothing more
         self._patience: dict[int, Patience] = {}  # of studies that have some, as of the last look
 
@@ -310,24 +312,44 @@ class Leases:
             yield None
             return
         try:
-            with lease.heartbeat.running(lambda: self._beat(lease), lease.lease_s, lease.number):
+            with self._renewing(lease):
                 yield lease
         except WorkerFault as fault:
             self._lapse(lease, fault)
             raise
         except BaseException:
-            self.release(lease)
+            self._leave(lease)
             raise
-        self.release(lease)
+        self._leave(lease)
 
-    def _beat(self, lease: Lease) -> None:
-        """One renewal."""
-        result = self.renew(lease.worker, {lease: lease.heartbeat.progress()})
-        lease.heartbeat.learn(
-            lost=lease in result.lost,
-            study_stopped=lease.study_id in result.stopped,
-            out_of_time=lease.study_id in result.out_of_time,
-        )
+    def _leave(self, lease: Lease) -> None:
+        """Give the trial back, unless this process has ended it."""
+        if self._session.fence_of(lease.trial_id) == lease.fence:
+            self.release(lease)
+
+    @contextmanager
+    def _renewing(self, lease: Lease) -> Iterator[None]:
+        """Renew the lease, together with all others, while the block runs."""
+        lease.heartbeat.renewed_by(self._renewals)
+        self._renewed.add(lease)
+        try:
+            with self._renewals.holding(lease.lease_s):
+                yield
+        finally:
+            self._renewed.discard(lease)
+
+    def _beat(self) -> None:
+        """One renewal of all leases: one round trip for each worker, which is one as a rule."""
+        held = list(self._renewed)
+        for worker in {lease.worker for lease in held}:
+            progress = {lease: lease.heartbeat.progress() for lease in held if lease.worker == worker}
+            result = self.renew(worker, progress)
+            for lease in progress:
+                lease.heartbeat.learn(
+                    lost=lease in result.lost,
+                    study_stopped=lease.study_id in result.stopped,
+                    out_of_time=lease.study_id in result.out_of_time,
+                )
 
     def acquire(
         self,
@@ -439,7 +461,8 @@ class Leases:
         """Renew a worker's leases in one statement, and say that the worker lives, also without leases.
 
         Over a connection of its own: nothing else that the process does can hold it up. One without new batches for
-        `stall_s` is left to run out. One that has run out and was not taken over goes on.
+        `stall_s` is left to run out. One that has run out and was not taken over goes on. It does not wait for the
+        disk: a renewal that is lost with the server is like one that was not made.
         """
         given = {
             "worker": worker,
@@ -449,7 +472,9 @@ class Leases:
             "epochs": [each.epoch for each in progress.values()],
             "metrics": [each.metric for each in progress.values()],
         }
-        rows = self.storage.heartbeat_connection.execute(_RENEW, given=given)
+        rows = self.storage.heartbeat_connection.with_retries(
+            lambda cursor: self.storage.heartbeat_connection.execute_on(cursor, NO_WAIT, (_RENEW, given))
+        )
         held = {(trial_id, attempt) for trial_id, attempt, _, _, _, held in rows if held}
         return RenewResult(
             lost=frozenset(lease for lease in progress if (lease.trial_id, lease.attempt) not in held),

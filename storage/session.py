@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import math
 import os
 import threading
 import time
@@ -25,15 +26,16 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 from psycopg2.extensions import cursor as Cursor  # noqa: N812
 
+from hpo.storage.cache import HeldTrials
 from hpo.storage.connection import Connection, Row
 from hpo.storage.errors import LeaseLost, MissingRecord
 from hpo.storage.statements import BoundStatement, Statement, statement
-from hpo.storage.writes import Fence, Writes, bind
+from hpo.storage.writes import NO_WAIT, Fence, Writes, bind
 
 log = logging.getLogger(__name__)
 
-HELD_BACK_S = 0.2  # the longest that a write waits for a statement to go with
-NO_WAIT: BoundStatement = ("SET LOCAL synchronous_commit = off", None)
+HELD_BACK_S = 0.2  # the longest that a write waits for a statement to go with …
+REPORTS_S = 2.0  # … and reports of a leased trial, as displays learn as often from its heartbeat how far it is
 _TRIAL_OWNER = statement("trial_owner")
 
 
@@ -51,7 +53,9 @@ class Session:
         self._own: dict[int, int] = {}  # trials that this process runs -> study
         self._fences: dict[int, Fence] = {}  # those attached
         self._lost: set[int] = set()  # attached trials whose lease is known to be lost
+        self.trials = HeldTrials()  # those attached
         self._pending: dict[int, Writes] = {}  # held back
+        self._due = math.inf  # when it is to be written at the latest, by the monotonic clock
         self._unsure: dict[int, Writes] = {}  # committed, perhaps not yet on the server's disk
         self._generation = 0  # the connection that `_unsure` was sent on
         self._waiting: threading.Event | None = None  # set while something is held back
@@ -92,7 +96,7 @@ class Session:
             rows = self.connection.execute_on(cursor, *bound)
         else:
             batch = dict(self._pending)
-            ahead = [bind(batch, self._fences)] if durable else [NO_WAIT, bind(batch, self._fences)]
+            ahead = [bind(batch, self._fences)] if durable else [*self._no_wait, bind(batch, self._fences)]
             try:
                 rows = self.connection.execute_on(cursor, *ahead, *bound)
             except psycopg2.DataError:  # a trial that may not be written to, or a value that the tables cannot hold
@@ -103,23 +107,32 @@ class Session:
             self._unsure.clear()
         return rows
 
+    @property
+    def _no_wait(self) -> list[BoundStatement]:
+        """What comes before writes whose commit need not wait for the disk, as a server that comes back without them is
+        noticed; behind a pooler it is not."""
+        return [] if self.connection.pooled else [NO_WAIT]
+
     def _write_pending(self, cursor: Cursor) -> None:
         """Write trial by trial, so that one lost trial does not hold up the others."""
         self._recall()
         for trial_id, writes in list(self._pending.items()):
             try:
-                self.connection.execute_on(cursor, NO_WAIT, bind({trial_id: writes}, self._fences))
+                self.connection.execute_on(cursor, *self._no_wait, bind({trial_id: writes}, self._fences))
                 self._sent({trial_id: writes})
             except psycopg2.errors.DivisionByZero:
                 self._give_up(trial_id)
             except psycopg2.DataError:
                 del self._pending[trial_id]
+                self.trials.forget(trial_id)
                 raise
 
     def _sent(self, batch: Mapping[int, Writes]) -> None:
         for trial_id, writes in batch.items():
             del self._pending[trial_id]
             self._unsure.setdefault(trial_id, Writes()).update(writes)
+        if not self._pending:
+            self._due = math.inf
 
     def _recall(self) -> None:
         """After a new connection: what was committed but may not have reached the disk is written again."""
@@ -127,6 +140,7 @@ class Session:
             for trial_id, writes in self._unsure.items():
                 writes.update(self._pending.get(trial_id, Writes()))
                 self._pending[trial_id] = writes
+                self._due = -math.inf
             self._unsure = {}
             self._generation = self.connection.generation
 
@@ -148,7 +162,8 @@ class Session:
         with self.connection.lock:
             self.check(trial_id)
             if trial_id in self._own:
-                self._hold_back(trial_id).update(writes)
+                self._hold_back(trial_id, writes).update(writes)
+                self.trials.update(trial_id, writes)
                 if self._waiting is None:
                     self.write_late()
                 return
@@ -158,11 +173,13 @@ class Session:
             except psycopg2.errors.DivisionByZero:
                 self.explain_rejection(trial_id)
 
-    def _hold_back(self, trial_id: int) -> Writes:
-        """The writes of a trial that wait for the next statement, HELD_BACK_S at the longest.
+    def _hold_back(self, trial_id: int, writes: Writes) -> Writes:
+        """The writes of a trial that wait for the next statement: HELD_BACK_S at the longest, or REPORTS_S.
 
         Where no thread can be started that sees to it, `_waiting` stays None.
         """
+        only_reports = trial_id in self._fences and not (writes.params or writes.user or writes.system)
+        self._due = min(self._due, time.monotonic() + (REPORTS_S if only_reports else HELD_BACK_S))
         if self._waiting is None:
             waiting = threading.Event()
             given = (weakref.ref(self), waiting)
@@ -173,6 +190,13 @@ class Session:
         if self._waiting is not None:
             self._waiting.set()
         return self._pending.setdefault(trial_id, Writes())
+
+    def write_due(self, waiting: threading.Event) -> None:
+        """Write what no statement took along, if its time has come; `waiting` is cleared where nothing is left."""
+        with self.connection.lock:
+            if not self._pending or time.monotonic() >= self._due:
+                waiting.clear()
+                self.write_late()
 
     def write_late(self) -> None:
         """Write what no statement took along, once; a value that does not fit raises at the next call."""
@@ -221,6 +245,7 @@ class Session:
         self._own.pop(trial_id, None)
         self._fences.pop(trial_id, None)
         self._lost.discard(trial_id)
+        self.trials.forget(trial_id)
 
     def forget_study(self, study_id: int) -> None:
         """The study was deleted: nothing is written to its trials any more."""
@@ -260,6 +285,7 @@ class Session:
         self._pending.pop(trial_id, None)
         self._unsure.pop(trial_id, None)
         self._own.pop(trial_id, None)
+        self.trials.forget(trial_id)
         if trial_id in self._fences:
             self._lost.add(trial_id)
 
@@ -268,11 +294,10 @@ def _write_late(reference: weakref.ref[Session], waiting: threading.Event) -> No
     """The thread that writes what no statement took along."""
     while waiting.wait():
         time.sleep(HELD_BACK_S)
-        waiting.clear()
         session = reference()
         if session is None:
             return
-        session.write_late()
+        session.write_due(waiting)
         del session
 
 

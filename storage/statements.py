@@ -48,6 +48,13 @@ class Statement:
         values = ", ".join(f"%({parameter})s::{kind}" for parameter, kind in self.types.items())
         return f"EXECUTE hpo_{self.name} ({values})"
 
+    @cached_property
+    def direct(self) -> str:
+        """The text with %(parameters)s where nothing can be prepared."""
+        if not self.prepared:
+            return self.text
+        return self.text % {parameter: f"(%({parameter})s::{kind})" for parameter, kind in self.types.items()}
+
 
 BoundStatement = tuple[Statement | str, Any]  # with its parameters
 

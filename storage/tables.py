@@ -16,10 +16,10 @@ from optuna.exceptions import OptunaError
 from optuna.storages import RDBStorage
 from sqlalchemy.exc import DBAPIError, IntegrityError, ProgrammingError
 
-from hpo.storage.connection import Connection, connect_for
+from hpo.storage.connection import Connection
 from hpo.storage.errors import DatabaseRefusal, SchemaError
 
-HEAD = "0007"  # the revision in migrations/versions that this code is written for
+HEAD = "0008"  # the revision in migrations/versions that this code is written for
 LOCK = 0x68706F  # advisory lock of those who create or upgrade tables ("hpo")
 DEADLINE_S = 20.0  # to create the tables of an empty database
 LOOK_S = 0.05  # between two looks whether another process has done it
@@ -58,26 +58,25 @@ def revision(connection: Connection) -> str | None:
 
 
 def _create(connection: Connection, deadline_s: float) -> None:
-    """Under the advisory lock: Optuna's tables as Optuna makes them, then ours. Raises psycopg2's errors."""
-    settings: dict[str, Any] = {
-        "poolclass": sa.NullPool,
-        "creator": lambda: connect_for(connection.url, deadline_s),
-    }
+    """Optuna's tables as Optuna makes them, then ours, by one process at a time. Raises psycopg2's errors."""
+    found = revision(connection)
+    if found is not None and found > HEAD:
+        raise SchemaError(f"the database's tables are at revision {found}, this code knows {HEAD}: upgrade hpo")
+    # One connection for all that Optuna does, which it would else use two of at once: a pooler may have no more.
+    settings: dict[str, Any] = {"poolclass": sa.StaticPool, "creator": lambda: connection.lend(deadline_s)}
     engine = sa.create_engine("postgresql+psycopg2://", **settings)
     try:
-        with engine.connect() as locked:
-            while not locked.scalar(sa.select(sa.func.pg_try_advisory_lock(LOCK))):
+        _optuna_tables(settings)
+        with engine.connect() as alone:
+            while not alone.scalar(sa.select(sa.func.pg_try_advisory_xact_lock(LOCK))):
+                alone.rollback()
                 time.sleep(LOOK_S)
-            locked.commit()
-            found = revision(connection)
-            if found == HEAD:
-                return
-            if found is not None and found > HEAD:
-                raise SchemaError(f"the database's tables are at revision {found}, this code knows {HEAD}: upgrade hpo")
-            _optuna_tables(settings)
-            _upgrade(locked)
+            _upgrade(alone)  # where another process was first, nothing
+            alone.commit()  # and with it the lock ends
     except (DBAPIError, OptunaError) as error:
         raise _cause(connection, error) from error
+    finally:
+        engine.dispose()
 
 
 def _cause(connection: Connection, error: Exception) -> Exception:
@@ -91,13 +90,14 @@ def _cause(connection: Connection, error: Exception) -> Exception:
 
 
 def _optuna_tables(settings: dict[str, Any]) -> None:
-    """Let Optuna create its own tables and version rows; a plain script may be doing so at this moment."""
-    for last in (False, False, True):
+    """Let Optuna create its own tables and version rows. Others may be doing so at this moment: what fails is then
+    there, its tables at the first try, either version's row at a later one."""
+    for tries_left in (3, 2, 1, 0):
         try:
-            RDBStorage("postgresql+psycopg2://", engine_kwargs=settings)
+            RDBStorage("postgresql+psycopg2://", engine_kwargs=settings).engine.dispose()
             return
         except (IntegrityError, ProgrammingError):
-            if last:
+            if tries_left == 0:
                 raise
         except RuntimeError as error:
             raise SchemaError(str(error)) from error

@@ -63,6 +63,7 @@ class TrialStorage(BaseStorage):
     """
 
     connects: ClassVar[type[Connection]] = Connection
+    shows_reports: ClassVar[bool] = True  # of running trials in `get_all_trials`
 
     def __init__(self, url: str, retry_s: float = 60.0) -> None:
         """retry_s: how long a lost connection is tried again before DatabaseUnavailable. Raises SchemaError."""
@@ -324,6 +325,9 @@ class TrialStorage(BaseStorage):
         with self.connection.lock:
             if trial_id in self._finished:
                 return self._finished[trial_id]
+            self.session.check(trial_id)
+            if (held := self.session.trials.get(trial_id)) is not None:
+                return held
             rows = self._query("trial", trial=trial_id)
             self.session.check(trial_id)
             if not rows:
@@ -331,6 +335,8 @@ class TrialStorage(BaseStorage):
             trial = frozen_trial(rows[0])
             if trial.state.is_finished():
                 self._cache(rows[0][6], [trial])
+            elif self.session.fence_of(trial_id) is not None:
+                self.session.trials.keep(trial)
             return trial
 
     def get_trial_id_from_study_id_trial_number(self, study_id: int, trial_number: int) -> int:
@@ -351,6 +357,18 @@ class TrialStorage(BaseStorage):
         if running:
             trials = sorted(trials + running, key=number_of)
         return copy.deepcopy(trials) if deepcopy else trials
+
+    def drawn_trials(self, study_id: int) -> list[FrozenTrial]:
+        """All trials, for a sampler: those that our workers run are as they were when all their parameters were there,
+        and are not fetched again. Not the caller's to change."""
+        with self.connection.lock:
+            known = self._studies.get(study_id, StudyCache()).drawn
+            running = self._update(study_id, UNFINISHED, drawn=list(known))
+            study = self._study(study_id)
+            fetched = {trial._trial_id for trial in running}
+            running += [trial for trial_id, trial in study.drawn.items() if trial_id not in fetched]
+            trials = study.handed_out(FINISHED)
+        return sorted(trials + running, key=number_of) if running else trials
 
     def dropped(self, study_id: int) -> frozenset[int]:
         """The ids of the trials that do not count any more, as of the last `get_all_trials`."""
@@ -377,8 +395,11 @@ class TrialStorage(BaseStorage):
             raise ValueError("No trials are completed yet.")
         return best
 
-    def _update(self, study_id: int, unfinished: tuple[TrialState, ...]) -> list[FrozenTrial]:
-        """Fetch the trials that finished since the last time into the cache; return those in `unfinished` states."""
+    def _update(
+        self, study_id: int, unfinished: tuple[TrialState, ...], drawn: Sequence[int] = ()
+    ) -> list[FrozenTrial]:
+        """Fetch the trials that finished since the last time into the cache; return those in `unfinished` states, but
+        for those of `drawn` that still run."""
         study = self._studies.get(study_id, StudyCache())
         rows = self._query(
             "changed_trials",
@@ -387,6 +408,8 @@ class TrialStorage(BaseStorage):
             unfinished=list(study.unfinished),
             ahead=list(study.ahead),
             states=[state.name for state in FINISHED + unfinished],
+            drawn=list(drawn),
+            reports=self.shows_reports,
         )
         if not rows:
             raise _no_study(study_id)
@@ -401,7 +424,10 @@ class TrialStorage(BaseStorage):
         study.unfinished.update(row[0] for row in rows)
         trials = [frozen_trial(row) for row in rows if row[5] is not None]
         self._cache(study_id, [trial for trial in trials if trial.state.is_finished()])
-        return [trial for trial in trials if not trial.state.is_finished()]
+        running = [trial for trial in trials if not trial.state.is_finished()]
+        leased = {row[0] for row in rows if row[7]}
+        study.drawn.update((each._trial_id, each) for each in running if each.params and each._trial_id in leased)
+        return running
 
     def _cache(self, study_id: int, trials: list[FrozenTrial]) -> None:
         if not trials:

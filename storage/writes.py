@@ -9,6 +9,7 @@ from hpo.storage.connection import Row
 from hpo.storage.records import columns, float_columns
 from hpo.storage.statements import BoundStatement, statement
 
+NO_WAIT: BoundStatement = ("SET LOCAL synchronous_commit = off", None)  # a commit that does not wait for the disk
 _REPORTS, _WRITE = statement("reports"), statement("write")
 
 

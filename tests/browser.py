@@ -6,17 +6,15 @@ need it are skipped. Playwright's own browsers are never downloaded.
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import subprocess
 from collections.abc import Iterator
 
 import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_playwright
 
+from tests.programs import program
+
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-INSTALL_S = 240
 PATIENCE_S = 60.0  # a guard against hanging
 FLAGS = (
     "--no-sandbox",  # root may not have one, and all pages are our own
@@ -33,28 +31,7 @@ FLAGS = (
 @pytest.fixture(scope="session")
 def chromium() -> str:
     """The browser's path."""
-    why = "this is not root with apt-get"
-    if not _found() and os.geteuid() == 0 and shutil.which("apt-get"):
-        why = _install()
-    return _found() or pytest.skip(f"install Chromium (Debian: apt-get install chromium); it could not be done: {why}")
-
-
-def _found() -> str | None:
-    return next(filter(None, map(shutil.which, BROWSERS)), None)
-
-
-def _install() -> str:
-    """One attempt; why it did not work."""
-    apt = ["apt-get", "-qy", "-o", "Acquire::http::Timeout=20", "-o", "DPkg::Lock::Timeout=60"]
-    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    try:
-        for command in (["update"], ["install", "--no-install-recommends", "chromium"]):
-            subprocess.run(
-                [*apt, *command], env=environment, timeout=INSTALL_S, check=True, capture_output=True, text=True
-            )
-    except subprocess.SubprocessError as error:  # a status, or out of time
-        return f"{error}: {str(getattr(error, 'stderr', ''))[-500:]}"
-    return "the package brought no browser"
+    return program("chromium", *BROWSERS)
 
 
 class Tab:

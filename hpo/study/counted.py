@@ -21,7 +21,10 @@ CMAES_STATE = f"{CMAES}optimizer"
 
 
 class CountedTrials(TrialStorage):
-    """A view of a storage, over the same connections and the same cache."""
+    """A view of a storage, over the same connections and the same cache; without the reports of running trials, which
+    neither asks for."""
+
+    shows_reports = False
 
     def __init__(self, storage: TrialStorage, plan: Plan | None = None, limits: Limits | None = None) -> None:
         """plan, limits: of the study that is looked at; without them, its trials are as they were drawn and ended."""
@@ -52,25 +55,25 @@ class CountedTrials(TrialStorage):
     def get_all_trials(
         self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
     ) -> list[FrozenTrial]:
-        if self._still is None:
-            trials = self._counted(study_id, states)
-        else:
-            if study_id not in self._still:
-                self._still[study_id] = self._counted(study_id, None)
-            trials = [trial for trial in self._still[study_id] if states is None or trial.state in states]
+        with self.connection.lock:
+            if self._still is None:
+                trials = self._counted(study_id, super().get_all_trials(study_id, deepcopy=False, states=states))
+            else:
+                if study_id not in self._still:
+                    self._still[study_id] = self._counted(study_id, self.drawn_trials(study_id))
+                trials = [trial for trial in self._still[study_id] if states is None or trial.state in states]
         return copy.deepcopy(trials) if deepcopy else trials
 
-    def _counted(self, study_id: int, states: Container[TrialState] | None) -> list[FrozenTrial]:
-        with self.connection.lock:
-            trials = super().get_all_trials(study_id, deepcopy=False, states=states)
-            dropped = self.dropped(study_id)
-            first = min((self._finished[i].number for i in dropped if i in self._finished), default=None)
-            if self._plan is not None:
-                trials = [self._fitting(self._plan, trial) for trial in trials]
-            if self._limits is not None:
-                trials = [_constrained(self._limits, trial) for trial in trials]
-            if first is not None:
-                trials = [_without_state(trial, first) for trial in trials if trial._trial_id not in dropped]
+    def _counted(self, study_id: int, trials: list[FrozenTrial]) -> list[FrozenTrial]:
+        """Of the study's trials those that count, as they are seen."""
+        dropped = self.dropped(study_id)
+        first = min((self._finished[i].number for i in dropped if i in self._finished), default=None)
+        if self._plan is not None:
+            trials = [self._fitting(self._plan, trial) for trial in trials]
+        if self._limits is not None:
+            trials = [_constrained(self._limits, trial) for trial in trials]
+        if first is not None:
+            trials = [_without_state(trial, first) for trial in trials if trial._trial_id not in dropped]
         return trials
 
     def _fitting(self, plan: Plan, trial: FrozenTrial) -> FrozenTrial:

@@ -14,8 +14,8 @@ from pathlib import Path
 from hpo.errors import WorkerFault, legible
 from hpo.storage.background import BackgroundLoop
 from hpo.storage.errors import MissingRecord, PostgresError
+from hpo.storage.locks import Lock
 from hpo.storage.masking import mask
-from hpo.storage.statements import statement
 from hpo.storage.trials import TrialStorage, trial_storage
 from hpo.study.config import TrackSection
 from hpo.study.lifecycle import FINALS, study_id_of, track_of
@@ -35,7 +35,6 @@ UNTRACKED_S = 30.0  # after which a study without [track] is asked for some agai
 PATIENCE_S = 60.0  # that the end of a study waits for the next run to be written; a fault shows sooner
 WRITTEN = "hpo:tracked"  # a study's system attribute: what stands for all that MLflow has of it
 FAULT_MOST = 400  # characters of a fault
-_TRY_LOCK = statement("try_lock")
 
 
 class LockLost(Exception):
@@ -146,28 +145,25 @@ class Tracker:
         if self._storage is None:
             self._storage = trial_storage(self._url, retry_s=0.0)
         storage = self._storage
-        with closing(storage):  # the connection, and with it the lock, is held for as long as something is written
+        with closing(storage):  # for as long as something is written
             try:
                 study_id = study_id_of(storage, study)
-                if not self._lock(study_id):
+                lock = Lock(storage.connection, f"runs of study {study_id}")
+                if not lock.take():
                     raise LockLost
-                track = track_of(storage, study_id)
-                ended = ended_trials(storage, study_id)
-                whole = [self._write(key, value, ended, study_id) for key, value in vars(track).items() if value]
+                with lock.kept():
+                    ended = ended_trials(storage, study_id)
+                    targets = {key: value for key, value in vars(track_of(storage, study_id)).items() if value}
+                    whole = [self._write(key, value, ended, study_id, lock) for key, value in targets.items()]
             except (MissingRecord, MissingStudy):
                 return None
             except LockLost:
                 return LOOK_S if study in self._awaited else BUSY_S * random.uniform(0.5, 1.5)
         return None if all(whole) else AGAIN_S
 
-    def _lock(self, study_id: int) -> bool:
-        """Be the only process that writes the runs of this study, or be it still; whether that is so."""
-        assert self._storage is not None
-        taken: bool = self._storage.connection.execute(_TRY_LOCK, given={"name": f"runs of study {study_id}"})[0][0]
-        return taken
-
-    def _write(self, key: str, target: str, ended: Ended, study_id: int) -> bool:
-        """Write the study's runs to one target; whether all are there. A fault is one warning until it is over."""
+    def _write(self, key: str, target: str, ended: Ended, study_id: int, lock: Lock) -> bool:
+        """Write the study's runs to one target, as long as the lock is held; whether all are there. A fault is one
+        warning until it is over."""
         about = ended.study, key
         if (reason := lacking(key)) is not None:
             self._warn(about, f"{reason}; other workers write what they can")
@@ -176,7 +172,7 @@ class Tracker:
             for _ in self._missing(key, target, ended, study_id):
                 with self._changed:
                     self._moved_s = time.monotonic()
-                if not self._lock(study_id):
+                if not lock.held:
                     raise LockLost
         except (PostgresError, LockLost):
             raise

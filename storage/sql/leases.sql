@@ -206,7 +206,7 @@ WHERE host = %(host)s AND worker <> %(worker)s AND stopped_at IS NULL AND machin
 -- name: renew
 -- Renew a worker's leases with their progress, and let their studies' clocks go on. One without progress for stall_s is
 -- left to run out. A holder that was taken for dead lives after all: that loss does not count.
--- types: worker text, trials int[], attempts int[], progress bigint[], epochs int[], metrics float8[]
+-- prepared: worker text, trials int[], attempts int[], progress bigint[], epochs int[], metrics float8[]
 WITH reported AS (SELECT * FROM unnest(%(trials)s::int[], %(attempts)s::int[], %(progress)s::bigint[],
     %(epochs)s::int[], %(metrics)s::float8[]) AS b (trial_id, attempt, progress, epoch, metric)),
 seen AS ({touch_worker}),
@@ -230,7 +230,7 @@ FROM reported b LEFT JOIN hpo.leases l USING (trial_id) LEFT JOIN hpo.terms s US
 -- name: checkpoint
 -- Name the artifact with the trial's state after an epoch, and keep the one before. Returns the key of the one before
 -- that, which is kept no longer; a repetition returns none.
--- types: trial int, attempt int, worker text, key text, epoch int, client uuid, call bigint
+-- prepared: trial int, attempt int, worker text, key text, epoch int, client uuid, call bigint
 WITH earlier AS (SELECT FROM hpo.calls WHERE {this_call}),
 old AS (SELECT trial_id, checkpoint_key IS NOT DISTINCT FROM %(key)s AS same, checkpoint_key, checkpoint_epoch,
     replaced_key, replaced_epoch FROM hpo.leases WHERE {held} AND NOT EXISTS (TABLE earlier) FOR UPDATE),
@@ -266,7 +266,7 @@ SELECT checkpoint_key, checkpoint_epoch FROM hpo.leases WHERE {held}
 
 -- name: spent_checkpoints
 -- The checkpoints of ended trials that nobody has reported as deleted.
--- types: study int
+-- prepared: study int
 SELECT key FROM hpo.leases, unnest(ARRAY[checkpoint_key, replaced_key]) AS key
 WHERE study_id = %(study)s AND ended_at IS NOT NULL AND key IS NOT NULL
 
@@ -280,7 +280,7 @@ AND (checkpoint_key = ANY(%(keys)s) OR replaced_key = ANY(%(keys)s))
 
 -- name: release
 -- Give a trial back at once. A holder that was taken for dead lives after all.
--- types: trial int, attempt int, worker text
+-- prepared: trial int, attempt int, worker text
 UPDATE hpo.leases l SET released = true, {forgive} WHERE {held}
 
 -- name: lapse_trial

@@ -20,7 +20,7 @@ FROM studies WHERE study_id = %(study)s ON CONFLICT DO NOTHING
 
 -- name: study_terms
 -- The terms and state of one study.
--- types: study int
+-- prepared: study int
 {terms} WHERE study_id = %(study)s
 
 -- name: study_ids

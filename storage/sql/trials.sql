@@ -6,18 +6,23 @@ SELECT FROM studies WHERE study_id = %(study)s FOR NO KEY UPDATE
 -- fragment: trial_columns
 t.trial_id, t.number, t.state, t.datetime_start, t.datetime_complete
 
--- fragment: trial_details
--- All that belongs to a trial, as JSON: values, parameters, user and system attributes, reports.
-json_build_array(
+-- fragment: trial_facts
+-- What belongs to a trial but its reports, as JSON: values, parameters, user and system attributes.
     (SELECT json_agg(CASE value_type WHEN 'FINITE' THEN to_json(value) ELSE to_json(value_type) END ORDER BY objective)
      FROM trial_values d WHERE d.trial_id = t.trial_id),
     (SELECT json_agg(json_build_array(param_name, param_value, distribution_json) ORDER BY param_id)
      FROM trial_params d WHERE d.trial_id = t.trial_id),
     (SELECT json_object_agg(key, value_json) FROM trial_user_attributes d WHERE d.trial_id = t.trial_id),
-    (SELECT json_object_agg(key, value_json) FROM trial_system_attributes d WHERE d.trial_id = t.trial_id),
+    (SELECT json_object_agg(key, value_json) FROM trial_system_attributes d WHERE d.trial_id = t.trial_id)
+
+-- fragment: trial_reports
     (SELECT json_object_agg(step, CASE intermediate_value_type
             WHEN 'FINITE' THEN to_json(intermediate_value) ELSE to_json(intermediate_value_type) END)
-     FROM trial_intermediate_values d WHERE d.trial_id = t.trial_id))
+     FROM trial_intermediate_values d WHERE d.trial_id = t.trial_id)
+
+-- fragment: trial_details
+-- All that belongs to a trial.
+json_build_array({trial_facts}, {trial_reports})
 
 -- name: trial
 -- One trial with its details, and the study that it belongs to.
@@ -25,15 +30,19 @@ json_build_array(
 SELECT {trial_columns}, {trial_details}, t.study_id FROM trials t WHERE t.trial_id = %(trial)s
 
 -- name: changed_trials
--- New trials, and those known as unfinished that now have one of the states; details for these states only. With each
--- the ids of all trials that were dropped.
--- prepared: study int, next int, unfinished int[], ahead int[], states trialstate[]
-SELECT {trial_columns}, CASE WHEN t.state = ANY(%(states)s) THEN {trial_details} END,
-    (SELECT array_agg(trial_id) FROM hpo.dropped WHERE study_id = %(study)s)
+-- New trials, and those known as unfinished that now have one of the states, but for those in `drawn` that still run;
+-- details for these states only, reports of running trials only where they are asked for. With each the ids of all
+-- trials that were dropped, and whether one of our workers has taken it.
+-- prepared: study int, next int, unfinished int[], ahead int[], states trialstate[], drawn int[], reports bool
+SELECT {trial_columns}, CASE WHEN t.state = ANY(%(states)s) THEN json_build_array({trial_facts},
+        CASE WHEN %(reports)s OR t.state <> 'RUNNING' THEN {trial_reports} END) END,
+    (SELECT array_agg(trial_id) FROM hpo.dropped WHERE study_id = %(study)s),
+    EXISTS (SELECT FROM hpo.leases l WHERE l.trial_id = t.trial_id)
 FROM studies s LEFT JOIN LATERAL (
     SELECT * FROM trials WHERE study_id = s.study_id AND number >= %(next)s AND trial_id <> ALL(%(ahead)s)
     UNION ALL
     SELECT * FROM trials WHERE trial_id = ANY(%(unfinished)s) AND state = ANY(%(states)s)
+        AND (state <> 'RUNNING' OR trial_id <> ALL(%(drawn)s))
 ) t ON true
 WHERE s.study_id = %(study)s ORDER BY t.number
 
@@ -63,7 +72,7 @@ WHERE study_id = %(study)s AND param_name = %(name)s LIMIT 1
 
 -- name: call_result
 -- What the call has left as its result: the last statement of a call that happens once.
--- types: client uuid, call bigint
+-- prepared: client uuid, call bigint
 SELECT result FROM hpo.calls WHERE {this_call}
 
 -- name: lock_study

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -13,19 +11,6 @@ from types import ModuleType
 import pytest
 
 from hpo.storage.server import server as embedded
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture
-def chaos() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("chaos", ROOT / "benchmarks" / "chaos.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["chaos"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
