@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import logging
 import math
 import os
@@ -27,6 +28,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
+from urllib.parse import urlsplit
 
 from hpo.launcher.ray_actor import Report, WorkerActor
 from hpo.launcher.ray_import import ClusterError, import_ray
@@ -41,6 +43,8 @@ log = logging.getLogger("hpo")
 LOOK_S = 2.0  # between two looks at the cluster
 PLACED_S = 20.0  # without a worker anywhere, before it is said
 TAIL_S = 10.0  # for actors to hand out their logs
+CONNECT_S = 10.0  # for a cluster's address to answer
+RAY_CLIENT_PORT = 10001  # of ray://HOST
 ANSWER_S = 10.0  # for actors that nobody has heard of yet, before they are ended as not placed
 
 
@@ -276,13 +280,30 @@ def _connect(ray: ModuleType, address: str) -> None:
     folder = own_folder("ray")
     folder.mkdir(exist_ok=True)
     try:
+        _look_at(address)
         with contextlib.chdir(folder):
             ray.init(address, log_to_driver=False, configure_logging=False, include_dashboard=None)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise ClusterError(
             f"no Ray cluster at {address}: {error}; start one with `ray start --head`, or leave --address out for one "
             "of this machine alone"
         ) from None
+
+
+def _look_at(address: str) -> None:
+    """Raises OSError where nothing listens: Ray itself would knock for a quarter of an hour.
+
+    That is so after a typing error, and where `auto` leads to a cluster that was killed: its address stays in a file.
+    """
+    scheme, separator, _ = address.rpartition("://")
+    if address == "local" or (separator and scheme != "ray"):
+        return
+    if not separator:
+        services = importlib.import_module("ray._private.services")  # Ray has no public way from `auto` to an address
+        address = services.canonicalize_bootstrap_address_or_die(address)
+    parts = urlsplit(f"//{address.removeprefix('ray://')}")
+    with socket.create_connection((parts.hostname, parts.port or RAY_CLIENT_PORT), timeout=CONNECT_S):
+        pass
 
 
 def _names(ray: ModuleType, where: str) -> list[str]:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -157,13 +158,23 @@ def ended(study: OpenStudy) -> bool:
 
 
 def test_an_address_where_no_cluster_is_says_what_to_do(
-    cli: Cli, study_file: Callable[..., Path], ray_environment: dict[str, str]
+    cli: Cli, study_file: Callable[..., Path], ray_environment: dict[str, str], tmp_path: Path
 ) -> None:
     """Before the other tests: once their cluster runs, `auto` finds it."""
     pytest.importorskip("ray")
     if any(process.info["name"] == "gcs_server" for process in psutil.process_iter(["name"])):
         pytest.skip("a Ray cluster runs on this machine, so `auto` finds it")
-    done = cli("launch", study_file(), "--on", "ray", "--address", "auto", env=ray_environment)
+    given = ray_environment | {"RAY_TMPDIR": str(tmp_path)}  # where `auto` looks
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        nobody = f"127.0.0.1:{listener.getsockname()[1]}"
+    for address in ("auto", nobody, f"ray://{nobody}"):
+        done = cli("launch", study_file(), "--on", "ray", "--address", address, env=given)
+        assert done.returncode == 1
+        assert f"no Ray cluster at {address}" in done.stderr
+
+    (tmp_path / "ray").mkdir(exist_ok=True)
+    (tmp_path / "ray" / "ray_current_cluster").write_text(nobody)  # as a cluster leaves it that was killed
+    done = cli("launch", study_file(), "--on", "ray", "--address", "auto", env=given)
     assert done.returncode == 1
     assert "no Ray cluster at auto" in done.stderr
 
@@ -171,7 +182,7 @@ def test_an_address_where_no_cluster_is_says_what_to_do(
 def test_a_study_spreads_over_nodes_that_come_and_go(
     nodes: Any, opened: Callable[..., OpenStudy], launched: Launched, cli: Cli, trials: Trials, database_url: str
 ) -> None:
-    study = opened(trials=6, epochs=700)
+    study = opened(trials=6, epochs=5_000)  # trials last longer than a node needs to come
     launcher = launched("--address", nodes.address, *PLACE)
     victim, third = nodes.worker_nodes
     wait_for(lambda: all(len(on(node, at_work(study))) == 1 for node in (nodes.head_node, victim, third)), PATIENCE_S)
@@ -210,7 +221,7 @@ def test_a_study_spreads_over_nodes_that_come_and_go(
 def test_the_next_launch_finds_the_workers_and_ctrl_c_ends_them(
     nodes: Any, opened: Callable[..., OpenStudy], launched: Launched, cli: Cli
 ) -> None:
-    study = opened(trials=3, epochs=20_000)  # its trials do not end by themselves
+    study = opened(trials=3, epochs=1_000_000)  # its trials do not end by themselves
     command = ("--address", nodes.address, "--workers", 1, *PLACE)
     first = launched(*command)
     wait_for(lambda: len(at_work(study)) == 1, PATIENCE_S)
@@ -236,7 +247,7 @@ def test_the_next_launch_finds_the_workers_and_ctrl_c_ends_them(
 def test_ray_on_this_machine_alone_outlives_its_launcher_and_ends_with_the_study(
     opened: Callable[..., OpenStudy], launched: Launched, trials: Trials, ray_environment: dict[str, str]
 ) -> None:
-    study, home = opened(trials=2, epochs=500), ray_environment["HPO_HOME"]
+    study, home = opened(trials=2, epochs=2_000), ray_environment["HPO_HOME"]
     launcher = launched("--cpus", 0.25)
     wait_for(lambda: len(at_work(study)) == 2, PATIENCE_S)
     listening = [c for process in processes_of(home) for c in process.net_connections() if c.status == "LISTEN"]

@@ -201,7 +201,7 @@ def test_with_the_keys_alone(browser: Browser, service: Service, waves: Path) ->
         page.wait_for_url("**/new")  # whole, or what is loaded late may take the focus back
         walk_to(page.get_by_label("Training data"))
         choosers: list[FileChooser] = []
-        page.on("filechooser", choosers.append)
+        page.on("filechooser", lambda chooser: choosers.append(chooser))
         for _ in range(6):  # on a busy machine the browser may show none at the first press
             press("Space")
             page.wait_for_timeout(2_000)
