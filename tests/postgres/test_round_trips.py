@@ -25,7 +25,7 @@ train = "waves.npz"
 [train]
 epochs = 30
 """
-DRAW, RUNG = 5, 2  # questions; one of a draw's may be that what was held back is written meanwhile
+DRAW, RUNG = 4, 1  # questions; one of a draw's may be that what was held back is written meanwhile
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "random", "cmaes"])
@@ -57,4 +57,4 @@ def test_a_draw_goes_by_one_look_at_the_study_and_a_rung_by_another(
             far.finish_trial(lease.trial_id, TrialState.COMPLETE, [float(number)], {"seed": 0})
         far.close()
     assert median(draws) <= DRAW  # a parameter's first draw in a process is compared with what is stored of it
-    assert min(rungs) == RUNG
+    assert median(rungs) == RUNG
