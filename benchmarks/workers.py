@@ -51,8 +51,10 @@ class Slept:
             self.asleep_s += epochs * epoch_s
 
 
-def child(index: int, slots: int, seconds: float, epoch_s: float, start: Any, measured: Any, answers: Any) -> None:
-    """Work in so many slots for so long after `start`; answer what they have done."""
+def child(
+    place: tuple[int, int], slots: int, seconds: float, epoch_s: float, start: Any, measured: Any, answers: Any
+) -> None:
+    """Work in so many slots for so long after `start`; answer what they have done. place: of how many, and which."""
     from hpo.storage.database import database_url
     from hpo.storage.leases import Leases
     from hpo.storage.trials import trial_storage
@@ -60,11 +62,12 @@ def child(index: int, slots: int, seconds: float, epoch_s: float, start: Any, me
 
     storage = trial_storage(database_url())
     leases, studies, done = Leases(storage), [open_study("sleep", storage) for _ in range(slots)], Slept()
+    processes, index = place
     worker = f"sleeper-{index}"
     leases.register(worker, studies[0].study_id, "benchmark", os.getpid(), "cpu")
     start.wait()
     ends_at = time.monotonic() + seconds
-    delays_s = [epoch_s * EPOCHS * ((index + slot / slots) % 64) / 64 for slot in range(slots)]  # not all in step
+    delays_s = [epoch_s * EPOCHS * (index + slot / slots) / processes for slot in range(slots)]  # not all in step
     threads = [
         threading.Thread(target=work, args=(study, leases, worker, epoch_s, delay_s, ends_at, done))
         for study, delay_s in zip(studies, delays_s, strict=True)
@@ -204,7 +207,7 @@ def _measure(workers: int, processes: int, seconds: float, epoch_s: float) -> Fo
     start, measured, answers = context.Event(), context.Event(), context.Queue()
     slots = [workers // processes + (index < workers % processes) for index in range(processes)]
     children = [
-        context.Process(target=child, args=(i, slots[i], seconds, epoch_s, start, measured, answers))
+        context.Process(target=child, args=((processes, i), slots[i], seconds, epoch_s, start, measured, answers))
         for i in range(processes)
     ]
     for process in children:
