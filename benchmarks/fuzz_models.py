@@ -336,7 +336,7 @@ def typed(rng: random.Random, path: Path, header: dict[str, Any], data: bytearra
 def displace(rng: random.Random, folder: Path) -> None:
     """A file that is gone, or something else in its place."""
     path = folder / rng.choice(
-        ("model.safetensors", "config.json", "README.md", "curves.png", "SHA256SUMS", "model.onnx")
+        ("model.safetensors", "config.json", "README.md", "curves.svg", "SHA256SUMS", "model.onnx")
     )
     if path.exists():
         path.unlink()
@@ -470,7 +470,7 @@ def check_card(text: str) -> None:
     plain = re.sub(r"(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)", "", plain)
     assert not re.search(r"<[A-Za-z/!?]", plain), "HTML in the card"
     links = set(re.findall(r"\]\([^)]*\)", plain)) - {
-        f"]({name}.png)" for name in ("curves", "confusion", "reliability")
+        f"]({name}.svg)" for name in ("curves", "confusion", "reliability")
     }
     assert not links, "a link in the card"
 

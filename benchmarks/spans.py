@@ -63,12 +63,7 @@ WATCHED = {  # what a function's own time counts as, by module and name
     },
     "hpo.promote.composition": {"compose": "promotion: weights scored"},
     "hpo.promote.report": {"report_at_promotion": "promotion: report"},
-    "hpo.models.bundle.card": {
-        "curves": "promotion: pictures",
-        "confusion": "promotion: pictures",
-        "reliability": "promotion: pictures",
-    },
-    "hpo.models.bundle.bundle": {"save": "promotion: model saved"},
+    "hpo.models.bundle.bundle": {"save": "promotion: model saved", "_pictures": "promotion: pictures"},
     "hpo.storage.registry": {"publish": "promotion: files stored", "Registry.promote": "promotion: registered"},
 }
 

@@ -9,17 +9,14 @@ from typing import Any
 
 from markupsafe import Markup
 
-from hpo.models.calibration import Comparison, Reliability
+from hpo.models.bundle import pictures
+from hpo.models.charts import Axis, Chart, spark
 from hpo.models.diagnosis import ClassCurves, Diagnosis, HardSequence
-from hpo.models.metrics import proportion_interval
-from hpo.report.charts import Axis, Chart, spark
 from hpo.report.facts import Curve, Facts, FinalistFact, Importances, Slice, TrialFact
 from hpo.report.words import number, plain
 
 MOST_POINTS = 1_500  # trials of one kind that are drawn
 MOST_CURVES = 60  # learning curves of other trials
-COUNTS_SHOWN = 14  # classes up to which the confusion matrix shows its numbers …
-MATRIX_MOST = 60  # … and up to which there is one
 CURVES_SHOWN = 5  # classes whose ROC curves have a colour; of more the worst
 LINES = 5  # colours
 LATENCIES_LEAST = 3  # trials from which latencies are drawn
@@ -239,37 +236,6 @@ def _learning(
     return chart.svg()
 
 
-def confusion(counts: Sequence[Sequence[int]], classes: Sequence[str], part: str) -> Markup | None:
-    """Counts, row = true class, shaded by their share of the row; None for too many classes."""
-    K = len(classes)
-    if K > MATRIX_MOST:
-        return None
-    few = K <= COUNTS_SHOWN
-    right, total = sum(counts[k][k] for k in range(K)), max(sum(map(sum, counts)), 1)
-    says = f"confusion matrix of the {part} part: {right} of {total} sequences get their class; the table has the rest"
-    cell = max(14.0, min(84.0, 290.0 / K))
-    left = min(110.0, 14 + 6 * max(map(len, classes)))
-    chart = Chart(
-        Axis.named(classes if few else [""] * K, "predicted class" if few else "predicted class, in the rows’ order"),
-        Axis.named(classes, inverted=True),
-        says,
-        width=left + cell * K + 12,
-        height=cell * K + 50,
-        left=left,
-        natural=True,
-    )
-    chart.box((-HALF, -HALF), (K - HALF, K - HALF), "cell")
-    for r, row in enumerate(counts):
-        whole = max(sum(row), 1)
-        for c, count in ((c, count) for c, count in enumerate(row) if count):
-            title = f"{classes[r]} predicted as {classes[c]}: {count} of {sum(row)}"
-            kind = "right" if r == c else "wrong"
-            chart.box((c - HALF, r - HALF), (c + HALF, r + HALF), f"cell {kind}", title, 0.06 + 0.74 * count / whole)
-            if few:
-                chart.text(c, r, f"{count:,}", "count", "middle")
-    return chart.svg()
-
-
 def roc(found: Diagnosis) -> Markup | None:
     """True against false positive rates."""
     unit = Axis(0.0, 1.0, "false positive rate")
@@ -301,33 +267,6 @@ def _class_curves(
 def coloured(found: Diagnosis) -> list[tuple[int, ClassCurves]]:
     """Colour and class of the curves that have one."""
     return [(i % LINES, each) for i, each in enumerate(found.curves[:CURVES_SHOWN])]
-
-
-def reliability(found: Comparison, part: str) -> Markup:
-    """How many sequences are right by how sure the model is of them, before and after calibration."""
-    shown = [row for each in (found.before, found.after) for row in each.bins if row[0]]
-    low = max(0.0, min([row[1] for row in shown], default=0.0) - 0.05)
-    says = (
-        f"reliability diagram of the {part} part: expected calibration error {found.before.ece:.3f} before and "
-        f"{found.after.ece:.3f} after calibration"
-    )
-    chart = Chart(Axis(low, 1.0, "probability of the predicted class"), Axis(0.0, 1.0), says)
-    chart.line([(low, low), (1, 1)], "chance")
-    for kind, each in (("before", found.before), ("after", found.after)):
-        _reliability(chart, kind, each)
-    return chart.svg()
-
-
-def _reliability(chart: Chart, kind: str, found: Reliability) -> None:
-    rows = [row for row in found.bins if row[0]]
-    chart.line([(confidence, accuracy) for _, confidence, accuracy in rows], f"{kind} thin")
-    for share, confidence, accuracy in rows:
-        n = share * found.number
-        if kind == "after":
-            low, high = proportion_interval(accuracy * n, n)
-            chart.span((confidence, low), (confidence, high), f"{kind} thin", 0)
-        title = f"{kind} calibration: {100 * share:.0f} % of sequences, {confidence:.3f} sure, {accuracy:.3f} right"
-        chart.dot(confidence, accuracy, kind, title, 2.5 + 5 * math.sqrt(share))
 
 
 def hard(found: HardSequence) -> Markup:
@@ -374,8 +313,9 @@ def figures(facts: Facts) -> dict[str, Any]:
         part = "test" if config.test is not None else "validation"
         scores = config.test or config.validation
         if scores is not None:
-            found["confusion"] = confusion(scores.confusion, config.classes, part)
-        found["reliability"] = [(name, reliability(each, name)) for name, each in config.calibration.items()]
+            matrix = pictures.confusion(scores.confusion, config.classes, part)
+            found["confusion"] = None if matrix is None else matrix.svg()
+        found["reliability"] = [(k, pictures.reliability(each, k).svg()) for k, each in config.calibration.items()]
         if diagnosis is not None:
             found |= {"roc": roc(diagnosis), "precision": precision_recall(diagnosis), "coloured": coloured(diagnosis)}
             found["hard"] = [(each, hard(each)) for each in diagnosis.hardest] if facts.private else []

@@ -13,6 +13,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from hpo.models.charts import STYLE
 from hpo.models.class_scores import worst_first
 from hpo.models.config import METRICS
 from hpo.models.metrics import Scores
@@ -59,7 +60,7 @@ def render(facts: Facts) -> str:
     """The report as HTML."""
     loader = _ENVIRONMENT.loader
     assert loader is not None
-    style = Markup(loader.get_source(_ENVIRONMENT, "report.css")[0])
+    style = Markup(STYLE + loader.get_source(_ENVIRONMENT, "report.css")[0])
     return _ENVIRONMENT.get_template("report.html").render(
         facts=facts,
         style=style,

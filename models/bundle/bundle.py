@@ -3,7 +3,7 @@
     model.safetensors   weights of the k members, "member.<i>.<name>"
     config.json         what the weights are: `BundleConfig` and the format's version
     README.md           model card: scores, how to use it with and without this project
-    curves.png, confusion.png, reliability.png
+    curves.svg, confusion.svg, reliability.svg
     report.html         of the study that it comes from; models of earlier versions have none
     SHA256SUMS          of all these, as `sha256sum -c` reads them; earlier versions wrote none
 
@@ -28,7 +28,7 @@ from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as serialize_tensors
 from torch import Tensor
 
-from hpo.models.bundle import card
+from hpo.models.bundle import card, pictures
 from hpo.models.bundle.checksums import SUMS, check_folder, write_checksums
 from hpo.models.bundle.config import BundleConfig, BundleError, from_json, to_json
 from hpo.models.bundle.predictions import Predictions
@@ -46,7 +46,7 @@ log = logging.getLogger("hpo")
 SOME = 0.01  # share of missing values that is worth no word
 APART = 100  # times the usual distance of two steps in training, or a part of it, that is worth a word
 REPORT = "report.html"
-FILES = ("model.safetensors", "config.json", "README.md", "curves.png", "confusion.png", "reliability.png", REPORT)
+FILES = ("model.safetensors", "config.json", "README.md", *card.PICTURES, REPORT)
 TYPES = {"torch.float32", "torch.float64", "torch.float16", "torch.bfloat16"}  # of weights, which become float32
 LARGEST_OTHER = 32 * 2**20  # bytes of a file other than the weights; a thousand classes have some megabytes of counts
 
@@ -228,17 +228,22 @@ def save(
     with model_folder(Path(folder), overwrite) as beside:
         (beside / "model.safetensors").write_bytes(content)
         (beside / "config.json").write_text(to_json(config), encoding="utf-8")
-        (beside / "README.md").write_text(card.readme(config), encoding="utf-8")
-        (beside / "curves.png").write_bytes(card.curves(curve, config.best_epoch, config.metric))
-        scores = config.test or config.validation
-        if scores is not None:
-            title = "test part" if config.test else "validation part"
-            (beside / "confusion.png").write_bytes(card.confusion(scores.confusion, config.classes, title))
-        if config.calibration:
-            (beside / "reliability.png").write_bytes(card.reliability(config.calibration, config.temperature))
+        drawn = _pictures(config, curve)
+        for name, picture in drawn.items():
+            (beside / name).write_bytes(picture)
+        (beside / "README.md").write_text(card.readme(config, pictures=drawn), encoding="utf-8")
         if report is not None:
             (beside / REPORT).write_text(report, encoding="utf-8")
     return Path(folder)
+
+
+def _pictures(config: BundleConfig, curve: Mapping[str, Sequence[float]]) -> dict[str, bytes]:
+    """The card's pictures by the names of their files."""
+    scores, part = config.test or config.validation, "test" if config.test else "validation"
+    matrix = None if scores is None else pictures.confusion_picture(scores.confusion, config.classes, part)
+    diagram = pictures.reliability_picture(config.calibration, config.temperature) if config.calibration else None
+    drawn = (pictures.curves(curve, config.best_epoch, config.metric), matrix, diagram)
+    return {name: content for name, content in zip(card.PICTURES, drawn, strict=True) if content is not None}
 
 
 def load(folder: str | Path, device: str = "cpu") -> Bundle:
@@ -270,7 +275,7 @@ def _check_files(folder: Path) -> None:
     missing = [name for name in FILES[:2] if not (folder / name).is_file()]
     if missing:
         raise BundleError(f"{folder} is no saved model: it lacks {' and '.join(missing)}")
-    for path in (folder / name for name in (*FILES[1:], SUMS)):
+    for path in (folder / name for name in (*FILES[1:], *card.PICTURES_BEFORE, SUMS)):
         if path.exists() and not path.is_file():
             raise BundleError(f"{path} is no file: fetch or export the model again")
         if path.exists() and path.stat().st_size > LARGEST_OTHER:

@@ -1,36 +1,31 @@
-"""The model card with its code examples, and the pictures of a saved model."""
+"""The model card with its code examples."""
 
 from __future__ import annotations
 
-import io
 import json
 import re
-import warnings
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING
 
 from hpo.errors import legible
 from hpo.models.bundle.config import BundleConfig, preprocessing
 from hpo.models.class_scores import ClassScore, Interval, PartScores, model_scores, worst_first
 from hpo.models.config import ClassifierConfig
-from hpo.models.metrics import proportion_interval
 from hpo.models.preprocessing import ROUNDING
 from hpo.models.stem import EPSILON
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-    from hpo.models.calibration import Bin, Comparison
     from hpo.models.estimate import Estimate
     from hpo.models.metrics import Scores
 
+PICTURES = ("curves.svg", "confusion.svg", "reliability.svg")
+PICTURES_BEFORE = ("curves.png", "confusion.png", "reliability.png")  # of models saved by hpo 0.1
 SHOWN_NAME = 400  # characters of a name
-COUNTS_SHOWN = 30  # classes up to which the confusion matrix shows its numbers and every name
 CLASSES_SHOWN, GROUPS_SHOWN = 30, 10  # rows of a table, the worst
 
 
-def readme(config: BundleConfig, exported: str = "safetensors") -> str:
-    """The model card, Markdown; `exported` adds how to run that format."""
+def readme(config: BundleConfig, exported: str = "safetensors", pictures: Collection[str] = PICTURES) -> str:
+    """The model card, Markdown; `exported` adds how to run that format. pictures: the names of those beside it."""
     classifier = config.widest
     names = ", ".join(map(_name, config.classes))
     members = f"{config.networks} networks, probabilities averaged" if config.networks > 1 else "one network"
@@ -44,11 +39,13 @@ def readme(config: BundleConfig, exported: str = "safetensors") -> str:
         f"# {_escaped(str(title))}",
         f"Tells {len(config.classes)} classes of sequences apart: {names}.",
         f"An LSTM classifier of {members}, tuned for {config.metric}; {_epochs(config)}.",
-        "![training](curves.png)",
+        *_picture("curves", "training", pictures),
         _scores(config),
+        *_picture("confusion", "confusion", pictures),
         *_by_class_and_group(config),
         *_decisions(config),
         *_calibration(config),
+        *(_picture("reliability", "reliability", pictures) if config.calibration else []),
         "## Use it",
         _code("python", f"import hpo\n\nmodel = hpo.load({'.'!r})  # this folder\nprint(model.predict(X).labels)")
         + f"\n`X`: {_taken(classifier)}.",
@@ -179,6 +176,10 @@ def _architecture(config: ClassifierConfig) -> str:
     )
 
 
+def _picture(stem: str, text: str, pictures: Collection[str]) -> list[str]:
+    return [f"![{text}]({name})" for name in pictures if name.startswith(f"{stem}.")]
+
+
 def _scores(config: BundleConfig) -> str:
     """A table of every metric with its interval, and what the parts are."""
     parts = {"validation": config.validation, "test": config.test}
@@ -206,7 +207,7 @@ def _scores(config: BundleConfig) -> str:
     if len(config.classes) == 2:
         text += f" F1 and average precision are those of class {_escaped(config.classes[1])}."
     expected = "" if config.estimate is None else _expected(config, config.estimate) + "\n\n"
-    return f"## Scores\n\n{expected}" + "\n".join(rows) + f"\n\n{text}\n\n![confusion](confusion.png)"
+    return f"## Scores\n\n{expected}" + "\n".join(rows) + f"\n\n{text}"
 
 
 def _expected(config: BundleConfig, found: Estimate) -> str:
@@ -293,7 +294,7 @@ def _calibration(config: BundleConfig) -> list[str]:
         "above is that before. A point of the diagram is a bin of sequences: how sure the model is of them, and how "
         "many it has right, with 95 % intervals (Clopper-Pearson); on the line both agree."
     )
-    return ["## Calibration", text, "\n".join(rows), measures, "![reliability](reliability.png)"]
+    return ["## Calibration", text, "\n".join(rows), measures]
 
 
 def _part_tables(title: str, part: PartScores) -> list[str]:
@@ -508,127 +509,3 @@ def _decision(config: BundleConfig) -> str:
     if len(config.classes) > 2:
         return "probabilities.argmax(1)"
     return f"(probabilities[:, 1].astype(np.float64) >= {config.threshold!r}).astype(int)"
-
-
-def curves(curve: Mapping[str, Sequence[float]], best_epoch: int, metric: str) -> bytes:
-    """PNG: losses and the validation metric over the epochs, the best epoch marked."""
-    figure = _figure(7.0, 6.0)
-    losses, values = figure.subplots(2, 1, sharex=True)
-    epochs = range(1, len(curve["value"]) + 1)
-    marker = "o" if len(epochs) < 30 else None
-    losses.plot(epochs, curve["train_loss"], marker=marker, markersize=3, label="training loss")
-    if "log_loss" in curve:
-        losses.plot(epochs, curve["log_loss"], marker=marker, markersize=3, label="validation log-loss")
-    values.plot(epochs, curve["value"], marker=marker, markersize=3, color="tab:green", label=f"validation {metric}")
-    best = curve["value"][best_epoch - 1]
-    values.plot([best_epoch], [best], "*", color="tab:red", markersize=14, label=f"epoch {best_epoch}: {best:.4f}")
-    for axes in (losses, values):
-        axes.axvline(best_epoch, color="tab:red", linewidth=0.8, linestyle=":")
-        axes.grid(alpha=0.3)
-        axes.legend()
-    values.set_xlabel("epoch")
-    values.xaxis.get_major_locator().set_params(integer=True)
-    return _png(figure)
-
-
-def confusion(counts: Sequence[Sequence[int]], classes: Sequence[str], title: str) -> bytes:
-    """PNG: counts (K, K), row = true class, coloured by their share of the row."""
-    K = len(classes)
-    size = min(3.5 + 0.4 * K, 14.0)
-    figure = _figure(size + 0.8, size)
-    axes = figure.subplots()
-    shares = [[count / max(sum(row), 1) for count in row] for row in counts]
-    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    figure.colorbar(image, ax=axes, label="share of the true class", shrink=0.8)
-    _name_ticks(axes, classes)
-    axes.set(xlabel="predicted class", ylabel="true class", title=title)
-    if K <= COUNTS_SHOWN:
-        cell, digits = 72 * 0.75 * size / K, len(str(max(map(max, counts))))  # points, of the axes' side
-        fontsize = min(11.0, cell / max(1.5, 0.7 * digits))
-        for row, column in ((r, c) for r in range(K) for c in range(K) if counts[r][c]):
-            colour = "white" if shares[row][column] > 0.5 else "black"
-            axes.text(column, row, f"{counts[row][column]}", ha="center", va="center", color=colour, fontsize=fontsize)
-    return _png(figure)
-
-
-def reliability(parts: Mapping[str, Comparison], temperature: float) -> bytes:
-    """PNG: for each part how many sequences are right by how sure the model is of them, before and after the
-    calibration with this temperature, above how many there are."""
-    figure = _figure(0.9 + 4.3 * len(parts), 6.0)
-    axes = figure.subplots(2, len(parts), sharex=True, squeeze=False, height_ratios=(4, 1))
-    for (above, below), (name, found) in zip(axes.T, parts.items(), strict=True):
-        _draw_reliability(above, found, f"{name} part, T = {temperature:.3g}")
-        _draw_shares(below, found)
-        below.set_xlabel("probability of the most probable class")
-    first = min(bins[0][1] for bins in _filled(parts))
-    axes[0, 0].set_xlim(max(0.0, first - 0.05), 1.015)
-    axes[0, 0].set_ylabel("share that is of this class")
-    axes[1, 0].set_ylabel("sequences")
-    return _png(figure)
-
-
-def _filled(parts: Mapping[str, Comparison]) -> list[list[Bin]]:
-    """The bins with sequences of each diagram."""
-    return [[row for row in each.bins if row[0]] for both in parts.values() for each in (both.before, both.after)]
-
-
-def _draw_reliability(axes: Any, found: Comparison, title: str) -> None:
-    axes.plot([0, 1], [0, 1], color="0.6", linewidth=0.9, linestyle="--")
-    styles = {"before": {"color": "tab:orange", "facecolor": "white"}, "after": {"color": "tab:blue"}}
-    for name, each, bins in zip(styles, (found.before, found.after), _filled({"": found}), strict=True):
-        confidence, accuracy = [row[1] for row in bins], [row[2] for row in bins]
-        colour, sizes = styles[name]["color"], [18 + 160 * row[0] for row in bins]
-        if name == "after":
-            errors = _errors(bins, each.number)
-            axes.errorbar(confidence, accuracy, errors, fmt="none", ecolor=colour, alpha=0.3, linewidth=3)
-        axes.plot(confidence, accuracy, color=colour, linewidth=1.0, alpha=0.45)
-        label = f"{name}: ECE {each.ece:.3f}, Brier score {each.brier:.3f}"
-        axes.scatter(confidence, accuracy, sizes, linewidth=1.2, label=label, zorder=3, **styles[name])
-    axes.set_ylim(-0.03, 1.03)
-    axes.grid(alpha=0.3)
-    outside = {"loc": "lower left", "bbox_to_anchor": (-0.02, 1.0), "frameon": False, "alignment": "left"}
-    legend = axes.legend(title=title, fontsize=9, title_fontsize=11, **outside)
-    for handle in legend.legend_handles:
-        handle.set_sizes([40])
-
-
-def _errors(bins: Sequence[Bin], number: float) -> tuple[list[float], list[float]]:
-    """How far the ends of the bins' 95 % intervals are from their accuracies, below and above."""
-    ends = [proportion_interval(accuracy * share * number, share * number) for share, _, accuracy in bins]
-    below = [max(0.0, row[2] - low) for row, (low, _) in zip(bins, ends, strict=True)]
-    return below, [max(0.0, high - row[2]) for row, (_, high) in zip(bins, ends, strict=True)]
-
-
-def _draw_shares(axes: Any, found: Comparison) -> None:
-    """How the sequences lie in the bins."""
-    for each, colour, filled in ((found.before, "tab:orange", False), (found.after, "tab:blue", True)):
-        edges = [i / len(each.bins) for i in range(len(each.bins) + 1)]
-        axes.stairs([row[0] for row in each.bins], edges, color=colour, fill=filled, alpha=0.4 if filled else 1.0)
-    axes.yaxis.set_major_formatter("{x:.0%}")
-    axes.yaxis.get_major_locator().set_params(nbins=3)
-    axes.grid(alpha=0.3)
-
-
-def _name_ticks(axes: Any, classes: Sequence[str]) -> None:
-    """Class names at the ticks; of many classes only some."""
-    every = -(-len(classes) // COUNTS_SHOWN)
-    at = range(0, len(classes), every)
-    names = [classes[i] if len(classes[i]) <= 16 else f"{classes[i][:15]}…" for i in at]
-    turned = 90 if max(map(len, names)) * len(names) > 40 else 0
-    style = {"fontsize": 10 if len(names) <= 12 else 8, "parse_math": False}  # a "$" in a name is no formula
-    axes.set_xticks(at, names, rotation=turned, **style)
-    axes.set_yticks(at, names, **style)
-
-
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.figure import Figure  # without pyplot: no window, no state shared with the caller
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    with warnings.catch_warnings():  # class names in scripts that the font lacks become boxes
-        warnings.simplefilter("ignore")
-        figure.savefig(buffer, format="png", dpi=120)
-    return buffer.getvalue()

@@ -43,6 +43,7 @@ grows a little over the steps (3e-6 measured over 300); a graph with a wrong ste
 1e-2 and more. A temperature below 1 enlarges differences as much as it sharpens probabilities (`_tolerance`)."""
 STEPS_MOST = 2**17
 BEGINS = {
+    ".svg": (b'<svg xmlns="http://www.w3.org/2000/svg"', "SVG picture"),
     ".png": (b"\x89PNG\r\n\x1a\n", "PNG picture"),
     ".html": (b"<!doctype html>", "page"),
 }  # of copied files
@@ -79,10 +80,10 @@ def export(
     if format != "safetensors":
         _check_steps(bundle)
     with model_folder(Path(out), overwrite) as beside:
-        for name in FILES:
-            if name != "README.md" and (folder / name).is_file():
-                _copy(folder / name, beside / name)
-        (beside / "README.md").write_text(card.readme(bundle.config, format), encoding="utf-8")
+        copied = [name for name in (*FILES, *card.PICTURES_BEFORE) if name != "README.md" and (folder / name).is_file()]
+        for name in copied:
+            _copy(folder / name, beside / name)
+        (beside / "README.md").write_text(card.readme(bundle.config, format, copied), encoding="utf-8")
         if format != "safetensors":
             _write_checked(bundle, beside / f"model.{format}", sequences)
     return Path(out)

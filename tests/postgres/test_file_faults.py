@@ -19,7 +19,6 @@ from typing import Any
 import pytest
 
 from hpo.errors import HpoError
-from hpo.models.bundle import card
 from hpo.models.bundle.bundle import load as load_bundle
 from hpo.promote.promotion import promote_trial
 from hpo.promote.versions import model_folder
@@ -92,9 +91,6 @@ def faults(monkeypatch: pytest.MonkeyPatch) -> Faults:
         monkeypatch.setattr(Path, name, lambda source, target, real=real: made.rename(real, source, Path(target)))
     monkeypatch.setattr(checkpoints, "FIRST_CHECKPOINT_S", 0.0)  # after every epoch
     monkeypatch.setattr(checkpoints, "CHECKPOINT_S", 0.0)
-    monkeypatch.setattr(card, "curves", lambda *_: b"picture")  # drawing takes a second
-    monkeypatch.setattr(card, "confusion", lambda *_: b"picture")
-    monkeypatch.setattr(card, "reliability", lambda *_: b"picture")
     monkeypatch.setenv("HPO_NATIVE", "0")
     monkeypatch.setattr(os, "fsync", lambda _: None)
     return made

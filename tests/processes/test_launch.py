@@ -57,7 +57,7 @@ def test_a_data_file_alone_becomes_a_promoted_model(cli: Cli, data: Path, enviro
         assert str(data.parent).encode() not in written
         assert f"{socket.gethostname()}-".encode() not in written
         assert f"{socket.gethostname()}:".encode() not in written
-    names = {"model.safetensors", "config.json", "README.md", "curves.png", "confusion.png", "reliability.png"}
+    names = {"model.safetensors", "config.json", "README.md", "curves.svg", "confusion.svg", "reliability.svg"}
     names.add("report.html")
     assert names <= {path.name for path in folder.iterdir()}
     assert load(folder).predict(read(data)).classes == ("fast", "slow")

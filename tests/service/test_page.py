@@ -412,7 +412,10 @@ def test_a_models_page_has_scores_with_intervals_its_files_and_predicts(
     card = ada.get("/models/waves/1/card").text
     assert "<h1>waves</h1>" in card
     assert "<table>" in card
-    assert ada.get("/models/waves/1/curves.png").content.startswith(b"\x89PNG")
+    picture = ada.get("/models/waves/1/curves.svg")
+    assert picture.content.startswith(b'<svg xmlns="http://www.w3.org/2000/svg"')
+    assert picture.headers["content-type"] == "image/svg+xml"
+    assert "sandbox" in picture.headers["content-security-policy"]
     assert ada.get("/models/waves/1/nothing.png").status_code == 404
     assert ada.get("/models/waves/1/card.md").text.startswith("# waves")
     with waves.open("rb") as file:

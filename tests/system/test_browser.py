@@ -174,7 +174,7 @@ def test_the_page_of_the_best_trial_shows_its_curve_its_log_and_its_model(tab: T
     tab.shows(f"Trial {best.number} (trial_id=")
     shown = "[...document.images].some(i => i.alt == 'curve.svg' && i.naturalWidth > 0)"
     wait_for(lambda: tab.page.evaluate(shown))
-    for name in ("model.safetensors", "config.json", "confusion.png", "log.csv"):
+    for name in ("model.safetensors", "config.json", "confusion.svg", "log.csv"):
         tab.shows(name)
     tab.page.get_by_label("show artifact table").first.click()
     tab.shows("epoch 1: log_loss")

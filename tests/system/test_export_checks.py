@@ -30,7 +30,7 @@ def saved(folder: Path, **given: Any) -> Path:
 
 
 def light(folder: Path, **given: Any) -> Path:
-    """A saved model without its pictures, which take most of the time to draw."""
+    """A saved model without card and pictures."""
     states, config = make(**given)
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(bundle.pack(states))

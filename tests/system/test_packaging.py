@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("hpo", "models", "storage")
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-HEAVY = {"torch", "sklearn", "matplotlib", "onnx", "onnxruntime", "pyarrow", "boto3", "optuna_dashboard", "ray"}
+HEAVY = {"torch", "sklearn", "onnx", "onnxruntime", "pyarrow", "boto3", "optuna_dashboard", "ray"}
 the_wheel = pytest.mark.xdist_group("wheel")  # tests that share one
 a_ready_checkout = pytest.mark.xdist_group("ready")  # tests that share one
 COMMANDS = ("launch", "worker", "status", "stop", "delete", "dashboard", "promote", "models", "export", "predict")

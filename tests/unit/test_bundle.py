@@ -5,9 +5,12 @@ from __future__ import annotations
 import csv
 import functools
 import json
+import math
 import os
+import re
 import shutil
 import subprocess
+import xml.etree.ElementTree as ET
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,10 +23,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from hpo.models import metrics
-from hpo.models.bundle import bundle, card
+from hpo.models.bundle import bundle, card, pictures
 from hpo.models.bundle.bundle import Bundle
 from hpo.models.bundle.checksums import SUMS, write_checksums
 from hpo.models.bundle.config import EARLIER, UNCALIBRATED, BundleConfig, BundleError, preprocessing
+from hpo.models.bundle.export import export
 from hpo.models.bundle.predictions import Predictions
 from hpo.models.calibration import Comparison, Reliability, calibrate, measure_reliability
 from hpo.models.classifier import Classifier
@@ -89,6 +93,11 @@ def make(
         provenance={"study": "hearts", "trial": 3, "packages": {"torch": "2.13"}, "commit": None},
     )
     return [weights(classifier, seed) for seed in range(members)], config
+
+
+def drawn(picture: bytes) -> int:
+    """The rectangles and circles of an SVG picture."""
+    return sum(each.tag.rpartition("}")[2] in ("rect", "circle") for each in ET.fromstring(picture).iter())
 
 
 def saved(folder: Path, members: int = 2, **given: Any) -> Path:
@@ -659,13 +668,13 @@ class TestCard:
         assert f"| Brier score | {both.before.brier:.4f} | {both.after.brier:.4f} |" in text
         assert "with T = 1.7 leaves the networks' probabilities milder; the predicted classes stay the same" in text
         assert "- the probabilities p become softmax(log p / 1.7): temperature scaling" in text
-        assert (folder / "reliability.png").read_bytes() == card.reliability(config.calibration, 1.7)
+        assert (folder / "reliability.svg").read_bytes() == pictures.reliability_picture(config.calibration, 1.7)
         plain = card.readme(make()[1])
         assert "with T = 1 leaves the networks' probabilities as they are" in plain
         assert "become softmax" not in plain
         bare = bundle.save(tmp_path / "bare", states, replace(config, calibration={}), CURVE)
         assert "reliability" not in (bare / "README.md").read_text()
-        assert not (bare / "reliability.png").exists()
+        assert not (bare / "reliability.svg").exists()
 
     @pytest.mark.parametrize("K", [2, 10, 40])
     @pytest.mark.parametrize("rows", [1, 3, 500])
@@ -674,9 +683,9 @@ class TestCard:
         labels = np.arange(rows) % K
         sure = measure_reliability(np.eye(K)[labels], labels)
         both = Comparison(measure_reliability(probabilities, labels), sure)
-        one = card.reliability({"validation": both}, 0.3)
-        assert one.startswith(b"\x89PNG")
-        assert len(card.reliability({"validation": both, "test": both}, 0.3)) > len(one)
+        one = pictures.reliability_picture({"validation": both}, 0.3)
+        assert drawn(one) == drawn(pictures.reliability(both, "validation").svg((0, 0)).encode()) + 3  # ground and keys
+        assert drawn(pictures.reliability_picture({"validation": both, "test": both}, 0.3)) == 2 * drawn(one) - 1
 
     def test_names_of_the_data_are_neither_markdown_nor_html(self) -> None:
         _, config = make()
@@ -696,14 +705,36 @@ class TestCard:
             "4 consecutive",
         ]
 
-    @pytest.mark.parametrize("K", [2, 31])
+    @pytest.mark.parametrize("K", [2, 31, 61, 200])
     def test_pictures_take_any_class_name(self, K: int) -> None:
-        names = [f"$x_{{{i} 名 " * 4 for i in range(K)]
-        picture = card.confusion(np.eye(K, dtype=int).tolist(), names, "test part")
-        assert picture.startswith(b"\x89PNG")
+        names = [f"</svg><script>&{i} 名 " * 4 for i in range(K)]
+        picture = pictures.confusion_picture(np.eye(K, dtype=int).tolist(), names, "test")
+        assert picture is not None
+        assert drawn(picture) == K + 4  # the cells, those behind them, ground and keys
+        assert b"<script>" not in picture
+
+    def test_an_export_keeps_the_pictures_of_an_earlier_version(self, tmp_path: Path) -> None:
+        folder = saved(tmp_path / "model")
+        (folder / "curves.svg").unlink()
+        (folder / "curves.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+        write_checksums(folder)
+        out = export(folder, tmp_path / "out")
+        assert (out / "curves.png").is_file()
+        text = (out / "README.md").read_text()
+        assert [name for name in ("curves.png", "curves.svg", "confusion.svg") if f"]({name})" in text] == [
+            "curves.png",
+            "confusion.svg",
+        ]
+
+    def test_of_too_many_classes_there_is_no_picture(self) -> None:
+        assert pictures.confusion_picture(np.eye(201, dtype=int).tolist(), [""] * 201, "test") is None
 
     def test_a_single_epoch_makes_a_picture(self) -> None:
-        assert card.curves({"train_loss": [1.0], "value": [0.5]}, 1, "auroc").startswith(b"\x89PNG")
+        assert drawn(pictures.curves({"train_loss": [1.0], "value": [0.5]}, 1, "auroc")) == 4
+
+    def test_what_is_no_number_is_left_out(self) -> None:
+        curve = {"train_loss": [math.inf, 1.0, math.nan], "value": [0.5, 0.6, 0.4], "log_loss": [math.nan] * 3}
+        assert not re.search(rb"[ML ]-?(nan|inf)", pictures.curves(curve, 2, "auroc"))
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)

@@ -262,24 +262,24 @@ def test_a_file_of_gigabytes_is_refused(folder: Path, name: str) -> None:
 
 
 def test_an_export_gives_nothing_away_that_a_link_leads_to(folder: Path) -> None:
-    (folder / "curves.png").unlink()
+    (folder / "curves.svg").unlink()
     (folder.parent / "secret").write_text("a key")
     (folder / "report.html").unlink()
     (folder / "report.html").symlink_to("../secret")
     with pytest.raises(BundleError, match=r"report\.html is no page"):
         export(folder, folder.parent / "out")
     (folder / "report.html").unlink()
-    (folder / "curves.png").symlink_to("../secret")
-    with pytest.raises(BundleError, match=r"curves\.png is no PNG picture"):
+    (folder / "curves.svg").symlink_to("../secret")
+    with pytest.raises(BundleError, match=r"curves\.svg is no SVG picture"):
         export(folder, folder.parent / "out")
-    (folder / "curves.png").unlink()
-    (folder / "curves.png").symlink_to("/proc/self/mem")  # seed 2000320
+    (folder / "curves.svg").unlink()
+    (folder / "curves.svg").symlink_to("/proc/self/mem")  # seed 2000320
     (folder / "README.md").unlink()
     (folder / "README.md").symlink_to("/proc/self/mem")  # seed 3002682: it is written anew
-    with pytest.raises(BundleError, match=r"curves\.png cannot be read"):
+    with pytest.raises(BundleError, match=r"curves\.svg cannot be read"):
         export(folder, folder.parent / "out")
     assert not (folder.parent / "out").exists()
-    (folder / "curves.png").unlink()
+    (folder / "curves.svg").unlink()
     assert (export(folder, folder.parent / "out") / "README.md").read_text().startswith("# hearts")
 
 
@@ -341,9 +341,9 @@ def test_no_name_is_more_than_text_in_the_card(format: str) -> None:
         plain = re.sub(r"(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)", "", plain)
         assert not re.search(r"<[A-Za-z/!?]", plain)
         assert set(re.findall(r"\]\([^)]*\)", plain)) == {
-            "](curves.png)",
-            "](confusion.png)",
-            "](reliability.png)",
+            "](curves.svg)",
+            "](confusion.svg)",
+            "](reliability.svg)",
         }
 
 

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = {"hpo": "hpo", "models": "hpo.models", "storage": "hpo.storage"}  # where it lies, what it is imported as
 # What takes long to load, as `hpo --help` must not wait for torch; and what is optional or not on every system.
 HEAVY = {
-    "alembic", "fastapi", "httpx", "matplotlib", "numpy", "optuna", "optuna_dashboard", "psycopg2", "pydantic", "rich",
+    "alembic", "fastapi", "httpx", "numpy", "optuna", "optuna_dashboard", "psycopg2", "pydantic", "rich",
     "safetensors", "scipy", "sqlalchemy", "torch", "uvicorn", "waitress",
 }  # fmt: skip
 OPTIONAL = {"boto3", "botocore", "fcntl", "mlflow", "onnx", "onnxruntime", "pandas", "pyarrow", "ray", "resource"}

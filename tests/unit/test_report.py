@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from hpo.models.bundle.config import Component, Footprint
+from hpo.models.charts import Axis, round_ticks
 from hpo.models.costs import Costs
 from hpo.models.data.sequences import from_arrays
 from hpo.models.diagnosis import CLASSES, FEATURES, HARDEST, POINTS, STEPS, Diagnosis, class_curves, diagnose
 from hpo.promote.report import study_file
-from hpo.report.charts import Axis, round_ticks
 from hpo.report.figures import front_of
 from hpo.report.rendering import answer, finals_say, render, spent
 from hpo.study.config import Folds, config_of, load, to_dict

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from http import HTTPStatus
 from urllib.parse import quote
 
@@ -29,7 +28,8 @@ from hpo.storage.registry import MissingModel
 
 router = APIRouter(prefix="/models", route_class=PageRoute, include_in_schema=False)
 ROWS = 100  # predictions that the page shows; the CSV has all
-PICTURE = re.compile(r"[a-z]+\.png")
+PICTURE_TYPES = {"svg": "image/svg+xml", "png": "image/png"}
+PICTURE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; sandbox"  # opened by itself it is a document
 DONE = {
     "named": "The alias names this version now.",
     "unnamed": "The alias names nothing any more.",
@@ -79,14 +79,15 @@ def markdown(name: str, version: str, visitor: Looks, backend: Uses) -> Response
     return answer
 
 
-@router.get("/{name}/{version}/{picture}.png")
-def picture(name: str, version: str, picture: str, visitor: Looks, backend: Uses) -> Response:
+@router.get("/{name}/{version}/{picture}.{kind}")
+def picture(name: str, version: str, picture: str, kind: str, visitor: Looks, backend: Uses) -> Response:
     """A picture of the model card."""
     with backend.database() as database:
-        key = database.registry.get(name, version).artifacts.get(f"{picture}.png")
-    if key is None:
-        raise Problem(HTTPStatus.NOT_FOUND, f"the model has no picture {picture!r}")
-    return Response(backend.store.get(key), media_type="image/png", headers={**HEADERS, "Cache-Control": "private"})
+        key = database.registry.get(name, version).artifacts.get(f"{picture}.{kind}")
+    if key is None or kind not in PICTURE_TYPES:
+        raise Problem(HTTPStatus.NOT_FOUND, f"the model has no picture '{picture}.{kind}'")
+    headers = {**HEADERS, "Cache-Control": "private", "Content-Security-Policy": PICTURE_POLICY}
+    return Response(backend.store.get(key), media_type=PICTURE_TYPES[kind], headers=headers)
 
 
 @router.post("/{name}/{version}/predict")

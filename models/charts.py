@@ -1,7 +1,7 @@
-"""Charts as SVG text: axes, ticks and marks whose colours and sizes of text come from the page's style sheet, so that
-they follow light, dark and print. The same numbers give the same bytes.
+"""Charts as SVG text, within a page or as a picture of their own. The same numbers give the same bytes.
 
-A chart has no script and no style of its own, and every text in it is escaped.
+Colours and sizes of text come from STYLE, so that they follow light and dark; within a page its own style sheet may
+add to them. A chart has no script, and every text in it is escaped.
 """
 
 from __future__ import annotations
@@ -18,6 +18,48 @@ LEFT, RIGHT, TOP, BOTTOM = 54, 12, 10, 40  # margins around the plot
 TICKS = 5  # about so many on an axis
 
 Point = tuple[float, float]
+
+STYLE = """\
+:root {
+  --surface: #fff; --sunk: #eef0f5; --line: #d9dee8; --text: #1a202c; --muted: #566074;
+  --complete: #2b5fd9; --pruned: #8aa6e6; --failed: #c2362f; --finals: #1b7f5c; --winner: #d1730a;
+  --s0: #2456c9; --s1: #c25a06; --s2: #157f5b; --s3: #8b3fb8; --s4: #b02a55;
+}
+@media screen and (prefers-color-scheme: dark) {
+  :root {
+    --surface: #191e27; --sunk: #222936; --line: #2e3746; --text: #e7eaf0; --muted: #a5afc0;
+    --complete: #7ba4ff; --pruned: #4f69ad; --failed: #f0766d; --finals: #5fc7a0; --winner: #f0a64a;
+    --s0: #8fb3ff; --s1: #f0a35e; --s2: #63cfa4; --s3: #cf9bef; --s4: #f391b1;
+  }
+}
+.chart text { font-size: 11.5px; fill: var(--muted); }
+.chart text.axis { font-size: 12px; fill: var(--text); }
+.chart text.count { font-size: 11.5px; fill: var(--text); }
+.chart .grid { stroke: var(--line); stroke-width: .8; fill: none; }
+.line { fill: none; stroke: currentColor; stroke-width: 1.7; stroke-linejoin: round; stroke-linecap: round; }
+.line.thin { stroke-width: 1.1; opacity: .75; }
+.line.wide { stroke-width: 2.2; }
+.dot, .box { fill: currentColor; stroke: none; }
+.complete { color: var(--complete); } .pruned { color: var(--pruned); } .failed { color: var(--failed); }
+.finals { color: var(--finals); } .winner { color: var(--winner); } .equal { color: var(--complete); }
+.other { color: var(--muted); } .selected { color: var(--muted); }
+.dot.soft, .dot.value { fill-opacity: .6; } .dot.faint { color: var(--muted); fill-opacity: .4; }
+.dot.pruned { fill-opacity: .8; }
+.best { color: var(--complete); opacity: .6; stroke-width: 2; }
+.other-curve { color: var(--muted); opacity: .22; stroke-width: 1; }
+.chance { color: var(--muted); stroke-dasharray: 4 4; stroke-width: 1; opacity: .8; }
+.before { color: var(--winner); } .after { color: var(--complete); }
+.dot.before { fill: var(--surface); stroke: currentColor; stroke-width: 1.4; }
+.s0 { color: var(--s0); } .s1 { color: var(--s1); } .s2 { color: var(--s2); } .s3 { color: var(--s3); }
+.s4 { color: var(--s4); } .s5 { color: var(--muted); }
+.cell { color: var(--sunk); } .cell.right { color: var(--complete); } .cell.wrong { color: var(--failed); }
+"""
+ALONE = """\
+svg { font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif; }
+.ground { fill: var(--surface); }
+.title { font-size: 14px; font-weight: 600; fill: var(--text); }
+.key { font-size: 12px; fill: var(--muted); }
+"""  # what a picture needs that is no page's
 
 
 @dataclass(frozen=True)
@@ -157,9 +199,11 @@ class Chart:
             kind, cx + dx, cy, anchor, text,
         )  # fmt: skip
 
-    def svg(self) -> Markup:
-        """The chart."""
-        size = Markup(' width="{:g}"').format(self.width) if self.natural else Markup("")
+    def svg(self, at: Point | None = None) -> Markup:
+        """The chart; with its upper left corner there, as large as it is, in a picture."""
+        size = Markup(' width="{:g}"').format(self.width) if self.natural or at is not None else Markup("")
+        if at is not None:
+            size += Markup(' height="{:g}" x="{:g}" y="{:g}"').format(self.height, *at)
         return Markup('<svg class="chart" viewBox="0 0 {:g} {:g}" role="img" aria-label="{}"{}>{}{}</svg>').format(
             self.width, self.height, self.says, size, self._axes(), Markup("").join(self.parts)
         )
@@ -230,6 +274,38 @@ def _text(value: float, ticks: Sequence[float]) -> str:
     least = min(gaps, default=abs(value)) or abs(value)
     digits = max(0, -math.floor(math.log10(min(least, abs(value))) + 1e-9))
     return f"{value:,.{min(digits, 6)}f}"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A chart of a picture, below its title and a line for each kind of mark."""
+
+    title: str
+    chart: Chart
+    keys: tuple[tuple[str, str], ...] = ()  # kind and what it is
+
+
+def picture(panels: Sequence[Panel]) -> bytes:
+    """One SVG file with these charts, one below the other."""
+    parts: list[Markup] = []
+    edge, y = 12.0, 0.0
+    for panel in panels:
+        y += edge + 12
+        parts.append(Markup('<text class="title" x="{:g}" y="{:g}">{}</text>').format(edge, y, panel.title))
+        for kind, text in panel.keys:
+            y += 18
+            dot = Markup('<circle class="dot {}" cx="{:g}" cy="{:g}" r="4"/>').format(kind, edge + 5, y - 4)
+            parts.append(dot + Markup('<text class="key" x="{:g}" y="{:g}">{}</text>').format(edge + 16, y, text))
+        y += 8
+        parts.append(panel.chart.svg((0, y)))
+        y += panel.chart.height
+    texts = [8.2 * len(panel.title) for panel in panels] + [16 + 6.6 * len(key) for p in panels for _, key in p.keys]
+    width = max([panel.chart.width for panel in panels] + [2 * edge + text for text in texts])
+    whole = Markup(
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {0:g} {1:g}" width="{0:g}" height="{1:g}">'
+        '<style>{2}{3}</style><rect class="ground" width="100%" height="100%"/>{4}</svg>\n'
+    ).format(width, y, Markup(STYLE), Markup(ALONE), Markup("").join(parts))
+    return whole.encode()
 
 
 def spark(lines: Sequence[Sequence[float]], says: str, width: float = 300, height: float = 110) -> Markup:
