@@ -156,9 +156,8 @@ def _pooler(url: str, folder: Path, size: int | None) -> Any:
     if size is None:
         return nullcontext()
     sys.path.append(str(HERE))
-    from chaos import leading  # type: ignore[import-not-found]
+    from chaos import leading  # type: ignore[import-not-found]  # (takes the folder away again)
 
-    sys.path.remove(str(HERE))
     return leading(folder, size)
 
 
