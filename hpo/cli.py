@@ -421,10 +421,12 @@ def trials_drop(name: StudyName, numbers: TrialNumbers, reason: Reason) -> None:
         return
     from hpo.storage.changes import drop, somebody
     from hpo.study.lifecycle import study_id_of
+    from hpo.track.tracker import settle
 
     with _database() as (storage, leases):
         study_id = study_id_of(storage, name)
         drop(storage, study_id, numbers, reason, somebody())
+        settle(storage, name)
         state = leases.snapshot(study_id)
     show_dropped(state, numbers)
 
@@ -443,10 +445,12 @@ def trials_restore(name: StudyName, numbers: TrialNumbers) -> None:
         return
     from hpo.storage.changes import restore, somebody
     from hpo.study.lifecycle import study_id_of
+    from hpo.track.tracker import settle
 
     with _database() as (storage, leases):
         study_id = study_id_of(storage, name)
         restore(storage, study_id, numbers, somebody())
+        settle(storage, name)
         state = leases.snapshot(study_id)
     show_restored(state, numbers)
 
@@ -508,10 +512,12 @@ def promote(
         return
     from hpo.notify import send_last
     from hpo.promote.promotion import promote_trial
+    from hpo.track.tracker import settle
 
     prepare_process()
     with _database() as (storage, _):
         model = promote_trial(storage, name, trial, as_default=default)
+        settle(storage, name)
         if model.study_id is not None:
             send_last(storage.connection, model.study_id)
     show_models([model])

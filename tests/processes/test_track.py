@@ -260,9 +260,14 @@ def test_every_trial_that_has_ended_is_a_run_with_all_that_is_known_of_it(
     best = found["best"]["number"]
     assert models == {trial.number: "waves/1" if trial.number == best else None for trial in own}
     cli("trials", "drop", "waves", best, "--reason", "by mistake")
-    launch(cli)
     (gone,) = (run for run in runs() if "hpo.dropped" in run["tags"])
     assert (gone["tags"]["hpo.trial"], gone["tags"]["hpo.dropped"]) == (str(best), "by mistake")
+    cli("trials", "restore", "waves", best)
+    assert not [run for run in runs() if "hpo.dropped" in run["tags"]]
+    other = next(trial.number for trial in own if trial.state == TrialState.COMPLETE and trial.number != best)
+    cli("promote", "waves", "--trial", other)
+    models = {int(run["tags"]["hpo.trial"]): run["tags"].get("hpo.model") for run in runs()}
+    assert (models[best], models[other]) == ("waves/1", "waves/2")
     assert_one_whole_run_each(mlflow, runs(deleted=True), own)
 
 
