@@ -358,6 +358,19 @@ def _begin(storage: TrialStorage, leases: Leases, study_id: int, plan: Plan, own
     leases.open_study(study_id, terms, plan.to_json(), owner, _notify(plan.written))
 
 
+def open_again(storage: TrialStorage, plan: Plan, terms: Terms, recorded: Sequence[FrozenTrial]) -> OpenStudy:
+    """A study like a stored one, by its plan, in a database without it. recorded: its trials, of which copied ones are
+    copied."""
+    name = plan.config.study.name
+    study_id = find_or_create(storage, plan, name)
+    for trial in recorded:
+        if COPIED_FROM in trial.user_attrs:
+            storage.create_new_trial(study_id, trial)
+    _queue(storage, study_id, plan)
+    Leases(storage).open_study(study_id, terms, plan.to_json())
+    return open_study(name, storage)
+
+
 def _widen(storage: TrialStorage, study_id: int, begun: Plan, wider: Plan, config: StudyConfig, by: str) -> None:
     """Store the plan with the wider space, from which all later trials are drawn."""
     if wider is begun:
@@ -412,6 +425,12 @@ def _enqueue(storage: TrialStorage, study_id: int, plan: Plan) -> None:
     if plan.config.study.warm_start is not None:
         had = {trial.user_attrs.get(COPIED_FROM) for trial in storage.get_all_trials(study_id, deepcopy=False)}
         study.add_trials(trial for trial in _warm_trials(storage, plan) if trial.user_attrs[COPIED_FROM] not in had)
+    _queue(storage, study_id, plan)
+
+
+def _queue(storage: TrialStorage, study_id: int, plan: Plan) -> None:
+    """Queue the [[enqueue]] tables."""
+    study = optuna.load_study(study_name=storage.get_study_name_from_id(study_id), storage=storage)
     for table in plan.config.enqueue:
         drawn = {name: value for name, value in table.items() if distribution(plan.config.space[name])}
         study.enqueue_trial(drawn, skip_if_exists=True)

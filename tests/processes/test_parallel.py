@@ -24,7 +24,7 @@ from hpo.storage.registry import Registry
 from hpo.storage.snapshot import Snapshot
 from hpo.storage.trials import trial_storage
 from hpo.study.config import SAMPLERS
-from tests.conftest import fresh_database, wait_for
+from tests.conftest import Cli, execute, fresh_database, wait_for
 
 STUDY = """
 [study]
@@ -61,6 +61,7 @@ skip = false
 batch_size = 16
 """
 PRUNED = ("hyperband", "halving", "median", "none", "hyperband", "median")  # by sampler
+ENQUEUED = "[[enqueue]]\nhidden_size = 8"
 EACH = 5  # trials end between two kills
 LONG_S = 300.0  # a guard against hanging
 
@@ -192,3 +193,23 @@ def test_one_worker_and_four_that_are_killed_make_the_same_studies(
     assert len(expected["random"]["trials"]) == 2  # the study and its finals
     states = {trial[1] for each in expected.values() for trials in each["trials"].values() for trial in trials}
     assert states == {"COMPLETE", "PRUNED"}
+
+
+def test_a_study_is_run_again_to_the_first_trial_that_differs(
+    cli: Cli, study_file: Callable[..., Path], database_url: str
+) -> None:
+    file = study_file(trials=6, epochs=6, study='parallel = 2\nfinalists = 0\nsampler = "tpe"', more=ENQUEUED)
+    launched = cli("launch", file, "--workers", 2)
+    assert launched.returncode == 0, launched.stderr
+    again = cli("reproduce", "waves", "--study")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert again.stdout == "waves: 6 trials run again, all bit-equal: parameters, states, values of every epoch\n"
+    change = "UPDATE trial_intermediate_values SET intermediate_value = 0.25 WHERE step = 1 AND trial_id = "
+    execute(database_url, f"{change} (SELECT trial_id FROM trials WHERE number = 3)")
+    again = cli("reproduce", "waves", "--study")
+    assert again.returncode == 1
+    assert "waves differs, after 3 equal trials, from trial 3: value of epoch 1: recorded 0.25, now 0." in again.stdout
+    for wrong in ([], ["--study", "--trial", 1]):
+        refused = cli("reproduce", "waves", *wrong)
+        assert refused.returncode == 2
+        assert "either --trial N or --study" in " ".join(refused.stderr.split())
