@@ -199,14 +199,14 @@ def test_a_study_is_run_again_to_the_first_trial_that_differs(
     cli: Cli, study_file: Callable[..., Path], database_url: str
 ) -> None:
     file = study_file(trials=6, epochs=6, study='parallel = 2\nfinalists = 0\nsampler = "tpe"', more=ENQUEUED)
-    launched = cli("launch", file, "--workers", 2)
+    launched = cli("launch", file, "--workers", 2, timeout_s=600)
     assert launched.returncode == 0, launched.stderr
-    again = cli("reproduce", "waves", "--study")
+    again = cli("reproduce", "waves", "--study", timeout_s=600)
     assert again.returncode == 0, again.stdout + again.stderr
     assert again.stdout == "waves: 6 trials run again, all bit-equal: parameters, states, values of every epoch\n"
     change = "UPDATE trial_intermediate_values SET intermediate_value = 0.25 WHERE step = 1 AND trial_id = "
     execute(database_url, f"{change} (SELECT trial_id FROM trials WHERE number = 3)")
-    again = cli("reproduce", "waves", "--study")
+    again = cli("reproduce", "waves", "--study", timeout_s=600)
     assert again.returncode == 1
     assert "waves differs, after 3 equal trials, from trial 3: value of epoch 1: recorded 0.25, now " in again.stdout
     for wrong in ([], ["--study", "--trial", 1]):
