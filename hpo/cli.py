@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from http import HTTPStatus
@@ -549,20 +549,47 @@ def report(
 @app.command()
 def reproduce(
     name: StudyName,
-    trial: Annotated[int, typer.Option(help="Number of a complete or pruned trial.")],
+    trial: Annotated[int | None, typer.Option(help="Number of a complete or pruned trial.")] = None,
+    study: Annotated[bool, typer.Option("--study", help="The whole study, to the first trial that differs.")] = False,
 ) -> None:
-    """Train a finished trial again from what is recorded; exit status 1 where a bit differs."""
+    """Train a finished trial, or a whole study, again from what is recorded; exit status 1 where a bit differs."""
     from hpo.promote.reproduce import reproduce as again
 
+    if (trial is None) is not study:
+        raise typer.BadParameter("name what to train again: either --trial N or --study")
     prepare_process()
+    if trial is None:
+        _reproduce_study(name)
+        return
     with _database() as (storage, _):
         found = again(storage, name, trial)
     if found.equal:
         typer.echo(f"trial {trial}: bit-equal over {found.epochs} epochs")
         return
     typer.echo(f"trial {trial} differs; {found.first_difference}")
-    typer.echo("likely causes:\n  " + ("\n  ".join(found.causes) or "none recorded: not the same code?"))
+    _say_causes(found.causes)
     raise typer.Exit(1)
+
+
+def _reproduce_study(name: str) -> None:
+    import optuna
+
+    from hpo.promote.reproduce_study import reproduce_study
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    with _database() as (storage, _):
+        found = reproduce_study(storage, name)
+    trials = "1 trial" if found.trials == 1 else f"{found.trials} trials"
+    if found.difference is None:
+        typer.echo(f"{name}: {trials} run again, all bit-equal: parameters, states, values of every epoch")
+        return
+    typer.echo(f"{name} differs, after {found.trials - 1} equal trials, from {found.difference}")
+    _say_causes(found.causes)
+    raise typer.Exit(1)
+
+
+def _say_causes(causes: Sequence[str]) -> None:
+    typer.echo("likely causes:\n  " + ("\n  ".join(causes) or "none recorded: not the same code?"))
 
 
 @models_app.callback(invoke_without_command=True)

@@ -199,6 +199,7 @@ def status_row(state: Snapshot, scores: ModelScores | None = None) -> dict[str, 
         "best": None if state.best is None else {"number": state.best.number, "value": state.best.value},
         "best_why": None if state.best is None else state.best.why,
         "finals": None if state.finals is None else vars(state.finals),
+        "in_order": None if state.in_order is None else vars(state.in_order),
         "beyond_limits": None if state.beyond is None else vars(state.beyond),
         "version": state.promoted_version,
         "scores": None if scores is None else asdict(scores),
@@ -301,6 +302,8 @@ def _status_view(states: Sequence[Snapshot], width: int, *, detailed: bool) -> G
     reasons += [Text(line) for state in states for line in _where_finals_are(state)]
     reasons += [Text(f"{each.name}: ended by patience: {each.standstill.said}") for each in states if each.standstill]
     reasons += [Text(f"{each.name}: trials not to be promoted: {each.beyond.said}") for each in states if each.beyond]
+    in_order = [(state.name, state.in_order) for state in states if state.in_order]
+    reasons += [Text(f"{name}: parallel = {order.parallel}: {order.said}") for name, order in in_order]
     reasons += [Text(line) for state in states for line in _dropped(state, detailed=detailed)]
     in_flight = states[0].in_flight if detailed else ()
     if width < TABLE_WIDTH:

@@ -54,6 +54,7 @@ _OFFERS_TRIAL, _TRIALS_ADVANCED_BY = statement("offers_trial"), statement("trial
 _RENEW, _RELEASE, _LAPSE_TRIAL = statement("renew"), statement("release"), statement("lapse_trial")
 _CHECKPOINT = statement("checkpoint")
 _DROP_CHECKPOINT = [statement(name) for name in ("drop_checkpoint", "drop_reports", "last_checkpoint")]
+_KEPT_CHECKPOINTS = statement("kept_checkpoints")
 _SPENT_CHECKPOINTS, _FORGET_CHECKPOINTS = statement("spent_checkpoints"), statement("forget_checkpoints")
 _ACQUIRE_PROMOTION = statement("acquire_promotion")
 _RELEASE_PROMOTIONS = statement("release_promotions")
@@ -71,7 +72,7 @@ UNCHANGED = Unchanged()
 JUDGED_MOST = 5  # times that a study is judged anew, as trials have ended meanwhile, before the caller comes again
 Judge = Callable[[Patience], Judgement]  # whether a study that has some patience has come to a standstill
 _NOT_JUDGED: dict[str, Any] = {
-    **dict.fromkeys(("patience", "since", "finished", "standstill", "last")),
+    **dict.fromkeys(("patience", "since", "finished", "standstill", "last", "next")),
     "dropped": [],
 }
 
@@ -120,6 +121,7 @@ class Leases:
         self._renewed: set[Lease] = set()  # those that `take` holds
         self._fault: WorkerFault | None = None  # of this process, which takes nothing more
         self._patience: dict[int, Patience] = {}  # of studies that have some, as of the last look
+        self._awaiting_order: set[int] = set()  # studies whose next trial had to wait for others, as of the last look
 
     # ------------------------------------------------------------------------------------------------------ studies
 
@@ -380,7 +382,8 @@ class Leases:
                 rows = self._session.execute_once(*_TAKE, given={**given, **self._judged(study_id, judge)})
                 if not rows:
                     raise _not_opened(study_id)
-                *lease, status, out_of_time, spent, still, in_flight, patience, since, unjudged = rows[0]
+                *lease, status, out_of_time, spent, still, in_flight, patience, since, unjudged, early = rows[0]
+                self._note_order(study_id, early=early and lease[0] is None)
                 if lease[0] is not None:
                     taken = Lease(*lease)
                     taken.heartbeat.learn(lost=False, study_stopped=False, out_of_time=out_of_time)
@@ -392,6 +395,13 @@ class Leases:
         if in_flight:
             return None
         raise StudyOver(study_id, "patience" if still else _reason(status, out_of_time, spent))
+
+    def awaits_order(self, study_id: int) -> bool:
+        """Whether `acquire` gave nothing the last time because the next trial waits for those before it."""
+        return study_id in self._awaiting_order
+
+    def _note_order(self, study_id: int, *, early: bool) -> None:
+        (self._awaiting_order.add if early else self._awaiting_order.discard)(study_id)
 
     def _note_patience(self, study_id: int, trials: int | None, since: int) -> None:
         if trials is None:
@@ -415,6 +425,7 @@ class Leases:
             "dropped": list(found.dropped),
             "standstill": None if found.standstill is None else json.dumps(vars(found.standstill)),
             "last": found.last,
+            "next": found.number,
         }
 
     def _outages(self) -> dict[str, list[float]]:
@@ -508,6 +519,10 @@ class Leases:
         """Keys of the checkpoints of ended trials that nobody has reported as deleted: by a worker that was killed
         before it could, or of a trial that failed because its workers were lost."""
         return [key for (key,) in self._session.execute(_SPENT_CHECKPOINTS, given={"study": study_id})]
+
+    def kept_checkpoints(self, study_id: int) -> list[str]:
+        """Keys of the checkpoints of trials that have not ended."""
+        return [key for (key,) in self._session.execute(_KEPT_CHECKPOINTS, given={"study": study_id})]
 
     def forget_checkpoints(self, study_id: int, keys: Sequence[str]) -> None:
         """These checkpoints of ended trials have been deleted."""

@@ -122,6 +122,21 @@ class BeyondLimits:
 
 
 @dataclass(frozen=True)
+class InOrder:
+    """What it has cost that a study's trials start in their order."""
+
+    parallel: int  # trial n starts when all up to n - parallel have ended
+    waited_s: float  # of all workers together, with nothing to do but wait for earlier trials
+    trained_s: float  # of all trials that have ended together
+
+    @property
+    def said(self) -> str:
+        """In words."""
+        share = self.waited_s / max(self.waited_s + self.trained_s, 1e-9)
+        return f"workers waited {self.waited_s:.1f} s in all for earlier trials, {share:.1%} of their time"
+
+
+@dataclass(frozen=True)
 class Snapshot:
     """A study at one moment, for displays."""
 
@@ -150,6 +165,7 @@ class Snapshot:
     standstill: Standstill | None = None  # what has ended it, if that was its patience
     finals: FinalsProgress | None = None  # None: they have not begun, or it wants none
     beyond: BeyondLimits | None = None  # None: it has no limits
+    in_order: InOrder | None = None  # None: its trials start as workers are free
 
     @property
     def best_value(self) -> float | None:
@@ -167,7 +183,8 @@ class Snapshot:
 
 def read_snapshot(row: Row) -> Snapshot:
     """A snapshot from the row of the statement `snapshot`."""
-    known, (counts, best, in_flight, groups, *rest, dropped, winner, patience, still, finals, beyond) = row[:7], row[7:]
+    known, (counts, best, in_flight, groups, *rest, dropped, winner, patience, still) = row[:7], row[7:-3]
+    finals, beyond, order = row[-3:]
     named = {name: (counts or {}).get(state, 0) for state, name in STATES.items()}
     trials = tuple(InFlight(*trial) for trial in in_flight or ())
     orphans = sum(not trial.alive for trial in trials)
@@ -176,7 +193,7 @@ def read_snapshot(row: Row) -> Snapshot:
     gone = tuple(Dropped(n, reason, by, datetime.fromisoformat(when)) for n, reason, by, when in dropped or ())
     fields: Row = (*known, named, _read_best(*best) if best else None, trials, workers, *rest, gone, winner)
     fields += (patience, read_standstill(still), FinalsProgress(*finals) if finals else None)
-    fields += (BeyondLimits(*beyond) if beyond else None,)
+    fields += (BeyondLimits(*beyond) if beyond else None, InOrder(*order) if order else None)
     return Snapshot(*fields)
 
 

@@ -57,6 +57,7 @@ class Judgement:
     dropped: tuple[int, ...]  # ids of the trials that did not count, in order
     standstill: Standstill | None = None  # None: it goes on
     last: int = 0  # it is waited for trials up to this number, which began before those that brought nothing
+    number: int | None = None  # of the trial whose start was judged, under `parallel`
 
 
 @dataclass(frozen=True)

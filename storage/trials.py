@@ -279,14 +279,17 @@ class TrialStorage(BaseStorage):
             text = distribution_to_json(distribution)
             self.session.write(trial_id, Writes(params={param_name: (float(param_value_internal), text)}))
 
-    def set_trial_params(self, trial_id: int, params: Parameters) -> None:
-        """All parameters of a trial, in one statement, at once. Raises as `set_trial_param` does, but that a list of
-        choices may have grown: earlier ones keep their places."""
+    def set_trial_params(
+        self, trial_id: int, params: Parameters, system_attrs: Mapping[str, Any] | None = None
+    ) -> None:
+        """All parameters of a trial and, with them, system attributes, in one statement, at once. Raises as
+        `set_trial_param` does, but that a list of choices may have grown: earlier ones keep their places."""
         with self.connection.lock:
             for name, (_, distribution) in params.items():
                 self._compare(trial_id, name, distribution, grows=True)
             texts = {name: (float(value), distribution_to_json(d)) for name, (value, d) in params.items()}
-            self.session.write(trial_id, Writes(params=texts))
+            system = {key: json.dumps(value) for key, value in (system_attrs or {}).items()}
+            self.session.write(trial_id, Writes(params=texts, system=system))
             self.session.flush()
             self.session.check(trial_id)
 

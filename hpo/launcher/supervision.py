@@ -70,6 +70,9 @@ def run_here(
         if (most := config.study.max_workers) is not None and count > most:
             log.info("%s: %d of %d workers, as study.max_workers says", study.name, most, count)
             count = most
+        if (parallel := config.study.parallel) is not None and count > parallel:
+            text = "%s: %d of %d workers have a trial at a time before its finals, as study.parallel says"
+            log.info(text, study.name, parallel, count)
         folder = log_folder(study.name, watched.store_key())
         with (
             _told(study),

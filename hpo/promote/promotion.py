@@ -85,7 +85,7 @@ def promote_when_over(study: OpenStudy, resources: WorkerResources, leases: Leas
             resources.tracker.settle(study.storage, study.name)
         for each in (row, leases.study(running.study_id) if running is not None else None):
             if each is not None:
-                drop_all_checkpoints(resources.store, each.store_key)
+                drop_all_checkpoints(leases, resources.store, each.study_id, each.store_key)
     try:
         leases.finish_promotion(study.study_id, resources.worker, version)
     except LeaseLost as lost:  # or the study was opened again meanwhile

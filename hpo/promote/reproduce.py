@@ -79,14 +79,30 @@ def _causes(record: TrialRecord, training: Training) -> tuple[str, ...]:
     then = _what_changes_bits(record.provenance, record.device, record.fused_optimizer, record.lstm_kernel)
     device = device_name(str(training.device))
     now = _what_changes_bits(provenance(), device, training.fused, training.lstm_kernel)
-    found = tuple(f"{name}: {then[name]} then, {now[name]} now" for name in now if then[name] != now[name])
+    found = _compared(then, now)
     if len(record.origins) < 2:
         return found
     parts = ", then on ".join(origin or "what an earlier version did not record" for origin in record.origins)
     return (*found, f"origin: it changed in the middle of the trial, which was trained on {parts}")
 
 
+def what_changed(then: TrialRecord, now: TrialRecord) -> tuple[str, ...]:
+    """What may change bits and is not alike for two trainings, as `what: then, now`."""
+    about = [
+        _what_changes_bits(each.provenance, each.device, each.fused_optimizer, each.lstm_kernel) for each in (then, now)
+    ]
+    return _compared(*about)
+
+
+def _compared(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(
+        f"{name}: {then[name]} then, {now[name]} now"
+        for name in now
+        if then[name] != now[name] and not (name == "cpu" and then[name] is None)  # earlier versions did not record it
+    )
+
+
 def _what_changes_bits(made_with: Mapping[str, Any], device: str, fused: bool, kernel: str) -> dict[str, Any]:
-    names = [*map(str.lower, PACKAGES), "python", "platform", "threads", "commit"]
+    names = [*map(str.lower, PACKAGES), "python", "platform", "cpu", "threads", "commit"]
     about = {name: made_with.get(name) for name in names}
     return about | {"device": device, "fused_optimizer": fused, "lstm_kernel": kernel}

@@ -89,6 +89,9 @@ class StudySection:
     priority: int = field(default=0, metadata=checked(whole(-100, 100)))
     # trials that may run at once, of all workers; None: no limit
     max_workers: int | None = field(default=None, metadata=checked(whole(1)))
+    # trial n starts when all up to n - parallel have ended, and goes by these, so that the study is the same from any
+    # number of workers; None: a trial starts when a worker is free, and goes by what has ended
+    parallel: int | None = field(default=None, metadata=checked(whole(1)))
     # name of a study whose trials the sampler sees
     warm_start: str | None = field(default=None, metadata=checked(text))
     # configurations that are trained again on fresh seeds and splits before one is promoted; 0: none, the best trial is
@@ -409,6 +412,13 @@ def _parse(tables: Mapping[str, Any], source: _Source) -> StudyConfig:
     section = _section(StudySection, "study", study, source)
     train = _section(TrainSection, "train", _table(tables, "train", source), source)
     space = _space(_table(tables, "space", source), source)
+    limits = _section(LimitsSection, "limits", _table(tables, "limits", source), source)
+    if section.parallel is not None and limits.latency_ms is not None:
+        raise source.error(
+            "study.parallel",
+            "study.parallel must be left out beside limits.latency_ms, as a latency is measured and never twice the "
+            f"same, got {section.parallel}; limit limits.size_mb instead, or leave one of the two out",
+        )
     return StudyConfig(
         study=replace(section, patience=section.patience or None),
         data=data,
@@ -417,7 +427,7 @@ def _parse(tables: Mapping[str, Any], source: _Source) -> StudyConfig:
         enqueue=_enqueue(tables.get("enqueue", []), space, source),
         notify=_notify(_table(tables, "notify", source), source),
         promote=_section(PromoteSection, "promote", _table(tables, "promote", source), source),
-        limits=_section(LimitsSection, "limits", _table(tables, "limits", source), source),
+        limits=limits,
         track=_section(TrackSection, "track", _table(tables, "track", source), source),
     )
 

@@ -1,10 +1,11 @@
 """The trials of a study as its sampler and its pruner see them: without those that were dropped, and as if all had been
-drawn from the space, and had ended under the limits, that the study has now."""
+drawn from the space, and had ended under the limits, that the study has now; under `[study] parallel` by the view of
+the trial that is drawn or pruned (view.py)."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Container, Iterator
+from collections.abc import Container, Hashable, Iterator, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +16,7 @@ from hpo.storage.trials import TrialStorage
 from hpo.study.limits import CONSTRAINT, Limits
 from hpo.study.plan import Plan
 from hpo.study.space import distributions, walk
+from hpo.study.view import View
 
 CMAES = "cma:"  # begins the system attributes in which Optuna's sampler keeps what it has learnt
 CMAES_STATE = f"{CMAES}optimizer"
@@ -35,16 +37,37 @@ class CountedTrials(TrialStorage):
         self._fitted: dict[int, FrozenTrial] = {}  # finished trials, by id
         self._ids: dict[str, int] = {}  # of studies, by name
         self._still: dict[int, list[FrozenTrial]] | None = None  # while nothing new is looked for: by study
+        self._parallel = None if plan is None else plan.config.study.parallel
+        self._seen: tuple[View, list[FrozenTrial]] | None = None  # by the trial that was asked about last
 
     @contextmanager
-    def still(self) -> Iterator[None]:
-        """Within the block a study's trials are those of the first look at them: a draw takes many, and goes by one
-        state of the study. For one thread at a time."""
-        self._still = {}
+    def seen_by(self, study_id: int, trial: FrozenTrial) -> Iterator[View | None]:
+        """Within the block the study's trials are those that this one sees: under `parallel` by its view, which is the
+        same whenever it is asked for; else those of the first look at them, as a draw takes many and goes by one state
+        of the study. For one thread at a time."""
+        view, self._still = None, {}
+        if self._parallel is not None:
+            view, self._still[study_id] = self._seen_by(study_id, trial, self._parallel)
         try:
-            yield
+            yield view
         finally:
             self._still = None
+
+    def _seen_by(self, study_id: int, trial: FrozenTrial, parallel: int) -> tuple[View, list[FrozenTrial]]:
+        """The trial's view and what it sees, looked up once for each trial."""
+        view = View.kept(trial, parallel)
+        if view is None or self._seen is None or self._seen[0] != view:
+            trials = self.drawn_trials(study_id)
+            view = view or View.first(trial.number, parallel, trials, self.dropped(study_id))
+            gone = frozenset(other._trial_id for other in trials if other.number in view.without)
+            self._seen = view, self._counted(view.of(trials), gone)
+        return self._seen
+
+    def basis(self, study_id: int) -> Hashable:
+        """What trials are seen by at this moment: while it stays, they only become more."""
+        if self._parallel is not None and self._still is not None and self._seen is not None:
+            return self._seen[0]
+        return self.dropped(study_id)
 
     def get_study_id_from_name(self, study_name: str) -> int:
         """Asked once, as Hyperband does at each of its decisions: an open study is deleted, never renamed."""
@@ -57,16 +80,17 @@ class CountedTrials(TrialStorage):
     ) -> list[FrozenTrial]:
         with self.connection.lock:
             if self._still is None:
-                trials = self._counted(study_id, super().get_all_trials(study_id, deepcopy=False, states=states))
+                trials = super().get_all_trials(study_id, deepcopy=False, states=states)
+                trials = self._counted(trials, self.dropped(study_id))
             else:
                 if study_id not in self._still:
-                    self._still[study_id] = self._counted(study_id, self.drawn_trials(study_id))
+                    trials = self.drawn_trials(study_id)
+                    self._still[study_id] = self._counted(trials, self.dropped(study_id))
                 trials = [trial for trial in self._still[study_id] if states is None or trial.state in states]
         return copy.deepcopy(trials) if deepcopy else trials
 
-    def _counted(self, study_id: int, trials: list[FrozenTrial]) -> list[FrozenTrial]:
-        """Of the study's trials those that count, as they are seen."""
-        dropped = self.dropped(study_id)
+    def _counted(self, trials: list[FrozenTrial], dropped: Set[int]) -> list[FrozenTrial]:
+        """Of a study's trials those that count, as they are seen. dropped: the ids of those that do not."""
         first = min((self._finished[i].number for i in dropped if i in self._finished), default=None)
         if self._plan is not None:
             trials = [self._fitting(self._plan, trial) for trial in trials]

@@ -107,8 +107,9 @@ def _begin(study: OpenStudy, row: StudyRow, wanted: list[Final]) -> OpenStudy:
 
 
 def finals_plan(plan: Plan, wanted: list[Final]) -> Plan:
-    """The plan of a study's finals: its own, without pruning and limits, which keeps the weights of every training."""
-    study = replace(plan.config.study, pruner="none", warm_start=None)
+    """The plan of a study's finals: its own, without pruning, limits and an order of starts; it keeps the weights of
+    every training."""
+    study = replace(plan.config.study, pruner="none", warm_start=None, parallel=None)
     train = replace(plan.config.train, keep_best=len(wanted))
     config = replace(plan.config, study=study, train=train, enqueue=(), limits=LimitsSection())
     return replace(plan, config=config, finals=tuple(wanted), revision=0)

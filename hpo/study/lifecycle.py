@@ -32,9 +32,9 @@ from hpo.study.counted import CountedTrials
 from hpo.study.entries import Entry, contains, distribution, unparse
 from hpo.study.limits import NONE, Limits, none_within
 from hpo.study.notes import METRIC_NAMES, announce_widening, describe_study
-from hpo.study.patience import judged
+from hpo.study.patience import JUDGED, judged, judged_in_order
 from hpo.study.plan import MissingStudy, MissingTrial, Plan, StudyConflict, StudyError, make_plan, names_groups
-from hpo.study.pruning import make_pruner, may_prune
+from hpo.study.pruning import as_it_came, make_pruner, may_prune
 from hpo.study.ranking import best_first
 from hpo.study.readout import readout, suspicions
 from hpo.study.record import COPIED_FROM, TrialRecord, trial_row
@@ -46,7 +46,6 @@ log = logging.getLogger("hpo")
 
 SEARCH_SHARE = 0.75  # of a study's time is for its search where finals follow
 FINALS = "/finals"  # ends the name of a study's finals
-JUDGED = (TrialState.COMPLETE, TrialState.PRUNED)  # trials by which a study's patience goes
 TRACK = "hpo:track"  # a study's system attribute: where its trials are runs, too
 BEGUN = "hpo:begun"  # a study's system attribute: `hpo launch` has begun to fill it
 
@@ -61,6 +60,7 @@ class OpenStudy:
     storage: TrialStorage
     sampler: ConfigurationSampler
     optuna_study: optuna.Study  # its trials are those that count
+    counted: CountedTrials  # what the latter is a view of
 
     @property
     def leases(self) -> Leases:
@@ -90,7 +90,12 @@ class OpenStudy:
         return none_within(self.limits, trials, self.name)
 
     def judge(self, patience: Patience) -> Judgement:
-        """Whether the study has come to a standstill, by all of its trials that have ended."""
+        """Whether the study has come to a standstill: by all of its trials that have ended, under `parallel` by those
+        that the next one sees."""
+        if (parallel := self.plan.config.study.parallel) is not None:
+            trials = self.storage.drawn_trials(self.study_id)
+            dropped = self.storage.dropped(self.study_id)
+            return judged_in_order(trials, dropped, self.plan, patience, parallel, self.limits)
         trials = self.storage.get_all_trials(self.study_id, deepcopy=False, states=JUDGED)
         return judged(trials, self.storage.dropped(self.study_id), self.plan, patience, self.limits)
 
@@ -102,7 +107,11 @@ class OpenStudy:
         """Whether the trial's reports so far are worth no further epoch."""
         if self.plan.config.study.pruner == "none":
             return False  # and no look at the trial, for which its reports would have to be written first
-        return self.optuna_study.pruner.prune(self.optuna_study, self.storage.get_trial(trial_id))
+        trial = as_it_came(self.plan, self.optuna_study, self.storage.get_trial(trial_id))
+        if self.plan.config.study.parallel is None:
+            return self.optuna_study.pruner.prune(self.optuna_study, trial)
+        with self.counted.seen_by(self.study_id, trial):
+            return self.optuna_study.pruner.prune(self.optuna_study, trial)
 
 
 # ------------------------------------------------------------------------------------------------ create or open
@@ -181,9 +190,10 @@ def open_study(name: str, storage: TrialStorage) -> OpenStudy:
         study_name=name,
         storage=counted,
         sampler=optuna.samplers.RandomSampler(),
-        pruner=make_pruner(plan, lambda: storage.dropped(study_id)),
+        pruner=make_pruner(plan, lambda: counted.basis(study_id)),
     )
-    return OpenStudy(study_id, name, plan, storage, ConfigurationSampler(plan, study, counted, storage, limits), study)
+    sampler = ConfigurationSampler(plan, study, counted, storage, limits)
+    return OpenStudy(study_id, name, plan, storage, sampler, study, counted)
 
 
 def over_by_patience(found: Standstill) -> str:
@@ -348,6 +358,19 @@ def _begin(storage: TrialStorage, leases: Leases, study_id: int, plan: Plan, own
     leases.open_study(study_id, terms, plan.to_json(), owner, _notify(plan.written))
 
 
+def open_again(storage: TrialStorage, plan: Plan, terms: Terms, recorded: Sequence[FrozenTrial]) -> OpenStudy:
+    """A study like a stored one, by its plan, in a database without it. recorded: its trials, of which copied ones are
+    copied."""
+    name = plan.config.study.name
+    study_id = find_or_create(storage, plan, name)
+    for trial in recorded:
+        if COPIED_FROM in trial.user_attrs:
+            storage.create_new_trial(study_id, trial)
+    _queue(storage, study_id, plan)
+    Leases(storage).open_study(study_id, terms, plan.to_json())
+    return open_study(name, storage)
+
+
 def _widen(storage: TrialStorage, study_id: int, begun: Plan, wider: Plan, config: StudyConfig, by: str) -> None:
     """Store the plan with the wider space, from which all later trials are drawn."""
     if wider is begun:
@@ -402,6 +425,12 @@ def _enqueue(storage: TrialStorage, study_id: int, plan: Plan) -> None:
     if plan.config.study.warm_start is not None:
         had = {trial.user_attrs.get(COPIED_FROM) for trial in storage.get_all_trials(study_id, deepcopy=False)}
         study.add_trials(trial for trial in _warm_trials(storage, plan) if trial.user_attrs[COPIED_FROM] not in had)
+    _queue(storage, study_id, plan)
+
+
+def _queue(storage: TrialStorage, study_id: int, plan: Plan) -> None:
+    """Queue the [[enqueue]] tables."""
+    study = optuna.load_study(study_name=storage.get_study_name_from_id(study_id), storage=storage)
     for table in plan.config.enqueue:
         drawn = {name: value for name, value in table.items() if distribution(plan.config.space[name])}
         study.enqueue_trial(drawn, skip_if_exists=True)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from bisect import bisect, insort
 from collections import defaultdict
-from collections.abc import Callable, Set
+from collections.abc import Callable, Hashable
 from itertools import accumulate
 
 import optuna
@@ -16,16 +17,20 @@ from optuna.trial import FrozenTrial, TrialState
 from hpo.models.seeds import derive
 from hpo.study.plan import Plan
 
-Ids = Callable[[], Set[int]]
+Basis = Callable[[], Hashable]
 FACTOR = 3  # of successive halving: a third of the trials goes on to three times as many epochs
 
 
-def _none() -> Set[int]:
-    return frozenset()
+RUNG = "completed_rung_"  # begins the system attributes in which Optuna keeps a trial's values at its rungs
 
 
-def make_pruner(plan: Plan, dropped: Ids = _none) -> optuna.pruners.BasePruner:
-    """The pruner that the study file names. dropped: the ids of the trials that its study does not show it any more."""
+def _always_the_same() -> Hashable:
+    return None
+
+
+def make_pruner(plan: Plan, basis: Basis = _always_the_same) -> optuna.pruners.BasePruner:
+    """The pruner that the study file names. basis: while it stays the same, its study shows it more trials, never
+    others."""
     epochs = plan.config.train.epochs
     name = plan.config.study.pruner
     least = _least(plan)
@@ -34,7 +39,7 @@ def make_pruner(plan: Plan, dropped: Ids = _none) -> optuna.pruners.BasePruner:
     if name == "halving":
         return optuna.pruners.SuccessiveHalvingPruner(min_resource=least, reduction_factor=FACTOR)
     if name == "median":
-        return MedianPruner(n_warmup_steps=least, dropped=dropped)
+        return MedianPruner(n_warmup_steps=least, basis=basis)
     return optuna.pruners.NopPruner()
 
 
@@ -43,21 +48,41 @@ def may_prune(plan: Plan, study: Study, number: int, epoch: int) -> bool:
 
     Successive halving decides at its rungs alone, of which a trial of 50 epochs has three at most.
     """
-    name, least = plan.config.study.pruner, _least(plan)
+    if plan.config.study.pruner == "median":
+        return epoch >= _least(plan)
+    return plan.config.study.pruner != "none" and epoch in _rungs(plan, study, number, epoch)
+
+
+def as_it_came(plan: Plan, study: Study, trial: FrozenTrial) -> FrozenTrial:
+    """A trial that has reported an epoch, as it came to it: without the rungs from this epoch on, to which an attempt
+    that was lost had come before."""
+    if plan.config.study.pruner not in ("hyperband", "halving"):
+        return trial
+    step = trial.last_step or 0
+    passed = len([rung for rung in _rungs(plan, study, trial.number, step) if rung < step])
+    later = {key for key in trial.system_attrs if key.startswith(RUNG) and int(key.removeprefix(RUNG)) >= passed}
+    if not later:
+        return trial
+    earlier = copy.copy(trial)
+    earlier.system_attrs = {key: value for key, value in trial.system_attrs.items() if key not in later}
+    return earlier
+
+
+def _rungs(plan: Plan, study: Study, number: int, last: int) -> list[int]:
+    """The epochs up to `last` after which successive halving decides about trial `number`."""
+    first = _least(plan)
     if isinstance(study.pruner, HyperbandPruner):
-        return _is_rung(epoch, least * FACTOR ** study.pruner.bracket(study, number))
-    return _is_rung(epoch, least) if name == "halving" else name == "median" and epoch >= least
+        first *= FACTOR ** study.pruner.bracket(study, number)
+    rungs = []
+    while first <= last:
+        rungs.append(first)
+        first *= FACTOR
+    return rungs
 
 
 def _least(plan: Plan) -> int:
     """Epochs before a curve says anything."""
     return max(1, min(plan.config.train.epochs // 10, 5))
-
-
-def _is_rung(epoch: int, first: int) -> bool:
-    while first < epoch:
-        first *= FACTOR
-    return first == epoch
 
 
 class HyperbandPruner(optuna.pruners.HyperbandPruner):
@@ -89,17 +114,22 @@ class MedianPruner(optuna.pruners.MedianPruner):
     """
 
     def __init__(
-        self, n_startup_trials: int = 5, n_warmup_steps: int = 0, interval_steps: int = 1, dropped: Ids = _none
+        self,
+        n_startup_trials: int = 5,
+        n_warmup_steps: int = 0,
+        interval_steps: int = 1,
+        basis: Basis = _always_the_same,
     ) -> None:
         super().__init__(n_startup_trials, n_warmup_steps, interval_steps)
-        self._dropped, self._without = dropped, _none()  # … and those that the lists are made without
+        self._basis = basis
+        self._made_by: Hashable = None  # the basis of the lists
         self._seen: set[int] = set()  # numbers of the completed trials in the lists
         self._sorted: defaultdict[int, list[float]] = defaultdict(list)  # step -> values, without NaN
 
     def prune(self, study: Study, trial: FrozenTrial) -> bool:
         completed = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        if (dropped := self._dropped()) != self._without:
-            self._without = dropped
+        if (basis := self._basis()) != self._made_by:
+            self._made_by = basis
             self._seen.clear()
             self._sorted.clear()
         self._add(completed)

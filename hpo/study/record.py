@@ -16,6 +16,7 @@ from hpo.storage.snapshot import Dropped, Holder
 FAILURE = "failure"  # attribute of a failed trial: why it failed
 WORKER_FAULT = "worker_fault"  # attribute of a trial whose worker lost its device: what that worker said
 COPIED_FROM = "copied_from"  # attribute of a trial that a study was warm-started with: STUDY/NUMBER
+WAITED = "waited_s"  # attribute of a trial that had to wait for those before it: for how many seconds
 COLUMN = {"column": True}  # of what Optuna keeps outside its user attributes
 Curve = dict[str, list[float]]  # "value", "train_loss" and "log_loss", one number an epoch
 
@@ -80,7 +81,7 @@ _NUMBERS = {  # attributes that displays show of each trial
     "training_seconds": float,
 }
 # User attributes that only our workers and launches set.
-RESERVED = frozenset((*ATTRIBUTES, FAILURE, WORKER_FAULT, COPIED_FROM))
+RESERVED = frozenset((*ATTRIBUTES, FAILURE, WORKER_FAULT, COPIED_FROM, WAITED))
 
 
 def trial_row(trial: FrozenTrial, dropped: Mapping[int, Dropped], holders: Mapping[int, Holder]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from optuna.trial import FrozenTrial
 
 from hpo.models.fields import Value
 from hpo.models.seeds import derive
+from hpo.storage.leases import Leases
 from hpo.storage.trials import TrialStorage
 from hpo.study.counted import CountedTrials
 from hpo.study.entries import Entry, distribution, values
@@ -22,6 +23,7 @@ from hpo.study.limits import NONE, Limits
 from hpo.study.plan import Plan, StudyError
 from hpo.study.portfolio import portfolio_of
 from hpo.study.space import NEUTRAL, cardinality, distributions, walk
+from hpo.study.view import VIEW
 
 Drawn = dict[str, tuple[Value, BaseDistribution]]  # a value by name, and what it was drawn from
 
@@ -53,18 +55,20 @@ class ConfigurationSampler:
         """
         space = self._plan.config.space
         trial = self._storage.get_trial(trial_id)
-        if trial.params or trial.intermediate_values:  # a space that has one value alone leaves no parameters
+        drawn_before = trial.params or trial.intermediate_values or VIEW in trial.system_attrs
+        if drawn_before:  # a space that has one value alone leaves no parameters
             recorded = {**self._plan.fixed, **trial.params}
             return walk(space, lambda name, _: recorded[name])
         if self._plan.finals:
             fixed = self._plan.finals[trial.number].params
         else:
             fixed = trial.system_attrs.get("fixed_params", {})
-        with self._counted.still():
+        with self._counted.seen_by(self._study._study_id, trial) as view:
             drawn = self._next(trial, fixed)
-        self._storage.set_trial_params(
-            trial_id, {name: (item.to_internal_repr(value), item) for name, (value, item) in drawn.items()}
-        )
+            if view is not None and self._leaves_none(drawn):
+                Leases(self._storage).exhaust(self._study._study_id, self._plan.revision)
+        params = {name: (item.to_internal_repr(value), item) for name, (value, item) in drawn.items()}
+        self._storage.set_trial_params(trial_id, params, {} if view is None else {VIEW: view.to_json()})
         return walk(space, lambda name, _: drawn[name][0])
 
     def _next(self, trial: FrozenTrial, fixed: Mapping[str, Value]) -> Drawn:
@@ -82,6 +86,12 @@ class ConfigurationSampler:
             return False
         size = cardinality(self._plan.config.space)
         return size is not None and len(self._had()) >= size
+
+    def _leaves_none(self, drawn: Drawn) -> bool:
+        """Whether a finite space has no configuration left once this one is the study's. Under `parallel` whoever draws
+        a trial says so before the next one can start; otherwise it is noticed by who wants to start one."""
+        size = cardinality(self._plan.config.space)
+        return size is not None and len(self._had() | {_signature(_values(drawn))}) >= size
 
     def _whole(self, fixed: Mapping[str, Value]) -> Drawn | None:
         """The configuration of these values; None where they leave something to draw."""

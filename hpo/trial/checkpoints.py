@@ -36,8 +36,10 @@ def drop_spent_checkpoints(leases: Leases, store: ArtifactStore, study_id: int) 
         leases.forget_checkpoints(study_id, keys)
 
 
-def drop_all_checkpoints(store: ArtifactStore, store_key: str) -> None:
-    """Delete every checkpoint of a study that is over, also those that no row names: of workers that were killed, or
-    lost their connection, between storing one and naming it."""
+def drop_all_checkpoints(leases: Leases, store: ArtifactStore, study_id: int, store_key: str) -> None:
+    """Delete the checkpoints of a study that is over, also those that no row names: of workers that were killed, or
+    lost their connection, between storing one and naming it. Those of trials that its time has cut off stay."""
+    kept = set(leases.kept_checkpoints(study_id))
     for key in store.keys(checkpoint_prefix(store_key)):
-        store.delete(key)
+        if key not in kept:
+            store.delete(key)

@@ -53,13 +53,14 @@ class StopReason(Enum):
 
     LEASE_LOST = "it is in other hands: nothing more of it is written"
     OUT_OF_TIME = "the study's wall-clock budget is spent: it ends with its whole epochs"
+    CUT_OFF = "the study's wall-clock budget is spent, and its trials are in order: it is given back"
     WORKER_STOPS = "the worker is to end: it is given back"
     STUDY_STOPPED = "somebody stopped the study: it is given back"
 
     @property
     def gives_back(self) -> bool:
         """Whether the trial is to be given back after a checkpoint, for another worker to go on with."""
-        return self in (StopReason.WORKER_STOPS, StopReason.STUDY_STOPPED)
+        return self in (StopReason.CUT_OFF, StopReason.WORKER_STOPS, StopReason.STUDY_STOPPED)
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class TrialContext:
         if heartbeat.lost:
             return StopReason.LEASE_LOST
         if heartbeat.out_of_time:
-            return StopReason.OUT_OF_TIME
+            return StopReason.OUT_OF_TIME if self.plan.config.study.parallel is None else StopReason.CUT_OFF
         if self.resources.stop_requested.is_set():
             return StopReason.WORKER_STOPS
         return StopReason.STUDY_STOPPED if heartbeat.study_stopped else None

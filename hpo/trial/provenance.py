@@ -10,15 +10,18 @@ from pathlib import Path
 
 import torch
 
+from hpo.models.machine import cpu_name
+
 PACKAGES = ("hpo", "torch", "optuna", "numpy", "SQLAlchemy", "safetensors")
 
 
 @cache
 def provenance() -> dict[str, str | int | None]:
-    """Package versions, Python, platform, CPU threads and the git commit of a source checkout (else None)."""
+    """Package versions, Python, platform, kind of CPU, threads and the git commit of a source checkout (else None)."""
     found: dict[str, str | int | None] = {name.lower(): version(name) for name in PACKAGES}
     return found | {
         "python": platform.python_version(),
+        "cpu": cpu_name(),
         "platform": f"{platform.system()} {platform.machine()}",
         "threads": torch.get_num_threads(),
         "commit": _commit(),

@@ -28,6 +28,7 @@ from hpo.storage.liveness import forget_end, note_end, worker_name
 from hpo.storage.trials import trial_storage
 from hpo.storage.url import mask
 from hpo.study.lifecycle import OpenStudy, open_study, study_id_of
+from hpo.study.record import WAITED
 from hpo.track.tracker import Tracker
 from hpo.trial.build import native_wanted
 from hpo.trial.context import TrialContext, WorkerResources
@@ -41,6 +42,7 @@ from hpo.worker.slots import Places
 log = logging.getLogger("hpo")
 
 IDLE_S = 0.5  # between two looks for work when there is none
+ORDER_S = 0.05  # … but where a trial waits for those before it: for so long, then an eighth of the wait so far
 DEAD_S = 5.0  # between two looks for workers of this machine that died
 SEEN_S = 2.0  # between two signs of life of a worker that has no study to take trials of
 SHORT_RETRY_S = 1.0  # after a signal a lost database is not tried for longer
@@ -183,10 +185,10 @@ class Worker:
         with self.quarantine.guard(name) if self.only is None else nullcontext():
             yield
 
-    def rest(self) -> None:
+    def rest(self, seconds: float = IDLE_S) -> None:
         """Wait a moment for work, or for a request to stop."""
         self.free_dead()
-        self.stop_requested.wait(IDLE_S)
+        self.stop_requested.wait(seconds)
 
     def add_slot(self, study_id: int) -> None:
         """Start or wake a slot where all are busy and the study allows one more trial."""
@@ -254,6 +256,7 @@ class Slot:
         self.worker, self.spare = worker, spare
         self.crowded = False  # so it was when it last looked for work
         self._studies: dict[str, OpenStudy] = {}  # a slot's own, as samplers serve one thread
+        self._waits_since_s: float | None = None  # since when it has waited for trials in their order
 
     def run(self) -> None:
         self.crowded = False
@@ -295,7 +298,7 @@ class Slot:
         if self.crowded and self.spare:
             return True
         if not names or over < len(names):
-            worker.rest()
+            worker.rest(self._pause_s())
             return True
         if worker.only is None:
             worker.rest()
@@ -309,11 +312,28 @@ class Slot:
             if study.sampler.exhausted():
                 worker.leases.exhaust(study.study_id, study.plan.revision)
             with worker.leases.take(study.study_id, worker.name, worker.device, aside, study.judge) as lease:
+                self._note_wait(study, lease)
                 if lease is not None:
                     self._run_trial(self._current(study, lease.revision), lease, sequences)
         if lease is not None:
             worker.quarantine.release(study.name)
         return lease is not None
+
+    def _note_wait(self, study: OpenStudy, lease: Lease | None) -> None:
+        """Keep with a trial how long its slot had to wait for those before it, under `[study] parallel`."""
+        if lease is None:
+            if self.worker.leases.awaits_order(study.study_id):
+                self._waits_since_s = self._waits_since_s or time.monotonic()
+        elif self._waits_since_s is not None:
+            waited_s = round(time.monotonic() - self._waits_since_s, 3)
+            study.storage.set_trial_user_attr(lease.trial_id, WAITED, waited_s)
+            self._waits_since_s = None
+
+    def _pause_s(self) -> float:
+        """Until it looks for work again."""
+        if self._waits_since_s is None:
+            return IDLE_S
+        return min(IDLE_S, max(ORDER_S, (time.monotonic() - self._waits_since_s) / 8))
 
     def _run_trial(self, study: OpenStudy, lease: Lease, sequences: Sequences) -> None:
         self.worker.add_slot(study.study_id)

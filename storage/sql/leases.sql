@@ -108,34 +108,60 @@ FROM spent s JOIN failed USING (trial_id)
 ON CONFLICT (trial_id, key) DO UPDATE SET value_json = excluded.value_json
 
 -- fragment: judged
--- Whether the caller has judged by the patience that the study has and by all of its trials that have ended, or need not.
+-- Whether the caller has judged by the patience that the study has and by all of its trials that have ended, or need
+-- not; in a study in order by those that the next trial sees.
 (s.patience IS NULL OR coalesce(s.patience = %(patience)s AND s.patient_from = %(since)s
-    AND %(finished)s = (SELECT count(*) FROM trials j WHERE j.study_id = s.study_id AND j.state IN ('COMPLETE', 'PRUNED'))
+    AND CASE WHEN {parallel} IS NOT NULL THEN %(next)s = {next_to_start}
+        ELSE %(finished)s = (SELECT count(*) FROM trials j WHERE j.study_id = s.study_id AND j.state IN ('COMPLETE', 'PRUNED'))
+        END
     AND %(dropped)s = ARRAY(SELECT trial_id FROM hpo.dropped j WHERE j.study_id = s.study_id ORDER BY trial_id), false))
 
 -- fragment: may_start
 -- Whether budget and time allow another trial.
 (s.status = 'open' AND s.started < s.budget AND NOT coalesce(s.elapsed_s >= s.timeout_s, false))
 
+-- fragment: parallel
+-- How many trials are at work at once in a study whose trials start in order; NULL: they start as workers are free.
+(s.config #>> '{config,study,parallel}')::int
+
+-- fragment: next_to_start
+-- The number of the trial that starts next: the first that waits, else a new one.
+coalesce((SELECT min(n.number) FROM trials n WHERE n.study_id = s.study_id AND n.state = 'WAITING'),
+    (SELECT max(n.number) + 1 FROM trials n WHERE n.study_id = s.study_id), 0)
+
+-- fragment: in_order
+-- Whether what the next trial goes by is there: all trials that are `parallel` numbers before it have ended, and the
+-- parameters of those between were drawn, as hpo/study/view.py has it.
+({parallel} IS NULL OR NOT EXISTS (SELECT FROM hpo.leases o JOIN trials p USING (trial_id)
+    WHERE o.study_id = s.study_id AND o.ended_at IS NULL AND p.state = 'RUNNING'
+    AND (p.number <= {next_to_start} - {parallel} OR NOT EXISTS (SELECT FROM trial_system_attributes v
+        WHERE v.trial_id = p.trial_id AND v.key = 'hpo:view'))))
+
+-- fragment: cut
+-- Whether the study's time is spent and cuts trials off: those of a study in order go on only where it gets more.
+({parallel} IS NOT NULL AND {out_of_time})
+
 -- name: take_stand_still
 -- End a study whose patience is at its end: nothing new is started. Trials that wait come before, and those that began
 -- before the ones that brought nothing, up to `last`.
--- prepared: study int, patience int, since int, finished int, dropped int[], standstill jsonb, last int
+-- prepared: study int, patience int, since int, finished int, dropped int[], next int, standstill jsonb, last int
 UPDATE hpo.terms s SET status = 'exhausted', standstill = %(standstill)s
-WHERE study_id = %(study)s AND %(standstill)s IS NOT NULL AND {may_start} AND s.patience IS NOT NULL AND {judged}
+WHERE study_id = %(study)s AND %(standstill)s IS NOT NULL AND {may_start} AND {in_order} AND s.patience IS NOT NULL
+AND {judged}
 AND NOT EXISTS (SELECT FROM trials t WHERE t.study_id = s.study_id AND t.state = 'WAITING')
 AND NOT EXISTS (SELECT FROM hpo.leases l JOIN trials t USING (trial_id)
     WHERE l.study_id = s.study_id AND l.ended_at IS NULL AND t.state = 'RUNNING' AND t.number <= %(last)s)
 
 -- name: take_adopt
--- Adopt the first of the trials that are free, also after the study's time: it is then ended with what it has. None that
--- another thread of the caller's process still holds: its writes would pass under the new lease.
+-- Adopt the first of the trials that are free, also after the study's time: it is then ended with what it has, unless the
+-- study's trials are in order, which are cut off. None that another thread of the caller's process still holds: its
+-- writes would pass under the new lease.
 -- prepared: study int, worker text, device text, held int[], standing bool, aside int[], client uuid, call bigint
 WITH adopted AS (UPDATE hpo.leases l SET attempt = attempt + 1, released = false, worker = %(worker)s,
         device = %(device)s, progress = 0, progress_at = hpo.clock(), epoch = checkpoint_epoch, metric = NULL,
         began_epoch = checkpoint_epoch, renewed_at = hpo.clock(), expires_at = hpo.clock() + {lease_time}
     FROM hpo.terms s
-    WHERE s.study_id = %(study)s AND s.status IN ('open', 'exhausted') AND NOT {capped} AND {its_turn}
+    WHERE s.study_id = %(study)s AND s.status IN ('open', 'exhausted') AND NOT {cut} AND NOT {capped} AND {its_turn}
     AND NOT EXISTS (SELECT FROM hpo.calls WHERE {this_call})
     AND trial_id = (SELECT l.trial_id FROM hpo.leases l JOIN trials t USING (trial_id)
         WHERE l.study_id = %(study)s AND l.ended_at IS NULL AND {free} AND NOT {spent} AND l.trial_id <> ALL(%(held)s)
@@ -151,12 +177,12 @@ WHERE {this_call} AND l.trial_id = c.result AND l.attempt > 1 AND i.trial_id = l
 AND i.step > coalesce(l.checkpoint_epoch, -1)
 
 -- name: take_start
--- Where nothing was adopted, and budget, time and patience allow it, start a waiting or a new trial.
+-- Where nothing was adopted, and budget, time, patience and the trials' order allow it, start a waiting or a new trial.
 -- prepared: study int, worker text, device text, held int[], standing bool, aside int[], client uuid, call bigint,
---     patience int, since int, finished int, dropped int[]
+--     patience int, since int, finished int, dropped int[], next int
 WITH counted AS (UPDATE hpo.terms s SET started = started + 1,
         taken_at = CASE WHEN %(standing)s THEN hpo.clock() ELSE taken_at END
-    WHERE study_id = %(study)s AND {may_start} AND {judged}
+    WHERE study_id = %(study)s AND {may_start} AND {in_order} AND {judged}
     AND NOT {capped} AND {its_turn} AND NOT EXISTS (SELECT FROM hpo.calls WHERE {this_call}) RETURNING lease_s),
 popped AS (UPDATE trials SET state = 'RUNNING', datetime_start = {utc_now}
     WHERE EXISTS (TABLE counted) AND trial_id = (SELECT trial_id FROM trials
@@ -173,14 +199,16 @@ INSERT INTO hpo.calls (client, call, result) SELECT %(client)s, %(call)s, trial_
 
 -- name: take_result
 -- The lease that was taken, if any, and what is left of the study. In a study that was stopped only what is held is in
--- flight: the rest is kept. In one that is open something is to come as long as it has a trial to start. With it the
--- study's patience, and whether the caller has to judge anew before it starts one.
--- prepared: study int, client uuid, call bigint, patience int, since int, finished int, dropped int[]
+-- flight: the rest is kept, as in one in order whose time is spent. In one that is open something is to come as long as it
+-- has a trial to start. With it the study's patience, whether the caller has to judge anew before it starts one, and
+-- whether one would start if those before it had come as far as it needs.
+-- prepared: study int, client uuid, call bigint, patience int, since int, finished int, dropped int[], next int
 SELECT l.study_id, l.trial_id, t.number, l.worker, l.attempt, l.attempt > 1, l.checkpoint_key, l.checkpoint_epoch,
     s.lease_s, s.store_key, l.lost, {revision}, s.status, coalesce(elapsed_s >= timeout_s, false), started >= budget,
     s.standstill IS NOT NULL, EXISTS (SELECT FROM hpo.leases l WHERE l.study_id = %(study)s AND l.ended_at IS NULL
-        AND (s.status IN ('open', 'exhausted') OR NOT {free} AND {waited_for} > hpo.moment()))
-    OR {may_start}, s.patience, s.patient_from, {may_start} AND NOT {judged}
+        AND (s.status IN ('open', 'exhausted') AND NOT {cut} OR NOT {free} AND {waited_for} > hpo.moment()))
+    OR {may_start}, s.patience, s.patient_from, {may_start} AND {in_order} AND NOT {judged},
+    {may_start} AND NOT {capped} AND NOT {in_order}
 FROM hpo.terms s LEFT JOIN hpo.calls c ON {this_call} LEFT JOIN hpo.leases l ON l.trial_id = c.result
     LEFT JOIN trials t ON t.trial_id = l.trial_id
 WHERE s.study_id = %(study)s
@@ -270,6 +298,12 @@ SELECT checkpoint_key, checkpoint_epoch FROM hpo.leases WHERE {held}
 SELECT key FROM hpo.leases, unnest(ARRAY[checkpoint_key, replaced_key]) AS key
 WHERE study_id = %(study)s AND ended_at IS NOT NULL AND key IS NOT NULL
 
+-- name: kept_checkpoints
+-- The checkpoints of trials that have not ended.
+-- types: study int
+SELECT key FROM hpo.leases, unnest(ARRAY[checkpoint_key, replaced_key]) AS key
+WHERE study_id = %(study)s AND ended_at IS NULL AND key IS NOT NULL
+
 -- name: forget_checkpoints
 -- Forget checkpoints of ended trials that have been deleted.
 -- types: study int, keys text[]
@@ -317,11 +351,12 @@ WHERE study_id = %(study)s AND (promoter IS NULL OR promoter = %(worker)s OR {pr
 RETURNING lease_s
 
 -- fragment: trained
--- Whether nothing is left of the study but to promote its best trial: nothing more is started, nothing is in flight.
+-- Whether nothing is left of the study but to promote its best trial: nothing more is started, nothing is in flight. What
+-- the study's time has cut off is kept.
 (s.status IN ('open', 'exhausted') AND s.promoted_version IS NULL
     AND (s.status = 'exhausted' OR s.started >= s.budget OR {out_of_time})
     AND NOT EXISTS (SELECT FROM hpo.leases l JOIN trials t USING (trial_id)
-        WHERE l.study_id = s.study_id AND l.ended_at IS NULL AND t.state = 'RUNNING'))
+        WHERE l.study_id = s.study_id AND l.ended_at IS NULL AND t.state = 'RUNNING' AND (NOT {cut} OR {alive})))
 
 -- fragment: promoter_silent
 -- Whether the promoter was not heard of for the time of its lease, or since the server's start.

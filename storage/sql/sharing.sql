@@ -2,8 +2,8 @@
 
 -- fragment: offers
 -- Whether the study has a trial to take: one that is free, or one to start. Those in `held` are the caller's own.
-NOT {capped} AND (s.status = 'open' AND s.started < s.budget AND NOT {out_of_time}
-    OR s.status IN ('open', 'exhausted') AND EXISTS (SELECT FROM hpo.leases l
+NOT {capped} AND (s.status = 'open' AND s.started < s.budget AND NOT {out_of_time} AND {in_order}
+    OR s.status IN ('open', 'exhausted') AND NOT {cut} AND EXISTS (SELECT FROM hpo.leases l
         WHERE l.study_id = s.study_id AND l.ended_at IS NULL AND NOT {spent} AND l.trial_id <> ALL(%(held)s)
         AND ({free} OR {waited_for} <= hpo.moment())))
 

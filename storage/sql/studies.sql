@@ -41,7 +41,8 @@ UPDATE hpo.terms s SET budget = n.new_budget, timeout_s = n.new_timeout_s, patie
     promoted_version = CASE WHEN NOT n.goes_on THEN promoted_version END
 FROM (SELECT study_id, new_budget, new_timeout_s, new_patience, status = 'stopped'
         OR CASE WHEN standstill IS NOT NULL THEN coalesce((standstill ->> 'trials')::int < new_patience, true)
-            ELSE new_budget > budget OR status = 'finished' AND started < budget AND {out_of_time}
+            ELSE new_budget > budget OR status = 'finished' AND {out_of_time} AND (started < budget
+                    OR EXISTS (SELECT FROM hpo.leases l WHERE l.study_id = o.study_id AND l.ended_at IS NULL))
                 AND NOT coalesce({elapsed} >= new_timeout_s, false) END AS goes_on
     FROM hpo.terms o CROSS JOIN LATERAL (SELECT greatest(coalesce(%(trials)s, o.budget), o.started) AS new_budget,
         CASE WHEN %(timed)s THEN %(timeout_s)s ELSE o.timeout_s END AS new_timeout_s,
@@ -146,7 +147,8 @@ WHERE w.study_id = s.study_id OR EXISTS (
 ORDER BY started_at, worker
 
 -- name: snapshots
--- Studies at one moment, the oldest first: terms, trials by state, the best one, those in flight, workers and rate.
+-- Studies at one moment, the oldest first: terms, trials by state, the best one, those in flight, workers and rate; of a
+-- study in order how long its workers have waited and trained.
 -- types: studies int[], recent int
 SELECT s.study_id, n.study_name, s.status, s.budget, s.started, CASE WHEN timeout_s IS NOT NULL
         THEN greatest(0, timeout_s - {elapsed}) END,
@@ -189,7 +191,13 @@ SELECT s.study_id, n.study_name, s.status, s.budget, s.started, CASE WHEN timeou
         FROM hpo.terms f JOIN studies o USING (study_id) WHERE f.finals_of = s.study_id),
     CASE WHEN s.config #> '{config,limits}' <> '{}' THEN (SELECT json_build_array(s.config #> '{config,limits}', count(*))
         FROM trials c WHERE c.study_id = s.study_id AND c.state IN ('COMPLETE', 'PRUNED') AND {trained_by_us}
-        AND NOT EXISTS (SELECT FROM hpo.dropped x WHERE x.trial_id = c.trial_id) AND NOT {within_limits}) END
+        AND NOT EXISTS (SELECT FROM hpo.dropped x WHERE x.trial_id = c.trial_id) AND NOT {within_limits}) END,
+    CASE WHEN {parallel} IS NOT NULL THEN (SELECT json_build_array({parallel},
+            coalesce(sum((SELECT CASE WHEN value_json ~ '^\d+(\.\d+)?$' AND length(value_json) < 30
+                    THEN value_json::float8 END
+                FROM trial_user_attributes a WHERE a.trial_id = t.trial_id AND a.key = 'waited_s')), 0),
+            coalesce(sum(extract(epoch FROM t.datetime_complete - t.datetime_start)), 0)::float8)
+        FROM trials t WHERE t.study_id = s.study_id) END
 FROM hpo.terms s JOIN studies n USING (study_id)
     JOIN study_directions d ON d.study_id = s.study_id AND d.objective = 0
     CROSS JOIN LATERAL (SELECT min(t.datetime_start AT TIME ZONE 'UTC') AS started

@@ -191,6 +191,7 @@ OTHER = {  # another value for each key of a study file
     "study.attempts": "4",
     "study.priority": "3",
     "study.max_workers": "2",
+    "study.parallel": "2",
     "study.warm_start": '"before"',
     "study.finalists": "4",
     "study.repeats": "2",

@@ -1,0 +1,215 @@
+"""Under `[study] parallel` real workers, forked and spawned, few and many, killed or not, make the same studies."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import hpo
+from hpo.launcher.forkserver import ForkedProcess, ForkServer
+from hpo.promote.versions import model_folder
+from hpo.storage.leases import Leases
+from hpo.storage.registry import Registry
+from hpo.storage.snapshot import Snapshot
+from hpo.storage.trials import trial_storage
+from hpo.study.config import SAMPLERS
+from tests.conftest import Cli, execute, fresh_database, wait_for
+
+STUDY = """
+[study]
+name = "{sampler}"
+trials = 12
+sampler = "{sampler}"
+pruner = "{pruner}"
+parallel = 3
+lease = 3
+attempts = 1000
+finalists = {finalists}
+repeats = 2
+[data]
+train = "waves.npz"
+validation = 0.3
+[train]
+epochs = 54
+[space]
+hidden_size = {{ low = 2, high = 6, step = 2 }}
+learning_rate = {{ low = 0.01, high = 0.09, step = 0.02 }}
+weight_decay = {{ low = 0.0, high = 0.1, step = 0.05 }}
+dropout = {{ low = 0.1, high = 0.3, step = 0.1 }}
+layers = [1, 2]
+bidirectional = false
+pooling = "mean"
+normalization = "none"
+head_size = 0
+difference = false
+stem = "none"
+label_smoothing = 0.0
+mixup = 0.0
+jitter = 0.0
+skip = false
+batch_size = 16
+"""
+PRUNED = ("hyperband", "halving", "median", "none", "hyperband", "median")  # by sampler
+ENQUEUED = "[[enqueue]]\nhidden_size = 8"
+EACH = 5  # trials end between two kills
+LONG_S = 300.0  # a guard against hanging
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux")
+indices = count()  # of all workers
+Process = ForkedProcess | subprocess.Popen[bytes]
+
+
+@dataclass
+class Place:
+    """A database, an artifact store and a home of a run's own."""
+
+    folder: Path
+    environment: dict[str, str]
+
+    def worker(self, host: ForkServer | None) -> Process:
+        """A standing worker; host: what forks it, None: it is spawned."""
+        index = next(indices)
+        log = self.folder / f"worker-{index}.log"
+        if host is not None:
+            forked = host.fork(index, log, self.environment, {"study": None, "slots": 1})
+            wait_for(lambda: forked.poll() is not None or forked.pid is not None)
+            return forked
+        with log.open("ab") as stream:
+            command = [sys.executable, "-P", "-m", "hpo", "worker"]
+            return subprocess.Popen(command, env=self.environment, stdout=stream, stderr=stream)
+
+
+@pytest.fixture
+def place(server: str, template: str, environment: dict[str, str], tmp_path: Path) -> Callable[[str], Any]:
+    """place(name) is a place with the data while the block runs."""
+    noise = np.random.default_rng(0)
+    labels = np.arange(60) % 2
+    X = np.sin(np.arange(12)[None, :, None] * (1 + labels[:, None, None])) + noise.normal(0, 1.5, (60, 12, 1))
+
+    @contextmanager
+    def made(name: str) -> Iterator[Place]:
+        folder = tmp_path / name
+        folder.mkdir()
+        np.savez(folder / "waves.npz", X=X, y=labels)
+        own = {"HPO_HOME": str(folder / "home"), "HPO_ARTIFACTS": str(folder / "artifacts")}
+        with fresh_database(server, template) as url, pytest.MonkeyPatch.context() as patch:
+            own |= {"HPO_DATABASE_URL": url}
+            for key, value in (environment | own).items():
+                if key.startswith("HPO_"):
+                    patch.setenv(key, value)
+            yield Place(folder, environment | own)
+
+    return made
+
+
+@pytest.fixture(scope="module")
+def host() -> Iterator[ForkServer]:
+    with ForkServer() as warm:
+        yield warm
+
+
+def run(place: Place, hosts: Sequence[ForkServer | None], kills: random.Random | None) -> int:
+    """Make the studies and let so many workers end and promote them; how many were killed on the way."""
+    for sampler, pruner in zip(SAMPLERS, PRUNED, strict=True):
+        file = place.folder / f"{sampler}.toml"
+        file.write_text(STUDY.format(sampler=sampler, pruner=pruner, finalists=2 if sampler == "random" else 0))
+        hpo.launch(file, detach=True)
+    killed, began = 0, time.monotonic()
+    running = [place.worker(host) for host in hosts]
+    with closing(trial_storage(place.environment["HPO_DATABASE_URL"])) as storage:
+        leases = Leases(storage)
+        try:
+            while not _over(states := leases.snapshots(leases.study_ids())):
+                assert time.monotonic() - began < LONG_S, "they are not over"
+                time.sleep(0.02)
+                ended = sum(state.counts[name] for state in states for name in ("complete", "pruned"))
+                if kills is not None and ended >= EACH * (killed + 1):
+                    index = kills.randrange(len(running))
+                    _kill(running[index])
+                    running[index] = place.worker(hosts[index])
+                    killed += 1
+        finally:
+            for worker in running:
+                _kill(worker)
+    return killed
+
+
+def _over(states: Sequence[Snapshot]) -> bool:
+    return all(state.status == "finished" for state in states)
+
+
+def _kill(worker: Process) -> None:
+    worker.kill()
+    worker.wait(30)
+
+
+def outcome(place: Place, sampler: str) -> dict[str, Any]:
+    """What a study has come to, to the last bit."""
+    with closing(trial_storage(place.environment["HPO_DATABASE_URL"])) as storage:
+        (model,) = [each for each in Registry(storage.connection).models() if each.name == sampler]
+        sums = (model_folder(sampler, model.version) / "SHA256SUMS").read_text().splitlines()
+        studies = [each for each in storage.get_all_studies() if each.study_name.split("/")[0] == sampler]
+        trials = {
+            study.study_name: [
+                (
+                    trial.number,
+                    trial.state.name,
+                    trial.params,
+                    trial.user_attrs["epochs"],
+                    trial.intermediate_values,
+                    trial.values,
+                    trial.user_attrs["log_loss"],
+                )
+                for trial in storage.get_all_trials(study._study_id)
+            ]
+            for study in studies
+        }
+    return {"trials": trials, "winner": model.trial_number, "weights": [s for s in sums if "safetensors" in s]}
+
+
+def test_one_worker_and_four_that_are_killed_make_the_same_studies(
+    place: Callable[[str], Any], host: ForkServer
+) -> None:
+    with place("alone") as alone:
+        assert run(alone, [host], None) == 0
+        expected = {sampler: outcome(alone, sampler) for sampler in SAMPLERS}
+    with place("many") as many:
+        assert run(many, [host, host, host, None], random.Random(1)) >= 5
+        found = {sampler: outcome(many, sampler) for sampler in SAMPLERS}
+    for sampler in SAMPLERS:
+        assert found[sampler] == expected[sampler], sampler
+        assert expected[sampler]["weights"]
+    assert len(expected["random"]["trials"]) == 2  # the study and its finals
+    states = {trial[1] for each in expected.values() for trials in each["trials"].values() for trial in trials}
+    assert states == {"COMPLETE", "PRUNED"}
+
+
+def test_a_study_is_run_again_to_the_first_trial_that_differs(
+    cli: Cli, study_file: Callable[..., Path], database_url: str
+) -> None:
+    file = study_file(trials=6, epochs=6, study='parallel = 2\nfinalists = 0\nsampler = "tpe"', more=ENQUEUED)
+    launched = cli("launch", file, "--workers", 2, timeout_s=600)
+    assert launched.returncode == 0, launched.stderr
+    again = cli("reproduce", "waves", "--study", timeout_s=600)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert again.stdout == "waves: 6 trials run again, all bit-equal: parameters, states, values of every epoch\n"
+    change = "UPDATE trial_intermediate_values SET intermediate_value = 0.25 WHERE step = 1 AND trial_id = "
+    execute(database_url, f"{change} (SELECT trial_id FROM trials WHERE number = 3)")
+    again = cli("reproduce", "waves", "--study", timeout_s=600)
+    assert again.returncode == 1
+    assert "waves differs, after 3 equal trials, from trial 3: value of epoch 1: recorded 0.25, now " in again.stdout
+    for wrong in ([], ["--study", "--trial", 1]):
+        refused = cli("reproduce", "waves", *wrong)
+        assert refused.returncode == 2
+        assert "either --trial N or --study" in " ".join(refused.stderr.split())
