@@ -1,0 +1,104 @@
+"""Arrays as large as a data set: in memory while they are small, else mapped from a temporary file without a name.
+
+The kernel writes such a file's pages to the disk and takes their memory for others whenever it is short of it, so what
+a process needs for itself does not grow with its data. What is computed of large arrays is computed a piece at a time.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+log = logging.getLogger("hpo")
+
+IN_MEMORY = 32 * 2**20  # bytes: an array of no more lies in memory, and is one piece
+PIECE = 4 * 2**20  # bytes, about, of a piece of a larger one
+
+
+def is_large(size: int) -> bool:
+    """Whether an array of so many bytes is mapped."""
+    return size > IN_MEMORY
+
+
+def empty(shape: Sequence[int], dtype: DTypeLike) -> NDArray[Any]:
+    """An array to write to: its content is anything.
+
+    The file of a large one lies in TMPDIR, else in /var/tmp, which is on a disk where /tmp may be in memory. Where it
+    has no room, or cannot be made, the array lies in memory after all, and the log says so.
+    """
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    if not is_large(size):
+        return np.empty(shape, dtype)
+    folder = temporary_files()
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            _reserve(file.fileno(), size)
+            return np.memmap(file, dtype, "r+", shape=tuple(shape)).view(np.ndarray)
+    except OSError as error:
+        way_out = "it is held in memory; set TMPDIR to a folder on a disk with room for several times the data"
+        log.warning("%s has no place for %d MiB of data (%s): %s", folder, size >> 20, error.strerror, way_out)
+        return np.empty(shape, dtype)
+
+
+def temporary_files() -> str:
+    """The folder of the files that arrays are mapped from."""
+    large = "/var/tmp"
+    return large if "TMPDIR" not in os.environ and os.access(large, os.W_OK) else tempfile.gettempdir()
+
+
+def pieces(rows: int, row_bytes: int) -> list[slice]:
+    """Slices of so many rows, which cover them all in their order: one where they are not large together, and never one
+    of a single row, over which sums may run in another order."""
+    if not is_large(rows * row_bytes):
+        return [slice(0, rows)]
+    starts = range(0, max(1, rows - 1), max(2, PIECE // row_bytes))
+    return [slice(start, end) for start, end in zip(starts, [*starts[1:], rows], strict=True)]
+
+
+def pieces_of(array: NDArray[Any]) -> list[slice]:
+    """`pieces` of an array's rows."""
+    return pieces(len(array), _row_bytes(array))
+
+
+def taken(array: NDArray[Any], at: NDArray[np.int64]) -> NDArray[Any]:
+    """A copy of the rows at these places."""
+    parts = pieces(len(at), _row_bytes(array))
+    if len(parts) == 1:
+        return np.asarray(array[at])
+    found = empty((len(at), *array.shape[1:]), array.dtype)
+    for part in parts:
+        found[part] = array[at[part]]
+    return found
+
+
+def copied(array: NDArray[Any], dtype: DTypeLike | None = None, places: Sequence[int] | None = None) -> NDArray[Any]:
+    """A copy in C order: of another type if one is given, and of the last axis only these places, in that order."""
+    shape = array.shape if places is None else (*array.shape[:-1], len(places))
+    found = empty(shape, array.dtype if dtype is None else dtype)
+    for part in pieces_of(array):
+        found[part] = array[part] if places is None else array[part][..., places]
+    return found
+
+
+def contiguous(array: NDArray[Any]) -> NDArray[Any]:
+    """The array, or a copy of it, in C order."""
+    return array if array.flags.c_contiguous else copied(array)
+
+
+def _row_bytes(array: NDArray[Any]) -> int:
+    return math.prod(array.shape[1:]) * array.itemsize
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Give a file its size and its place on the disk: a page without one would end the process when it is written."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, size)
+    else:
+        os.truncate(descriptor, size)
