@@ -40,11 +40,15 @@ def fold_patches(values: Tensor, lengths: Tensor, patch: int) -> tuple[Tensor, T
     return folded, (lengths + patch - 1) // patch
 
 
-def channel_statistics(values: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (C,) of each channel over all valid steps of (B, T, C)."""
+def valid_values(values: Tensor, lengths: Tensor) -> Tensor:
+    """(steps, C) of all valid steps of (B, T, C), one sequence after another."""
     inside = valid(lengths, values.shape[1]).T[:, :, None]
-    flat = values[inside.expand_as(values)].reshape(-1, values.shape[2]).double()
-    return flat.mean(0).float(), flat.std(0, correction=0).float()
+    return values[inside.expand_as(values)].reshape(-1, values.shape[2])
+
+
+def channel_statistics(steps: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (C,) of each channel over steps (steps, C) in float64."""
+    return steps.mean(0).float(), steps.std(0, correction=0).float()
 
 
 def by_channel(values: Tensor, mean: Tensor, deviation: Tensor, epsilon: float) -> Tensor:

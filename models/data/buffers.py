@@ -10,11 +10,14 @@ import logging
 import math
 import os
 import tempfile
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
+
+from hpo.errors import StudyFault
 
 log = logging.getLogger("hpo")
 
@@ -53,12 +56,62 @@ def temporary_files() -> str:
     return large if "TMPDIR" not in os.environ and os.access(large, os.W_OK) else tempfile.gettempdir()
 
 
+class NoRoom(StudyFault):
+    """There is no room for temporary files. The message says where, and the way out."""
+
+
+class Growing:
+    """An array that gets its rows a block at a time. Its methods raise NoRoom."""
+
+    def __init__(self) -> None:
+        self._blocks: list[NDArray[Any]] = []
+        self._size, self._rows = 0, 0
+        self._file: IO[bytes] | None = None
+
+    def append(self, block: NDArray[Any]) -> None:
+        """Rows behind those there are; those of all blocks lie in a temporary file once they are large together."""
+        self._blocks.append(block)
+        self._size, self._rows = self._size + block.nbytes, self._rows + len(block)
+        if is_large(self._size):
+            with _room(self._size):
+                self._file = self._file or tempfile.TemporaryFile(dir=temporary_files())  # noqa: SIM115
+                for each in self._blocks:
+                    self._file.write(np.ascontiguousarray(each).data)
+            self._like, self._blocks = block[:0], []
+
+    def whole(self) -> NDArray[Any]:
+        """All rows."""
+        if self._file is None:
+            return np.concatenate(self._blocks)
+        shape = (self._rows, *self._like.shape[1:])
+        with _room(self._size), self._file:
+            self._file.flush()
+            return np.memmap(self._file, self._like.dtype, "r+", shape=shape).view(np.ndarray)
+
+
+@contextmanager
+def _room(size: int) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise NoRoom(
+            f"{temporary_files()} has no room for {size >> 20} MiB of data ({error.strerror}): set TMPDIR to a folder "
+            "on a disk with room for several times the data"
+        ) from None
+
+
+def at_once(count: int, size: int) -> int:
+    """How many of so many, of that many bytes each, are looked at in one go: all where they are not large together."""
+    return count if not is_large(count * size) else max(1, PIECE // size)
+
+
 def pieces(rows: int, row_bytes: int) -> list[slice]:
     """Slices of so many rows, which cover them all in their order: one where they are not large together, and never one
     of a single row, over which sums may run in another order."""
-    if not is_large(rows * row_bytes):
+    some = at_once(rows, row_bytes)
+    if some == rows:
         return [slice(0, rows)]
-    starts = range(0, max(1, rows - 1), max(2, PIECE // row_bytes))
+    starts = range(0, max(1, rows - 1), max(2, some))
     return [slice(start, end) for start, end in zip(starts, [*starts[1:], rows], strict=True)]
 
 

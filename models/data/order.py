@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hpo.models.data.buffers import PIECE, is_large
+from hpo.models.data.buffers import at_once
 from hpo.models.data.sequences import Indices, Sequences, codes_of
 
 FEW = 8  # columns
@@ -84,8 +84,7 @@ def _steps(array: NDArray[Any], rows: Callable[[], Indices]) -> Iterator[slice]:
     """Of an array (N, T, …) all steps at once, or as many at a time as are not large for those rows."""
     start, steps, step = 0, array.shape[1], array[0, 0].nbytes
     while start < steps:
-        count = len(rows())
-        some = max(1, PIECE // (count * step)) if is_large(count * steps * step) else steps
+        some = at_once(steps, len(rows()) * step)
         yield slice(start, start + some)
         start += some
 
