@@ -98,9 +98,10 @@ def run_stages(path: Path, way: str, epochs: int, cap_mib: int | None) -> None:
 
     def stage(name: str, call: Callable[[], Any]) -> Any:
         print(json.dumps({"begin": name}), flush=True)
-        started = time.perf_counter()
+        started, cpu = time.perf_counter(), time.process_time()
         result = call()
-        print(json.dumps({"end": name, "seconds": time.perf_counter() - started}), flush=True)
+        seconds = time.perf_counter() - started, time.process_time() - cpu
+        print(json.dumps({"end": name, "seconds": seconds}), flush=True)
         return result
 
     stored = path.parent / "train", path.parent / "test"
@@ -153,7 +154,7 @@ def watch(path: Path, way: str, epochs: int, cap_mib: int | None) -> dict[str, A
             now[:] = [told["begin"]]
         elif "end" in told:
             anonymous, file = peaks.get(told["end"], [base[0], 0])
-            found[told["end"]] = told["seconds"], (anonymous - base[0]) / 1024, file / 1024
+            found[told["end"]] = *told["seconds"], (anonymous - base[0]) / 1024, file / 1024
         else:
             found |= told
     thread.join()
@@ -185,7 +186,7 @@ def main() -> None:
     if given.stages:
         run_stages(given.file, given.stages, given.epochs, given.cap)
         return
-    print("kind  way     stage     seconds  anonymous MiB  file MiB")
+    print("kind  way     stage     seconds   of CPU  anonymous MiB  file MiB")
     for kind in given.kinds:
         with tempfile.TemporaryDirectory(dir=given.folder) as folder:
             path = Path(folder) / f"data.{'csv' if kind == 'csv' else 'npz'}"
@@ -196,8 +197,9 @@ def main() -> None:
                 found = watch(path, way, given.epochs, given.cap)
                 for name in ("plan", "store", "build", "epoch", "evaluate"):
                     if name in found:
-                        seconds, anonymous, file = found[name]
-                        print(f"{kind:5} {way:7} {name:8} {seconds:8.1f} {anonymous:14.0f} {file:9.0f}", flush=True)
+                        seconds, cpu, anonymous, file = found[name]
+                        times = f"{seconds:8.1f} {cpu:8.1f}"
+                        print(f"{kind:5} {way:7} {name:8} {times} {anonymous:14.0f} {file:9.0f}", flush=True)
                 results.append((found.get("key"), found.get("result")))
                 print(f"{kind:5} {way:7} ended with {found['code']}", flush=True)
             if len(results) == 2:

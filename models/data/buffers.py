@@ -105,13 +105,13 @@ def at_once(count: int, size: int) -> int:
     return count if not is_large(count * size) else max(1, PIECE // size)
 
 
-def pieces(rows: int, row_bytes: int) -> list[slice]:
-    """Slices of so many rows, which cover them all in their order: one where they are not large together, and never one
-    of a single row, over which sums may run in another order."""
+def pieces(rows: int, row_bytes: int, unit: int = 1) -> list[slice]:
+    """Slices of so many rows, which cover them all in their order: one where they are not large together, else of a
+    multiple of `unit` rows but for the last, and never of a single row."""
     some = at_once(rows, row_bytes)
     if some == rows:
         return [slice(0, rows)]
-    starts = range(0, max(1, rows - 1), max(2, some))
+    starts = range(0, max(1, rows - 1), max(2, -(-some // unit) * unit))
     return [slice(start, end) for start, end in zip(starts, [*starts[1:], rows], strict=True)]
 
 
