@@ -18,6 +18,15 @@ def valid(lengths: Tensor, steps: int) -> Tensor:
     return torch.arange(steps, device=lengths.device)[:, None] < lengths[None, :]
 
 
+def taken(patches: Tensor, rows: Tensor, steps: int) -> Tensor:
+    """The first steps of these rows of patches (S, N, P*C). Where each sequence's steps lie one after another, torch
+    would copy all rows for that."""
+    by_sequence = patches.transpose(0, 1)
+    if by_sequence.is_contiguous() and not patches.is_contiguous():
+        return by_sequence.index_select(0, rows)[:, :steps].transpose(0, 1).contiguous()
+    return patches[:steps].index_select(1, rows)
+
+
 def crop_last(values: Tensor, lengths: Tensor, keep: int) -> tuple[Tensor, Tensor]:
     """The last `keep` valid steps of each sequence, moved to the front: (B, min(T, keep), F) and lengths."""
     start = (lengths - keep).clamp(min=0)
@@ -42,8 +51,8 @@ def fold_patches(values: Tensor, lengths: Tensor, patch: int) -> tuple[Tensor, T
 
 def valid_values(values: Tensor, lengths: Tensor) -> Tensor:
     """(steps, C) of all valid steps of (B, T, C), one sequence after another."""
-    inside = valid(lengths, values.shape[1]).T[:, :, None]
-    return values[inside.expand_as(values)].reshape(-1, values.shape[2])
+    inside = valid(lengths, values.shape[1]).T
+    return values.flatten(0, 1) if inside.all() else values[inside]
 
 
 def channel_statistics(steps: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ from hpo.errors import StudyFault
 log = logging.getLogger("hpo")
 
 IN_MEMORY = 32 * 2**20  # bytes: an array of no more lies in memory, and is one piece
-PIECE = 4 * 2**20  # bytes, about, of a piece of a larger one
+PIECE = 2**20  # bytes, about, of a piece of a larger one
 
 
 def is_large(size: int) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hpo.models.config import ClassifierConfig, TrainingConfig
 from hpo.models.data.buffers import empty, pieces
-from hpo.models.preprocessing import valid
+from hpo.models.preprocessing import taken, valid
 from hpo.models.seeds import derive
 
 
@@ -107,13 +107,13 @@ def _steps_of(values: Tensor, lengths: Tensor, rows: NDArray[np.int64]) -> Tenso
     if len(parts) == 1 or values.device.type != "cpu":
         at = torch.from_numpy(rows).to(values.device)
         inside = valid(lengths.index_select(0, at), S)
-        return values.index_select(1, at)[inside].double()
+        return taken(values, at, S)[inside].double()
     kept = lengths.numpy()[rows]
     longer = len(rows) - np.bincount(kept, minlength=S + 1).cumsum()[:S]  # sequences that have each of the S steps
     places = longer.cumsum() - longer
     found = torch.from_numpy(empty((int(longer.sum()), C), np.float64))
     for part in parts:
-        some, here = values.index_select(1, torch.from_numpy(rows[part])), torch.from_numpy(kept[part])
+        some, here = taken(values, torch.from_numpy(rows[part]), S), torch.from_numpy(kept[part])
         for step in range(int(here.max())):
             own = some[step, here > step]
             found[places[step] : places[step] + len(own)] = own
