@@ -26,6 +26,7 @@ from hpo.models.preprocessing import (
     crop_last,
     fold_patches,
     valid,
+    valid_values,
     with_differences,
 )
 from hpo.models.stem import Stem
@@ -108,14 +109,20 @@ class Classifier(nn.Module):
         deviation of a channel that does not vary becomes 0, and so does whatever it is later.
         """
         if self.config.normalization == "channel":
-            values = values[:, :, : self.config.features]
-            if self.config.difference:
-                values = with_differences(values)
-            mean, deviation = channel_statistics(values, lengths)
-            if not self.config.epsilon:
-                deviation[deviation <= ROUNDING * mean.abs()] = 0
-            self.mean.copy_(mean)
-            self.deviation.copy_(deviation)
+            self.fit_channels(self.channels(values, lengths).double())
+
+    def channels(self, values: Tensor, lengths: Tensor) -> Tensor:
+        """The channels that are normalised, of all valid steps: values (B, T, given) to (steps, C)."""
+        values = values[:, :, : self.config.features]
+        return valid_values(with_differences(values) if self.config.difference else values, lengths)
+
+    def fit_channels(self, steps: Tensor) -> None:
+        """As `fit_normalization`, of all that `channels` gives of the training part, in float64."""
+        mean, deviation = channel_statistics(steps)
+        if not self.config.epsilon:
+            deviation[deviation <= ROUNDING * mean.abs()] = 0
+        self.mean.copy_(mean)
+        self.deviation.copy_(deviation)
 
     def forward(self, values: Tensor, lengths: Tensor) -> Tensor:
         """values (B, T, given) float32, made by `hpo.models.data.gaps.inputs`, and lengths (B,) int64 to logits: (B,)

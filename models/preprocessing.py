@@ -18,6 +18,15 @@ def valid(lengths: Tensor, steps: int) -> Tensor:
     return torch.arange(steps, device=lengths.device)[:, None] < lengths[None, :]
 
 
+def taken(patches: Tensor, rows: Tensor, steps: int) -> Tensor:
+    """The first steps of these rows of patches (S, N, P*C). Where each sequence's steps lie one after another, torch
+    would copy all rows for that."""
+    by_sequence = patches.transpose(0, 1)
+    if by_sequence.is_contiguous() and not patches.is_contiguous():
+        return by_sequence.index_select(0, rows)[:, :steps].transpose(0, 1).contiguous()
+    return patches[:steps].index_select(1, rows)
+
+
 def crop_last(values: Tensor, lengths: Tensor, keep: int) -> tuple[Tensor, Tensor]:
     """The last `keep` valid steps of each sequence, moved to the front: (B, min(T, keep), F) and lengths."""
     start = (lengths - keep).clamp(min=0)
@@ -40,11 +49,15 @@ def fold_patches(values: Tensor, lengths: Tensor, patch: int) -> tuple[Tensor, T
     return folded, (lengths + patch - 1) // patch
 
 
-def channel_statistics(values: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (C,) of each channel over all valid steps of (B, T, C)."""
-    inside = valid(lengths, values.shape[1]).T[:, :, None]
-    flat = values[inside.expand_as(values)].reshape(-1, values.shape[2]).double()
-    return flat.mean(0).float(), flat.std(0, correction=0).float()
+def valid_values(values: Tensor, lengths: Tensor) -> Tensor:
+    """(steps, C) of all valid steps of (B, T, C), one sequence after another."""
+    inside = valid(lengths, values.shape[1]).T
+    return values.flatten(0, 1) if inside.all() else values[inside]
+
+
+def channel_statistics(steps: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (C,) of each channel over steps (steps, C) in float64."""
+    return steps.mean(0).float(), steps.std(0, correction=0).float()
 
 
 def by_channel(values: Tensor, mean: Tensor, deviation: Tensor, epsilon: float) -> Tensor:

@@ -5,9 +5,12 @@ The cheapest guard against swapped axes, an index taken for a feature, a class t
 
 from __future__ import annotations
 
+from hashlib import blake2b
+
 import numpy as np
 
-from hpo.models.data.sequences import Sequences
+from hpo.models.data.buffers import pieces_of
+from hpo.models.data.sequences import Sequences, valid_steps
 from hpo.models.data.time_order import span
 from hpo.study.config import DataSection, Folds
 from hpo.study.plan import Plan
@@ -120,18 +123,21 @@ def _groups(part: Sequences) -> set[str]:
 
 
 def _contents(part: Sequences) -> set[bytes]:
-    """The content of each sequence."""
-    return {part.values[i, :length].tobytes() for i, length in enumerate(part.lengths.tolist())}
+    """What stands for the content of each sequence: equal ones have the same digest."""
+    rows = (part.values[i, :length].tobytes() for i, length in enumerate(part.lengths.tolist()))
+    return {blake2b(row, digest_size=16).digest() for row in rows}
 
 
 def _tells_the_label(part: Sequences, feature: int) -> bool:
     """Whether the feature is constant in each sequence, and each of its values stands for one class."""
     assert part.labels is not None
-    values = part.values[:, :, feature]
-    inside = np.arange(part.steps) < part.lengths[:, None]
-    first = values[:, 0]
-    if (np.where(inside, values, first[:, None]) != first[:, None]).any():
-        return False
-    pairs = {(value, label) for value, label in zip(first.tolist(), part.labels.tolist(), strict=True)}
+    for some in pieces_of(part.values):
+        values = part.values[some, :, feature]
+        inside = valid_steps(part.lengths[some], part.steps)
+        if ((values != values[:, :1]) & inside).any():
+            return False
+    pairs = {
+        (value, label) for value, label in zip(part.values[:, 0, feature].tolist(), part.labels.tolist(), strict=True)
+    }
     values_seen = {value for value, _ in pairs}
     return len(pairs) == len(values_seen) == len(set(part.labels.tolist())) > 1

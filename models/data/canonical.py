@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hpo.models.data.buffers import contiguous, is_large
 from hpo.models.data.sequences import DataError, Sequences, default_names
 from hpo.models.data.steps import UNITS
 from hpo.models.files import whole_file
 
 NAMES = ("classes", "ids", "features")  # of `Sequences`, kept as texts
+DTYPES = {"<i8": "I64", "<f8": "F64", "<f4": "F32", "|b1": "BOOL"}  # as safetensors calls them
+ORDER = tuple(DTYPES)  # that of the arrays in the file, then by name
 
 
 def to_bytes(sequences: Sequences, *, group_names: bool = True) -> bytes:
@@ -26,8 +31,11 @@ def to_bytes(sequences: Sequences, *, group_names: bool = True) -> bytes:
 
     Data without times, weights and gaps get the bytes that earlier versions gave them.
     """
-    from safetensors.numpy import save as serialize
+    return b"".join(_blocks(sequences, group_names))
 
+
+def _blocks(sequences: Sequences, group_names: bool) -> Iterator[bytes | memoryview]:
+    """The canonical form, block by block, as safetensors itself would write it: the header, then each array."""
     optional: dict[str, NDArray[Any] | None]
     optional = {"labels": sequences.labels, "groups": sequences.groups, "moments": sequences.moments}
     optional |= {"weights": sequences.weights, "observed": sequences.observed, "times": sequences.times}
@@ -39,24 +47,35 @@ def to_bytes(sequences: Sequences, *, group_names: bool = True) -> bytes:
     if "moments" in arrays and arrays["moments"].dtype.kind == "M":  # for which safetensors has no type
         about["clock"] = np.datetime_data(arrays["moments"].dtype)[0]
         arrays["moments"] = arrays["moments"].view(np.int64)
-    meta = json.dumps(about, separators=(",", ":"))
-    # one metadata key only: safetensors writes several in any order
-    return serialize({k: np.ascontiguousarray(v) for k, v in arrays.items()}, {"sequences": meta})
+    header: dict[str, Any] = {"__metadata__": {"sequences": json.dumps(about, separators=(",", ":"))}}
+    order, end = sorted(arrays, key=lambda name: (ORDER.index(arrays[name].dtype.str), name)), 0
+    for name in order:
+        begin, end = end, end + arrays[name].nbytes
+        kind = DTYPES[arrays[name].dtype.str]
+        header[name] = {"dtype": kind, "shape": arrays[name].shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for name in order:
+        yield contiguous(arrays[name]).reshape(-1).view(np.uint8).data
 
 
 def fingerprint(sequences: Sequences, *, group_names: bool = True) -> str:
     """SHA-256 of the canonical form, in hexadecimal: the hash of the file that `save` writes."""
-    return hashlib.sha256(to_bytes(sequences, group_names=group_names)).hexdigest()
+    found = hashlib.sha256()
+    for block in _blocks(sequences, group_names):
+        found.update(block)
+    return found.hexdigest()
 
 
 def save(sequences: Sequences, path: str | Path, *, group_names: bool = True) -> None:
     """Write the canonical file, which appears whole or not at all. Raises OSError."""
-    with whole_file(Path(path)) as beside:
-        beside.write_bytes(to_bytes(sequences, group_names=group_names))
+    with whole_file(Path(path)) as beside, beside.open("wb") as file:
+        file.writelines(_blocks(sequences, group_names))
 
 
 def load(path: str | Path) -> Sequences:
-    """Map a canonical file into memory, copy on write: processes share its pages. Raises DataError."""
+    """Map a canonical file into memory, to read: processes share its pages. Raises DataError."""
     try:
         with Path(path).open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
@@ -85,7 +104,10 @@ def load(path: str | Path) -> Sequences:
 
 
 def _mapped(path: str | Path, start: int, entry: dict[str, Any]) -> NDArray[Any]:
-    """One tensor of a safetensors file; the reader of safetensors itself copies it."""
-    dtype = {"F32": "<f4", "F64": "<f8", "I64": "<i8", "BOOL": "?"}[entry["dtype"]]
+    """One tensor of a safetensors file; the reader of safetensors itself copies it. What is small, and what has one
+    number a sequence, may be written to: torch asks for that."""
+    dtype = next(np.dtype(each) for each, name in DTYPES.items() if name == entry["dtype"])
     begin, shape = start + entry["data_offsets"][0], tuple(entry["shape"])
-    return np.memmap(path, dtype=dtype, mode="c", offset=begin, shape=shape).view(np.ndarray)
+    large = len(shape) > 1 and is_large(math.prod(shape) * dtype.itemsize)
+    mode: Literal["r", "c"] = "r" if large else "c"  # what may be written to counts as the process's own memory
+    return np.memmap(path, dtype=dtype, mode=mode, offset=begin, shape=shape).view(np.ndarray)

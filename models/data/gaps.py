@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpo.models.config import ClassifierConfig
-from hpo.models.data.sequences import DataError, Sequences, Values, are_even, distances
+from hpo.models.data.buffers import pieces_of
+from hpo.models.data.sequences import DataError, Sequences, Values, are_even, distances, median
 
 AT_ONCE = 2**20  # numbers whose times are looked at in one go
 LONG = 1.5  # usual intervals between two steps from which on there is a gap
@@ -32,21 +33,21 @@ def usual_distance(sequences: Sequences) -> float | None:
     far = _distances(sequences)
     if far is None:
         return sequences.spacing
-    return float(np.median(far)) if len(far) else 0.0
+    return median(far) if len(far) else 0.0
 
 
 def usual_interval(sequences: Sequences) -> float | None:
     """The median distance of neighbouring steps; None where it is not known, or where all are alike and the number of
     steps says as much."""
     far = _distances(sequences)
-    return None if far is None or are_even(far) else float(np.median(far)) or None
+    return None if far is None or are_even(far) else median(far) or None
 
 
 def _distances(sequences: Sequences) -> NDArray[np.float64] | None:
     """Those of neighbouring steps, all in a row; None where `times` are."""
     if sequences.times is None:
         return None
-    return distances(sequences.times, np.arange(sequences.steps) < sequences.lengths[:, None])
+    return distances(sequences.times, sequences.lengths)
 
 
 def has_gaps(sequences: Sequences) -> bool:
@@ -56,7 +57,8 @@ def has_gaps(sequences: Sequences) -> bool:
     interval = usual_interval(sequences)
     if interval is None or sequences.times is None:
         return False
-    return bool((np.diff(sequences.times, axis=1) > LONG * interval).any())
+    times = sequences.times
+    return any(bool((np.diff(times[part], axis=1) > LONG * interval).any()) for part in pieces_of(times))
 
 
 def inputs(sequences: Sequences, classifier: ClassifierConfig) -> Values:

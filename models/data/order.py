@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from itertools import chain
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hpo.models.data.buffers import at_once
 from hpo.models.data.sequences import Indices, Sequences, codes_of
 
 FEW = 8  # columns
@@ -41,28 +41,57 @@ def ranks(features: Sequence[str]) -> tuple[int, ...]:
 def _by_content(sequences: Sequences) -> Indices:
     """(N,) rows in that order; those that are alike in all of it stay as they are.
 
-    A few columns, which tell the rows of most data apart, are looked at one by one; what is alike in them, as a whole.
+    A few columns, which tell the rows of most data apart, are looked at one by one; what is alike in them, as a whole,
+    or many columns at a time where that is large.
     """
     place, alike = np.zeros(sequences.n, dtype=np.int64), np.arange(sequences.n)
     features = np.argsort(ranks(sequences.features)).tolist()
-    first = [(step, feature) for step in range(sequences.steps) for feature in features][:FEW]
-    columns = (sequences.values[:, step, feature] for step, feature in first)
-    labels: list[Indices] = [] if sequences.labels is None else [sequences.labels]
-    marks: list[NDArray[Any]] = [] if sequences.observed is None else [sequences.observed[:, :, features]]
-    marks += [] if sequences.times is None else [sequences.times]
-    keys: Iterator[NDArray[Any] | None]
-    keys = chain([sequences.lengths], columns, [None], labels, _beside(sequences), marks)
-    for key in keys:
-        if key is None:
-            told = _whole(sequences.values[alike][:, :, features])
-        else:
-            told = key[alike] if key.ndim == 1 else np.unique(key[alike], axis=0, return_inverse=True)[1].ravel()
+
+    def undecided() -> Indices:
+        return alike
+
+    for told in _keys(sequences, features, undecided):
         place[alike] = _refined(place[alike], told)
         _, which, counts = np.unique(place[alike], return_inverse=True, return_counts=True)
         alike = alike[counts[which] > 1]
         if not len(alike):
             break
     return np.argsort(place, kind="stable")
+
+
+def _keys(sequences: Sequences, features: list[int], rows: Callable[[], Indices]) -> Iterator[NDArray[Any]]:
+    """(R,) each: what tells rows apart, one after another, of those that `rows` gives when it is asked for."""
+    values = sequences.values
+    yield sequences.lengths[rows()]
+    first = [(step, feature) for step in range(sequences.steps) for feature in features][:FEW]
+    for step, feature in first:
+        yield values[rows(), step, feature]
+    for some in _steps(values, rows):
+        yield _whole(values[rows(), some][:, :, features])
+    if sequences.labels is not None:
+        yield sequences.labels[rows()]
+    for key in _beside(sequences):
+        yield key[rows()]
+    if sequences.observed is not None:
+        for some in _steps(sequences.observed, rows):
+            yield _distinct(sequences.observed[rows(), some][:, :, features])
+    if sequences.times is not None:
+        for some in _steps(sequences.times, rows):
+            yield _distinct(sequences.times[rows(), some])
+
+
+def _steps(array: NDArray[Any], rows: Callable[[], Indices]) -> Iterator[slice]:
+    """Of an array (N, T, …) all steps at once, or as many at a time as are not large for those rows."""
+    start, steps, step = 0, array.shape[1], array[0, 0].nbytes
+    while start < steps:
+        some = at_once(steps, len(rows()) * step)
+        yield slice(start, start + some)
+        start += some
+
+
+def _distinct(keys: NDArray[Any]) -> Indices:
+    """(R,) the places of rows (R, …) in their order, equal for those that are alike."""
+    return np.unique(keys, axis=0, return_inverse=True)[1].ravel()
 
 
 def _beside(sequences: Sequences) -> list[NDArray[Any]]:

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
+from hpo.models.data.buffers import empty, is_large, pieces_of
 from hpo.models.data.columns import BESIDE
 from hpo.models.data.sequences import DataError, Raw, Sequences, column, is_missing, raw_arrays, to_sequences
 from hpo.models.data.sizes import check_content
@@ -29,6 +30,7 @@ from hpo.models.data.ts import ARFF, read_ts
 from hpo.models.data.weights import weights
 
 BLOCK = 2**18  # bytes read at once
+LOCAL_HEADER = 30  # bytes of a zip file before a member's name; the last four are the lengths of name and extra field
 ARRAYS = ("X", "y", "lengths", "groups", "steps", *BESIDE)  # of an npz file
 _KNOWN = f"known are {', '.join(ARRAYS)}; lengths say how many steps are valid, steps where they are"
 _OFTEN = {  # their names, and others by which they often go
@@ -89,18 +91,31 @@ def _array(path: Path, file: zipfile.ZipFile, member: zipfile.ZipInfo) -> NDArra
         if min(shape, default=0) < 0 or not dtype.itemsize or size != member.file_size - content.tell():
             raise DataError(f"{path} is damaged: array {member.filename!r} says to be {dtype} {shape}, and is not")
         check_content(path, size, shape[0] if shape else 0)
-        data = np.empty(size, np.uint8)
+        begin = content.tell()
+        mapped = member.compress_type == zipfile.ZIP_STORED and is_large(size)
+        data = _mapped(path, member, begin, size) if mapped else empty((size,), np.uint8)
         for start in range(0, size, BLOCK):
             block = content.read(min(BLOCK, size - start))  # at once it would be copied again and again
             if len(block) != min(BLOCK, size - start):
                 raise EOFError(f"array {member.filename!r} ends early")
-            data[start : start + len(block)] = np.frombuffer(block, np.uint8)
+            if not mapped:
+                data[start : start + len(block)] = np.frombuffer(block, np.uint8)
         if content.read(1):  # at the end the checksum is compared
             raise EOFError(f"array {member.filename!r} goes on after its end")
-    letters = np.frombuffer(data, np.dtype("u4").newbyteorder(dtype.byteorder)) if dtype.kind == "U" else np.empty(0)
-    if letters.max(initial=0) > sys.maxunicode:
-        raise DataError(f"{path} is damaged: array {member.filename!r} holds text that is none")
-    return np.frombuffer(data, dtype).reshape(shape, order="F" if by_columns else "C")
+    if dtype.kind == "U":
+        letters = data.view(np.dtype("u4").newbyteorder(dtype.byteorder))
+        if any(letters[part].max(initial=0) > sys.maxunicode for part in pieces_of(letters)):
+            raise DataError(f"{path} is damaged: array {member.filename!r} holds text that is none")
+    return data.view(dtype).reshape(shape, order="F" if by_columns else "C")
+
+
+def _mapped(path: Path, member: zipfile.ZipInfo, begin: int, size: int) -> NDArray[Any]:
+    """So many bytes of an array that was not compressed, from `begin` within it on, mapped from the file itself."""
+    with path.open("rb") as file:
+        file.seek(member.header_offset)
+        name, extra = struct.unpack("<HH", file.read(LOCAL_HEADER)[-4:])
+    start = member.header_offset + LOCAL_HEADER + name + extra + begin
+    return np.memmap(path, np.uint8, "r", start, (size,)).view(np.ndarray)
 
 
 def _of_arrays(source: str, arrays: Mapping[str, Any], columns: Columns) -> Raw:

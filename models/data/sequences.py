@@ -24,7 +24,7 @@ from __future__ import annotations
 import logging
 import re
 import unicodedata
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
 from typing import Any
@@ -33,6 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpo.errors import StudyFault, legible
+from hpo.models.data.buffers import contiguous, copied, empty, pieces_of, taken
 
 log = logging.getLogger("hpo")
 
@@ -117,7 +118,7 @@ class Sequences:
         at = np.arange(self.n)[indices if isinstance(indices, np.ndarray) else list(indices)]
         return replace(
             self,
-            values=self.values[at],
+            values=taken(self.values, at),
             lengths=self.lengths[at],
             labels=None if self.labels is None else self.labels[at],
             groups=None if self.groups is None else self.groups[at],
@@ -125,9 +126,14 @@ class Sequences:
             missing=None if self.missing is None else self.missing[at],
             moments=None if self.moments is None else self.moments[at],
             weights=None if self.weights is None else self.weights[at],
-            observed=None if self.observed is None else _gapped(self.observed[at], self.lengths[at]),
-            times=None if self.times is None else self.times[at],
+            observed=None if self.observed is None else _gapped(taken(self.observed, at), self.lengths[at]),
+            times=None if self.times is None else taken(self.times, at),
         )
+
+    def part(self, rows: slice) -> Sequences:
+        """The sequences of a slice, which shares their arrays."""
+        given = {name: getattr(self, name) for name in BY_SEQUENCE}
+        return replace(self, **{name: value[rows] for name, value in given.items() if value is not None})
 
     @property
     def absent(self) -> Mask:
@@ -145,17 +151,20 @@ class Sequences:
         """(F,) means over all steps of the sequences that have the feature; 0 where none has."""
         present = ~self.absent
         steps = (self.lengths[:, None] * present).sum(axis=0)
-        sums = (self.values.sum(axis=1, dtype=np.float64) * present).sum(axis=0)
-        return np.asarray(sums / np.maximum(steps, 1), dtype=np.float32)
+        sums = empty((self.n, self.n_features), np.float64)
+        for part in pieces_of(self.values):
+            sums[part] = self.values[part].sum(axis=1, dtype=np.float64) * present[part]
+        return np.asarray(sums.sum(axis=0) / np.maximum(steps, 1), dtype=np.float32)
 
     def filled_with(self, means: Iterable[float]) -> Sequences:
         """The same with these (F,) where a sequence lacks the feature throughout."""
         absent = self.absent
         if not absent.any():
             return self
-        values = self.values.copy()
-        inside = np.arange(self.steps) < self.lengths[:, None]
-        np.copyto(values, np.array(list(means), dtype=np.float32), where=absent[:, None, :] & inside[:, :, None])
+        values, filling = copied(self.values), np.array(list(means), dtype=np.float32)
+        for part in pieces_of(values):
+            inside = valid_steps(self.lengths[part], self.steps)
+            np.copyto(values[part], filling, where=absent[part, None, :] & inside[:, :, None])
         return replace(self, values=values)
 
     @property
@@ -163,16 +172,25 @@ class Sequences:
         """(N, T, F) `observed`, also where it leaves out no value."""
         if self.observed is not None:
             return self.observed
-        inside = np.arange(self.steps) < self.lengths[:, None]
-        return np.broadcast_to(inside[:, :, None], self.values.shape)
+        return np.broadcast_to(valid_steps(self.lengths, self.steps)[:, :, None], self.values.shape)
 
     @property
     def positions(self) -> NDArray[np.float64] | None:
         """(N, T) `times`, also of steps at equal distances; None: not known."""
         if self.times is not None or self.spacing is None:
             return self.times
-        steps = np.arange(self.steps)
-        return np.where(steps < self.lengths[:, None], self.spacing * steps, 0.0)
+        found, steps = empty((self.n, self.steps), np.float64), self.spacing * np.arange(self.steps)
+        for part in pieces_of(found):
+            found[part] = np.where(valid_steps(self.lengths[part], self.steps), steps, 0.0)
+        return found
+
+
+BY_SEQUENCE = ("values", "lengths", "labels", "groups", "ids", "missing", "moments", "weights", "observed", "times")
+
+
+def valid_steps(lengths: Indices, steps: int) -> Mask:
+    """(N, steps): those within each sequence."""
+    return np.asarray(np.arange(steps) < lengths[:, None])
 
 
 def _gapped(observed: Mask, lengths: Indices) -> Mask | None:
@@ -232,8 +250,9 @@ def matched(sequences: Sequences, features: tuple[str, ...], named: bool) -> Seq
     if sequences.named and not missing:
         at = [found.index(name) for name in features]
         gaps = None if sequences.missing is None else sequences.missing[:, at]
-        observed = None if sequences.observed is None else _gapped(sequences.observed[:, :, at], sequences.lengths)
-        values = sequences.values[:, :, at]
+        whole = sequences.observed
+        observed = None if whole is None else _gapped(copied(whole, places=at), sequences.lengths)
+        values = copied(sequences.values, places=at)
         return replace(sequences, values=values, features=features, missing=gaps, observed=observed)
     if sequences.named and named:
         raise DataError(f"the data lacks the features {missing} of the model; it has {list(found)}")
@@ -299,31 +318,30 @@ def to_sequences(
     if raw.values.shape[2] > FEATURES:
         raise DataError(f"{raw.source} has {raw.values.shape[2]:,} features, more than {FEATURES:,}: is it transposed?")
     with np.errstate(over="ignore", invalid="ignore"):  # becomes inf or NaN, which are looked at below
-        values = np.array(raw.values, dtype=np.float32, order="C")
+        values: Values = copied(raw.values, np.float32)
     names = features or raw.features or default_names(values.shape[2])
     if len(names) != values.shape[2]:
         raise DataError(f"{raw.source} has {values.shape[2]} features, expected {len(names)}: {', '.join(names[:20])}")
     for feature in filter(UNKEPT.search, names):
         raise DataError(f"{raw.source}: the name of a feature {UNKEPT_RULE}, got {feature!r}")
-    whole = bool(np.isfinite(values.sum(dtype=np.float64)))  # nothing is missing or infinite
+    # nothing is missing or infinite
+    whole = all(np.isfinite(values[part].sum(dtype=np.float64)) for part in pieces_of(values))
     valid = np.full(len(values), values.shape[1]) if whole else _valid_steps(values)
     lengths = valid if raw.lengths is None else raw.lengths
     _check_lengths(raw, lengths, values.shape[1])
-    values = np.ascontiguousarray(values[:, : lengths.max()])
-    inside = np.arange(values.shape[1]) < lengths[:, None]
+    values = contiguous(values[:, : lengths.max()])
+    padded = bool((lengths < values.shape[1]).any())
     if not whole:
-        _check_finite(raw, values, inside, names)
-    if not (whole and inside.all() and _surely_precise(values)):
-        _check_precision(raw, values, inside, names, training=bool(labeled) and classes is None)
-    times, spacing = _times(raw, inside)
+        _check_finite(raw, values, lengths, names)
+    if not (whole and not padded and _surely_precise(values)):
+        _check_precision(raw, values, lengths, names, training=bool(labeled) and classes is None)
+    times, spacing = _times(raw, lengths, values.shape[1])
     counts, observed = np.zeros((len(values), len(names)), dtype=np.int32), None
     if not whole:
-        missing = np.isnan(values) & inside[:, :, None]
-        counts = missing.sum(axis=1, dtype=np.int32)
-        observed = _gapped(inside[:, :, None] & ~missing, lengths)
-        _fill(values, inside, missing, raw.times)
-    if not inside.all():
-        values[~inside] = 0
+        counts, observed = _fill(values, lengths, raw.times)
+    if padded:
+        for part in pieces_of(values):
+            values[part][~valid_steps(lengths[part], values.shape[1])] = 0
     labels, classes = _encode(raw, classes, labeled)
     groups, group_names = _groups(raw)
     return Sequences(
@@ -346,26 +364,40 @@ def to_sequences(
     )
 
 
-def _times(raw: Raw, inside: Mask) -> tuple[NDArray[np.float64] | None, float | None]:
-    """`Sequences.times` and `Sequences.spacing`. inside (N, T): the valid steps. Raises DataError."""
+def _times(raw: Raw, lengths: Indices, steps: int) -> tuple[NDArray[np.float64] | None, float | None]:
+    """`Sequences.times` and `Sequences.spacing`. Raises DataError."""
     if raw.times is None:
         return None, None
-    for i, t in np.argwhere(np.isnan(raw.times[:, : inside.shape[1]]) & inside)[:1].tolist():
-        raise DataError(f"{raw.at(i)} has a value at step {t}, but not where that is: give one of `steps` for each")
-    with np.errstate(over="ignore", invalid="ignore"):
-        found = (raw.times[:, : inside.shape[1]] - raw.times[:, :1]) * raw.seconds
-    times = np.where(inside, found, 0.0)
-    if not np.isfinite(times).all():
+    times, finite = empty((len(lengths), steps), np.float64), True
+    for part in pieces_of(times):
+        given, inside = raw.times[part, :steps], valid_steps(lengths[part], steps)
+        for i, t in np.argwhere(np.isnan(given) & inside)[:1].tolist():
+            at = raw.at(part.start + i)
+            raise DataError(f"{at} has a value at step {t}, but not where that is: give one of `steps` for each")
+        with np.errstate(over="ignore", invalid="ignore"):
+            times[part] = np.where(inside, (given - given[:, :1]) * raw.seconds, 0.0)
+        finite = finite and bool(np.isfinite(times[part]).all())
+    if not finite:
         return None, None
-    far = distances(times, inside)
+    far = distances(times, lengths)
     if are_even(far):
-        return None, float(np.median(far)) if len(far) else 0.0
+        return None, median(far) if len(far) else 0.0
     return times, None
 
 
-def distances(times: NDArray[np.float64], inside: Mask) -> NDArray[np.float64]:
-    """Of each valid step from the one before it, all in a row. times, inside (N, T)."""
-    return np.asarray(np.diff(times, axis=1)[inside[:, 1:]])
+def distances(times: NDArray[np.float64], lengths: Indices) -> NDArray[np.float64]:
+    """Of each valid step from the one before it, all in a row. times (N, T), lengths (N,)."""
+    found, end = empty((int((lengths - 1).sum()),), np.float64), 0
+    for part in pieces_of(times):
+        far = np.diff(times[part], axis=1)[valid_steps(lengths[part], times.shape[1])[:, 1:]]
+        begin, end = end, end + len(far)
+        found[begin:end] = far
+    return found
+
+
+def median(numbers: NDArray[np.float64]) -> float:
+    """Of some numbers, whose order is lost."""
+    return float(np.median(numbers, overwrite_input=True))
 
 
 def are_even(far: NDArray[np.float64]) -> bool:
@@ -389,10 +421,12 @@ def _check_lengths(raw: Raw, lengths: Indices, steps: int) -> None:
         raise DataError(f"{raw.at(i)} has length {lengths[i]}: {rule}; remove or correct it")
 
 
-def _check_finite(raw: Raw, values: Values, inside: Mask, names: tuple[str, ...]) -> None:
-    for i, t, f in np.argwhere(np.isinf(values) & inside[:, :, None]).tolist():
-        rule = "values must be finite in float32; correct it, or leave it empty to have it filled"
-        raise DataError(f"{raw.at(i)}, step {t}, feature {names[f]!r} is infinite: {rule}")
+def _check_finite(raw: Raw, values: Values, lengths: Indices, names: tuple[str, ...]) -> None:
+    for part in pieces_of(values):
+        inside = valid_steps(lengths[part], values.shape[1])
+        for i, t, f in np.argwhere(np.isinf(values[part]) & inside[:, :, None])[:1].tolist():
+            rule = "values must be finite in float32; correct it, or leave it empty to have it filled"
+            raise DataError(f"{raw.at(part.start + i)}, step {t}, feature {names[f]!r} is infinite: {rule}")
 
 
 def _surely_precise(values: Values) -> bool:
@@ -406,12 +440,12 @@ def _surely_precise(values: Values) -> bool:
     return bool((2.0**-24 * largest <= WORN / 2 * deviation).all())
 
 
-def _check_precision(raw: Raw, values: Values, inside: Mask, names: tuple[str, ...], *, training: bool) -> None:
+def _check_precision(raw: Raw, values: Values, lengths: Indices, names: tuple[str, ...], *, training: bool) -> None:
     """Warn of each feature whose float32 values (N, T, F) say less than the raw ones.
 
     Raises DataError for training data of which nothing else is left.
     """
-    found = [_precision(raw.values[:, : values.shape[1], f], values[:, :, f], inside) for f in range(len(names))]
+    found = _precisions(raw, values, lengths)
     kept = [rounding <= WORN * deviation for deviation, rounding, _, _ in found if deviation > 0]
     lost = [rounding > LOST * deviation for deviation, rounding, _, _ in found if deviation > 0]
     texts = [
@@ -427,27 +461,65 @@ def _check_precision(raw: Raw, values: Values, inside: Mask, names: tuple[str, .
         warn(f"{raw.source}: {'; '.join(texts)}; {way_out}")
 
 
-def _precision(raw: NDArray[Any], values: Values, inside: Mask) -> tuple[float, float, float, float]:
-    """Of one feature, raw (N, T): deviation, what rounding adds to it, smallest and largest value."""
-    known = inside & ~np.isnan(values)
-    exact = np.asarray(raw[known], dtype=np.float64)
-    if not len(exact):
-        return 0.0, 0.0, 0.0, 0.0
-    low, high = float(exact.min()), float(exact.max())
-    unit = high - low or 1.0  # so that no square is too large or too small
-    deviation = float(((exact - low) / unit).std()) * unit
-    rounding = float(np.sqrt(np.mean(((exact - values[known]) / unit) ** 2))) * unit
-    return deviation, rounding if low < high else 0.0, low, high
+def _precisions(raw: Raw, values: Values, lengths: Indices) -> list[tuple[float, float, float, float]]:
+    """Of each feature of values (N, T, F): deviation, what rounding adds to it, smallest and largest raw value."""
+    F = values.shape[2]
+    low, high = np.full(F, np.inf), np.full(F, -np.inf)
+    for f, exact, _ in _known(raw, values, lengths):
+        low[f], high[f] = min(low[f], exact.min()), max(high[f], exact.max())
+    low, high = np.where(low <= high, low, 0.0), np.where(low <= high, high, 0.0)
+    unit = np.where(low < high, high - low, 1.0)  # so that no square is too large or too small
+    count, mean, squares, lost = np.zeros((4, F))
+    for f, exact, kept in _known(raw, values, lengths):  # Chan, Golub and LeVeque (1979): pieces put together
+        scaled, before = (exact - low[f]) / unit[f], count[f]
+        count[f] += len(scaled)
+        difference = scaled.mean() - mean[f]
+        squares[f] += ((scaled - scaled.mean()) ** 2).sum() + difference**2 * before * len(scaled) / count[f]
+        mean[f] += difference * len(scaled) / count[f]
+        lost[f] += (((exact - kept) / unit[f]) ** 2).sum()
+    deviation, rounding = (np.sqrt(each / np.maximum(count, 1)) * unit for each in (squares, lost))
+    rounding[low == high] = 0.0
+    return list(zip(deviation.tolist(), rounding.tolist(), low.tolist(), high.tolist(), strict=True))
+
+
+def _known(raw: Raw, values: Values, lengths: Indices) -> Iterator[tuple[int, NDArray[np.float64], Values]]:
+    """A feature, and those of its raw values and of its values (N, T, F) that are not missing, some sequences at a
+    time."""
+    for part in pieces_of(values):
+        inside = valid_steps(lengths[part], values.shape[1])
+        for f in range(values.shape[2]):
+            rounded = values[part, :, f]
+            known = inside & ~np.isnan(rounded)
+            if known.any():
+                exact = raw.values[part, : values.shape[1], f][known]
+                yield f, np.asarray(exact, dtype=np.float64), rounded[known]
 
 
 def _valid_steps(values: Values) -> Indices:
     """(N,) steps up to the last one with a value."""
-    known: Mask = ~np.asarray(np.isnan(values).all(axis=2))
-    last = values.shape[1] - np.argmax(known[:, ::-1], axis=1)
-    return np.where(known.any(axis=1), last, 0).astype(np.int64)
+    found = np.empty(len(values), dtype=np.int64)
+    for part in pieces_of(values):
+        known: Mask = ~np.asarray(np.isnan(values[part]).all(axis=2))
+        last = values.shape[1] - np.argmax(known[:, ::-1], axis=1)
+        found[part] = np.where(known.any(axis=1), last, 0)
+    return found
 
 
-def _fill(values: Values, inside: Mask, missing: Mask, times: NDArray[np.float64] | None) -> None:
+def _fill(values: Values, lengths: Indices, times: NDArray[np.float64] | None) -> tuple[NDArray[np.int32], Mask | None]:
+    """Fill the missing ones of (N, T, F) values, in place; with 0 where the sequence has none. How many they were
+    (N, F), and which values were there, as `Sequences.observed`."""
+    counts = np.zeros((len(values), values.shape[2]), dtype=np.int32)
+    observed = empty(values.shape, np.bool_)
+    for part in pieces_of(values):
+        inside = valid_steps(lengths[part], values.shape[1])
+        missing = np.isnan(values[part]) & inside[:, :, None]
+        counts[part] = missing.sum(axis=1, dtype=np.int32)
+        observed[part] = inside[:, :, None] & ~missing
+        _fill_some(values[part], inside, missing, None if times is None else times[part])
+    return counts, _gapped(observed, lengths)
+
+
+def _fill_some(values: Values, inside: Mask, missing: Mask, times: NDArray[np.float64] | None) -> None:
     """Fill the missing ones of (N, T, F) values, in place; with 0 where the sequence has none."""
     steps = np.arange(values.shape[1], dtype=np.float64)
     for i, f in np.argwhere(missing.any(axis=1)).tolist():
@@ -583,8 +655,11 @@ def codes_of(names: Iterable[str | None]) -> tuple[Indices, tuple[str, ...]]:
 def pad(flat: NDArray[np.float64], lengths: Indices) -> NDArray[np.float64]:
     """(N, T, F) of steps (sum of lengths, F), one sequence after another; NaN behind the shorter ones."""
     steps = lengths.max(initial=0)
-    values = np.full((len(lengths), steps, flat.shape[1]), np.nan)
-    values[np.arange(steps) < lengths[:, None]] = flat
+    values, end = empty((len(lengths), steps, flat.shape[1]), np.float64), 0
+    for part in pieces_of(values):
+        begin, end = end, end + int(lengths[part].sum())
+        values[part] = np.nan
+        values[part][valid_steps(lengths[part], steps)] = flat[begin:end]
     return values
 
 

@@ -18,7 +18,8 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Collection, Iterator, Sequence
+from array import array
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice, pairwise
@@ -29,6 +30,7 @@ from typing import Any, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
+from hpo.models.data.buffers import Growing, empty, taken
 from hpo.models.data.columns import BESIDE, ROLES, clash
 from hpo.models.data.sequences import (
     MISSING,
@@ -52,6 +54,7 @@ from hpo.models.data.weights import weights
 _INDEX = re.compile(r"(Unnamed: \d+(_level_\d+)?|__index_level_\d+__)?")  # how pandas names its index, or does not
 _STEP = re.compile(r"(.*?)(\d+(?:\.\d+)?)")  # prefix and number
 _DATE = re.compile(r"\d{4}-\d\d-\d\d.*|\d{4}-\d\d")  # also one that there is not, or with more behind it
+KINDS = 100_000  # different texts of a column that are looked for among those that were read
 _COMMA = re.compile(r"(?<=\d),(?=\d)")  # a decimal one: not that of Wed, 31 Jan
 
 
@@ -124,8 +127,7 @@ def read_csv(path: Path, columns: Columns) -> Raw:
     Cells are separated by commas, or by semicolons or tabs where the header is, and then a comma in a number is a
     decimal one. The log says so.
     """
-    rows: list[int] = []
-    values: list[NDArray[np.float64]] = []
+    rows, values = array("q"), Growing()
     texts: dict[str, list[str]] = {}
     with open_text(path) as file:
         separator = _separator(file)
@@ -136,11 +138,11 @@ def read_csv(path: Path, columns: Columns) -> Raw:
         layout = _layout(str(path), header, columns)
         numbers = _Numbers(str(path), comma=separator != ",")
         for lines, table in _chunks(records, str(path), header):
-            rows += lines
+            rows.extend(lines)
             values.append(numbers.of(lines, {name: table[name] for name in layout.features}))
             for role, name in layout.roles.items():
                 if columns.reads(role):
-                    texts.setdefault(role, []).extend(table[name])
+                    texts.setdefault(role, _Cells()).extend(table[name])
     if not rows:
         raise DataError(f"{path} is empty: it has a header only")
     numbers.check()
@@ -151,7 +153,20 @@ def read_csv(path: Path, columns: Columns) -> Raw:
             texts[role] = [_COMMA.sub(".", text) for text in texts[role]]
         if "weight" in texts:
             texts["weight"] = [text.replace(",", ".") for text in texts["weight"]]
-    return _Table(str(path), rows, layout, np.concatenate(values), texts, path).raw()
+    return _Table(str(path), rows, layout, values.whole(), texts, path).raw()
+
+
+class _Cells(list[str]):
+    """The texts of a column. Equal ones are one object, as ids, steps and labels come again and again."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, str] = {}
+
+    def extend(self, texts: Iterable[str]) -> None:
+        seen = self._seen
+        super().extend(seen.setdefault(text, text) for text in texts)
+        if len(seen) > KINDS:  # they do not come again
+            seen.clear()
 
 
 def _separator(file: TextIO) -> str:
@@ -392,7 +407,7 @@ def _frame(source: str, frame: Any, columns: Columns, path: Path | None = None) 
     layout = _layout(source, header, columns, only_long=path is not None)
     by_name = dict(zip(header, keys, strict=True))
     rows = range(len(frame))
-    values = np.empty((len(rows), len(layout.features)))
+    values = empty((len(rows), len(layout.features)), np.float64)
     for j, name in enumerate(layout.features):
         values[:, j] = _column_numbers(f"{source}, column {name!r}", frame[by_name[name]])
     roles = {}
@@ -464,7 +479,7 @@ def _long(table: _Table) -> Raw:
     lengths = np.bincount(codes)
     if table.path is not None:
         check_padding(table.path, len(lengths), int(lengths.max(initial=0)), table.values.shape[1])
-    values = pad(table.values[order], lengths)
+    values = pad(taken(table.values, order), lengths)
     times = pad(positions(steps)[order][:, None], lengths)[:, :, 0]
     labels, groups = (_constant(table, role, ids, codes) for role in ("label", "group"))
     features, last = table.layout.features, order[np.cumsum(lengths) - 1]

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hpo.models.config import ClassifierConfig, TrainingConfig
-from hpo.models.preprocessing import valid
+from hpo.models.data.buffers import empty, pieces
+from hpo.models.preprocessing import taken, valid
 from hpo.models.seeds import derive
 
 
@@ -96,6 +97,25 @@ def noise_of(
 
 def deviation_of(values: Tensor, lengths: Tensor, rows: NDArray[np.int64]) -> Tensor:
     """The deviation (C,) of each channel over the valid steps of these rows of (S, N, C)."""
-    at = torch.from_numpy(rows).to(values.device)
-    part, inside = values.index_select(1, at), valid(lengths.index_select(0, at), values.shape[0])
-    return part[inside].double().std(0, correction=0).float()
+    return _steps_of(values, lengths, rows).std(0, correction=0).float()
+
+
+def _steps_of(values: Tensor, lengths: Tensor, rows: NDArray[np.int64]) -> Tensor:
+    """(steps, C) in float64: of the first step all of these sequences, of the second one those that have it, …"""
+    S, _, C = values.shape
+    parts = pieces(len(rows), S * C * values.element_size())
+    if len(parts) == 1 or values.device.type != "cpu":
+        at = torch.from_numpy(rows).to(values.device)
+        inside = valid(lengths.index_select(0, at), S)
+        return taken(values, at, S)[inside].double()
+    kept = lengths.numpy()[rows]
+    longer = len(rows) - np.bincount(kept, minlength=S + 1).cumsum()[:S]  # sequences that have each of the S steps
+    places = longer.cumsum() - longer
+    found = torch.from_numpy(empty((int(longer.sum()), C), np.float64))
+    for part in parts:
+        some, here = taken(values, torch.from_numpy(rows[part]), S), torch.from_numpy(kept[part])
+        for step in range(int(here.max())):
+            own = some[step, here > step]
+            found[places[step] : places[step] + len(own)] = own
+            places[step] += len(own)
+    return found

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hpo.models.data.weights import relative
+from hpo.models.preprocessing import taken
 from hpo.models.seeds import derive
 
 EVALUATION_BATCH = {"cpu": 256, "cuda": 1024}  # sequences of a batch in validation, by type of device
@@ -103,7 +104,7 @@ class Batches:
         lengths = self._lengths[indices]
         longest = int(lengths.max())
         rows = torch.from_numpy(self.rows[indices]).to(self.values.device)
-        values = self.values[:longest].index_select(1, rows)
+        values = taken(self.values, rows, longest)
         uniform = int(lengths.min()) == longest
         own = None if uniform else self.lengths.index_select(0, rows)
         mixed = None if shares is None else torch.from_numpy(shares).to(self.values.device)

@@ -26,7 +26,6 @@ from numpy.typing import NDArray
 from hpo.errors import HpoError
 from hpo.models.classifier import Classifier, Weights
 from hpo.models.config import ClassifierConfig, TrainingConfig
-from hpo.models.data.gaps import inputs
 from hpo.models.data.sequences import Sequences
 from hpo.models.device import device_errors, is_gpu
 from hpo.models.kernel.native import LARGEST, Kernel
@@ -37,6 +36,7 @@ from hpo.models.training.member import Member
 from hpo.models.training.memory import memory_bytes
 from hpo.models.training.native_steps import Memory
 from hpo.models.training.origin import origin_of
+from hpo.models.training.prepared import Given
 from hpo.models.training.schedules import learning_rate
 
 MIB = 2**20
@@ -270,8 +270,7 @@ class Training:
         graphs: bool,
         columns: Sequence[int] | None,
     ) -> list[Member]:
-        values = torch.from_numpy(inputs(sequences, self.classifier))
-        lengths = torch.from_numpy(sequences.lengths)
+        given = Given(sequences, self.classifier)
         labels = torch.from_numpy(sequences.labels).to(self.device)
         variable = bool((sequences.lengths != sequences.lengths[0]).any())
         places = None
@@ -288,16 +287,12 @@ class Training:
         whole: tuple[torch.Tensor, torch.Tensor] | None = None  # what members share that prepare their data alike
         for index, (train, validation) in enumerate(folds):
             model = _model(self.classifier, derive("weights", self.config.seed, index), columns)
-            model.fit_normalization(values[train], lengths[train])
+            given.fit_normalization(model, train)
             model.place(self.device, variable=variable)
             model.kernel = self.kernel
             if whole is None or self.classifier.normalization == "channel":
-                with torch.no_grad():
-                    patches, counts = model.prepare(values.to(self.device), lengths.to(self.device))
-                if self.kernel is not None and not fixed_shapes:  # which reads a sequence's steps one after another
-                    whole = patches.transpose(0, 1).contiguous().transpose(0, 1), counts
-                else:
-                    whole = patches.contiguous(), counts
+                native = self.kernel is not None and not fixed_shapes  # reads a sequence's steps one after another
+                whole = given.prepare(model, self.device, by_sequence=native)
             parts = Batches(*whole, labels, train, sequences.weights), Batches(*whole, labels, validation)
             kinds: dict[str, Any] = {"fixed_shapes": fixed_shapes, "graphs": graphs, "places": places}
             found.append(Member(model, *parts, self.config, index, memory=memory, **kinds))

@@ -12,7 +12,7 @@ from torch import nn
 from hpo.models.classifier import Classifier
 from hpo.models.config import EARLIER_EPSILON, ClassifierConfig, ClassifierError
 from hpo.models.fields import rules
-from hpo.models.preprocessing import channel_statistics, crop_last, fold_patches
+from hpo.models.preprocessing import channel_statistics, crop_last, fold_patches, valid_values
 
 POOLINGS = rules(ClassifierConfig)["pooling"].names
 NORMALIZATIONS = rules(ClassifierConfig)["normalization"].names
@@ -115,7 +115,7 @@ def test_crop_keeps_the_last_valid_steps() -> None:
 
 def test_a_constant_channel_normalizes_to_zero() -> None:
     values = torch.full((3, 4, 1), 5.0)
-    mean, deviation = channel_statistics(values, torch.tensor([4, 2, 1]))
+    mean, deviation = channel_statistics(valid_values(values, torch.tensor([4, 2, 1])).double())
     assert (mean.item(), deviation.item()) == (5, 0)
     for name in ("channel", "sequence"):
         net = Classifier(ClassifierConfig(features=1, classes=2, steps=4, normalization=name))
@@ -174,7 +174,7 @@ class TestScaleDoesNotDecide:
         config = ClassifierConfig(features=2, classes=2, steps=1, normalization=normalization, epsilon=EARLIER_EPSILON)
         net = Classifier(config)
         net.fit_normalization(values, ones)
-        mean, deviation = channel_statistics(values, ones)
+        mean, deviation = channel_statistics(valid_values(values, ones).double())
         expected = (values - mean) / (deviation + 1e-5) if normalization == "channel" else torch.zeros(4, 1, 2)
         assert torch.equal(net.prepare(values, ones)[0], expected.transpose(0, 1))
 
