@@ -517,9 +517,9 @@ def promote(
     prepare_process()
     with _database() as (storage, _):
         model = promote_trial(storage, name, trial, as_default=default)
-        settle(storage, name)
         if model.study_id is not None:
             send_last(storage.connection, model.study_id)
+        settle(storage, name)
     show_models([model])
 
 

@@ -52,7 +52,13 @@ from hpo.trial.device import choose_device
 
 log = logging.getLogger("hpo")
 
-MIMETYPES = {".svg": "image/svg+xml", ".html": "text/html", ".json": "application/json", ".md": "text/markdown"}
+MIMETYPES = {
+    ".svg": "image/svg+xml",
+    ".png": "image/png",  # of a version that was stored with such pictures
+    ".html": "text/html",
+    ".json": "application/json",
+    ".md": "text/markdown",
+}
 OF_EACH_REPEAT = ("seed", "training_seconds", "device", "fused_optimizer", "lstm_kernel")
 RECORDED = ("params", "seed", "parameters", "training_seconds", "device", "fused_optimizer", "lstm_kernel")
 

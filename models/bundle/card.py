@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from hpo.models.metrics import Scores
 
 PICTURES = ("curves.svg", "confusion.svg", "reliability.svg")
-PICTURES_BEFORE = ("curves.png", "confusion.png", "reliability.png")  # of models saved by hpo 0.1
+PICTURES_BEFORE = ("curves.png", "confusion.png", "reliability.png")  # of models saved when these were PNG
 SHOWN_NAME = 400  # characters of a name
 CLASSES_SHOWN, GROUPS_SHOWN = 30, 10  # rows of a table, the worst
 
