@@ -1,14 +1,14 @@
 """How good promoted models are by default: whole studies through the command line, against published figures.
 
     python benchmarks/quality.py FOLDER [--sets NAME …] [--seeds 0 1 2] [--minutes 15] [--trials 60] [--workers 2]
-                                 [--label after] [--code CHECKOUT] [--lines FILE]
+                                 [--label after] [--code CHECKOUT] [--lines FILE] [--change study.parallel=4 …]
     python benchmarks/quality.py FOLDER --table [--lines FILE]
 
 FOLDER holds NAME_train.npz, NAME_test.npz and scoreboard.json (by set: `lstm_hybrid`, an LSTM hybrid's published
 accuracy, and `best_known`). Each study has the same file: metric accuracy, all defaults, that many trials and minutes.
 Its promoted model is tested on the official test part, which tuning never sees. Each line is appended to FILE as it is
-found, and what is there already is not run again. `--code` runs another version's checkout, under another label; then
-`--table` sets them side by side, with the mean rank of each over the sets.
+found, and what is there already is not run again. `--code` runs another version's checkout, `--change` other settings
+of the study, each under another label; then `--table` sets them side by side, with the mean rank of each over the sets.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def study(given: argparse.Namespace, name: str, seed: int, scratch: Path) -> dic
         f'timeout = "{given.minutes}m"\nseed = {seed}\n'
         f'[data]\ntrain = "{data}_train.npz"\ntest = "{data}_test.npz"\n'
     )
-    done = run(given, scratch, "launch", str(path), "--workers", str(given.workers), "--json", "--quiet")
+    done = run(given, scratch, "launch", str(path), *given.change, "--workers", str(given.workers), "--json", "--quiet")
     found: dict[str, Any] = json.loads(done.splitlines()[-1])
     return found
 
@@ -113,6 +113,7 @@ def main() -> None:
     options.add_argument("--label", default="after")
     options.add_argument("--code", type=Path, default=HERE)
     options.add_argument("--lines", type=Path, default=Path("quality.jsonl"))
+    options.add_argument("--change", nargs="+", default=[], help="settings, as `hpo launch` takes them")
     options.add_argument("--table", action="store_true")
     given = options.parse_args()
     published = json.loads((given.folder / "scoreboard.json").read_text())

@@ -367,7 +367,7 @@ class Client:
 
 def snapshot_of(study: Study) -> Snapshot:
     """What displays take; of its workers it knows the number alone."""
-    from hpo.storage.snapshot import BestTrial, BeyondLimits, Dropped, FinalsProgress, Snapshot, WorkerGroup
+    from hpo.storage.snapshot import BestTrial, BeyondLimits, Dropped, FinalsProgress, InOrder, Snapshot, WorkerGroup
     from hpo.storage.terms import Standstill
 
     best = None
@@ -399,6 +399,7 @@ def snapshot_of(study: Study) -> Snapshot:
         patience=study.patience,
         standstill=None if study.standstill is None else Standstill(study.standstill.since, study.standstill.trials),
         beyond=None if study.beyond_limits is None else BeyondLimits(**study.beyond_limits.model_dump()),
+        in_order=None if study.in_order is None else InOrder(**study.in_order.model_dump()),
     )
 
 

@@ -181,19 +181,24 @@ def empty_database_url(server: str) -> Iterator[str]:
         yield url
 
 
-@pytest.fixture
-def environment(tmp_path: Path, database_url: str) -> dict[str, str]:
-    """Environment of a command: this test's database, home and artifacts; one thread a process."""
+def command_environment(folder: Path, url: str) -> dict[str, str]:
+    """Environment of a command: that database, a home and artifacts in the folder; one thread a process."""
     outside = ("HPO_", "PG", "COV", "PYTEST_", "XDG_")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(outside)}
     return {
         **kept,
-        "HPO_HOME": str(tmp_path / "home"),
-        "HPO_DATABASE_URL": database_url,
-        "HPO_ARTIFACTS": str(tmp_path / "artifacts"),
+        "HPO_HOME": str(folder / "home"),
+        "HPO_DATABASE_URL": url,
+        "HPO_ARTIFACTS": str(folder / "artifacts"),
         "HPO_DEVICE": "cpu",
         "OMP_NUM_THREADS": "1",
     }
+
+
+@pytest.fixture
+def environment(tmp_path: Path, database_url: str) -> dict[str, str]:
+    """Environment of a command of this test."""
+    return command_environment(tmp_path, database_url)
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from starlette.routing import Match
 from hpo.errors import HpoError, WorkerFault
 from hpo.launcher.logs import LogsError
 from hpo.models.bundle.config import BundleError
+from hpo.models.data.buffers import NoRoom
 from hpo.models.data.sequences import DataError
 from hpo.models.device import OutOfMemory
 from hpo.promote.summary import NoModel
@@ -55,6 +56,7 @@ STATUS: tuple[tuple[type[Exception], HTTPStatus], ...] = (
     (DatabaseRefusal, HTTPStatus.SERVICE_UNAVAILABLE),
     (PostgresError, HTTPStatus.SERVICE_UNAVAILABLE),
     (ArtifactError, HTTPStatus.SERVICE_UNAVAILABLE),
+    (NoRoom, HTTPStatus.SERVICE_UNAVAILABLE),
     (WorkerFault, HTTPStatus.SERVICE_UNAVAILABLE),
     (ConfigError, HTTPStatus.UNPROCESSABLE_ENTITY),
     (DataError, HTTPStatus.UNPROCESSABLE_ENTITY),

@@ -79,6 +79,14 @@ class BeyondLimits(BaseModel):
     trials: int  # complete and pruned ones
 
 
+class InOrder(BaseModel):
+    """What it has cost that a study's trials start in their order."""
+
+    parallel: int  # trial n starts when all up to n - parallel have ended
+    waited_s: float  # of all workers together, with nothing to do but wait for earlier trials
+    trained_s: float  # of all trials that have ended together
+
+
 class Study(BaseModel):
     """A study at one moment."""
 
@@ -101,6 +109,7 @@ class Study(BaseModel):
     patience: int | None = None  # so many trials in a row that bring nothing end it
     standstill: Standstill | None = None  # where they did
     beyond_limits: BeyondLimits | None = None  # where it has limits
+    in_order: InOrder | None = None  # where study.parallel says so
 
 
 class Trial(BaseModel):

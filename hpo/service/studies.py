@@ -32,6 +32,7 @@ from hpo.service.schemas import (
     Change,
     Dropped,
     Finals,
+    InOrder,
     Log,
     Model,
     Notice,
@@ -506,6 +507,7 @@ def _study(state: Snapshot) -> Study:
         patience=state.patience,
         standstill=None if state.standstill is None else Standstill(**vars(state.standstill)),
         beyond_limits=None if state.beyond is None else BeyondLimits(**vars(state.beyond)),
+        in_order=None if state.in_order is None else InOrder(**vars(state.in_order)),
     )
 
 

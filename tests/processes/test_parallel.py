@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,11 @@ from hpo.launcher.forkserver import ForkedProcess, ForkServer
 from hpo.promote.versions import model_folder
 from hpo.storage.leases import Leases
 from hpo.storage.registry import Registry
+from hpo.storage.server import server as embedded
 from hpo.storage.snapshot import Snapshot
 from hpo.storage.trials import trial_storage
 from hpo.study.config import SAMPLERS
-from tests.conftest import Cli, execute, fresh_database, wait_for
+from tests.conftest import Cli, command_environment, execute, fresh_database, wait_for
 
 STUDY = """
 [study]
@@ -65,20 +66,25 @@ ENQUEUED = "[[enqueue]]\nhidden_size = 8"
 EACH = 5  # trials end between two kills
 LONG_S = 300.0  # a guard against hanging
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux")
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux"),
+    pytest.mark.xdist_group("parallel"),  # its tests compare with one run
+]
 indices = count()  # of all workers
 Process = ForkedProcess | subprocess.Popen[bytes]
 
 
 @dataclass
 class Place:
-    """A database, an artifact store and a home of a run's own."""
+    """A database, an artifact store and a home of a run's own, and its workers."""
 
     folder: Path
     environment: dict[str, str]
+    hosts: list[ForkServer | None] = field(default_factory=list)  # what forks each worker; None: it is spawned
+    running: list[Process] = field(default_factory=list)
 
-    def worker(self, host: ForkServer | None) -> Process:
-        """A standing worker; host: what forks it, None: it is spawned."""
+    def start(self, host: ForkServer | None) -> Process:
+        """A standing worker."""
         index = next(indices)
         log = self.folder / f"worker-{index}.log"
         if host is not None:
@@ -89,28 +95,50 @@ class Place:
             command = [sys.executable, "-P", "-m", "hpo", "worker"]
             return subprocess.Popen(command, env=self.environment, stdout=stream, stderr=stream)
 
+    def run(self, hosts: list[ForkServer | None], disturb: Callable[[], None] | None = None) -> int:
+        """Make the studies and let so many workers end and promote them; how often they were disturbed on the way."""
+        for sampler, pruner in zip(SAMPLERS, PRUNED, strict=True):
+            file = self.folder / f"{sampler}.toml"
+            file.write_text(STUDY.format(sampler=sampler, pruner=pruner, finalists=2 if sampler == "random" else 0))
+            hpo.launch(file, detach=True)
+        self.hosts, self.running = hosts, [self.start(host) for host in hosts]
+        disturbed, began = 0, time.monotonic()
+        with closing(trial_storage(self.environment["HPO_DATABASE_URL"])) as storage:
+            leases = Leases(storage)
+            try:
+                while not _over(states := leases.snapshots(leases.study_ids())):
+                    assert time.monotonic() - began < LONG_S, "they are not over"
+                    time.sleep(0.02)
+                    ended = sum(state.counts[name] for state in states for name in ("complete", "pruned"))
+                    if disturb is not None and ended >= EACH * (disturbed + 1):
+                        disturb()
+                        disturbed += 1
+            finally:
+                for index in range(len(hosts)):
+                    self.kill(index)
+        return disturbed
 
-@pytest.fixture
-def place(server: str, template: str, environment: dict[str, str], tmp_path: Path) -> Callable[[str], Any]:
-    """place(name) is a place with the data while the block runs."""
+    def kill(self, index: int) -> None:
+        self.running[index].kill()
+        self.running[index].wait(30)
+
+    def outcomes(self) -> dict[str, Any]:
+        return {sampler: outcome(self, sampler) for sampler in SAMPLERS}
+
+
+@contextmanager
+def place(folder: Path, url: str) -> Iterator[Place]:
+    """A place with the data while the block runs."""
     noise = np.random.default_rng(0)
     labels = np.arange(60) % 2
     X = np.sin(np.arange(12)[None, :, None] * (1 + labels[:, None, None])) + noise.normal(0, 1.5, (60, 12, 1))
-
-    @contextmanager
-    def made(name: str) -> Iterator[Place]:
-        folder = tmp_path / name
-        folder.mkdir()
-        np.savez(folder / "waves.npz", X=X, y=labels)
-        own = {"HPO_HOME": str(folder / "home"), "HPO_ARTIFACTS": str(folder / "artifacts")}
-        with fresh_database(server, template) as url, pytest.MonkeyPatch.context() as patch:
-            own |= {"HPO_DATABASE_URL": url}
-            for key, value in (environment | own).items():
-                if key.startswith("HPO_"):
-                    patch.setenv(key, value)
-            yield Place(folder, environment | own)
-
-    return made
+    np.savez(folder / "waves.npz", X=X, y=labels)
+    own = command_environment(folder, url)
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in own.items():
+            if key.startswith("HPO_"):
+                patch.setenv(key, value)
+        yield Place(folder, own)
 
 
 @pytest.fixture(scope="module")
@@ -119,39 +147,16 @@ def host() -> Iterator[ForkServer]:
         yield warm
 
 
-def run(place: Place, hosts: Sequence[ForkServer | None], kills: random.Random | None) -> int:
-    """Make the studies and let so many workers end and promote them; how many were killed on the way."""
-    for sampler, pruner in zip(SAMPLERS, PRUNED, strict=True):
-        file = place.folder / f"{sampler}.toml"
-        file.write_text(STUDY.format(sampler=sampler, pruner=pruner, finalists=2 if sampler == "random" else 0))
-        hpo.launch(file, detach=True)
-    killed, began = 0, time.monotonic()
-    running = [place.worker(host) for host in hosts]
-    with closing(trial_storage(place.environment["HPO_DATABASE_URL"])) as storage:
-        leases = Leases(storage)
-        try:
-            while not _over(states := leases.snapshots(leases.study_ids())):
-                assert time.monotonic() - began < LONG_S, "they are not over"
-                time.sleep(0.02)
-                ended = sum(state.counts[name] for state in states for name in ("complete", "pruned"))
-                if kills is not None and ended >= EACH * (killed + 1):
-                    index = kills.randrange(len(running))
-                    _kill(running[index])
-                    running[index] = place.worker(hosts[index])
-                    killed += 1
-        finally:
-            for worker in running:
-                _kill(worker)
-    return killed
+@pytest.fixture(scope="module")
+def alone(server: str, template: str, host: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What one worker, which nobody disturbs, makes of the studies."""
+    with fresh_database(server, template) as url, place(tmp_path_factory.mktemp("alone"), url) as at:
+        assert at.run([host]) == 0
+        return at.outcomes()
 
 
 def _over(states: Sequence[Snapshot]) -> bool:
     return all(state.status == "finished" for state in states)
-
-
-def _kill(worker: Process) -> None:
-    worker.kill()
-    worker.wait(30)
 
 
 def outcome(place: Place, sampler: str) -> dict[str, Any]:
@@ -178,21 +183,60 @@ def outcome(place: Place, sampler: str) -> dict[str, Any]:
     return {"trials": trials, "winner": model.trial_number, "weights": [s for s in sums if "safetensors" in s]}
 
 
-def test_one_worker_and_four_that_are_killed_make_the_same_studies(
-    place: Callable[[str], Any], host: ForkServer
-) -> None:
-    with place("alone") as alone:
-        assert run(alone, [host], None) == 0
-        expected = {sampler: outcome(alone, sampler) for sampler in SAMPLERS}
-    with place("many") as many:
-        assert run(many, [host, host, host, None], random.Random(1)) >= 5
-        found = {sampler: outcome(many, sampler) for sampler in SAMPLERS}
+def _assert_equal(found: dict[str, Any], expected: dict[str, Any]) -> None:
     for sampler in SAMPLERS:
         assert found[sampler] == expected[sampler], sampler
         assert expected[sampler]["weights"]
     assert len(expected["random"]["trials"]) == 2  # the study and its finals
     states = {trial[1] for each in expected.values() for trials in each["trials"].values() for trial in trials}
     assert states == {"COMPLETE", "PRUNED"}
+
+
+def test_eight_workers_make_the_same_studies(
+    alone: dict[str, Any], host: ForkServer, server: str, template: str, tmp_path: Path
+) -> None:
+    with fresh_database(server, template) as url, place(tmp_path, url) as at:
+        at.run([host] * 8)
+        _assert_equal(at.outcomes(), alone)
+
+
+def test_four_workers_that_are_killed_make_the_same_studies(
+    alone: dict[str, Any], host: ForkServer, server: str, template: str, tmp_path: Path
+) -> None:
+    chance = random.Random(1)
+    with fresh_database(server, template) as url, place(tmp_path, url) as at:
+
+        def killed() -> None:
+            index = chance.randrange(len(at.running))
+            at.kill(index)
+            at.running[index] = at.start(at.hosts[index])
+
+        assert at.run([host, host, host, None], killed) >= 5
+        _assert_equal(at.outcomes(), alone)
+
+
+def test_two_workers_whose_server_is_restarted_make_the_same_studies(
+    alone: dict[str, Any], short_folder: Path, tmp_path: Path
+) -> None:
+    home = str(short_folder / "parallel")
+
+    def on_the_server(call: Callable[[], Any]) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("HPO_HOME", home)
+            patch.delenv("HPO_DATABASE_URL", raising=False)
+            return call()
+
+    def restarted() -> None:
+        on_the_server(embedded.stop)
+        assert on_the_server(embedded.start) == url
+
+    url = on_the_server(embedded.start)
+    try:
+        with place(tmp_path, url) as at:
+            assert at.run([None, None], restarted) >= 5
+            _assert_equal(at.outcomes(), alone)
+    finally:
+        on_the_server(embedded.stop)
 
 
 def test_a_study_is_run_again_to_the_first_trial_that_differs(

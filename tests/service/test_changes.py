@@ -127,19 +127,22 @@ def test_a_study_that_its_patience_ended_says_so_and_goes_on_with_more(
     (tmp_path / "waves.npz").write_bytes(waves.read_bytes())
     (tmp_path / "waves.toml").write_text(task("patient", "waves.npz", 40))
     with hpo.connect(service.url, service.token()) as client:
-        begun = client.submit(tmp_path / "waves.toml", ["study.patience=1", 'study.metric="accuracy"'])
+        wanted = ["study.patience=1", "study.parallel=2", 'study.metric="accuracy"']
+        begun = client.submit(tmp_path / "waves.toml", wanted)
         assert (begun.patience, begun.standstill) == (1, None)
         service.work("patient")
         found = client.study("patient")
         assert found.standstill is not None
         assert (found.status, found.standstill.trials, sum(found.trials.values()) < 40) == ("finished", 1, True)
+        assert found.in_order is not None
+        assert (found.in_order.parallel, found.in_order.trained_s > 0) == (2, True)
         summary = client.summary("patient")
         assert (summary["ended_by"], summary["standstill"]) == ("patience", found.standstill.model_dump())
-        for wanted in ({}, {"trials": 50}, {"patience": 1}):
+        for more in ({}, {"trials": 50}, {"patience": 1}):
             with pytest.raises(
                 hpo.ServiceError, match=r"1 trial brought nothing better .*; a larger study.pat"
             ) as raised:
-                client.resume("patient", **wanted)
+                client.resume("patient", **more)
             assert raised.value.status == 409
         assert client.study("patient") == found  # nothing was changed
         ended = sum(found.trials.values())
@@ -147,6 +150,7 @@ def test_a_study_that_its_patience_ended_says_so_and_goes_on_with_more(
             text = " ".join(browser.get("/studies/patient").text.split())
             said = f"Its patience ended it: 1 trial brought nothing better than trial {found.standstill.since}."
             assert (said in text, 'name="patience"' in text) == (True, True)
+            assert "Its trials start in order, at most 2 at a time" in text
             given = {"trials": str(ended + 1), "patience": "1"}
             refused = browser.send_form("/studies/patient/resume", "/studies/patient", **given)
             assert (refused.status_code, "a larger study.patience, or 0 for none" in refused.text) == (409, True)
