@@ -374,7 +374,7 @@ def test_a_stopped_study_ends_at_once_and_goes_on_at_the_next_launch(
     trials: Callable[..., list[FrozenTrial]],
 ) -> None:
     # longer than the worker takes to see it
-    file = study_file(trials=3, epochs=250, study='pruner = "none"\nlease = 2', train="patience = 0")
+    file = study_file(trials=3, epochs=1500, study='pruner = "none"\nlease = 2', train="patience = 0")
     with launching(file, 1, environment) as running:
         wait_for(lambda: any(t.intermediate_values for t in _trials_or_none(trials)))
         with reports_wait(environment["HPO_DATABASE_URL"]):
