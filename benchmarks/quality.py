@@ -37,7 +37,8 @@ def study(given: argparse.Namespace, name: str, seed: int, scratch: Path) -> dic
         f'timeout = "{given.minutes}m"\nseed = {seed}\n'
         f'[data]\ntrain = "{data}_train.npz"\ntest = "{data}_test.npz"\n'
     )
-    done = run(given, scratch, "launch", str(path), *given.change, "--workers", str(given.workers), "--json", "--quiet")
+    changes = [part for each in given.change for part in ("--set", each)]
+    done = run(given, scratch, "launch", str(path), *changes, "--workers", str(given.workers), "--json", "--quiet")
     found: dict[str, Any] = json.loads(done.splitlines()[-1])
     return found
 

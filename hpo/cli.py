@@ -579,11 +579,13 @@ def _reproduce_study(name: str) -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     with _database() as (storage, _):
         found = reproduce_study(storage, name)
-    trials = "1 trial" if found.trials == 1 else f"{found.trials} trials"
     if found.difference is None:
-        typer.echo(f"{name}: {trials} run again, all bit-equal: parameters, states, values of every epoch")
+        trials = "1 trial" if found.trials == 1 else f"{found.trials} trials"
+        finals = f" and {found.finals} of its finals" if found.finals else ""
+        typer.echo(f"{name}: {trials}{finals} run again, all bit-equal: parameters, states, values of every epoch")
         return
-    typer.echo(f"{name} differs, after {found.trials - 1} equal trials, from {found.difference}")
+    equal = found.trials + found.finals - 1
+    typer.echo(f"{name} differs, after {equal} equal trials, from {found.difference}")
     _say_causes(found.causes)
     raise typer.Exit(1)
 

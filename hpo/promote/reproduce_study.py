@@ -1,6 +1,7 @@
 """A whole study run again, by one worker on a server of its own, to the first trial that differs from the stored one.
 
 Under `[study] parallel` it is the same study from any number of workers. Without, it is so where one worker made it.
+Then its finals, whose trainings do not go by one another: each by itself, as any trial.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 from optuna.trial import FrozenTrial, TrialState
 
 from hpo.datasets import Datasets
-from hpo.promote.reproduce import ReproductionError, what_changed
+from hpo.promote.reproduce import ReproductionError, reproduce, what_changed
 from hpo.storage.artifacts import artifact_store
 from hpo.storage.errors import StudyOver
 from hpo.storage.leases import Leases
@@ -24,7 +25,7 @@ from hpo.storage.scratch import scratch_folder
 from hpo.storage.server import server as embedded
 from hpo.storage.terms import Terms
 from hpo.storage.trials import TrialStorage, trial_storage
-from hpo.study.lifecycle import OpenStudy, open_again, open_study
+from hpo.study.lifecycle import OpenStudy, finals_name, open_again, open_study
 from hpo.study.record import COPIED_FROM, TrialRecord
 from hpo.trial.context import TrialContext, WorkerResources
 from hpo.trial.device import choose_device
@@ -39,12 +40,14 @@ class StudyReproduction:
     """What has come of a study that was run again."""
 
     trials: int  # compared: those before the first that differs, and that one
+    finals: int  # of its finals' trainings, likewise
     difference: str | None  # which trial is the first that differs, and in what; None: none does
     causes: tuple[str, ...]  # what is not as it was, or kept the study from repeating itself
 
 
 def reproduce_study(storage: TrialStorage, name: str) -> StudyReproduction:
-    """Run the trials of a study again that had ended when the first one had not. Raises ReproductionError."""
+    """Run the trials of a study again that had ended when the first one had not, then those of its finals that are
+    complete. Raises ReproductionError."""
     study = open_study(name, storage)
     if study.plan.finals:
         raise ReproductionError(
@@ -63,11 +66,23 @@ def reproduce_study(storage: TrialStorage, name: str) -> StudyReproduction:
             then, count = recorded[trial.number], count + 1
             if (difference := first_difference(then, trial)) is not None:
                 causes = (*_of_the_study(study, recorded), *_of_the_trial(then, trial))
-                return StudyReproduction(count, f"trial {trial.number}: {difference}", causes)
+                return StudyReproduction(count, 0, f"trial {trial.number}: {difference}", causes)
     if count < budget:
         text = f"trial {recorded[-budget + count].number}: recorded, now the study is over before it"
-        return StudyReproduction(count, text, _of_the_study(study, recorded))
-    return StudyReproduction(count, None, ())
+        return StudyReproduction(count, 0, text, _of_the_study(study, recorded))
+    return _finals_again(study, count)
+
+
+def _finals_again(study: OpenStudy, trials: int) -> StudyReproduction:
+    """The trainings of its finals, after so many equal trials."""
+    row, count = study.leases.finals(study.study_id), 0
+    records = [] if row is None else open_study(row.name, study.storage).complete()
+    for number in sorted(record.number for record in records):
+        again, count = reproduce(study.storage, finals_name(study.name), number), count + 1
+        if not again.equal:
+            difference = f"trial {number} of its finals: {again.first_difference}"
+            return StudyReproduction(trials, count, difference, again.causes)
+    return StudyReproduction(trials, count, None, ())
 
 
 def first_difference(then: FrozenTrial, now: FrozenTrial) -> str | None:

@@ -62,6 +62,7 @@ skip = false
 batch_size = 16
 """
 PRUNED = ("hyperband", "halving", "median", "none", "hyperband", "median")  # by sampler
+TRIALS = "SELECT trial_id FROM trials JOIN studies USING (study_id) WHERE"
 ENQUEUED = "[[enqueue]]\nhidden_size = 8"
 EACH = 5  # trials end between two kills
 LONG_S = 300.0  # a guard against hanging
@@ -242,14 +243,22 @@ def test_two_workers_whose_server_is_restarted_make_the_same_studies(
 def test_a_study_is_run_again_to_the_first_trial_that_differs(
     cli: Cli, study_file: Callable[..., Path], database_url: str
 ) -> None:
-    file = study_file(trials=6, epochs=6, study='parallel = 2\nfinalists = 0\nsampler = "tpe"', more=ENQUEUED)
-    launched = cli("launch", file, "--workers", 2, timeout_s=600)
+    options = 'parallel = 2\nfinalists = 1\nrepeats = 2\nsampler = "tpe"'
+    launched = cli(
+        "launch", study_file(trials=6, epochs=6, study=options, more=ENQUEUED), "--workers", 2, timeout_s=600
+    )
     assert launched.returncode == 0, launched.stderr
     again = cli("reproduce", "waves", "--study", timeout_s=600)
     assert again.returncode == 0, again.stdout + again.stderr
-    assert again.stdout == "waves: 6 trials run again, all bit-equal: parameters, states, values of every epoch\n"
-    change = "UPDATE trial_intermediate_values SET intermediate_value = 0.25 WHERE step = 1 AND trial_id = "
-    execute(database_url, f"{change} (SELECT trial_id FROM trials WHERE number = 3)")
+    equal = "run again, all bit-equal: parameters, states, values of every epoch"
+    assert again.stdout == f"waves: 6 trials and 2 of its finals {equal}\n"
+    seed = "UPDATE trial_user_attributes SET value_json = '0' WHERE key = 'seed' AND trial_id IN"
+    execute(database_url, f"{seed} ({TRIALS} study_name = 'waves/finals')")
+    again = cli("reproduce", "waves", "--study", timeout_s=600)
+    assert again.returncode == 1
+    assert "waves differs, after 6 equal trials, from trial 0 of its finals: " in again.stdout
+    value = "UPDATE trial_intermediate_values SET intermediate_value = 0.25 WHERE step = 1 AND trial_id ="
+    execute(database_url, f"{value} ({TRIALS} study_name = 'waves' AND number = 3)")
     again = cli("reproduce", "waves", "--study", timeout_s=600)
     assert again.returncode == 1
     assert "waves differs, after 3 equal trials, from trial 3: value of epoch 1: recorded 0.25, now " in again.stdout
