@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import hpo
+from hpo.client import snapshot_of
 from tests.service.conftest import Service
 from tests.service.test_page import Browser
 
@@ -136,6 +137,9 @@ def test_a_study_that_its_patience_ended_says_so_and_goes_on_with_more(
         assert (found.status, found.standstill.trials, sum(found.trials.values()) < 40) == ("finished", 1, True)
         assert found.in_order is not None
         assert (found.in_order.parallel, found.in_order.trained_s > 0) == (2, True)
+        shown = snapshot_of(found).in_order  # as `hpo status` has it
+        assert shown is not None
+        assert shown.said.startswith("workers waited ")
         summary = client.summary("patient")
         assert (summary["ended_by"], summary["standstill"]) == ("patience", found.standstill.model_dump())
         for more in ({}, {"trials": 50}, {"patience": 1}):
