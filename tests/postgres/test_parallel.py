@@ -230,7 +230,7 @@ def test_a_study_is_the_same_from_one_worker_and_from_three_that_die(bench: Benc
     assert {state for _, state, *_ in alone} == ({"COMPLETE"} if pruner == "none" else {"COMPLETE", "PRUNED"})
 
 
-@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     sampler=st.sampled_from([name for name in SAMPLERS if name != "gp"]),
     pruner=st.sampled_from(PRUNERS),
