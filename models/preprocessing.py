@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from hpo.models.data.buffers import ask_for, is_large
+
 ROUNDING = 2.0**-23
 """Of float32, relative to a value. A feature whose deviation is no larger than this part of its mean does not vary:
 what it seems to is rounding. Compared with its mean, not with a number, so that its unit does not matter."""
@@ -23,6 +25,8 @@ def taken(patches: Tensor, rows: Tensor, steps: int) -> Tensor:
     would copy all rows for that."""
     by_sequence = patches.transpose(0, 1)
     if by_sequence.is_contiguous() and not patches.is_contiguous():
+        if is_large(by_sequence.nbytes) and rows.device.type == "cpu":
+            ask_for(by_sequence.data_ptr(), by_sequence.stride(0) * by_sequence.element_size(), rows.numpy())
         return by_sequence.index_select(0, rows)[:, :steps].transpose(0, 1).contiguous()
     return patches[:steps].index_select(1, rows)
 

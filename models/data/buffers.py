@@ -6,8 +6,10 @@ a process needs for itself does not grow with its data. What is computed of larg
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import math
+import mmap
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -23,6 +25,10 @@ log = logging.getLogger("hpo")
 
 IN_MEMORY = 32 * 2**20  # bytes: an array of no more lies in memory, and is one piece
 PIECE = 2**20  # bytes, about, of a piece of a larger one
+MADVISE = None  # of the C library, where it has it
+if hasattr(mmap, "MADV_WILLNEED"):
+    MADVISE = ctypes.CDLL(None).madvise
+    MADVISE.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 def is_large(size: int) -> bool:
@@ -127,8 +133,21 @@ def taken(array: NDArray[Any], at: NDArray[np.int64]) -> NDArray[Any]:
         return np.asarray(array[at])
     found = empty((len(at), *array.shape[1:]), array.dtype)
     for part in parts:
+        if array.flags.c_contiguous:
+            ask_for(array.ctypes.data, _row_bytes(array), at[part])
         found[part] = array[at[part]]
     return found
+
+
+def ask_for(address: int, size: int, rows: NDArray[np.int64]) -> None:
+    """Ask the system for the pages of these rows, of so many bytes each, of an array that is mapped, all at once. Met
+    one by one, each waits for the disk, and brings many with it that nobody reads."""
+    if MADVISE is None:
+        return
+    for row in rows.tolist():
+        begin, end = address + row * size, address + (row + 1) * size
+        begin -= begin % mmap.PAGESIZE
+        MADVISE(begin, end - begin, mmap.MADV_WILLNEED)
 
 
 def copied(array: NDArray[Any], dtype: DTypeLike | None = None, places: Sequence[int] | None = None) -> NDArray[Any]:

@@ -2,7 +2,9 @@
 
 #include "network.h"
 
+#include <sys/mman.h>
 #include <time.h>
+#include <unistd.h>
 
 #include "head.h"
 #include "loss.h"
@@ -15,6 +17,7 @@
 #include "vector.h"
 
 #define CONVOLUTIONS 4 /* at most */
+#define AHEAD 4        /* batches whose pages are on their way */
 
 struct layer { /* one direction of one LSTM layer */
     struct lstm_shape shape;
@@ -321,11 +324,25 @@ static int64_t longest(const struct data *data, const int64_t *rows, int64_t cou
     return most;
 }
 
+/* Ask the system for the pages of a batch's rows, all at once. Met one by one, each waits for the disk, and brings many
+ * with it that nobody reads. */
+static void ask_for(const struct data *data, const struct batches *b, int64_t i) {
+    if (!data->mapped || i >= b->count) return;
+    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
+    for (int64_t n = i ? b->ends[i - 1] : 0; n < b->ends[i]; n++) {
+        uintptr_t from = (uintptr_t)(data->values + b->rows[n] * data->sequence), end = from + 4 * data->sequence;
+        from -= from % page;
+        madvise((void *)from, end - from, MADV_WILLNEED);
+    }
+}
+
 int64_t network_train(const struct network *net, const struct data *data, const struct training *training,
                       const struct batches *b, float *loss, void *memory) {
     double until = now() + b->seconds;
     int64_t i = b->first;
+    for (int64_t k = 0; k < AHEAD; k++) ask_for(data, b, i + k);
     for (; i < b->count && (i == b->first || now() < until); i++) {
+        ask_for(data, b, i + AHEAD);
         int64_t begin = i ? b->ends[i - 1] : 0, B = b->ends[i] - begin;
         const int64_t *rows = b->rows + begin;
         const float *shares = b->shares ? b->shares + begin : 0;
@@ -351,7 +368,9 @@ int64_t network_train(const struct network *net, const struct data *data, const 
 
 void network_predict(const struct network *net, const struct data *data, const struct batches *b, float *logits,
                      void *memory) {
+    ask_for(data, b, b->first);
     for (int64_t i = b->first; i < b->count; i++) {
+        ask_for(data, b, i + 1);
         int64_t begin = i ? b->ends[i - 1] : 0, B = b->ends[i] - begin;
         const int64_t *rows = b->rows + begin;
         struct batch m;

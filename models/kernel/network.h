@@ -31,6 +31,7 @@ struct data {
     const int64_t *lengths; /* (N), at least 1 */
     const int64_t *labels;  /* (N) */
     const float *weights;   /* (N), how much each counts, or NULL: all alike */
+    int64_t mapped;         /* 1: the values are those of a file, whose pages are asked for before they are read */
 };
 
 struct training {

@@ -63,7 +63,12 @@ class Network(ctypes.Structure):
 class Data(ctypes.Structure):
     """`struct data`."""
 
-    _fields_ = [*_pointers("values"), *_integers("step", "sequence"), *_pointers("lengths", "labels", "weights")]
+    _fields_ = [
+        *_pointers("values"),
+        *_integers("step", "sequence"),
+        *_pointers("lengths", "labels", "weights"),
+        *_integers("mapped"),
+    ]
 
 
 class TrainingSettings(ctypes.Structure):

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hpo.models.config import ClassifierConfig
+from hpo.models.data.buffers import is_large
 from hpo.models.kernel.native import Kernel
 from hpo.models.kernel.structs import OPTIMIZERS, POOLINGS, Data, Network, NetworkBatches, TrainingSettings
 from hpo.models.training.batches import Batches
@@ -165,4 +166,7 @@ def _network(config: ClassifierConfig) -> Network:
 def _data(part: Batches) -> Data:
     step, sequence, _ = part.values.stride()
     weights = None if part.weights is None else part.weights.data_ptr()
-    return Data(part.values.data_ptr(), step, sequence, part.lengths.data_ptr(), part.labels.data_ptr(), weights)
+    mapped = is_large(part.values.nbytes)
+    return Data(
+        part.values.data_ptr(), step, sequence, part.lengths.data_ptr(), part.labels.data_ptr(), weights, mapped
+    )
