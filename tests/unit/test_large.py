@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import mmap
 import os
 import subprocess
 import sys
@@ -286,3 +287,28 @@ def test_without_room_for_temporary_files_the_way_out_is_told(tmp_path: Path) ->
     assert f"{tmp_path} has no place for 32 MiB of data (File too large): it is held in memory; set TMPDIR" in warned
     assert f"{tmp_path} has no room for 36 MiB of data (File too large): set TMPDIR to a folder on a disk" in refused
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(buffers.MADVISE is None, reason="there is no madvise")
+def test_the_pages_of_rows_are_asked_for_before_they_are_taken(
+    small_pieces: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_pieces()
+    asked: list[tuple[int, int]] = []
+    real = buffers.MADVISE
+    assert real is not None
+
+    def noted(begin: int, size: int, advice: int) -> int:
+        asked.append((begin, begin + size))
+        return int(real(begin, size, advice))
+
+    monkeypatch.setattr(buffers, "MADVISE", noted)
+    array = buffers.copied(np.arange(12000, dtype=np.float32).reshape(40, 300))
+    rows = np.array([31, 2, 2, 17])
+    assert (buffers.taken(array, rows) == array[rows]).all()
+    start, size = array.ctypes.data, array.strides[0]
+    assert [end for _, end in asked] == [start + (row + 1) * size for row in rows.tolist()]
+    for row, (begin, _) in zip(rows.tolist(), asked, strict=True):
+        assert begin % mmap.PAGESIZE == 0
+        assert 0 <= start + row * size - begin < mmap.PAGESIZE
+    assert real(asked[0][0], asked[0][1] - asked[0][0], mmap.MADV_WILLNEED) == 0
