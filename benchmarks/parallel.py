@@ -74,6 +74,7 @@ def work(url: str, name: str, worker: str, epoch_s: float, even: bool, done: Don
     from hpo.storage.errors import StudyOver
     from hpo.storage.trials import trial_storage
     from hpo.study.lifecycle import open_study
+    from hpo.study.record import WAITED
     from hpo.worker.worker import IDLE_S, ORDER_S
 
     with closing(trial_storage(url)) as storage:
@@ -84,7 +85,7 @@ def work(url: str, name: str, worker: str, epoch_s: float, even: bool, done: Don
                 with leases.take(study.study_id, worker, "cpu") as lease:
                     if lease is not None:
                         if since_s is not None:
-                            storage.set_trial_user_attr(lease.trial_id, "waited_s", time.monotonic() - since_s)
+                            storage.set_trial_user_attr(lease.trial_id, WAITED, time.monotonic() - since_s)
                         since_s = None
                         one_trial(study, lease, epoch_s, even, done)
                         continue

@@ -56,6 +56,25 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 TEMPLATE = "hpo_template"
+# A space of 270 configurations, which every sampler takes: few steps of each entry that is tuned.
+STEPPED = """\
+hidden_size = { low = 2, high = 6, step = 2 }
+learning_rate = { low = 0.01, high = 0.09, step = 0.02 }
+weight_decay = { low = 0.0, high = 0.1, step = 0.05 }
+dropout = { low = 0.1, high = 0.3, step = 0.1 }
+layers = [1, 2]
+bidirectional = false
+pooling = "mean"
+normalization = "none"
+head_size = 0
+difference = false
+stem = "none"
+label_smoothing = 0.0
+mixup = 0.0
+jitter = 0.0
+skip = false
+batch_size = 16
+"""
 SMALL = """
 hidden_size = { low = 4, high = 12, step = 4 }
 layers = 1

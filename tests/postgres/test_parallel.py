@@ -33,7 +33,7 @@ from hpo.study.config import PRUNERS, SAMPLERS, ConfigError, load
 from hpo.study.lifecycle import OpenStudy, create_or_open, open_study
 from hpo.study.plan import StudyConflict
 from hpo.study.view import VIEW
-from tests.conftest import execute, fresh_database
+from tests.conftest import STEPPED, execute, fresh_database
 
 STUDY = """
 [study]
@@ -50,23 +50,7 @@ validation = 0.3
 [train]
 epochs = 9
 [space]
-hidden_size = {{ low = 2, high = 6, step = 2 }}
-learning_rate = {{ low = 0.01, high = 0.09, step = 0.02 }}
-weight_decay = {{ low = 0.0, high = 0.1, step = 0.05 }}
-dropout = {{ low = 0.1, high = 0.3, step = 0.1 }}
-layers = [1, 2]
-bidirectional = false
-pooling = "mean"
-normalization = "none"
-head_size = 0
-difference = false
-stem = "none"
-label_smoothing = 0.0
-mixup = 0.0
-jitter = 0.0
-skip = false
-batch_size = 16
-{tables}
+{space}{tables}
 """
 SMALL = """
 hidden_size = [2, 4]
@@ -208,7 +192,14 @@ def study(
     small: bool = False,
 ) -> str:
     text = STUDY.format(
-        name=next(names), trials=trials, sampler=sampler, pruner=pruner, more=more, tables=tables, seed=seed
+        space=STEPPED,
+        name=next(names),
+        trials=trials,
+        sampler=sampler,
+        pruner=pruner,
+        more=more,
+        tables=tables,
+        seed=seed,
     )
     if small:
         given = [line.partition(" =")[0] for line in SMALL.split("\n") if line]

@@ -31,7 +31,7 @@ from hpo.study.pruning import HyperbandPruner
 from hpo.trial.context import TrialContext, WorkerResources
 from hpo.trial.device_lock import SharedExclusiveLock
 from hpo.trial.run import run_trial
-from tests.conftest import fresh_database
+from tests.conftest import STEPPED, fresh_database
 
 ROOT = Path(__file__).resolve().parents[2]
 STUDY = """
@@ -47,23 +47,7 @@ validation = 0.3
 [train]
 epochs = 9
 [space]
-hidden_size = {{ low = 2, high = 6, step = 2 }}
-learning_rate = {{ low = 0.01, high = 0.09, step = 0.02 }}
-weight_decay = {{ low = 0.0, high = 0.1, step = 0.05 }}
-dropout = {{ low = 0.1, high = 0.3, step = 0.1 }}
-layers = [1, 2]
-bidirectional = false
-pooling = "mean"
-normalization = "none"
-head_size = 0
-difference = false
-stem = "none"
-label_smoothing = 0.0
-mixup = 0.0
-jitter = 0.0
-skip = false
-batch_size = 16
-"""
+{space}"""
 PAIRS = [*((sampler, "hyperband") for sampler in SAMPLERS), *(("random", pruner) for pruner in PRUNERS[1:])]
 
 History = list[tuple[Any, ...]]  # a trial each: parameters, state, values by epoch, value
@@ -94,7 +78,7 @@ def run_all(folder: Path, url: str, name: str) -> list[History]:
     found = []
     for sampler, pruner in PAIRS:
         file = folder / f"{name}-{sampler}-{pruner}.toml"
-        file.write_text(STUDY.format(name=file.stem, sampler=sampler, pruner=pruner))
+        file.write_text(STUDY.format(space=STEPPED, name=file.stem, sampler=sampler, pruner=pruner))
         found.append(run_study(file, url))
     return found
 

@@ -25,7 +25,7 @@ from hpo.storage.server import server as embedded
 from hpo.storage.snapshot import Snapshot
 from hpo.storage.trials import trial_storage
 from hpo.study.config import SAMPLERS
-from tests.conftest import Cli, command_environment, execute, fresh_database, wait_for
+from tests.conftest import STEPPED, Cli, command_environment, execute, fresh_database, wait_for
 
 STUDY = """
 [study]
@@ -44,23 +44,7 @@ validation = 0.3
 [train]
 epochs = 54
 [space]
-hidden_size = {{ low = 2, high = 6, step = 2 }}
-learning_rate = {{ low = 0.01, high = 0.09, step = 0.02 }}
-weight_decay = {{ low = 0.0, high = 0.1, step = 0.05 }}
-dropout = {{ low = 0.1, high = 0.3, step = 0.1 }}
-layers = [1, 2]
-bidirectional = false
-pooling = "mean"
-normalization = "none"
-head_size = 0
-difference = false
-stem = "none"
-label_smoothing = 0.0
-mixup = 0.0
-jitter = 0.0
-skip = false
-batch_size = 16
-"""
+{space}"""
 PRUNED = ("hyperband", "halving", "median", "none", "hyperband", "median")  # by sampler
 TRIALS = "SELECT trial_id FROM trials JOIN studies USING (study_id) WHERE"
 ENQUEUED = "[[enqueue]]\nhidden_size = 8"
@@ -100,7 +84,9 @@ class Place:
         """Make the studies and let so many workers end and promote them; how often they were disturbed on the way."""
         for sampler, pruner in zip(SAMPLERS, PRUNED, strict=True):
             file = self.folder / f"{sampler}.toml"
-            file.write_text(STUDY.format(sampler=sampler, pruner=pruner, finalists=2 if sampler == "random" else 0))
+            file.write_text(
+                STUDY.format(space=STEPPED, sampler=sampler, pruner=pruner, finalists=2 if sampler == "random" else 0)
+            )
             hpo.launch(file, detach=True)
         self.hosts, self.running = hosts, [self.start(host) for host in hosts]
         disturbed, began = 0, time.monotonic()
